@@ -1,0 +1,47 @@
+# make demo   train the default model and draw 64 digits, from nothing
+# make test   the whole test suite with coverage, slow tests included
+# make lint   style and types
+#
+# VENV=DIR puts the environment elsewhere, PYTHON=python3.12 builds it with another interpreter,
+# WORKERS=0 runs the tests in one process, PYTEST_ARGS="-m 'not slow'" is handed on.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+LINT_INSTALLED := $(VENV)/.installed-lint
+
+# No display and no network are needed, so none is asked for.
+export MPLBACKEND ?= Agg
+export WANDB_MODE ?= offline
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint
+
+demo: $(INSTALLED)
+	$(PY) train.py run_dir=runs/demo
+	$(PY) sample.py model=runs/demo num_samples=64 seed=0 out=samples/demo
+
+# One thread in each test process: two that each start a thread per core wait for one another most of the time.
+test: export OMP_NUM_THREADS := 1
+test: export MKL_NUM_THREADS := 1
+test: export OPENBLAS_NUM_THREADS := 1
+test: $(INSTALLED)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term $(PYTEST_ARGS)
+
+lint: $(LINT_INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e '.[test]' -c constraints.txt
+	touch $@
+
+$(LINT_INSTALLED): $(INSTALLED)
+	$(PIP_INSTALL) -e '.[test,dev]' -c constraints.txt
+	touch $@

@@ -1,0 +1,1 @@
+"""Figures about the project: judges of generated images, and timings beside public peers."""

@@ -1,0 +1,32 @@
+"""Data sets and the batches made of them: uint8 images with integer labels."""
+
+from __future__ import annotations
+
+from dpm_scales.data.base import ImageDataset, ImageSource, TensorImages
+from dpm_scales.data.builders import array_data, bsds500_data, digits_data, folder_data, photos_data, torchvision_data
+from dpm_scales.data.datamodule import ImageDataModule
+from dpm_scales.data.downloads import TorchvisionSource
+from dpm_scales.data.folder import BSDS500, FileImages, ImageFolder
+from dpm_scales.data.sampler import ShuffledBatches
+from dpm_scales.data.sources import ArraySource, Digits, Photos
+
+__all__ = [
+    "BSDS500",
+    "ArraySource",
+    "Digits",
+    "FileImages",
+    "ImageDataModule",
+    "ImageDataset",
+    "ImageFolder",
+    "ImageSource",
+    "Photos",
+    "ShuffledBatches",
+    "TensorImages",
+    "TorchvisionSource",
+    "array_data",
+    "bsds500_data",
+    "digits_data",
+    "folder_data",
+    "photos_data",
+    "torchvision_data",
+]

@@ -1,0 +1,204 @@
+"""From a source of images to batches, on any number of devices, exactly resumable in mid-epoch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from dpm_scales import images
+from dpm_scales.data.base import ImageDataset, ImageSource
+from dpm_scales.data.sampler import EpochImages, ShuffledBatches, collate
+from dpm_scales.errors import require
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Batches (images uint8 (B, C, H, W), labels int64 (B,)) of a source.
+
+    Training batches are numbered over the whole run; their content depends on the number, `seed`, `batch_size`, the
+    images and how many devices there are. The number of batches consumed is part of a checkpoint.
+
+    Args:
+        source: the images.
+        batch_size: images of one batch on one device.
+        num_workers: loading processes of each device; 0 loads in the training process.
+        seed: of the order and the augmentation, >= 0.
+        pin_memory: page-locked batches; null if CUDA is there.
+        drop_last: leave out the images that fill no batch; otherwise images from the front fill the last batch up.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        pin_memory: bool | None = None,
+        drop_last: bool = True,
+    ) -> None:
+        super().__init__()
+        require(batch_size >= 1, f"batch_size={batch_size}: allowed is 1 or more")
+        require(num_workers >= 0, f"num_workers={num_workers}: allowed is 0 or more")
+        require(seed >= 0, f"seed={seed}: allowed is 0 or more")
+        self.source = source
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.drop_last = drop_last
+        self._start_batch = 0
+        self._anchor: tuple[pl.Trainer | None, int] | None = None
+
+    @property
+    def channels(self) -> int:
+        """1 grey or 3 RGB."""
+        return self.source.channels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return self.source.image_size
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of labels, None without labels."""
+        return self.source.num_classes
+
+    @property
+    def train_set(self) -> ImageDataset:
+        """Training images by index, not augmented."""
+        return self.source.train()
+
+    @property
+    def val_set(self) -> ImageDataset:
+        """Validation images by index."""
+        return self.source.val()
+
+    def prepare_data(self) -> None:
+        """Download what is missing."""
+        self.source.prepare()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled batches; every iterator starts at `next_batch()` and yields one epoch's worth."""
+        train = self.train_set
+        sampler = ShuffledBatches(
+            len(train),
+            self.batch_size,
+            self.seed,
+            self.next_batch,
+            drop_last=self.drop_last,
+            rank=self.trainer.global_rank if self.trainer is not None else 0,
+            world_size=self._world_size(),
+        )
+        loader: TrainLoader = TrainLoader(
+            EpochImages(train, self.seed),
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.num_workers > 0,
+        )
+        loader.read_state, loader.write_state = self.state_dict, self.load_state_dict
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """All validation images in order, the last batch perhaps smaller; no loader if none are held out."""
+        val = self.val_set
+        if len(val) == 0:
+            return []
+        return DataLoader(
+            val,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def set_start_batch(self, number: int) -> None:
+        """Let the next training iterator start at batch `number` >= 0, counted over the whole run."""
+        require(number >= 0, f"start batch {number}: allowed is 0 or more")
+        self._start_batch = number
+        self._anchor = None
+
+    def next_batch(self) -> int:
+        """Number of the next training batch that the trainer has not consumed; prefetched ones do not count."""
+        trainer = self.trainer
+        # `completed` lags while a hook saves after a step, `ready` leads after a step that failed
+        progress = None if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.total
+        consumed = int(getattr(progress, "processed", 0))
+        if self._anchor is None or self._anchor[0] is not trainer:
+            self._anchor = (trainer, consumed)
+        return self._start_batch + consumed - self._anchor[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Lightning stores in a checkpoint: the position, and what the order depends on."""
+        return {"next_batch": self.next_batch(), **self._order_keys()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the stored position; warns if the order is no longer the stored run's."""
+        changed = [
+            f"{key} {state_dict[key]} -> {value}"
+            for key, value in self._order_keys().items()
+            if state_dict.get(key, value) != value
+        ]
+        if changed:
+            message = f"the order of the training images differs from the checkpoint's: {', '.join(changed)}"
+            warnings.warn(message, stacklevel=2)
+        self.set_start_batch(int(state_dict["next_batch"]))
+
+    def statistics(self, max_images: int = 10000) -> dict[str, float]:
+        """Mean and standard deviation of all training pixels and channels, on the scale where white is 1.
+
+        Taken from at most `max_images` images spread evenly over the training set.
+        """
+        require(max_images >= 1, f"max_images={max_images}: allowed is 1 or more")
+        self.prepare_data()
+        train = self.train_set
+        require(len(train) > 0, "no training images")
+        number, total, squares = 0, 0.0, 0.0
+        for index in np.linspace(0, len(train) - 1, min(max_images, len(train))).round().astype(int).tolist():
+            values = images.to_range(train[index][0], (0.0, 1.0)).double()
+            number += values.numel()
+            total += float(values.sum())
+            squares += float(values.square().sum())
+        mean = total / number
+        return {"mean": mean, "std": math.sqrt(max(squares / number - mean**2, 0.0))}
+
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    def _order_keys(self) -> dict[str, int]:
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "world_size": self._world_size(),
+            "num_images": len(self.train_set),
+        }
+
+
+class TrainLoader(DataLoader[Any]):
+    """A loader with the data module's state.
+
+    Lightning warns about mid-epoch checkpoints of loaders without state, and restores a loader's state only on some
+    of its ways to resume; the data module's own hooks are what counts, both agree.
+    """
+
+    read_state: Callable[[], dict[str, Any]]
+    write_state: Callable[[dict[str, Any]], None]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.read_state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.write_state(state_dict)

@@ -1,0 +1,168 @@
+"""Image files in a folder tree or a zip archive: listing, reading, checking."""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from PIL import Image
+
+from dpm_scales import images
+from dpm_scales.errors import UserError, require
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""File names that count as images, in lower case."""
+
+MAX_MEMBER_BYTES = 256 * 2**20
+"""Largest unpacked image that a zip archive may hold."""
+
+_EXIF_ORIENTATION = 274
+_END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+
+
+class ImageStore(ABC):
+    """Image files under one root; names are relative, with slashes, sorted. Workers get a copy by pickling."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.names: list[str] = []
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """The file `name`, seekable."""
+
+    def describe(self, name: str) -> str:
+        """What messages call the file."""
+        return str(self.root / name)
+
+
+class FolderStore(ImageStore):
+    """All images in a folder tree; hidden files and folders are left out."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        seen: set[str] = set()
+        for folder, subfolders, files in os.walk(root, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:  # a link that leads back up
+                subfolders.clear()
+                continue
+            seen.add(real)
+            names = [Path(folder, name).relative_to(root).as_posix() for name in files]
+            self.names += [name for name in names if _is_image_name(name)]
+        self.names.sort()
+
+    def open(self, name: str) -> BinaryIO:
+        return (self.root / name).open("rb")
+
+
+class ZipStore(ImageStore):
+    """All images in a zip archive, read in place; each process opens the archive when it first reads.
+
+    Raises:
+        UserError: not a zip archive, or members with absolute or parent paths or of absurd size.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._archive: zipfile.ZipFile | None = None
+        self._pid = -1
+        for member in self._open_archive().infolist():
+            path = PurePosixPath(member.filename.replace("\\", "/"))
+            unsafe = path.is_absolute() or ".." in path.parts or ":" in path.parts[0] if path.parts else True
+            require(not unsafe, f"{root}: unsafe member path {member.filename!r}; make the archive anew")
+            if member.is_dir() or not _is_image_name(member.filename):
+                continue
+            require(
+                member.file_size <= MAX_MEMBER_BYTES,
+                f"{root}: {member.filename} unpacks to {member.file_size} bytes; allowed are {MAX_MEMBER_BYTES}",
+            )
+            self.names.append(member.filename)
+        self.names.sort()
+
+    def open(self, name: str) -> BinaryIO:
+        try:
+            return io.BytesIO(self._open_archive().read(name))
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # checksum, password, compression
+            raise OSError(str(error)) from error
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_archive": None, "_pid": -1}
+
+    def _open_archive(self) -> zipfile.ZipFile:
+        if self._archive is None or self._pid != os.getpid():  # a forked handle shares its file position
+            try:
+                self._archive = zipfile.ZipFile(self.root)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise UserError(f"{self.root}: not a readable zip archive ({error})") from error
+            self._pid = os.getpid()
+        return self._archive
+
+
+def open_store(root: str | Path) -> ImageStore:
+    """The images under `root`, a folder or a .zip file.
+
+    Raises:
+        UserError: no such place, or no images in it.
+    """
+    root = Path(root).expanduser()
+    require(root.exists(), f"{root}: no such folder or zip archive; give the folder that holds the images")
+    require(root.is_dir() or root.suffix.lower() == ".zip", f"{root}: allowed are a folder and a .zip file")
+    store = FolderStore(root) if root.is_dir() else ZipStore(root)
+    kinds = " ".join(EXTENSIONS)
+    require(bool(store.names), f"{root}: no images in it; allowed are files that end in {kinds}")
+    return store
+
+
+def inspect_images(
+    store: ImageStore, names: Sequence[str], full: bool
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Upright sizes (H, W) of the good images, and the reasons why the others are bad.
+
+    Reads headers and the last bytes; a file whose end looks cut off is decoded to decide. `full` decodes all.
+    """
+
+    def inspect(name: str) -> tuple[int, int] | str:
+        try:
+            with store.open(name) as file:
+                size, whole = _read_header(file)
+                if full or not whole:
+                    file.seek(0)
+                    images.load_image(file, name=name)
+                return size
+        except images.DECODING_ERRORS as error:
+            return str(error)
+
+    sizes: dict[str, tuple[int, int]] = {}
+    bad: dict[str, str] = {}
+    with ThreadPoolExecutor(max_workers=min(8, 2 * (os.cpu_count() or 1))) as pool:
+        for name, result in zip(names, pool.map(inspect, names), strict=True):
+            if isinstance(result, str):
+                bad[name] = result
+            else:
+                sizes[name] = result
+    return sizes, bad
+
+
+def _read_header(file: BinaryIO) -> tuple[tuple[int, int], bool]:
+    """Upright (H, W), and whether the file ends as its format should."""
+    with Image.open(file) as picture:
+        width, height = picture.size
+        # asked for EXIF data that it has not met yet, Pillow decodes a whole PNG file
+        skip = picture.format == "PNG" and "exif" not in picture.info
+        turned = not skip and picture.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
+        mark = _END_MARKS.get(picture.format or "", b"")
+        file.seek(-min(16, file.seek(0, io.SEEK_END)), io.SEEK_END)
+        return (width, height) if turned else (height, width), mark in file.read()
+
+
+def _is_image_name(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return not hidden and name.lower().endswith(EXTENSIONS)

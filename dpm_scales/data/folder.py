@@ -1,0 +1,325 @@
+"""Images from a folder tree or a zip archive, decoded when they are asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpm_scales import images
+from dpm_scales.data.base import NO_LABEL, ImageDataset, ImageSource, maybe_flip, size_pair, split_indices
+from dpm_scales.data.files import ImageStore, inspect_images, open_store
+from dpm_scales.errors import UserError, require, suggest
+
+RESIZE_MODES = ("none", "resize", "crop", "resize_crop")
+SPLITS = ("auto", "folder", "fraction")
+VAL_FOLDERS = ("val", "valid", "validation", "test")
+LISTED = 10
+"""Number of bad files that a warning names."""
+
+
+class UnreadableImageError(UserError):
+    """An image that cannot be decoded; stays one line when a loader's worker sends it wrapped in its traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().rpartition("UnreadableImageError: ")[2])
+
+
+@dataclass(frozen=True)
+class View:
+    """How a decoded image becomes one of shape (channels, *size).
+
+    Attributes:
+        channels: 1 or 3.
+        size: (H, W) in pixels.
+        resize_mode: see `ImageFolder`.
+        random_crop: crop anywhere instead of in the middle.
+        random_flip: mirror half of the images.
+        rotate_portrait: turn upright images by 90 degrees.
+        center_crop: (H, W) of the middle that is kept before all else, or None.
+    """
+
+    channels: int
+    size: tuple[int, int]
+    resize_mode: str = "none"
+    random_crop: bool = False
+    random_flip: bool = False
+    rotate_portrait: bool = False
+    center_crop: tuple[int, int] | None = None
+
+    def __call__(self, image: Tensor, rng: np.random.Generator | None) -> Tensor:
+        """Uint8 (C, h, w) to uint8 (C, *size); without `rng` crops are centred and nothing is mirrored."""
+        if self.center_crop is not None:
+            image = _crop(image, self.center_crop, None)
+        if self.rotate_portrait and image.shape[1] > image.shape[2]:
+            image = image.rot90(1, (1, 2))
+        if self.resize_mode == "resize":
+            image = images.resize(image, self.size)
+        elif self.resize_mode == "resize_crop":
+            scale = max(self.size[0] / image.shape[1], self.size[1] / image.shape[2])
+            height, width = (
+                max(need, round(have * scale)) for need, have in zip(self.size, image.shape[1:], strict=True)
+            )
+            image = images.resize(image, (height, width))
+        if self.resize_mode in ("crop", "resize_crop"):
+            image = _crop(image, self.size, rng if self.random_crop else None)
+        if tuple(image.shape[1:]) != self.size:
+            raise UserError(f"its size {tuple(image.shape[1:])} is not {self.size}")
+        if self.random_flip:
+            image = maybe_flip(image, rng)
+        return image.contiguous()
+
+
+def _crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator | None) -> Tensor:
+    """The part (C, *size) of an image, anywhere with `rng`, else in the middle."""
+    for axis, side in ((1, size[0]), (2, size[1])):
+        spare = image.shape[axis] - side
+        if spare < 0:
+            raise UserError(f"its size {tuple(image.shape[1:])} is below the crop {size}")
+        image = image.narrow(axis, spare // 2 if rng is None else int(rng.integers(spare + 1)), side)
+    return image
+
+
+class FileImages(ImageDataset):
+    """Some files of a store. An unreadable one is replaced by the next readable one, or raises, as `on_error` says.
+
+    Attributes:
+        unreadable: names that could not be read so far, in this process.
+    """
+
+    def __init__(
+        self, store: ImageStore, names: Sequence[str], labels: Sequence[int] | None, view: View, on_error: str
+    ) -> None:
+        self.store = store
+        self.names = list(names)
+        self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
+        self.view = view
+        self.on_error = on_error
+        self.unreadable: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def get(self, index: int, rng: np.random.Generator | None) -> tuple[Tensor, int]:
+        for offset in range(len(self)):
+            place = (index + offset) % len(self)
+            name = self.names[place]
+            if name in self.unreadable:
+                continue
+            try:
+                with self.store.open(name) as file:
+                    image = images.load_image(file, self.view.channels, name=self.store.describe(name))
+                return self.view(image, rng), NO_LABEL if self.labels is None else int(self.labels[place])
+            except (OSError, UserError) as error:
+                reason = str(error) if name in str(error) else f"{self.store.describe(name)}: {error}"
+                if self.on_error == "raise":
+                    raise UnreadableImageError(reason) from error
+                self.unreadable.add(name)
+                warnings.warn(f"another image stands in for an unreadable one ({reason})", stacklevel=2)
+        raise UnreadableImageError(f"{self.store.root}: none of its {len(self)} images can be read")
+
+
+class ImageFolder(ImageSource):
+    """Every image in a folder tree or .zip file; a single folder around all others is looked through.
+
+    Args:
+        root: the folder or .zip file.
+        channels: 1 grey or 3 RGB; images are converted.
+        image_size: side, or [height, width], in pixels; null if all images have the same size.
+        resize_mode: what to do with images of another size: "none" refuses them, "resize" distorts them, "crop" cuts a
+            part out of the original, "resize_crop" first shrinks or enlarges until the part just fits.
+        random_crop: training images are cropped anywhere instead of in the middle.
+        random_flip: half of the training images are mirrored.
+        rotate_portrait: images higher than wide are turned by 90 degrees.
+        split: "folder" trains on `train/` and validates on `val/` (or valid, validation, test); "fraction" draws
+            `val_fraction` of the images with `split_seed`; "auto" takes the folders if both are there.
+        labels: "folder" numbers the folders (below train/ and val/) in alphabetical order; "none".
+        on_error: "skip" leaves unreadable images out with a warning, "raise" stops at the first.
+        verify: what is read of each image at the start: "headers" (and the last bytes), "full", or "none", which needs
+            image_size.
+
+    Raises:
+        UserError: nothing to read, sizes that do not fit, an unreadable image with on_error="raise".
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        channels: int = 3,
+        image_size: int | Sequence[int] | None = None,
+        resize_mode: str = "resize_crop",
+        random_crop: bool = False,
+        random_flip: bool = False,
+        rotate_portrait: bool = False,
+        split: str = "auto",
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        labels: str = "none",
+        on_error: str = "skip",
+        verify: str = "headers",
+    ) -> None:
+        require(channels in (1, 3), f"channels={channels}: allowed are 1 (grey) and 3 (RGB)")
+        _require_choice("resize_mode", resize_mode, RESIZE_MODES)
+        _require_choice("split", split, SPLITS)
+        _require_choice("labels", labels, ("folder", "none"))
+        _require_choice("on_error", on_error, ("skip", "raise"))
+        _require_choice("verify", verify, ("headers", "full", "none"))
+        size = None if image_size is None else size_pair(image_size, "image_size")
+        mode = "none" if size is None else resize_mode
+        require(
+            not random_crop or mode in ("crop", "resize_crop"),
+            "random_crop=true needs image_size and resize_mode=crop or resize_crop",
+        )
+        self.channels = channels
+        self.rotate_portrait = rotate_portrait
+        self.store = open_store(root)
+        parts = _split_names(self.store, split, val_fraction, split_seed)
+        require(verify != "none" or size is not None, "verify=none needs image_size, for example image_size=64")
+        self.sizes: dict[str, tuple[int, int]] = {}
+        if verify != "none":
+            self.sizes = self._inspect([*parts[0], *parts[1]], on_error, full=verify == "full")
+            parts = tuple([name for name in part if name in self.sizes] for part in parts)
+        require(bool(parts[0]), f"{root}: no readable training images")
+        self.image_size = self._common_size(size, mode)
+        classes = _class_of_names([*parts[0], *parts[1]], self.store) if labels == "folder" else None
+        if classes is not None:
+            self.class_names = tuple(sorted(set(classes.values())))
+            self.num_classes = len(self.class_names)
+        train_view = View(channels, self.image_size, mode, random_crop, random_flip, rotate_portrait)
+        val_view = View(channels, self.image_size, mode, rotate_portrait=rotate_portrait)
+        self._train, self._val = (
+            FileImages(self.store, names, self._numbers(names, classes), view, on_error)
+            for names, view in zip(parts, (train_view, val_view), strict=True)
+        )
+
+    def train(self) -> FileImages:
+        return self._train
+
+    def val(self) -> FileImages:
+        return self._val
+
+    def _numbers(self, names: Sequence[str], classes: dict[str, str] | None) -> list[int] | None:
+        if classes is None or self.class_names is None:
+            return None
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        return [numbers[classes[name]] for name in names]
+
+    def _inspect(self, names: list[str], on_error: str, full: bool) -> dict[str, tuple[int, int]]:
+        """Sizes (H, W) as read; reports unreadable images."""
+        sizes, bad = inspect_images(self.store, names, full)
+        if bad and on_error == "raise":
+            name, reason = next(iter(bad.items()))
+            raise UserError(f"{self.store.describe(name)}: {reason}; repair or remove it, or set on_error=skip")
+        require(bool(sizes), f"{self.store.root}: none of its {len(names)} images can be read")
+        if bad:
+            listed = ", ".join(list(bad)[:LISTED]) + (", ..." if len(bad) > LISTED else "")
+            warnings.warn(f"{self.store.root}: {len(bad)} unreadable images are left out: {listed}", stacklevel=4)
+        if self.rotate_portrait:
+            return {name: (min(size), max(size)) for name, size in sizes.items()}
+        return sizes
+
+    def _common_size(self, size: tuple[int, int] | None, mode: str) -> tuple[int, int]:
+        """The size that all images get, after a check that they can."""
+        first = min(self.sizes, default="")
+        wanted = self.sizes[first] if size is None else size
+        for name, (height, width) in sorted(self.sizes.items()):
+            if size is None and (height, width) != wanted:
+                raise UserError(
+                    f"{self.store.root}: mixed sizes, {first} is {wanted}, {name} {(height, width)} (height, width); "
+                    "set image_size, for example image_size=64"
+                )
+            if mode == "none" and (height, width) != wanted:
+                raise UserError(
+                    f"{self.store.describe(name)}: {(height, width)} is not image_size={wanted}; set resize_mode to "
+                    "resize, crop or resize_crop"
+                )
+            if mode == "crop" and (height < wanted[0] or width < wanted[1]):
+                raise UserError(
+                    f"{self.store.describe(name)}: {(height, width)} is below the crop {wanted}; set a smaller size or "
+                    "resize_mode=resize_crop"
+                )
+        return wanted
+
+
+class BSDS500(ImageFolder):
+    """The Berkeley segmentation photos: 500 of 481x321 pixels, a third of them upright, in images/{train,val,test}.
+
+    Args:
+        root: the folder or .zip file that holds `images`.
+        patch_size: side, or [height, width], of the part cut out; null takes whole photos and needs rotate_portrait.
+        channels: 1 grey or 3 RGB.
+        random_crop: training patches lie anywhere; false takes the middle.
+        random_flip: half of the training patches are mirrored.
+        rotate_portrait: upright photos are turned, so that all are (321, 481).
+        on_error: as in `ImageFolder`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        patch_size: int | Sequence[int] | None = 64,
+        channels: int = 3,
+        random_crop: bool = True,
+        random_flip: bool = False,
+        rotate_portrait: bool = False,
+        on_error: str = "skip",
+    ) -> None:
+        require(
+            patch_size is not None or rotate_portrait,
+            "patch_size=null takes whole photos, of which some are upright: set rotate_portrait=true or a patch_size",
+        )
+        super().__init__(
+            root,
+            channels=channels,
+            image_size=patch_size,
+            resize_mode="crop",
+            random_crop=random_crop and patch_size is not None,
+            random_flip=random_flip,
+            rotate_portrait=rotate_portrait,
+            split="folder",
+            on_error=on_error,
+        )
+
+
+def _split_names(store: ImageStore, split: str, val_fraction: float, split_seed: int) -> tuple[list[str], ...]:
+    """Training and validation names. Unreadable files take part, so that repairing one moves no other."""
+    tops: dict[str, list[str]] = {}
+    for name, parts in _inner_parts(store.names).items():
+        tops.setdefault(parts[0] if len(parts) > 1 else "", []).append(name)
+    val_folder = next((folder for folder in VAL_FOLDERS if folder in tops), None)
+    both = "train" in tops and val_folder is not None
+    if split == "folder" or (split == "auto" and both):
+        found = ", ".join(sorted(top for top in tops if top)) or "no folders"
+        require(both, f"{store.root}: holds {found}; split=folder needs train/ and one of {', '.join(VAL_FOLDERS)}")
+        return tops["train"], tops[val_folder or ""]
+    train, val = split_indices(len(store.names), val_fraction, split_seed)
+    return [store.names[i] for i in train.tolist()], [store.names[i] for i in val.tolist()]
+
+
+def _inner_parts(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Path parts of each name, without a single folder around folders."""
+    parts = {name: PurePosixPath(name).parts for name in names}
+    while len({part[0] for part in parts.values()}) == 1 and all(len(part) > 2 for part in parts.values()):
+        parts = {name: part[1:] for name, part in parts.items()}
+    return parts
+
+
+def _class_of_names(names: Sequence[str], store: ImageStore) -> dict[str, str]:
+    """The folder that labels each name: the first below train/ and the like, else the first of all."""
+    classes: dict[str, str] = {}
+    inner = _inner_parts(store.names)
+    for name in names:
+        parts = inner[name]
+        folders = parts[1:-1] if parts[0] in ("train", *VAL_FOLDERS) else parts[:-1]
+        require(bool(folders), f"{store.describe(name)}: lies in no class folder; sort it into one or set labels=none")
+        classes[name] = folders[0]
+    return classes
+
+
+def _require_choice(key: str, value: str, allowed: Sequence[str]) -> None:
+    require(value in allowed, f"unknown {key}={value!r}: {suggest(str(value), allowed)}")

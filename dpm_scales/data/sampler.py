@@ -1,0 +1,102 @@
+"""Shuffling that can be continued at any batch: the order is a function of (seed, batch number) and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from dpm_scales.data.base import ImageDataset
+from dpm_scales.errors import require
+
+Key = tuple[int, int]
+"""(image index, epoch)."""
+
+
+class ShuffledBatches(DistributedSampler[Key]):
+    """Endless sequence of shuffled global batches n = 0, 1, 2, ..., of which an iterator yields one epoch's worth.
+
+    With E batches an epoch, batch n is part n mod E of a permutation drawn from (seed, n // E). Process `rank` of
+    `world_size` takes every `world_size`-th image of the global batch. An iterator starts at the batch that
+    `next_batch()` names then, so resuming needs that one number. It yields keys (index, epoch), one for each image.
+
+    It is a DistributedSampler in name only, which tells Lightning to leave it in place on several devices.
+
+    Args:
+        num_images: size of the data set.
+        batch_size: images of one batch of one process.
+        seed: of all permutations, >= 0.
+        next_batch: the number of the batch to start at, asked at every new iterator.
+        drop_last: leave out the images that fill no batch; otherwise images from the front fill the last batch up.
+        rank, world_size: this process and how many there are.
+
+    Raises:
+        UserError: fewer images than one global batch with `drop_last`.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        next_batch: Callable[[], int],
+        drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        global_batch = batch_size * world_size
+        require(num_images > 0, "no training images")
+        require(
+            num_images >= global_batch or not drop_last,
+            f"batch_size={batch_size} on {world_size} devices exceeds the {num_images} training images; "
+            f"set batch_size <= {num_images // world_size} or drop_last=false",
+        )
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.next_batch = next_batch
+        self.rank = rank
+        self.world_size = world_size
+        self.batches_per_epoch = num_images // global_batch if drop_last else -(-num_images // global_batch)
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch * self.batch_size
+
+    def __iter__(self) -> Iterator[Key]:
+        start = self.next_batch()
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for batch in range(start, start + self.batches_per_epoch):
+            if batch // self.batches_per_epoch != epoch:
+                epoch = batch // self.batches_per_epoch
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+            first = batch % self.batches_per_epoch * self.batch_size * self.world_size + self.rank
+            for slot in range(self.batch_size):
+                yield int(order[(first + slot * self.world_size) % self.num_images]), epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: the batch number tells the epoch."""
+
+
+class EpochImages(Dataset[tuple[Tensor, int]]):
+    """Training images by key (index, epoch); augmentation depends on (seed, epoch, index), not on who loads it."""
+
+    def __init__(self, images: ImageDataset, seed: int) -> None:
+        self.images = images
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key | int) -> tuple[Tensor, int]:
+        index, epoch = (key, 0) if isinstance(key, int) else key
+        return self.images.get(index, np.random.default_rng((self.seed, epoch, index)))
+
+
+def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Batch of (images uint8 (B, C, H, W), labels int64 (B,))."""
+    images, labels = zip(*items, strict=True)
+    return torch.stack(images), torch.tensor(labels, dtype=torch.int64)

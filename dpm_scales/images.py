@@ -1,0 +1,233 @@
+"""Eight-bit images: value ranges, grids, files. The only module that knows 0..255.
+
+Everything stored or shown is uint8 of shape (C, H, W) or (B, C, H, W); models see floats in a `value_range` = (lo, hi),
+related by the affine map that sends 0 to lo and 255 to hi. Files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import struct
+import uuid
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional
+
+from dpm_scales.errors import UserError, require
+
+LEVELS = 255
+"""Highest value of an eight-bit image."""
+
+PADDING_LEVEL = 128
+"""Grey between the cells of a grid, visible beside black and beside white."""
+
+SMALLEST_CELL = 32
+"""Side in pixels to which `make_grid` enlarges smaller images."""
+
+DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for damaged files, depending on the format."""
+
+
+def to_range(images: Tensor, value_range: tuple[float, float], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Map uint8 images of any shape to floats in `value_range` = (lo, hi), lo < hi.
+
+    Raises:
+        ValueError: `images` are not uint8, or the range is empty.
+    """
+    low, high = _check_range(value_range)
+    if images.dtype != torch.uint8:
+        raise ValueError(f"to_range: expected uint8 images, got {images.dtype}")
+    return (images.to(torch.float32) / LEVELS * (high - low) + low).to(dtype)
+
+
+def to_uint8(x: Tensor, value_range: tuple[float, float]) -> Tensor:
+    """Map floats of any shape from `value_range` to uint8: clip, then round to nearest. NaN becomes lo.
+
+    ``to_uint8(to_range(images, r), r)`` equals `images` exactly.
+    """
+    low, high = _check_range(value_range)
+    levels = (x.detach().to(torch.float32) - low) / (high - low) * LEVELS
+    return levels.nan_to_num(nan=0.0).clamp(0, LEVELS).round().to(torch.uint8)
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize one uint8 image (C, H, W) or a batch (B, C, H, W) to `size` = (H', W'), bicubic and antialiased."""
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    batch = image if image.ndim == 4 else image[None]
+    out = functional.interpolate(batch, size=size, mode="bicubic", antialias=True)
+    return out if image.ndim == 4 else out[0]
+
+
+def make_grid(images: Tensor, columns: int | None = None, padding: int = 1, upscale: int | None = None) -> Tensor:
+    """Tile uint8 images (N, C, H, W) row by row into one image (C, H', W').
+
+    Args:
+        images: at least one image; they may be rectangular.
+        columns: images in a row; by default as many as make the sheet nearly square.
+        padding: grey pixels around every image, counted after enlargement.
+        upscale: integer factor of the nearest-neighbour enlargement; by default the least that makes the shorter side
+            at least 32 pixels.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"make_grid: expected uint8 (N, C, H, W), N >= 1, got {images.dtype} {tuple(images.shape)}")
+    images = images.cpu()
+    number, channels, height, width = images.shape
+    factor = upscale if upscale is not None else math.ceil(SMALLEST_CELL / min(height, width))
+    if factor < 1 or padding < 0 or (columns is not None and columns < 1):
+        raise ValueError(f"make_grid: columns={columns}, upscale={upscale} must be >= 1 and padding={padding} >= 0")
+    if columns is None:
+        columns = math.ceil(math.sqrt(number * height / width))
+    columns = min(columns, number)
+    rows = math.ceil(number / columns)
+    cells = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    step_y, step_x = height * factor + padding, width * factor + padding
+    sheet = images.new_full((channels, rows * step_y + padding, columns * step_x + padding), PADDING_LEVEL)
+    for index, cell in enumerate(cells):
+        top, left = index // columns * step_y + padding, index % columns * step_x + padding
+        sheet[:, top : top + height * factor, left : left + width * factor] = cell
+    return sheet
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on leaving it is flushed to disk and renamed to `path`.
+
+    If the body raises, the temporary file is removed and `path` stays what it was. Missing parent folders are made. The
+    temporary name ends in ``.tmp``: writers that guess the format from the name must be told it.
+
+    Raises:
+        UserError: the file cannot be written (permissions, full disk, a folder in its place).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose a writable place") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a binary file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file atomically, with the line ends that `text` has."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def save_png(path: str | Path, image: Tensor) -> None:
+    """Save a uint8 image (C, H, W) atomically: C = 1 as grey (mode L), C = 3 as RGB."""
+    picture = _to_pillow(image)
+    with atomic_write(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def save_gif(path: str | Path, frames: Tensor | Sequence[Tensor], duration_ms: int) -> None:
+    """Save uint8 frames (T, C, H, W) atomically as an endless GIF that shows each for `duration_ms` milliseconds."""
+    pictures = [_to_pillow(frame) for frame in frames]
+    if not pictures:
+        raise ValueError("save_gif: no frames")
+    with atomic_write(path) as temporary:
+        pictures[0].save(
+            temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=duration_ms, loop=0
+        )
+
+
+def load_image(source: str | Path | bytes | BinaryIO, channels: int | None = None, name: str | None = None) -> Tensor:
+    """Decode an image file to uint8 (C, H, W), upright.
+
+    EXIF rotation is applied, palettes are expanded, transparency is composited on white, CMYK becomes RGB, 16-bit grey
+    is scaled to 8 bits; of an animation the first frame is taken.
+
+    Args:
+        source: path, file content or open binary file.
+        channels: 1 grey, 3 RGB, None as stored.
+        name: what error messages call it; by default the path.
+
+    Raises:
+        UserError: no such file, not an image, or truncated; the message names the file.
+    """
+    require(channels in (None, 1, 3), f"channels={channels}: allowed are 1 (grey), 3 (RGB) and null (as stored)")
+    if name is None:
+        name = str(source) if isinstance(source, (str, Path)) else str(getattr(source, "name", "image"))
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            picture.load()
+            array = _to_array(ImageOps.exif_transpose(picture), channels)
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such file") from None
+    except DECODING_ERRORS as error:
+        raise UserError(f"{name}: not a readable image ({error}); replace or remove it") from error
+    return torch.from_numpy(array)
+
+
+def _to_array(picture: Image.Image, channels: int | None) -> np.ndarray:
+    """Pillow image of any mode to a fresh uint8 array (C, H, W)."""
+    if picture.mode.startswith("I"):
+        wide = np.asarray(picture).astype(np.int64)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError("grey values outside of 0..65535")
+        picture = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    elif picture.mode == "F":
+        raise ValueError("floating-point grey values have no known range")
+    grey = picture.mode in ("1", "L", "LA", "La")
+    if picture.has_transparency_data:
+        front = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", front.size, "white"), front).convert("RGB")
+    mode = {None: "L" if grey else "RGB", 1: "L", 3: "RGB"}[channels]
+    array = np.array(picture.convert(mode), dtype=np.uint8)
+    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _to_pillow(image: Tensor) -> Image.Image:
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"expected a uint8 image (1 or 3, H, W), got {image.dtype} {tuple(image.shape)}")
+    array = image.cpu().numpy()
+    return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+
+
+def _check_range(value_range: tuple[float, float]) -> tuple[float, float]:
+    low, high = value_range
+    if not low < high:
+        raise ValueError(f"value_range={value_range}: the first value must be below the second")
+    return float(low), float(high)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renaming itself durable, where the file system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,7 @@
+"""Networks that map a noisy or blurred image and its scale to an image of the same size."""
+
+from __future__ import annotations
+
+from dpm_scales.networks.unet import UNet
+
+__all__ = ["UNet"]

@@ -1,0 +1,89 @@
+"""Diffusion operators and their functional calculus.
+
+A process of this package is a self-adjoint operator L >= 0 and two curves of its eigenvalues mu; every formula is then
+``f(L) y``. An operator knows how to compute that, and nothing else of the process:
+
+    PixelOperator   L = 0                multiply by f(0)
+    HeatOperator    L = -Laplacian       DCT, multiply by f(mu), inverse DCT
+
+`f` maps eigenvalues (a float64 tensor of any shape) to a tensor with optional leading batch dimensions ``(B, 1)``.
+Trailing dimensions of size one say that f does not depend on mu: the operator then only scales, without a transform.
+Images are ``(B, C, H, W)``; ``x`` are pixels, ``y`` white coordinates (where the process's noise is white).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SpectralFunction = Callable[[Tensor], Tensor]
+
+
+def batch_view(value: Tensor, mu: Tensor) -> Tensor:
+    """`value` of shape ``()`` or ``(B,)``, shaped to broadcast against ``(B, C, *mu.shape)``."""
+    ones = (1,) * mu.ndim
+    return value.reshape(ones) if value.ndim == 0 else value.reshape(-1, 1, *ones)
+
+
+@dataclass(frozen=True)
+class Decay:
+    """The spectral function ``exp(log_scale) * ((1 - floor) * exp(-mu * time) + floor)``: every mean factor in use.
+
+    `log_scale` and `time` (px^2) are float64 of shape ``()`` or ``(B,)``; `floor` is Hoogeboom & Salimans' d_min.
+    A class rather than a closure, since the heat operator has a faster route for it (it is separable).
+    """
+
+    log_scale: Tensor
+    time: Tensor | None = None
+    floor: float = 0.0
+
+    def log(self, mu: Tensor) -> Tensor:
+        """log f(mu), finite even where f underflows."""
+        log_scale = batch_view(self.log_scale, mu)
+        if self.time is None:
+            return log_scale
+        exponent = -mu * batch_view(self.time, mu)
+        if self.floor > 0:
+            exponent = torch.log(self.floor + (1 - self.floor) * torch.exp(exponent))
+        return log_scale + exponent
+
+    def __call__(self, mu: Tensor) -> Tensor:
+        return torch.exp(self.log(mu))
+
+
+class Operator(ABC):
+    """A self-adjoint operator L >= 0 on images, diagonal or not, with its functional calculus."""
+
+    @abstractmethod
+    def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+        """Eigenvalues mu in 1/px^2, float64, broadcastable to ``(height, width)``."""
+
+    @abstractmethod
+    def apply(self, f: SpectralFunction, y: Tensor) -> Tensor:
+        """f(L) y for y of shape ``(B, C, H, W)``; same shape and dtype."""
+
+    def to_white(self, x: Tensor) -> Tensor:
+        """Pixels to the coordinates in which the noise is white."""
+        return x
+
+    def to_pixels(self, y: Tensor) -> Tensor:
+        """Inverse of `to_white`."""
+        return y
+
+    def log_volume(self) -> Tensor | float:
+        """log |det| of `to_pixels` per image channel, in nats: what pixels add to an entropy."""
+        return 0.0
+
+
+class PixelOperator(Operator):
+    """L = 0: no diffusion, every pixel for itself (Eq. (3), Peter 2024)."""
+
+    def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+        return torch.zeros(1, 1, dtype=torch.float64, device=device)
+
+    def apply(self, f: SpectralFunction, y: Tensor) -> Tensor:
+        return f(self.eigenvalues(1, 1, y.device)).to(y.dtype) * y
