@@ -6,11 +6,8 @@ With reflecting boundaries the Laplacian on an H x W grid is diagonal in the ort
     mu_{kl} = 4 sin^2(pi k/2H) + 4 sin^2(pi l/2W)           the 5-point stencil's ("discrete")
 
 Both are sums of a row and a column part, so exp(-mu T) is separable and a blur is two small matrix products,
-G_H(T) x G_W(T). By the product-to-sum rule a blur matrix is Toeplitz plus Hankel,
-
-    G(T)_{ij} = h(i - j) + h(i + j + 1),   h(n) = 1/2N sum_k w_k exp(-mu_k T) cos(pi k n/N),   w_0 = 1, w_k = 2,
-
-so that building it costs one (N x N+1) product for the whole batch instead of a matrix product per sample.
+G_H(T) x G_W(T) with G(T) = C' diag(exp(-mu T)) C and C the DCT matrix: cheaper than the four products of a transform
+and back, and than an FFT up to several hundred pixels.
 """
 
 from __future__ import annotations
@@ -26,18 +23,12 @@ from dpm_scales.operators.base import Decay, Operator, SpectralFunction
 SPECTRA = ("continuous", "discrete")
 
 
-def _cosines(n: int, columns: int, numerator_step: int, offset: int, device: torch.device | str | None) -> Tensor:
-    """cos(pi k (numerator_step * j + offset) / 2n) for k < n, j < columns, in float64; exact phases by integer modulo."""
-    k = torch.arange(n, device=device)[:, None]
-    j = torch.arange(columns, device=device)[None, :] * numerator_step + offset
-    return torch.cos(((k * j) % (4 * n)).to(torch.float64) * (math.pi / (2 * n)))
-
-
 def dct_matrix(n: int, device: torch.device | str | None = None) -> Tensor:
     """Orthonormal DCT-II as an ``(n, n)`` float64 matrix: ``u = C x``."""
-    rows = torch.full((n, 1), math.sqrt(2 / n), dtype=torch.float64, device=device)
-    rows[0] = math.sqrt(1 / n)
-    return rows * _cosines(n, n, 2, 1, device)
+    k = torch.arange(n, dtype=torch.float64, device=device)
+    basis = torch.cos(torch.outer(k * (math.pi / n), k + 0.5)) * math.sqrt(2 / n)
+    basis[0] *= math.sqrt(0.5)
+    return basis
 
 
 def _axis_eigenvalues(n: int, spectrum: str, device: torch.device | str | None) -> Tensor:
@@ -46,16 +37,10 @@ def _axis_eigenvalues(n: int, spectrum: str, device: torch.device | str | None) 
 
 
 def _blur_matrix(n: int, time: Tensor, spectrum: str, dtype: torch.dtype) -> Tensor:
-    """G(T) of shape ``(*time.shape, n, n)`` in `dtype`, computed in float64."""
-    device = time.device
-    decay = torch.exp(-_axis_eigenvalues(n, spectrum, device) * time[..., None]) / n
-    decay[..., 0] /= 2
-    taps = (decay @ _cosines(n, n + 1, 2, 0, device)).to(dtype)
-    i = torch.arange(n, device=device)
-    near = (i[:, None] - i[None, :]).abs()
-    far = i[:, None] + i[None, :] + 1
-    far = torch.minimum(far, 2 * n - far)  # h(2N - n) = h(n): the image seen in the far mirror
-    return taps[..., near] + taps[..., far]
+    """G(T) of shape ``(*time.shape, n, n)`` in `dtype`; the exponentials are taken in float64."""
+    basis = dct_matrix(n, time.device).to(dtype)
+    decay = torch.exp(-_axis_eigenvalues(n, spectrum, time.device) * time[..., None]).to(dtype)
+    return (basis.T * decay[..., None, :]) @ basis
 
 
 def heat_blur(x: Tensor, dissipation_time: Tensor | float, spectrum: str = "continuous") -> Tensor:

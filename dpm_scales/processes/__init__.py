@@ -1,0 +1,19 @@
+"""Processes: the law of every forward process, and its members."""
+
+from dpm_scales.processes.law import Context, Gaussian, Process, Scale, Step, as_scale
+from dpm_scales.processes.members import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat
+
+__all__ = [
+    "VE",
+    "VP",
+    "Blurring",
+    "BlurringChain",
+    "Context",
+    "Gaussian",
+    "Homogeneous",
+    "InverseHeat",
+    "Process",
+    "Scale",
+    "Step",
+    "as_scale",
+]

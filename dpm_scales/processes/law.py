@@ -1,0 +1,308 @@
+r"""A process is an operator L and two curves, lambda_t(mu) and gamma_t(mu); the whole law follows.
+
+    marginal     y_t = lambda_t(L) y_0 + gamma_t(L) eps                                             Eq. (13), (38)
+    transition   y_t = rho(L) y_s + beta(L) eps,   rho = lambda_t / lambda_s,   beta^2 = gamma_t^2 - rho^2 gamma_s^2
+    posterior    y_s = lambda_s(L) y_0 + a(L) (y_t - lambda_t(L) y_0) + gamma_s sqrt(tau)(L) eps,
+                 a = rho gamma_s^2 / gamma_t^2,   tau = 1 - rho^2 gamma_s^2 / gamma_t^2 = beta^2 / gamma_t^2
+
+Variances of independent noise add, gamma_k^2 = alpha_k^2 gamma_{k-1}^2 + beta_k^2: the printed Eqs. (8), (12), (14),
+(23)-(25), (31), (40), (43) add standard deviations and are corrected here. log lambda is kept instead of lambda, since
+blur underflows; all curves are float64 and only the factors that multiply an image are cast.
+
+Throughout `t` is a float tensor in [0, 1] of shape ``()`` or ``(B,)`` on the images' device (a Python float is taken
+too); what depends on t and mu has shape ``mu.shape`` or ``(B, 1, *mu.shape)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dpm_scales.errors import UserError, require
+from dpm_scales.operators import Decay, Operator, SpectralFunction, batch_view
+from dpm_scales.schedules import BlurSchedule, NoiseSchedule
+
+Context = Tensor | None
+Scale = Tensor | float
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A Gaussian on images: `mean` in pixels ``(B, C, H, W)``, `std` a function of mu in white coordinates."""
+
+    mean: Tensor
+    std: SpectralFunction
+    operator: Operator
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One draw, in pixels."""
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        return self.mean + self.operator.to_pixels(self.operator.apply(self.std, noise))
+
+
+class Process(nn.Module):
+    """The law of one forward process.
+
+    Args:
+        operator: L.
+        num_scales: number K of steps of the chain; t = k / K.
+        noise: schedule of (a_t, gamma_t).
+        blur: schedule of T(t), or None for no diffusion.
+        min_decay: Hoogeboom & Salimans' d_min, the factor that the highest frequencies keep.
+        value_range: the pixel values that 0 and 255 are mapped to.
+
+    Raises: UserError for values out of range, and for curves of which no Markov chain exists (negative transition
+    variance, blur that sharpens, gamma that falls where the Lyapunov property is promised), naming scale and eigenvalue.
+    """
+
+    #: channels of context that the network sees for each image channel
+    context_channels: ClassVar[int] = 0
+    #: gamma_t never falls: the Lyapunov property (Prop. 3, 7) is promised, and checked at construction
+    lyapunov: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        operator: Operator,
+        num_scales: int,
+        noise: NoiseSchedule,
+        blur: BlurSchedule | None = None,
+        min_decay: float = 0.0,
+        value_range: Sequence[float] = (-1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        ok = isinstance(num_scales, int) and not isinstance(num_scales, bool) and num_scales >= 1
+        require(ok, f"{type(self).__name__}: num_scales must be a whole number >= 1, got {num_scales!r}")
+        require(0 <= min_decay < 1, f"{type(self).__name__}: min_decay must lie in [0, 1), got {min_decay!r}")
+        values = tuple(float(v) for v in value_range)
+        if len(values) != 2 or not values[0] < values[1]:
+            raise UserError(
+                f"{type(self).__name__}: value_range must be [low, high] with low < high, got {value_range}"
+            )
+        self._operator = operator
+        self.num_scales = num_scales
+        self.min_decay = float(min_decay)
+        self.value_range: tuple[float, float] = (values[0], values[1])
+        self.noise = noise
+        self.blur = blur
+        noise.bind(num_scales)
+        if blur is not None:
+            blur.bind(num_scales)
+        self._check_consistency()
+
+    # --- context and operator -----------------------------------------------------------------------------------------
+
+    def context(self, x_0: Tensor, generator: torch.Generator | None = None) -> Context:
+        """What a sample carries besides its pixels, drawn once per sample; None where there is nothing."""
+        return None
+
+    def context_features(self, context: Context) -> Context:
+        """The context as channels for the network, ``(B, context_channels * C, H, W)``, or None."""
+        return None
+
+    def operator(self, context: Context = None) -> Operator:
+        """The operator that acts on the samples of this context."""
+        return self._operator
+
+    # --- curves -------------------------------------------------------------------------------------------------------
+
+    def signal(self, t: Scale) -> Decay:
+        """lambda_t as a spectral function."""
+        t = as_scale(t)
+        log_scale, _ = self.noise(t)
+        return Decay(log_scale, None if self.blur is None else self.blur(t), self.min_decay)
+
+    def log_noise_scale(self, t: Scale, mu: Tensor) -> Tensor:
+        """log gamma_t(mu), -inf where there is no noise. Trailing dimensions of size one: the same for every mu."""
+        _, log_noise = self.noise(as_scale(t, mu))
+        return batch_view(log_noise, mu)
+
+    def signal_scale(self, t: Scale, mu: Tensor) -> Tensor:
+        """lambda_t(mu), float64 (VDM: alpha_t, DDPM: sqrt of alpha-bar)."""
+        return self.signal(as_scale(t, mu))(mu)
+
+    def noise_scale(self, t: Scale, mu: Tensor) -> Tensor:
+        """gamma_t(mu), float64, a standard deviation."""
+        return torch.exp(self.log_noise_scale(t, mu))
+
+    def log_snr(self, t: Scale, mu: Tensor) -> Tensor:
+        """l_t(mu) = log(lambda_t^2 / gamma_t^2), +inf where there is no noise."""
+        return 2 * (self.signal(as_scale(t, mu)).log(mu) - self.log_noise_scale(t, mu))
+
+    # --- laws ---------------------------------------------------------------------------------------------------------
+
+    def step(self, s: Scale, t: Scale) -> Step:
+        """The functions of mu that lead from scale s to t > s and back."""
+        return Step(self, as_scale(s), as_scale(t))
+
+    def marginal(self, x_0: Tensor, t: Scale, context: Context = None) -> Gaussian:
+        """q(x_t | x_0), Eq. (13), (38)."""
+        op, t = self.operator(context), as_scale(t, x_0)
+        mean = op.to_pixels(op.apply(self.signal(t), op.to_white(x_0)))
+        return Gaussian(mean, lambda mu: self.noise_scale(t, mu), op)
+
+    def transition(self, x_s: Tensor, s: Scale, t: Scale, context: Context = None) -> Gaussian:
+        """q(x_t | x_s) for s <= t, Eq. (3), (37)."""
+        op, step = self.operator(context), self.step(as_scale(s, x_s), as_scale(t, x_s))
+        return Gaussian(op.to_pixels(op.apply(step.rho, op.to_white(x_s))), step.transition_std, op)
+
+    def posterior(self, x_t: Tensor, x_0: Tensor, s: Scale, t: Scale, context: Context = None) -> Gaussian:
+        """q(x_s | x_t, x_0) for s < t."""
+        op, step = self.operator(context), self.step(as_scale(s, x_0), as_scale(t, x_0))
+        y_0, y_t = op.to_white(x_0), op.to_white(x_t)
+        # lambda_s - a lambda_t = lambda_s (1 - a rho): no cancellation of nearly equal images
+        mean = op.apply(lambda mu: step.signal_s(mu) * step.fresh(mu), y_0) + op.apply(step.keep, y_t)
+        return Gaussian(op.to_pixels(mean), step.posterior_std, op)
+
+    def sample(
+        self, x_0: Tensor, t: Scale, generator: torch.Generator | None = None, context: Context = None
+    ) -> Tensor:
+        """x_t in pixels, ``(B, C, H, W)``, drawn from the marginal."""
+        return self.marginal(x_0, t, context).sample(generator)
+
+    def trajectory(
+        self, x_0: Tensor, ts: Sequence[float], generator: torch.Generator | None = None, context: Context = None
+    ) -> Tensor:
+        """One Markov path at the scales `ts`, ascending in [0, 1], Eq. (2): ``(len(ts), B, C, H, W)``.
+
+        Raises: UserError if `ts` is empty, unsorted or leaves [0, 1].
+        """
+        scales = [float(t) for t in ts]
+        if not scales or sorted(scales) != scales or scales[0] < 0 or scales[-1] > 1:
+            raise UserError(f"trajectory: scales must be ascending numbers in [0, 1], got {scales}")
+        path, x, s = [], x_0, 0.0
+        for t in scales:
+            if t > 0 and t > s:
+                law = self.marginal(x_0, t, context) if s == 0 else self.transition(x, s, t, context)
+                x, s = law.sample(generator), t
+            path.append(x)
+        return torch.stack(path)
+
+    def conditional_entropy(self, t: Scale, size: tuple[int, int], context: Context = None) -> Tensor:
+        """H(U_t | U_0) = sum_j 1/2 ln(2 pi e gamma_t(mu_j)^2) in nats per image channel, Eq. (42) corrected.
+
+        Args:
+            t: ``()`` or ``(B,)``.
+            size: (H, W).
+
+        Returns: float64 ``()`` or ``(B,)``; -inf for a deterministic process.
+        """
+        t = as_scale(t)
+        op = self.operator(context)
+        mu = op.eigenvalues(*size, t.device).expand(size)
+        per_mode = 0.5 * math.log(2 * math.pi * math.e) + self.log_noise_scale(t, mu)
+        total = per_mode.expand(*per_mode.shape[: -mu.ndim], *size).sum((-2, -1))
+        return (total.squeeze(-1) if t.ndim else total) + op.log_volume()
+
+    # --- construction -------------------------------------------------------------------------------------------------
+
+    def _check_consistency(self, tolerance: float = 1e-9) -> None:
+        """Every step of the chain exists: look at all scales and at eigenvalues that span the spectrum."""
+        name = type(self).__name__
+        ts = torch.arange(self.num_scales + 1, dtype=torch.float64) / self.num_scales
+        largest = self._operator.eigenvalues(64, 64).max().item()
+        mu = torch.linspace(0, 1, 24, dtype=torch.float64) ** 3 * largest if largest > 0 else torch.zeros(1).double()
+        log_signal = self.signal(ts).log(mu)[:, 0]
+        variance = self.noise_scale(ts, mu)[:, 0] ** 2
+        log_signal, variance = (v.expand(len(ts), len(mu)) for v in (log_signal, variance))
+
+        def report(bad: Tensor, describe: Callable[[int, int], str]) -> None:
+            if bad.any():
+                k, j = (int(i) for i in bad.nonzero()[0])
+                raise UserError(
+                    f"{name}: at scale k={k + 1} of {self.num_scales}, eigenvalue mu={mu[j]:.4g}: {describe(k, j)}"
+                )
+
+        growth = log_signal[1:] - log_signal[:-1]
+        report(
+            growth > tolerance,
+            lambda k, j: f"the signal grows by a factor {math.exp(growth[k, j]):.4g}; no step may sharpen or amplify",
+        )
+        added = variance[1:] - torch.exp(2 * growth) * variance[:-1]
+        report(
+            ~(added >= -tolerance * (variance[1:] + 1e-30)),
+            lambda k, j: (
+                f"the transition would need the variance {added[k, j]:.4g}; noise must grow at least as the "
+                "signal's square falls, so raise the noise there"
+            ),
+        )
+        if self.lyapunov:
+            fall = variance[1:] - variance[:-1]
+            report(
+                fall < -tolerance * variance[:-1],
+                lambda k, j: (
+                    f"the noise falls from {variance[k, j].sqrt():.4g} to {variance[k + 1, j].sqrt():.4g}, so "
+                    "entropy would fall (Lyapunov property); use a non-decreasing schedule"
+                ),
+            )
+
+
+@dataclass(frozen=True)
+class Step:
+    """The functions of mu between two scales s <= t; each maps mu to ``mu.shape`` or ``(B, 1, *mu.shape)``."""
+
+    process: Process
+    s: Tensor
+    t: Tensor
+
+    def signal_s(self, mu: Tensor) -> Tensor:
+        """lambda_s."""
+        return torch.exp(self.process.signal(self.s).log(mu))
+
+    def noise_s(self, mu: Tensor) -> Tensor:
+        """gamma_s."""
+        return self.process.noise_scale(self.s, mu)
+
+    def noise_t(self, mu: Tensor) -> Tensor:
+        """gamma_t."""
+        return self.process.noise_scale(self.t, mu)
+
+    def log_rho(self, mu: Tensor) -> Tensor:
+        """log(lambda_t / lambda_s)."""
+        return self.process.signal(self.t).log(mu) - self.process.signal(self.s).log(mu)
+
+    def rho(self, mu: Tensor) -> Tensor:
+        """lambda_t / lambda_s, in (0, 1]."""
+        return torch.exp(self.log_rho(mu))
+
+    def half_log_snr_gain(self, mu: Tensor) -> Tensor:
+        """h = (l_s - l_t) / 2 >= 0, the step's length for exponential integrators; +inf where scale s has no noise."""
+        return -self.log_rho(mu) - self._log_noise_ratio(mu)
+
+    def transition_std(self, mu: Tensor) -> Tensor:
+        """beta with beta^2 = gamma_t^2 - rho^2 gamma_s^2."""
+        variance = self.noise_t(mu) ** 2 - self.rho(mu) ** 2 * self.noise_s(mu) ** 2
+        return variance.clamp(min=0).sqrt()
+
+    def tau(self, mu: Tensor) -> Tensor:
+        """1 - exp(l_t - l_s), in [0, 1]; 1 where scale s has no noise."""
+        return -torch.expm1(-2 * self.half_log_snr_gain(mu).clamp(min=0))
+
+    def keep(self, mu: Tensor) -> Tensor:
+        """a = gamma_s sqrt(1 - tau) / gamma_t = rho gamma_s^2 / gamma_t^2: how much of y_t the posterior keeps."""
+        return torch.exp(self.log_rho(mu) + 2 * self._log_noise_ratio(mu))
+
+    def fresh(self, mu: Tensor) -> Tensor:
+        """1 - a rho = tau: the weight of the clean image in the posterior's mean."""
+        return self.tau(mu)
+
+    def posterior_std(self, mu: Tensor) -> Tensor:
+        """gamma_s sqrt(tau)."""
+        return self.noise_s(mu) * self.tau(mu).sqrt()
+
+    def _log_noise_ratio(self, mu: Tensor) -> Tensor:
+        """log(gamma_s / gamma_t); -inf where scale s has no noise, and by convention where neither has."""
+        log_s, log_t = self.process.log_noise_scale(self.s, mu), self.process.log_noise_scale(self.t, mu)
+        return torch.where(torch.isneginf(log_s), log_s, log_s - log_t)
+
+
+def as_scale(t: Scale, like: Tensor | None = None) -> Tensor:
+    """t as a float64 tensor, on `like`'s device if it is a Python number."""
+    if isinstance(t, Tensor):
+        return t.to(torch.float64)
+    require(0 <= t <= 1, f"a scale t must lie in [0, 1], got {t}")
+    return torch.full((), float(t), dtype=torch.float64, device=None if like is None else like.device)
