@@ -7,12 +7,13 @@ a consistent Markov chain too.
 
 | class | gives | source |
 |---|---|---|
-| ConstantBeta, LinearBeta, ListedBeta | a_t = prod sqrt(1 - beta_k^2), gamma_t = sqrt(1 - a_t^2) | Eq. (16); Ho et al. 2020 |
+| ConstantBeta, LinearBeta, ListedBeta | a_t = prod sqrt(1 - beta_k^2), gamma^2 = 1 - a^2 | Eq. (16); Ho 2020 |
 | CosineLogSNR | logSNR = -2 log tan(pi/2 t) truncated to [min, max], shifted by 2 log(shift) | Hoogeboom et al. 2023 |
 | SigmoidSignal | a_t^2 a normalised sigmoid | Jabri et al. 2022; Chen 2023 |
 | GeometricNoise, EDMNoise, ListedNoise | a = 1, gamma_t growing | Song et al. 2021; Karras et al. 2022 |
 | ConstantNoise, NoNoise | a = 1, gamma the same at every scale but 0 | Rissanen et al. 2023 |
-| LogBlur, SinSquaredBlur, LinearTimeBlur, ListedBlurSigmas, ListedDissipationTimes | T(t) in px^2 | Rissanen et al. 2023; Hoogeboom & Salimans 2023 |
+| LogBlur, LinearTimeBlur, ListedBlurSigmas, ListedDissipationTimes | T(t) in px^2 | Rissanen et al. 2023 |
+| SinSquaredBlur | blur_sigma = max sin^2(pi t / 2) | Hoogeboom & Salimans 2023 |
 
 beta_k here is the paper's: a standard deviation (its square is DDPM's beta).
 """
@@ -86,7 +87,7 @@ class Schedule(nn.Module):
         )
 
     def _log_ramp_squared(self, t: Tensor, low: float, high: float) -> Tensor:
-        """The square of a value log-spaced from `low` at k = 1 to `high` at k = num_scales; linear from 0 before k = 1."""
+        """The square of a value log-spaced from `low` at k = 1 to `high` at t = 1; linear from 0 before k = 1."""
         t = t.to(torch.float64)
         first = 1 / self.num_scales
         progress = ((t - first) / max(1 - first, first)).clamp(0, 1)
@@ -122,7 +123,7 @@ class CosineLogSNR(_LogSNR):
 
     Args:
         logsnr_min, logsnr_max: the ends, in nats.
-        shift: factor on the signal-to-noise amplitude, 32 / d for d-pixel images ("simple diffusion"); 1 changes nothing.
+        shift: factor on the signal-to-noise amplitude, 32 / d for d-pixel images ("simple diffusion").
     """
 
     def __init__(self, logsnr_min: float = -10.0, logsnr_max: float = 10.0, shift: float = 1.0) -> None:
@@ -140,7 +141,7 @@ class CosineLogSNR(_LogSNR):
 
 
 class SigmoidSignal(_LogSNR):
-    """a_t^2 = (s(end) - s(start + t (end - start))) / (s(end) - s(start)), s(x) = sigmoid(x / tau), floored at `minimum`."""
+    """a_t^2 = (s(end) - s(start + t (end - start))) / (s(end) - s(start)), s(x) = sigmoid(x / tau), >= `minimum`."""
 
     def __init__(self, start: float = -3.0, end: float = 3.0, tau: float = 1.0, minimum: float = 1e-5) -> None:
         super().__init__()
@@ -158,7 +159,7 @@ class SigmoidSignal(_LogSNR):
 
 
 class ListedBeta(NoiseSchedule):
-    """Variance preserving chain U_k = sqrt(1 - beta_k^2) U_{k-1} + beta_k G with any beta_k in [0, 1) (Eq. (7), (16))."""
+    """Variance preserving chain U_k = sqrt(1 - beta_k^2) U_{k-1} + beta_k G, any beta_k in [0, 1) (Eq. (7), (16))."""
 
     def __init__(self, betas: Sequence[float]) -> None:
         super().__init__()
@@ -194,7 +195,7 @@ class ConstantBeta(ListedBeta):
 
 
 class LinearBeta(ListedBeta):
-    """DDPM's: beta_k^2 linear from `ddpm_beta_min` to `ddpm_beta_max` (Ho et al. 2020: 1e-4 to 0.02 over 1000 scales)."""
+    """DDPM's: beta_k^2 linear from `ddpm_beta_min` to `ddpm_beta_max` (Ho et al. 2020: 1e-4 to 0.02, 1000 scales)."""
 
     def __init__(self, ddpm_beta_min: float = 1e-4, ddpm_beta_max: float = 0.02) -> None:
         _ordered(self, "ddpm_beta_min", ddpm_beta_min, "ddpm_beta_max", ddpm_beta_max)
@@ -232,7 +233,7 @@ class GeometricNoise(_Exploding):
 
 
 class EDMNoise(_Exploding):
-    """gamma^(1/rho) linear in k from `noise_min` at k = 1 to `noise_max` at k = num_scales (Karras et al. 2022, Eq. (5))."""
+    """gamma^(1/rho) linear in k from `noise_min` at k = 1 to `noise_max` at t = 1 (Karras et al. 2022, Eq. (5))."""
 
     def __init__(self, noise_min: float = 0.002, noise_max: float = 80.0, rho: float = 7.0) -> None:
         super().__init__()
@@ -295,7 +296,7 @@ class BlurSchedule(Schedule):
 
 
 class LogBlur(BlurSchedule):
-    """blur_sigma log-spaced from `blur_sigma_min` at k = 1 to `blur_sigma_max` px (IHDM; CIFAR-10: 0.5 to 24 over 200)."""
+    """blur_sigma log-spaced from `blur_sigma_min` at k = 1 to `blur_sigma_max` px (IHDM; CIFAR-10: 0.5 to 24)."""
 
     def __init__(self, blur_sigma_min: float = 0.5, blur_sigma_max: float = 24.0) -> None:
         super().__init__()

@@ -66,6 +66,10 @@ class Operator(ABC):
     def apply(self, f: SpectralFunction, y: Tensor) -> Tensor:
         """f(L) y for y of shape ``(B, C, H, W)``; same shape and dtype."""
 
+    def combine(self, *terms: tuple[SpectralFunction, Tensor]) -> Tensor:
+        """sum_i f_i(L) y_i, at the price of one synthesis where the operator is diagonal."""
+        return torch.stack([self.apply(f, y) for f, y in terms]).sum(0)
+
     def to_white(self, x: Tensor) -> Tensor:
         """Pixels to the coordinates in which the noise is white."""
         return x

@@ -109,6 +109,20 @@ class HeatOperator(Operator):
             return values * y
         return self.synthesis(values * self.analysis(y))
 
+    def combine(self, *terms: tuple[SpectralFunction, Tensor]) -> Tensor:
+        mu = self.eigenvalues(terms[0][1].shape[-2], terms[0][1].shape[-1], terms[0][1].device)
+        coefficients: list[Tensor] = []
+        pixels: list[Tensor] = []
+        for f, y in terms:
+            values = f(mu).to(y.dtype)
+            if values.shape[-2:] == (1, 1):
+                pixels.append(values * y)
+            else:
+                coefficients.append(values * self.analysis(y))
+        if coefficients:
+            pixels.append(self.synthesis(torch.stack(coefficients).sum(0)))
+        return torch.stack(pixels).sum(0)
+
     def _apply_decay(self, f: Decay, y: Tensor) -> Tensor:
         scale = torch.exp(f.log_scale).to(y.dtype)
         if scale.ndim == 1:

@@ -57,7 +57,8 @@ class Process(nn.Module):
         value_range: the pixel values that 0 and 255 are mapped to.
 
     Raises: UserError for values out of range, and for curves of which no Markov chain exists (negative transition
-    variance, blur that sharpens, gamma that falls where the Lyapunov property is promised), naming scale and eigenvalue.
+    variance, blur that sharpens, gamma that falls where the Lyapunov property is promised); it names scale and
+    eigenvalue.
     """
 
     #: channels of context that the network sees for each image channel
@@ -154,8 +155,8 @@ class Process(nn.Module):
         """q(x_s | x_t, x_0) for s < t."""
         op, step = self.operator(context), self.step(as_scale(s, x_0), as_scale(t, x_0))
         y_0, y_t = op.to_white(x_0), op.to_white(x_t)
-        # lambda_s - a lambda_t = lambda_s (1 - a rho): no cancellation of nearly equal images
-        mean = op.apply(lambda mu: step.signal_s(mu) * step.fresh(mu), y_0) + op.apply(step.keep, y_t)
+        # lambda_s - a lambda_t = lambda_s (1 - a rho) = lambda_s tau: no cancellation of nearly equal images
+        mean = op.combine((lambda mu: step.signal_s(mu) * step.tau(mu), y_0), (step.keep, y_t))
         return Gaussian(op.to_pixels(mean), step.posterior_std, op)
 
     def sample(
@@ -286,13 +287,13 @@ class Step:
         """a = gamma_s sqrt(1 - tau) / gamma_t = rho gamma_s^2 / gamma_t^2: how much of y_t the posterior keeps."""
         return torch.exp(self.log_rho(mu) + 2 * self._log_noise_ratio(mu))
 
-    def fresh(self, mu: Tensor) -> Tensor:
-        """1 - a rho = tau: the weight of the clean image in the posterior's mean."""
-        return self.tau(mu)
-
     def posterior_std(self, mu: Tensor) -> Tensor:
         """gamma_s sqrt(tau)."""
         return self.noise_s(mu) * self.tau(mu).sqrt()
+
+    def noise_ratio(self, mu: Tensor) -> Tensor:
+        """gamma_s / gamma_t; 0 where scale s has no noise."""
+        return torch.exp(self._log_noise_ratio(mu))
 
     def _log_noise_ratio(self, mu: Tensor) -> Tensor:
         """log(gamma_s / gamma_t); -inf where scale s has no noise, and by convention where neither has."""

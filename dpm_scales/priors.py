@@ -1,0 +1,120 @@
+"""Where sampling starts: y at scale 1, and the context.
+
+`GaussianPrior`: the process's own noise, for processes that end (almost) in noise: VP, VE, blurring diffusion.
+`DataPrior`: a training image, blurred to scale 1, plus noise (IHDM): for processes that end in blur. The blurred images
+are stored as the few DCT coefficients that are left of them, so an export samples without its training data.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpm_scales.errors import UserError, require
+from dpm_scales.noise import NoiseSource
+from dpm_scales.operators import HeatOperator
+from dpm_scales.processes import Context, Process
+
+
+class Prior(nn.Module):
+    """Distribution at scale 1."""
+
+    def fit(self, images: Tensor, process: Process) -> None:
+        """Learn from training images ``(N, C, H, W)`` in the process's value range, if there is anything to learn."""
+
+    @property
+    def max_images(self) -> int:
+        """How many training images `fit` can use; 0 for none."""
+        return 0
+
+    @abstractmethod
+    def sample(
+        self, process: Process, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Context]:
+        """y_1 in white coordinates ``(B, C, H, W)`` for `size` (C, H, W), and the context."""
+
+
+class GaussianPrior(Prior):
+    """y_1 = gamma_1(L) eps."""
+
+    def sample(
+        self, process: Process, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Context]:
+        white = noise.normal(size, dtype)
+        one = torch.ones((), dtype=torch.float64, device=noise.device)
+        return process.operator().apply(lambda mu: process.noise_scale(one, mu), white), None
+
+
+class DataPrior(Prior):
+    """y_1 = lambda_1(L) x + r gamma_1(L) eps, x a random training image (Rissanen et al. 2023).
+
+    Args:
+        noise_ratio: r, the noise of the start over the process's own (IHDM: delta / sigma = 1.25).
+        max_images: how many training images to keep.
+        tolerance: coefficients that the blur scales below this are dropped.
+    """
+
+    coefficients: Tensor
+    image_size: Tensor
+
+    def __init__(self, noise_ratio: float = 1.25, max_images: int = 10000, tolerance: float = 1e-4) -> None:
+        super().__init__()
+        require(noise_ratio >= 0, f"DataPrior: noise_ratio must be >= 0, got {noise_ratio}")
+        require(max_images >= 1, f"DataPrior: max_images must be >= 1, got {max_images}")
+        require(0 < tolerance < 1, f"DataPrior: tolerance must lie in (0, 1), got {tolerance}")
+        self.noise_ratio, self._max_images, self.tolerance = float(noise_ratio), max_images, tolerance
+        self.register_buffer("coefficients", torch.zeros(0, 1, 1, 1))
+        self.register_buffer("image_size", torch.zeros(2, dtype=torch.int64))
+
+    @property
+    def max_images(self) -> int:
+        return self._max_images
+
+    def fit(self, images: Tensor, process: Process) -> None:
+        operator = _heat_operator(process)
+        height, width = images.shape[-2:]
+        kept = process.signal_scale(1.0, operator.eigenvalues(height, width)) >= self.tolerance
+        rows, columns = int(kept.any(1).sum()), int(kept.any(0).sum())
+        spectrum = operator.analysis(images[: self.max_images].to(torch.float32))
+        self.coefficients = spectrum[..., :rows, :columns].contiguous().to(self.coefficients.device)
+        self.image_size = torch.tensor([height, width], device=self.coefficients.device)
+
+    def sample(
+        self, process: Process, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Context]:
+        operator = _heat_operator(process)
+        count, _, rows, columns = self.coefficients.shape
+        require(count > 0, "DataPrior: no training images stored yet; train the model first")
+        one = torch.ones((), dtype=torch.float64, device=noise.device)
+        index = (noise.uniform() * count).long()
+        u = self.coefficients.new_zeros((noise.count, *size), dtype=dtype)
+        u[..., :rows, :columns] = self.coefficients[index].to(dtype)
+        white = noise.normal(size, dtype)
+        mean = operator.apply(process.signal(one), operator.synthesis(u))
+        return mean + self.noise_ratio * operator.apply(lambda mu: process.noise_scale(one, mu), white), None
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise UserError unless images of `size` (H, W) were fitted."""
+        trained = tuple(self.image_size.tolist())
+        require(
+            trained == tuple(size),
+            f"this model starts from blurred training images of {trained[0]}x{trained[1]} pixels; "
+            f"it can't sample {size[0]}x{size[1]}",
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # the number of stored coefficients is the data's, not the constructor's
+        stored = state_dict.get(prefix + "coefficients")
+        if stored is not None:
+            self.coefficients = self.coefficients.new_zeros(stored.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _heat_operator(process: Process) -> HeatOperator:
+    operator = process.operator()
+    if not isinstance(operator, HeatOperator):
+        raise UserError(f"a prior from blurred data needs a process that blurs, not {type(process).__name__}")
+    return operator

@@ -1,0 +1,216 @@
+r"""What the network is asked for, and how its answer becomes the clean image at the target scale.
+
+A sampler needs only m_s = lambda_s(L) y_0-hat. With F the network, and c_skip, c_out, c_in scalars of t,
+
+    prediction = c_skip x_t + c_out F(c_in x_t, t),     loss = weight * mean (prediction - truth)^2
+
+| target | truth | m_s | c_skip | c_out | weight |
+|---|---|---|---|---|---|
+| Clean | x_0 | lambda_s(L) x_0-hat | S / V | sqrt(D) | 1 / D |
+| Clean, not preconditioned | x_0 | lambda_s(L) x_0-hat | 0 | 1 | 1 |
+| Noise | eps | (y_t - gamma_t eps-hat) / rho | 0 | 1 | 1 |
+| Velocity | lambda_t eps - gamma_t y_0 | lambda_s (lambda_t y_t - gamma_t v-hat) / (lambda_t^2 + gamma_t^2) | 0 | 1 | 1 |
+| FinerScale | m_s - x_t at s = t - 1/K | x_t + the answer | 0 | sqrt(R) | 1 / R or 1 |
+
+and always c_in = 1 / sqrt(V). These are moments of the data model below, averaged over the spectrum: V = Var(x_t),
+S = Cov(x_0, x_t), D = Var(x_0 - c_skip x_t), R = Var(m_s - x_t). Where lambda and gamma do not depend on mu they are
+exactly EDM's (Karras et al. 2022, Table 1), for any a_t: c_skip = a s^2 / (a^2 s^2 + gamma^2), c_out = gamma s / sqrt(.).
+
+The Clean target never divides, so it is the robust one under blur: errors of a noise estimate are amplified by 1 / rho
+at high frequencies. The noise target's division is by rho, the factor of one step, never by lambda_t.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpm_scales.errors import UserError, require
+from dpm_scales.operators import Operator
+from dpm_scales.processes import Process, Step
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of scale t under the data model: images of standard deviation `data_std` per pixel, whose power
+    is spread over the spectrum as `weights`. All of shape ``(B, 1, 1, 1)`` or ``()``, in squared pixel units."""
+
+    data: Tensor  # Var(x_0)
+    cross: Tensor  # S
+    total: Tensor  # V
+    residual: Tensor  # D
+    step: Tensor  # R
+
+
+def moments(process: Process, operator: Operator, t: Tensor, data_std: Tensor, size: tuple[int, int]) -> Moments:
+    """The moments at scales t ``(B,)`` for images of `size` (H, W).
+
+    The power of the data falls as 1 / mu, as it does in natural images and, roughly, in drawings; where nothing depends
+    on mu the distribution does not matter.
+    """
+    mu = operator.eigenvalues(*size, t.device)
+    power = torch.where(mu > 0, 1 / mu.clamp(min=1e-12), torch.zeros_like(mu))
+    if mu.numel() == 1:
+        power = torch.ones_like(mu)
+    power = power / power.sum()
+
+    def mean(values: Tensor, weights: Tensor) -> Tensor:
+        return (values * weights).sum((-2, -1), keepdim=True)
+
+    finer = (t - 1 / process.num_scales).clamp(min=0)
+    flat = torch.full_like(mu, 1 / mu.numel())
+    signal, finer_signal = process.signal_scale(t, mu), process.signal_scale(finer, mu)
+    noise = mean(process.noise_scale(t, mu) ** 2, flat)
+    variance = data_std.to(torch.float64) ** 2
+    first, second = mean(signal, power), mean(signal**2, power)
+    total = variance * second + noise
+    spread = mean((signal - first) ** 2, power)  # second - first^2 without the cancellation
+    return Moments(
+        data=variance,
+        cross=variance * first,
+        total=total,
+        residual=variance * (noise + variance * spread) / total,
+        step=variance * mean((finer_signal - signal) ** 2, power) + noise,
+    )
+
+
+@dataclass(frozen=True)
+class Scalings:
+    """c_skip, c_out, c_in and the loss weight; ``(B, 1, 1, 1)``."""
+
+    skip: Tensor
+    out: Tensor
+    inner: Tensor
+    weight: Tensor
+
+
+def _plain(m: Moments) -> Scalings:
+    one = torch.ones_like(m.total)
+    return Scalings(torch.zeros_like(one), one, m.total.rsqrt(), one)
+
+
+class Target(ABC):
+    """One row of the table above. Images and predictions are in white coordinates unless said otherwise."""
+
+    def check(self, process: Process) -> None:
+        """Raise UserError if the process can't be learnt through this target."""
+
+    def scalings(self, m: Moments) -> Scalings:
+        return _plain(m)
+
+    @abstractmethod
+    def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the prediction should be; x in pixels, `noise` white."""
+
+    @abstractmethod
+    def clean(
+        self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
+    ) -> Tensor:
+        """m_s in white coordinates from a prediction at scale t."""
+
+
+class Clean(Target):
+    """The clean image x_0, in pixels.
+
+    Args:
+        preconditioned: EDM's scalings (default), or none.
+        clip: clip the estimate to the process's value range while sampling.
+    """
+
+    def __init__(self, preconditioned: bool = True, clip: bool = True) -> None:
+        self.preconditioned, self.clip = preconditioned, clip
+
+    def scalings(self, m: Moments) -> Scalings:
+        if not self.preconditioned:
+            return _plain(m)
+        return Scalings(m.cross / m.total, m.residual.sqrt(), m.total.rsqrt(), 1 / m.residual)
+
+    def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return x_0
+
+    def clean(
+        self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
+    ) -> Tensor:
+        if self.clip:
+            prediction = prediction.clamp(*process.value_range)
+        return operator.apply(process.signal(s), operator.to_white(prediction))
+
+
+class Noise(Target):
+    """The noise eps (Ho et al. 2020)."""
+
+    def check(self, process: Process) -> None:
+        mu = torch.zeros(1, dtype=torch.float64)
+        require(
+            bool((process.noise_scale(1.0, mu) > 0).all()),
+            f"the noise target needs noise, and {type(process).__name__} has none; use target=clean or finer",
+        )
+
+    def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise
+
+    def clean(
+        self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
+    ) -> Tensor:
+        step = process.step(s, t)
+        return operator.combine(
+            (lambda mu: torch.exp(-step.log_rho(mu)), y_t),
+            (lambda mu: -step.noise_t(mu) * torch.exp(-step.log_rho(mu)), prediction),
+        )
+
+
+class Velocity(Target):
+    """v = lambda_t(L) eps - gamma_t(L) y_0 (Salimans & Ho 2022), for any operator."""
+
+    def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return operator.combine(
+            (process.signal(t), noise), (lambda mu: -process.noise_scale(t, mu), operator.to_white(x_0))
+        )
+
+    def clean(
+        self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
+    ) -> Tensor:
+        step = Step(process, s, t)
+
+        def gain(mu: Tensor) -> Tensor:
+            return step.signal_s(mu) / (process.signal_scale(t, mu) ** 2 + step.noise_t(mu) ** 2)
+
+        return operator.combine(
+            (lambda mu: gain(mu) * process.signal_scale(t, mu), y_t),
+            (lambda mu: -gain(mu) * step.noise_t(mu), prediction),
+        )
+
+
+class FinerScale(Target):
+    """The step to the next finer scale, m_s - y_t with s = t - 1 / num_scales (Rissanen et al. 2023, Eq. (9)).
+
+    Args:
+        equal_weight: give every scale the same weight, rather than the published unweighted pixel loss.
+    """
+
+    def __init__(self, equal_weight: bool = False) -> None:
+        self.equal_weight = equal_weight
+
+    def scalings(self, m: Moments) -> Scalings:
+        weight = 1 / m.step if self.equal_weight else torch.ones_like(m.step)
+        return Scalings(torch.zeros_like(m.step), m.step.sqrt(), m.total.rsqrt(), weight)
+
+    def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        finer = (t - 1 / process.num_scales).clamp(min=0)
+        return operator.apply(process.signal(finer), operator.to_white(x_0)) - operator.to_white(x_t)
+
+    def clean(
+        self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
+    ) -> Tensor:
+        return y_t + prediction
+
+    def check_steps(self, process: Process, steps: int) -> None:
+        """Only whole chains can be walked: the network knows one step."""
+        if steps != process.num_scales:
+            raise UserError(
+                f"a network trained on the finer-scale target knows steps of 1/{process.num_scales} only, "
+                f"got steps={steps}; set steps={process.num_scales} or train with target=clean"
+            )
