@@ -19,7 +19,7 @@ class Denoiser(nn.Module):
     """Network + process + target.
 
     Args:
-        network: ``forward(x, t, labels)`` with x ``(B, C + context, H, W)``, t ``(B,)`` in [0, 1]; gives ``(B, C, H, W)``.
+        network: ``forward(x, t, labels)``, x ``(B, C + context, H, W)``, t ``(B,)`` in [0, 1]; gives ``(B, C, H, W)``.
         process: the forward law.
         target: what the network's output means.
         data_std: standard deviation of the training images' pixels in the process's value range, > 0.

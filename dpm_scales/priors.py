@@ -7,6 +7,7 @@ are stored as the few DCT coefficients that are left of them, so an export sampl
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -118,3 +119,11 @@ def _heat_operator(process: Process) -> HeatOperator:
     if not isinstance(operator, HeatOperator):
         raise UserError(f"a prior from blurred data needs a process that blurs, not {type(process).__name__}")
     return operator
+
+
+def auto_prior(process: Process) -> Prior:
+    """`DataPrior` if a process that blurs leaves more than 2 % of a grey value at scale 1, in units of its noise."""
+    grey = process.log_snr(1.0, torch.zeros(1, dtype=torch.float64))
+    if isinstance(process.operator(), HeatOperator) and bool((grey > 2 * math.log(0.02)).all()):
+        return DataPrior(noise_ratio=1.25 if process.has_constant_noise() else 1.0)
+    return GaussianPrior()

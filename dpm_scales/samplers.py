@@ -23,6 +23,7 @@ from torch import Tensor
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.noise import NoiseSource
+from dpm_scales.operators import PixelOperator
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Context, Process, Step
 from dpm_scales.targets import FinerScale
@@ -38,7 +39,7 @@ def uniform_grid(process: Process, steps: int, device: torch.device | str | None
 
 
 def karras_grid(process: Process, steps: int, rho: float = 7.0, device: torch.device | str | None = None) -> Tensor:
-    """EDM's grid: (gamma / lambda)^(1/rho) equally spaced from t = 1 to the first scale, then 0 (Karras et al., Eq. (5)).
+    """EDM's grid: (gamma / lambda)^(1/rho) equally spaced from t = 1 to k = 1, then 0 (Karras et al. 2022, Eq. (5)).
 
     Raises: UserError if gamma / lambda does not grow strictly, so that no t belongs to a noise level.
     """
@@ -286,3 +287,16 @@ class Dissipation(Sampler):
         white = noise.normal(tuple(y.shape[1:]), y.dtype)
         operator = denoiser.process.operator(context)
         return m + self.noise_ratio * operator.apply(lambda mu: denoiser.process.noise_scale(s, mu), white)
+
+
+def auto_sampler(process: Process, steps: int | None = None) -> Sampler:
+    """What suits a process: Heun without blur, dissipation where the noise is constant, else ancestral.
+
+    Args:
+        steps: None for 18 (Heun, 35 evaluations), all scales (dissipation) or at most 250 (ancestral).
+    """
+    if process.has_constant_noise():
+        return Dissipation(steps=steps)
+    if isinstance(process.operator(), PixelOperator):
+        return Heun(steps=min(18, process.num_scales) if steps is None else steps)
+    return Ancestral(steps=min(250, process.num_scales) if steps is None else steps)

@@ -4,17 +4,20 @@ A sampler needs only m_s = lambda_s(L) y_0-hat. With F the network, and c_skip, 
 
     prediction = c_skip x_t + c_out F(c_in x_t, t),     loss = weight * mean (prediction - truth)^2
 
+(lam, gam: lambda, gamma.)
+
 | target | truth | m_s | c_skip | c_out | weight |
 |---|---|---|---|---|---|
 | Clean | x_0 | lambda_s(L) x_0-hat | S / V | sqrt(D) | 1 / D |
 | Clean, not preconditioned | x_0 | lambda_s(L) x_0-hat | 0 | 1 | 1 |
 | Noise | eps | (y_t - gamma_t eps-hat) / rho | 0 | 1 | 1 |
-| Velocity | lambda_t eps - gamma_t y_0 | lambda_s (lambda_t y_t - gamma_t v-hat) / (lambda_t^2 + gamma_t^2) | 0 | 1 | 1 |
+| Velocity | lam_t eps - gam_t y_0 | lam_s (lam_t y_t - gam_t v-hat) / (lam_t^2 + gam_t^2) | 0 | 1 | 1 |
 | FinerScale | m_s - x_t at s = t - 1/K | x_t + the answer | 0 | sqrt(R) | 1 / R or 1 |
 
 and always c_in = 1 / sqrt(V). These are moments of the data model below, averaged over the spectrum: V = Var(x_t),
 S = Cov(x_0, x_t), D = Var(x_0 - c_skip x_t), R = Var(m_s - x_t). Where lambda and gamma do not depend on mu they are
-exactly EDM's (Karras et al. 2022, Table 1), for any a_t: c_skip = a s^2 / (a^2 s^2 + gamma^2), c_out = gamma s / sqrt(.).
+exactly EDM's (Karras et al. 2022, Table 1), for any a_t: c_skip = a s^2 / (a^2 s^2 + gamma^2) and
+c_out = gamma s / sqrt(a^2 s^2 + gamma^2).
 
 The Clean target never divides, so it is the robust one under blur: errors of a noise estimate are amplified by 1 / rho
 at high frequencies. The noise target's division is by rho, the factor of one step, never by lambda_t.
@@ -95,7 +98,7 @@ def _plain(m: Moments) -> Scalings:
 class Target(ABC):
     """One row of the table above. Images and predictions are in white coordinates unless said otherwise."""
 
-    def check(self, process: Process) -> None:
+    def check(self, process: Process) -> None:  # noqa: B027 - most targets fit every process
         """Raise UserError if the process can't be learnt through this target."""
 
     def scalings(self, m: Moments) -> Scalings:

@@ -134,6 +134,11 @@ class Process(nn.Module):
         """l_t(mu) = log(lambda_t^2 / gamma_t^2), +inf where there is no noise."""
         return 2 * (self.signal(as_scale(t, mu)).log(mu) - self.log_noise_scale(t, mu))
 
+    def has_constant_noise(self) -> bool:
+        """Whether gamma is the same at all scales but 0 (or 0 at all), so that only blur tells them apart."""
+        first, last = self.log_noise_scale(1 / self.num_scales, _grey()), self.log_noise_scale(1.0, _grey())
+        return bool(torch.isclose(first, last, rtol=0, atol=1e-9).all())
+
     # --- laws ---------------------------------------------------------------------------------------------------------
 
     def step(self, s: Scale, t: Scale) -> Step:
@@ -299,6 +304,10 @@ class Step:
         """log(gamma_s / gamma_t); -inf where scale s has no noise, and by convention where neither has."""
         log_s, log_t = self.process.log_noise_scale(self.s, mu), self.process.log_noise_scale(self.t, mu)
         return torch.where(torch.isneginf(log_s), log_s, log_s - log_t)
+
+
+def _grey() -> Tensor:
+    return torch.zeros(1, dtype=torch.float64)
 
 
 def as_scale(t: Scale, like: Tensor | None = None) -> Tensor:

@@ -1,0 +1,84 @@
+"""Drawing images from a model in batches: the same bytes for the same seed, however they are batched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.images import to_uint8
+from dpm_scales.noise import NoiseSource
+from dpm_scales.priors import DataPrior
+from dpm_scales.training.export import Model
+
+
+def pick_device(name: str) -> torch.device:
+    """A device from "auto" or a name. Raises UserError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}: {suggest(name, ['auto', 'cpu', 'cuda', 'mps'])}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name}: no CUDA device here; use device=auto")
+    return device
+
+
+def pick_labels(model: Model, labels: int | str | Sequence[int | str] | None, count: int) -> Tensor | None:
+    """``(count,)`` labels from one class or a list that is repeated; None takes every class in turn."""
+    classes = model.recipe.num_classes
+    if classes is None:
+        require(labels is None, "labels were given, but this model was trained without; drop labels=")
+        return None
+    if labels is None:
+        chosen: Sequence[int | str] = range(classes)
+    else:
+        chosen = [labels] if isinstance(labels, int | str) else list(labels)
+    names = list(model.recipe.class_names or ())
+    numbers = [names.index(c) if isinstance(c, str) and c in names else c for c in chosen]
+    for label in numbers:
+        ok = isinstance(label, int) and 0 <= label < classes
+        known = f"0..{classes - 1}" + (f" or {', '.join(names)}" if names else "")
+        require(ok, f"unknown label {label!r}; allowed: {known}")
+    require(len(numbers) > 0, "labels is empty; give one class or a list")
+    return torch.tensor(numbers, dtype=torch.int64)[torch.arange(count) % len(numbers)]
+
+
+def draw(
+    model: Model,
+    num_samples: int,
+    seed: int = 0,
+    batch_size: int = 250,
+    size: tuple[int, int] | None = None,
+    labels: Tensor | None = None,
+    device: torch.device | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Iterator[Tensor]:
+    """Batches of samples, uint8 ``(b, C, H, W)`` on the CPU, `num_samples` in all.
+
+    Sample i depends on (seed, i) alone. `on_step` is called with the step's index and the batch there, uint8 too.
+    """
+    require(num_samples >= 1, f"num_samples must be >= 1, got {num_samples}")
+    require(batch_size >= 1, f"batch_size must be >= 1, got {batch_size}")
+    device = device or torch.device("cpu")
+    model.modules().to(device).eval()
+    process = model.denoiser.process
+    height, width = size or model.recipe.image_size
+    if isinstance(model.prior, DataPrior):
+        model.prior.check_size((height, width))
+    scales = model.sampler.scales(process).to(device)
+
+    def report(index: int, x: Tensor) -> None:
+        if on_step is not None:
+            on_step(index, to_uint8(x, process.value_range).cpu())
+
+    for first in range(0, num_samples, batch_size):
+        count = min(batch_size, num_samples - first)
+        noise = NoiseSource(seed, count, first, device)
+        batch_labels = None if labels is None else labels[first : first + count].to(device)
+        shape = (model.recipe.channels, height, width)
+        x = model.sampler.sample(model.denoiser, model.prior, noise, shape, batch_labels, scales, report)
+        yield to_uint8(x, process.value_range).cpu()

@@ -1,0 +1,19 @@
+"""Sample images: `python sample.py model=RUN_OR_EXPORT_OR_CKPT num_samples=64 out=DIR`; see configs/sample.yaml."""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from dpm_scales.training.cli import main
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="sample")
+def run(cfg: DictConfig) -> None:
+    from dpm_scales.training.sample_run import sample
+
+    sample(cfg)
+
+
+if __name__ == "__main__":
+    main(run, "sample")
