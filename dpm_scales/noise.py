@@ -54,7 +54,9 @@ class NoiseSource:
         """``(B, *shape)`` in [0, 1), float64."""
         self._draws += 1
         size = math.prod(shape)
-        streams = _mix(self._keys + self._draws * _GOLDEN)
+        # the product wraps as a tensor; as a Python number it would leave 64 bits
+        number = torch.full((), self._draws, dtype=torch.int64, device=self.device)
+        streams = _mix(self._keys + number * _GOLDEN)
         counters = torch.arange(1, size + 1, dtype=torch.int64, device=self.device) * _GOLDEN
         bits = _shift(_mix(streams[:, None] + counters), 11)
         return (bits.to(torch.float64) * 2.0**-53).reshape(self.count, *shape)

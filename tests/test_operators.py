@@ -284,6 +284,23 @@ def test_apply_takes_one_function_per_sample(spectrum: str | None, constant: boo
         torch.testing.assert_close(result[b], multiply(dense, y[b]), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("names", [["heat"], ["constant"], ["heat", "constant"], ["rational", "cosine", "constant"]])
+@pytest.mark.parametrize(("height", "width"), [(5, 4), (1, 6), (1, 1)])
+@pytest.mark.parametrize("spectrum", [*SPECTRA, None])
+def test_combine_is_the_sum_of_the_dense_functions(
+    names: list[str], height: int, width: int, spectrum: str | None
+) -> None:
+    op: Operator = PixelOperator() if spectrum is None else HeatOperator(spectrum)
+    ys = [images(2, 3, height, width, seed=i) for i in range(len(names))]
+    matrix, expected = minus_laplacian(height, width, spectrum), torch.zeros(2, 3, height, width).double()
+    for name, y in zip(names, ys, strict=True):
+        expected += multiply(dense_function(matrix, FUNCTIONS[name][1]), y)
+    combined = op.combine(*((FUNCTIONS[name][0], y) for name, y in zip(names, ys, strict=True)))
+    torch.testing.assert_close(combined, expected, atol=1e-10, rtol=0)
+    single = op.combine(*((FUNCTIONS[name][0], y.float()) for name, y in zip(names, ys, strict=True)))
+    assert single.dtype == torch.float32
+
+
 @pytest.mark.parametrize("spectrum", [*SPECTRA, None])
 @pytest.mark.parametrize("floor", [0.0, 0.001, 0.3])
 @pytest.mark.parametrize("timed", [False, True])

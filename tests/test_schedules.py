@@ -135,7 +135,9 @@ def test_scalar_t_float32_t_and_vector_t_agree(name: str) -> None:
     double = schedule(t.double())
     for b in range(4):
         scalar = schedule(t[b].double())
-        for one, many, other in zip(*((v if isinstance(v, tuple) else (v,)) for v in (scalar, vector, double)), strict=True):
+        for one, many, other in zip(
+            *((v if isinstance(v, tuple) else (v,)) for v in (scalar, vector, double)), strict=True
+        ):
             assert one.shape == () and one.dtype == many.dtype == torch.float64
             assert torch.equal(one, many[b]) and torch.equal(one, other[b])
 
@@ -165,7 +167,7 @@ def test_scale_zero_is_the_image_itself(name: str) -> None:
 
 
 def test_trap_figure_step_100_of_beta_one_tenth() -> None:
-    """Independent noise adds variances: 0.796 = sqrt(1 - 0.99^100), where adding standard deviations gives 7.9 or so."""
+    """Independent noise adds variances: 0.796 = sqrt(1 - 0.99^100), where adding standard deviations gives 7.9."""
     log_signal, log_noise = bound(ConstantBeta(0.1), 100)(torch.ones((), dtype=torch.float64))
     assert math.exp(log_noise) == pytest.approx(0.796, abs=5e-4)
     assert math.exp(log_noise) == pytest.approx(math.sqrt(1 - 0.99**100), rel=1e-12)
@@ -384,8 +386,16 @@ def test_tables_are_no_part_of_a_checkpoint() -> None:
     assert VP(4, LinearBeta()).state_dict() == {}
 
 
-@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.float, lambda m: m.to(torch.bfloat16)])
-@pytest.mark.parametrize("make", [lambda: VP(K, LinearBeta()), lambda: InverseHeat(K, blur=ListedBlurSigmas(TIMES))])
+@pytest.mark.parametrize(
+    "cast",
+    [nn.Module.half, nn.Module.float, lambda m: m.to(torch.bfloat16)],
+    ids=["float16", "float32", "bfloat16"],
+)
+@pytest.mark.parametrize(
+    "make",
+    [lambda: VP(K, LinearBeta()), lambda: InverseHeat(K, blur=ListedBlurSigmas(TIMES))],
+    ids=["vp-linear", "inverse-heat-listed"],
+)
 def test_curves_stay_float64_when_a_model_around_them_is_cast(
     cast: Callable[[nn.Module], nn.Module], make: Callable[[], nn.Module]
 ) -> None:
@@ -397,7 +407,7 @@ def test_curves_stay_float64_when_a_model_around_them_is_cast(
         torch.testing.assert_close(getattr(process, curve)(t, mu), getattr(exact, curve)(t, mu), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("make", [lambda: ConstantBeta(0.1), LinearBeta, CosineLogSNR, GeometricNoise])
+@pytest.mark.parametrize("make", [ConstantBeta, LinearBeta, CosineLogSNR, GeometricNoise])
 def test_a_schedule_given_to_two_processes_serves_both_or_is_refused(make: Callable[[], NoiseSchedule]) -> None:
     schedule = make()
     process = VP(4, schedule) if not isinstance(schedule, GeometricNoise) else InverseHeat(4, schedule)

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from dpm_scales.training.module import DiffusionModule
 
 
 class WeightAverage(WeightAveraging):
-    """Exponential moving average, decay min(`decay`, (1 + n) / (10 + n)) at update n: short runs need no other value."""
+    """Exponential moving average, decay min(`decay`, (1 + n) / (10 + n)) at update n."""
 
     def __init__(self, decay: float = 0.999) -> None:
         require(0 <= decay < 1, f"ema.decay must lie in [0, 1), got {decay}")
@@ -109,7 +109,7 @@ class SampleGrid(Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("samples", [grid.permute(1, 2, 0).numpy()], step=trainer.global_step)
-            elif hasattr(logger.experiment, "add_image"):
+            elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", grid, trainer.global_step)
 
 
@@ -149,7 +149,11 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self._columns += [name for name in metrics if name not in self._columns]
-        self._rows.append({"step": str(step or 0), **{name: f"{value:.8g}" for name, value in metrics.items()}})
+        row = {"step": str(step or 0), **{name: f"{value:.8g}" for name, value in metrics.items()}}
+        if self._rows and self._rows[-1]["step"] == row["step"]:
+            self._rows[-1].update(row)
+        else:
+            self._rows.append(row)
         if any(name.startswith("val/") for name in metrics):
             self.save()
 

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
@@ -82,13 +83,13 @@ def _known_keys(config_name: str, full: str) -> list[str]:
     if not GlobalHydra.instance().is_initialized():
         return []
     overrides = [a for a in sys.argv[1:] if re.fullmatch(r"(process|data|network|sampler|target|prior)=\w+", a)]
-    node = compose(config_name, overrides=overrides)
+    node: Any = compose(config_name, overrides=overrides)
     parent = full.rpartition(".")[0]
     for part in filter(None, parent.split(".")):
-        if not OmegaConf.is_config(node) or part not in node:
+        if not OmegaConf.is_dict(node) or part not in node:
             return []
         node = node._get_node(part)
-    return [f"{parent}.{key}".lstrip(".") for key in node] if OmegaConf.is_dict(node) else []
+    return [f"{parent}.{key!s}".lstrip(".") for key in node] if OmegaConf.is_dict(node) else []
 
 
 def _instantiation(error: InstantiationException, root: BaseException) -> str | None:

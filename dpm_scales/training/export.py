@@ -29,8 +29,7 @@ FORMAT = "dpm_scales model"
 VERSION = 1
 #: parts of a model; each is a config with a `_target_` of this package
 PARTS = ("process", "target", "network", "prior", "sampler")
-ALLOWED = ("dpm_scales.processes.", "dpm_scales.schedules.", "dpm_scales.targets.", "dpm_scales.networks.")
-ALLOWED += ("dpm_scales.priors.", "dpm_scales.samplers.")
+ALLOWED = tuple(f"dpm_scales.{room}." for room in "processes schedules targets networks priors samplers".split())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -16,12 +16,13 @@ from dpm_scales.training.export import Model
 
 DECAYS = ("cosine", "constant")
 BANDS = 4
+HEALTH_CHECK_STEPS = 50  # the host waits for the device only this often
 
 
 def stratified_scales(
     count: int, num_scales: int, device: torch.device, generator: torch.Generator | None = None
 ) -> Tensor:
-    """``(count,)`` scales k / num_scales, k uniform on 1..num_scales, spread evenly over the batch (Kingma et al. 2021)."""
+    """``(count,)`` scales k / num_scales, k uniform on 1..num_scales, spread evenly over the batch (VDM, App. I)."""
     offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
     even = (torch.arange(count, device=device, dtype=torch.float64) + offset) / count
     return (torch.floor(even * num_scales).clamp(max=num_scales - 1) + 1) / num_scales
@@ -65,17 +66,19 @@ class DiffusionModule(pl.LightningModule):
         self.learning_rate, self.warmup_steps, self.decay = learning_rate, warmup_steps, decay
         self.betas, self.weight_decay = (betas[0], betas[1]), weight_decay
         self.max_bad_steps, self.conditional, self.seed = max_bad_steps, conditional, seed
-        self.register_buffer("bad_in_a_row", torch.zeros(()), persistent=False)
-        self.register_buffer("bad_steps", torch.zeros(()), persistent=False)
-        self.register_buffer("_band_sums", torch.zeros(2, BANDS, dtype=torch.float64), persistent=False)
         if compile_network:
             model.denoiser.network.compile(fullgraph=True)
 
+    # Not buffers: weight averaging swaps those between the two models.
     bad_in_a_row: Tensor
     bad_steps: Tensor
     _band_sums: Tensor
 
     # --- training -----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self.bad_in_a_row = torch.zeros((), device=self.device)
+        self.bad_steps = torch.zeros((), device=self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         self._seed_step()
@@ -115,25 +118,25 @@ class DiffusionModule(pl.LightningModule):
         self.bad_steps += bad
         self.bad_in_a_row.copy_((self.bad_in_a_row + bad) * bad)
         self.log("train/grad_norm", norm, on_step=True)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % HEALTH_CHECK_STEPS == 0:
+            self.log("train/bad_steps", self.bad_steps)
             self._check_health()
 
     def on_train_end(self) -> None:
         self._check_health()
 
     def _check_health(self) -> None:
-        self.log_dict({"train/bad_steps": self.bad_steps}) if self.trainer.training else None
         bad = int(self.bad_in_a_row)
         if bad >= self.max_bad_steps:
             raise UserError(
-                f"the loss was not finite for {bad} steps in a row at step {self.global_step}; the last good checkpoint "
+                f"the loss was not finite for {bad} steps in a row at step {self.global_step}; the last checkpoint "
                 "is kept: lower optimizer.learning_rate or set trainer.precision=32-true, then resume"
             )
 
     # --- validation ---------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._band_sums.zero_()
+        self._band_sums = torch.zeros(2, BANDS, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """The same scales and noise at every validation, so that curves can be compared."""
@@ -147,7 +150,7 @@ class DiffusionModule(pl.LightningModule):
         self._band_sums[1].index_add_(0, band, torch.ones_like(loss))
 
     def on_validation_epoch_end(self) -> None:
-        gathered = self.all_gather(self._band_sums)
+        gathered = cast(Tensor, self.all_gather(self._band_sums))
         sums, counts = gathered.reshape(-1, 2, BANDS).sum(0)
         values = sums / counts.clamp(min=1)
         self.log("val/loss", sums.sum() / counts.sum().clamp(min=1), prog_bar=True)
@@ -168,7 +171,7 @@ class DiffusionModule(pl.LightningModule):
 
     def _seed_step(self) -> None:
         """Everything random in a step follows from (seed, rank, number of the batch)."""
-        number = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        number = int(getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed", 0))
         torch.manual_seed(_step_seed(self.seed, self.global_rank, number))
 
 

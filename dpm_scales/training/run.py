@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +77,24 @@ def _trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback], loggers:
     )
 
 
+def _quiet() -> None:
+    """Lightning's advertisements and what is true of every short run; our own first line says the rest."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for message in (
+        ".*LeafSpec.*",
+        ".*number of training batches.*",
+        ".*many workers.*",
+        ".*exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
 def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     """Train to the end, from the last checkpoint if there is one; returns and saves the result.
 
     Everything that the user can get wrong is looked at before the run folder is made.
     """
+    _quiet()
     data: ImageDataModule = instantiate(cfg.data)
     data.prepare_data()
     recipe = _recipe(cfg, data)

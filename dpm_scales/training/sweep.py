@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -56,6 +57,4 @@ def sweep_root(config: DictConfig) -> Path:
 
 def is_sweep() -> bool:
     """Whether this job is one of several."""
-    return (
-        HydraConfig.initialized() and HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN"
-    )
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
