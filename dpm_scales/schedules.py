@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,22 @@ from torch.nn import functional as F
 from dpm_scales.errors import UserError, require
 
 
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite real number, of Python's or NumPy's kinds; True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def require_positive(owner: object, **values: float) -> None:
     """Raise UserError, naming owner and argument, unless every value is a positive finite number."""
     for name, value in values.items():
-        ok = isinstance(value, int | float) and math.isfinite(value) and value > 0
+        ok = is_number(value) and value > 0
         require(ok, f"{type(owner).__name__}: {name} must be a positive number, got {value!r}")
+
+
+def require_finite(owner: object, **values: float) -> None:
+    """Raise UserError, naming owner and argument, unless every value is a finite number."""
+    for name, value in values.items():
+        require(is_number(value), f"{type(owner).__name__}: {name} must be a number, got {value!r}")
 
 
 def _ordered(owner: object, low: str, low_value: float, high: str, high_value: float) -> None:
@@ -54,7 +66,7 @@ def _numbers(owner: object, name: str, values: Sequence[float]) -> list[float]:
     numbers = list(values)
     require(len(numbers) > 0, f"{label} is empty; give one number per scale")
     for k, value in enumerate(numbers, start=1):
-        ok = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+        ok = is_number(value) and value >= 0
         require(ok, f"{label}: entry {k} is {value!r}; every entry must be a number >= 0")
     return [float(value) for value in numbers]
 
@@ -66,7 +78,15 @@ class Schedule(nn.Module):
     num_scales: int = 0
 
     def bind(self, num_scales: int) -> None:
-        """Fix the number of scales. Raises UserError if a list has another length."""
+        """Fix the number of scales.
+
+        Raises: UserError if a list has another length, or if the schedule belongs to a process of another length.
+        """
+        require(
+            self.num_scales in (0, num_scales),
+            f"{type(self).__name__}: already bound to a process of {self.num_scales} scales, so it can't serve one of "
+            f"{num_scales}; give each process a schedule of its own",
+        )
         self.num_scales = num_scales
 
     def _tabulate(self, values: Sequence[float] | Tensor) -> None:
@@ -77,7 +97,21 @@ class Schedule(nn.Module):
     def _interpolate(self, t: Tensor) -> Tensor:
         position = (t.to(torch.float64) * self.num_scales).clamp(0, self.num_scales)
         index = position.floor().clamp(max=self.num_scales - 1).long()
-        return torch.lerp(self.knots[index], self.knots[index + 1], position - index)
+        # take: indexing with a 0-dim tensor would wait for the device
+        return torch.lerp(self.knots.take(index), self.knots.take(index + 1), position - index)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Schedule:
+        """Follow a model to its device, but stay float64 when it is cast."""
+        knots = self._buffers.get("knots")
+        super()._apply(fn, recurse)
+        if knots is not None:
+            self.knots = knots.to(self.knots.device)
+        return self
+
+    def _progress(self, t: Tensor) -> Tensor:
+        """From 0 at k = 1 to 1 at t = 1; with one scale only, that scale is the last."""
+        first = 1 / self.num_scales
+        return ((t - first) / (1 - first)).clamp(0, 1) if self.num_scales > 1 else torch.ones_like(t)
 
     def _fits(self, name: str, values: Sequence[float], num_scales: int) -> None:
         require(
@@ -89,10 +123,8 @@ class Schedule(nn.Module):
     def _log_ramp_squared(self, t: Tensor, low: float, high: float) -> Tensor:
         """The square of a value log-spaced from `low` at k = 1 to `high` at t = 1; linear from 0 before k = 1."""
         t = t.to(torch.float64)
-        first = 1 / self.num_scales
-        progress = ((t - first) / max(1 - first, first)).clamp(0, 1)
-        ramp = 2 * (math.log(low) + progress * math.log(high / low))
-        return torch.exp(ramp) * (t / first).clamp(0, 1)
+        ramp = 2 * (math.log(low) + self._progress(t) * math.log(high / low))
+        return torch.exp(ramp) * (t * self.num_scales).clamp(0, 1)
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
@@ -129,6 +161,7 @@ class CosineLogSNR(_LogSNR):
     def __init__(self, logsnr_min: float = -10.0, logsnr_max: float = 10.0, shift: float = 1.0) -> None:
         super().__init__()
         require_positive(self, shift=shift)
+        require_finite(self, logsnr_min=logsnr_min, logsnr_max=logsnr_max)
         if not logsnr_min < logsnr_max:
             raise UserError(f"CosineLogSNR: logsnr_min={logsnr_min:g} must be below logsnr_max={logsnr_max:g}")
         self.logsnr_min, self.logsnr_max, self.shift = logsnr_min, logsnr_max, shift
@@ -146,6 +179,7 @@ class SigmoidSignal(_LogSNR):
     def __init__(self, start: float = -3.0, end: float = 3.0, tau: float = 1.0, minimum: float = 1e-5) -> None:
         super().__init__()
         require_positive(self, tau=tau, minimum=minimum)
+        require_finite(self, start=start, end=end)
         if not start < end:
             raise UserError(f"SigmoidSignal: start={start:g} must be below end={end:g}")
         require(minimum < 0.5, f"SigmoidSignal: minimum must be below 0.5, got {minimum:g}")
@@ -171,8 +205,8 @@ class ListedBeta(NoiseSchedule):
         return betas
 
     def bind(self, num_scales: int) -> None:
-        super().bind(num_scales)
         self._fits("betas", self.betas, num_scales)
+        super().bind(num_scales)
         betas = torch.tensor(self.betas, dtype=torch.float64)
         self._tabulate(F.pad(torch.cumsum(0.5 * torch.log1p(-(betas**2)), 0), (1, 0)))
 
@@ -243,10 +277,8 @@ class EDMNoise(_Exploding):
 
     def variance(self, t: Tensor) -> Tensor:
         t = t.to(torch.float64)
-        first = 1 / self.num_scales
-        progress = ((t - first) / max(1 - first, first)).clamp(0, 1)
         low, high = self.noise_min ** (1 / self.rho), self.noise_max ** (1 / self.rho)
-        return (low + progress * (high - low)) ** (2 * self.rho) * (t / first).clamp(0, 1)
+        return (low + self._progress(t) * (high - low)) ** (2 * self.rho) * (t * self.num_scales).clamp(0, 1)
 
 
 class ListedNoise(_Exploding):
@@ -257,8 +289,8 @@ class ListedNoise(_Exploding):
         self.noise_scales = _numbers(self, "noise_scales", noise_scales)
 
     def bind(self, num_scales: int) -> None:
-        super().bind(num_scales)
         self._fits("noise_scales", self.noise_scales, num_scales)
+        super().bind(num_scales)
         self._tabulate([0.0, *(g * g for g in self.noise_scales)])
 
     def variance(self, t: Tensor) -> Tensor:
@@ -338,8 +370,8 @@ class _ListedBlur(BlurSchedule):
     argument: str
 
     def bind(self, num_scales: int) -> None:
-        super().bind(num_scales)
         self._fits(self.argument, self.values, num_scales)
+        super().bind(num_scales)
         for k in range(1, num_scales):
             before, after = self.values[k - 1], self.values[k]
             require(

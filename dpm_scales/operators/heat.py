@@ -56,6 +56,7 @@ def heat_blur(x: Tensor, dissipation_time: Tensor | float, spectrum: str = "cont
     """
     _check_spectrum(spectrum)
     require(x.ndim == 4, f"heat_blur: images must be (B, C, H, W), got shape {tuple(x.shape)}")
+    require(x.is_floating_point(), f"heat_blur: images must be of a float dtype, got {x.dtype}; convert with .float()")
     if isinstance(dissipation_time, Tensor):
         time = dissipation_time.to(device=x.device, dtype=torch.float64)
     else:
@@ -65,6 +66,7 @@ def heat_blur(x: Tensor, dissipation_time: Tensor | float, spectrum: str = "cont
         raise UserError(
             f"heat_blur: dissipation_time must be a number or one per image ({x.shape[0]},), got {tuple(time.shape)}"
         )
+    time = time.clamp(max=1e300)  # 0 * inf: an infinite time leaves the mean image
     batch, channels, height, width = x.shape
     columns = _blur_matrix(width, time, spectrum, x.dtype)
     rows = columns if height == width else _blur_matrix(height, time, spectrum, x.dtype)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dpm_scales.errors import UserError, require
 from dpm_scales.operators import Decay, Operator, SpectralFunction, batch_view
-from dpm_scales.schedules import BlurSchedule, NoiseSchedule
+from dpm_scales.schedules import BlurSchedule, NoiseSchedule, is_number
 
 Context = Tensor | None
 Scale = Tensor | float
@@ -78,16 +78,17 @@ class Process(nn.Module):
         super().__init__()
         ok = isinstance(num_scales, int) and not isinstance(num_scales, bool) and num_scales >= 1
         require(ok, f"{type(self).__name__}: num_scales must be a whole number >= 1, got {num_scales!r}")
-        require(0 <= min_decay < 1, f"{type(self).__name__}: min_decay must lie in [0, 1), got {min_decay!r}")
-        values = tuple(float(v) for v in value_range)
-        if len(values) != 2 or not values[0] < values[1]:
+        ok = is_number(min_decay) and 0 <= min_decay < 1
+        require(ok, f"{type(self).__name__}: min_decay must lie in [0, 1), got {min_decay!r}")
+        values = tuple(value_range) if isinstance(value_range, Sequence) else ()
+        if len(values) != 2 or not all(is_number(v) for v in values) or not values[0] < values[1]:
             raise UserError(
-                f"{type(self).__name__}: value_range must be [low, high] with low < high, got {value_range}"
+                f"{type(self).__name__}: value_range must be [low, high] with low < high, got {value_range!r}"
             )
         self._operator = operator
         self.num_scales = num_scales
         self.min_decay = float(min_decay)
-        self.value_range: tuple[float, float] = (values[0], values[1])
+        self.value_range: tuple[float, float] = (float(values[0]), float(values[1]))
         self.noise = noise
         self.blur = blur
         noise.bind(num_scales)
@@ -113,7 +114,7 @@ class Process(nn.Module):
 
     def signal(self, t: Scale) -> Decay:
         """lambda_t as a spectral function."""
-        t = as_scale(t)
+        t = self._scale(t)
         log_scale, _ = self.noise(t)
         return Decay(log_scale, None if self.blur is None else self.blur(t), self.min_decay)
 
@@ -143,7 +144,7 @@ class Process(nn.Module):
 
     def step(self, s: Scale, t: Scale) -> Step:
         """The functions of mu that lead from scale s to t > s and back."""
-        return Step(self, as_scale(s), as_scale(t))
+        return Step(self, self._scale(s), self._scale(t))
 
     def marginal(self, x_0: Tensor, t: Scale, context: Context = None) -> Gaussian:
         """q(x_t | x_0), Eq. (13), (38)."""
@@ -178,7 +179,7 @@ class Process(nn.Module):
         Raises: UserError if `ts` is empty, unsorted or leaves [0, 1].
         """
         scales = [float(t) for t in ts]
-        if not scales or sorted(scales) != scales or scales[0] < 0 or scales[-1] > 1:
+        if not scales or sorted(scales) != scales or not all(0 <= t <= 1 for t in scales):
             raise UserError(f"trajectory: scales must be ascending numbers in [0, 1], got {scales}")
         path, x, s = [], x_0, 0.0
         for t in scales:
@@ -197,12 +198,16 @@ class Process(nn.Module):
 
         Returns: float64 ``()`` or ``(B,)``; -inf for a deterministic process.
         """
-        t = as_scale(t)
+        t = self._scale(t)
         op = self.operator(context)
         mu = op.eigenvalues(*size, t.device).expand(size)
         per_mode = 0.5 * math.log(2 * math.pi * math.e) + self.log_noise_scale(t, mu)
         total = per_mode.expand(*per_mode.shape[: -mu.ndim], *size).sum((-2, -1))
         return (total.squeeze(-1) if t.ndim else total) + op.log_volume()
+
+    def _scale(self, t: Scale) -> Tensor:
+        """t as a tensor; a Python number goes where the curves' own tables are."""
+        return as_scale(t, next(self.buffers(), None))
 
     # --- construction -------------------------------------------------------------------------------------------------
 

@@ -147,7 +147,9 @@ class BlurringChain(Process):
         position = t * self.num_scales
         index = position.floor()
         part = position - index
-        carried = table[index.long()] - 2 * mu * self.blur(t).reshape(*t.shape, *(1,) * mu.ndim)
+        # not table[index]: indexing with a 0-dim tensor would wait for the device
+        reached = table.index_select(0, index.long().reshape(-1)).reshape(*t.shape, *mu.shape)
+        carried = reached - 2 * mu * self.blur(t).reshape(*t.shape, *(1,) * mu.ndim)
         fresh = torch.log(part).reshape(*t.shape, *(1,) * mu.ndim)
         log_variance = torch.logaddexp(carried, fresh.expand_as(carried)) + 2 * math.log(self.step_noise)
         log_noise = 0.5 * log_variance
