@@ -5,10 +5,11 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from dpm_scales.training.cli import main
+from dpm_scales.training.cli import job, main
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="sample")
+@job
 def run(cfg: DictConfig) -> None:
     from dpm_scales.training.sample_run import sample
 

@@ -9,21 +9,22 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dpm_scales.training.cli import main, with_stored_overrides
+from dpm_scales.training.cli import is_sweep, job, main, with_stored_overrides
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
+@job
 def run(cfg: DictConfig) -> float | None:
     from dpm_scales.training.run import run_name, train
-    from dpm_scales.training.sweep import is_sweep, sweep_root
+    from dpm_scales.training.sweep import sweep_root, write_table
 
     overrides = list(HydraConfig.get().overrides.task)
+    root = sweep_root(cfg)
     if is_sweep() or cfg.run_dir is None:
-        run_dir = sweep_root(cfg) / run_name(overrides)
-        cfg.run_dir = str(run_dir)
-    else:
-        run_dir = Path(cfg.run_dir)
-    result = train(cfg, run_dir, overrides)
+        cfg.run_dir = str(root / run_name(overrides))
+    result = train(cfg, Path(str(cfg.run_dir)), overrides)
+    if is_sweep():
+        write_table(root)
     return result.get("val/loss")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpm_scales.errors import require
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context, Process
+from dpm_scales.schedules import is_number
 from dpm_scales.targets import Target, moments
 
 
@@ -24,14 +25,15 @@ class Denoiser(nn.Module):
         target: what the network's output means.
         data_std: standard deviation of the training images' pixels in the process's value range, > 0.
 
-    Raises: UserError if the process can't be learnt through the target.
+    Raises: UserError for another data_std, and if the process can't be learnt through the target.
     """
 
     data_std: Tensor
 
     def __init__(self, network: nn.Module, process: Process, target: Target, data_std: float = 0.5) -> None:
         super().__init__()
-        require(data_std > 0, f"data_std must be positive, got {data_std}; are all training images the same grey?")
+        ok = is_number(data_std) and data_std > 0
+        require(ok, f"data_std must be positive, got {data_std!r}; are all training images the same grey?")
         target.check(process)
         self.network, self.process, self.target = network, process, target
         self.register_buffer("data_std", torch.tensor(float(data_std)))

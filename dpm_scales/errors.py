@@ -7,6 +7,7 @@ that line and exit with status 2; everything else is a defect and keeps its trac
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -20,8 +21,9 @@ class UserError(ValueError):
 def suggest(name: str, allowed: Iterable[str]) -> str:
     """``"did you mean 'x'? allowed: a, b, x"`` for an unknown `name`."""
     names = sorted(allowed)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    lower = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    hint = f"did you mean {lower[close[0]]!r}? " if close else ""
     return f"{hint}allowed: {', '.join(names)}"
 
 
@@ -29,3 +31,15 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_number(
+    name: str, value: object, low: float = -math.inf, high: float = math.inf, whole: bool = False
+) -> None:
+    """Raise UserError unless `value` is a number (a whole one if asked for) with `low` <= value <= `high`."""
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high:
+        return
+    kind = "a whole number" if whole else "a number"
+    above = f" and <= {high:g}" if math.isfinite(high) else ""
+    raise UserError(f"{name} must be {kind} >= {low:g}{above}, got {value!r}")

@@ -30,19 +30,26 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 class NoiseSource:
     """Independent noise for the samples numbered `first`, `first + 1`, ... of a seed.
 
     Args:
-        seed: any integer >= 0.
-        count: number of samples B.
-        first: number of the first one.
+        seed: any integer from 0 to 2^63 - 1.
+        count: number of samples B, >= 1.
+        first: number of the first one, >= 0.
         device: where the noise is made.
+
+    Raises: UserError for anything else.
     """
 
     def __init__(self, seed: int, count: int, first: int = 0, device: torch.device | str | None = None) -> None:
-        require(isinstance(seed, int) and 0 <= seed < 2**63, f"seed must be a whole number >= 0, got {seed!r}")
-        require(count >= 1, f"a noise source needs at least one sample, got {count}")
+        require(_is_whole(seed) and 0 <= seed < 2**63, f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
+        require(_is_whole(count) and count >= 1, f"a noise source needs at least one sample, got count={count!r}")
+        require(_is_whole(first) and first >= 0, f"samples are numbered from 0, got first={first!r}")
         numbers = torch.arange(first, first + count, dtype=torch.int64, device=device)
         seeded = _mix(torch.full((), seed, dtype=torch.int64, device=device) + _GOLDEN)
         self._keys = _mix(seeded + (numbers + 1) * _GOLDEN)

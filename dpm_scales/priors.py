@@ -3,6 +3,8 @@
 `GaussianPrior`: the process's own noise, for processes that end (almost) in noise: VP, VE, blurring diffusion.
 `DataPrior`: a training image, blurred to scale 1, plus noise (IHDM): for processes that end in blur. The blurred images
 are stored as the few DCT coefficients that are left of them, so an export samples without its training data.
+`GuidancePrior`: the steady state of a guidance image around a training image's mean grey value, plus noise, for the
+osmosis processes. Only those grey values are stored.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 from dpm_scales.errors import UserError, require
 from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import HeatOperator
-from dpm_scales.processes import Context, Process
+from dpm_scales.processes import Context, Osmosis, Process
+from dpm_scales.schedules import is_number
 
 
 class Prior(nn.Module):
@@ -63,9 +66,12 @@ class DataPrior(Prior):
 
     def __init__(self, noise_ratio: float = 1.25, max_images: int = 10000, tolerance: float = 1e-4) -> None:
         super().__init__()
-        require(noise_ratio >= 0, f"DataPrior: noise_ratio must be >= 0, got {noise_ratio}")
-        require(max_images >= 1, f"DataPrior: max_images must be >= 1, got {max_images}")
-        require(0 < tolerance < 1, f"DataPrior: tolerance must lie in (0, 1), got {tolerance}")
+        ok = is_number(noise_ratio) and noise_ratio >= 0
+        require(ok, f"DataPrior: noise_ratio must be >= 0, got {noise_ratio!r}")
+        ok = isinstance(max_images, int) and not isinstance(max_images, bool) and max_images >= 1
+        require(ok, f"DataPrior: max_images must be a whole number >= 1, got {max_images!r}")
+        ok = is_number(tolerance) and 0 < tolerance < 1
+        require(ok, f"DataPrior: tolerance must lie in (0, 1), got {tolerance!r}")
         self.noise_ratio, self._max_images, self.tolerance = float(noise_ratio), max_images, tolerance
         self.register_buffer("coefficients", torch.zeros(0, 1, 1, 1))
         self.register_buffer("image_size", torch.zeros(2, dtype=torch.int64))
@@ -87,8 +93,12 @@ class DataPrior(Prior):
         self, process: Process, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Context]:
         operator = _heat_operator(process)
-        count, _, rows, columns = self.coefficients.shape
+        count, channels, rows, columns = self.coefficients.shape
         require(count > 0, "DataPrior: no training images stored yet; train the model first")
+        require(
+            channels == size[0],
+            f"this model starts from blurred training images of {channels} channel(s); it can't sample {size[0]}",
+        )
         one = torch.ones((), dtype=torch.float64, device=noise.device)
         index = (noise.uniform() * count).long()
         u = self.coefficients.new_zeros((noise.count, *size), dtype=dtype)
@@ -114,6 +124,64 @@ class DataPrior(Prior):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class GuidancePrior(Prior):
+    """y_1 = lambda_1(0) V^{-1/2} (v m) + r gamma_1(L) eps, m the mean grey values of a random training image, v the
+    guidance image that the process draws around them, of mean one.
+
+    Args:
+        noise_ratio: r, the noise of the start over the process's own.
+        max_images: how many training images to take grey values of.
+    """
+
+    grey: Tensor
+
+    def __init__(self, noise_ratio: float = 1.0, max_images: int = 10000) -> None:
+        super().__init__()
+        ok = is_number(noise_ratio) and noise_ratio >= 0
+        require(ok, f"GuidancePrior: noise_ratio must be >= 0, got {noise_ratio!r}")
+        ok = isinstance(max_images, int) and not isinstance(max_images, bool) and max_images >= 1
+        require(ok, f"GuidancePrior: max_images must be a whole number >= 1, got {max_images!r}")
+        self.noise_ratio, self._max_images = float(noise_ratio), max_images
+        self.register_buffer("grey", torch.zeros(0, 1))
+
+    @property
+    def max_images(self) -> int:
+        return self._max_images
+
+    def fit(self, images: Tensor, process: Process) -> None:
+        _osmosis(process)
+        self.grey = images[: self.max_images].to(torch.float32).mean((-2, -1)).to(self.grey.device)
+
+    def sample(
+        self, process: Process, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Context]:
+        osmosis = _osmosis(process)
+        count, channels = self.grey.shape
+        require(count > 0, "GuidancePrior: no grey values stored yet; train the model first")
+        require(channels == size[0], f"this model was trained on {channels} channel(s); it can't sample {size[0]}")
+        one = torch.ones((), dtype=torch.float64, device=noise.device)
+        mean = self.grey[(noise.uniform() * count).long()].to(dtype)
+        context = osmosis.guidance(mean, noise.normal(size, dtype))
+        operator = osmosis.operator(context)
+        signal = osmosis.signal_scale(one, torch.zeros_like(one)).to(dtype)
+        start = signal * operator.to_white(osmosis.steady_state(mean, context))
+        white = operator.apply(lambda mu: osmosis.noise_scale(one, mu), noise.normal(size, dtype))
+        return start + self.noise_ratio * white, context
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # the number of stored grey values is the data's, not the constructor's
+        stored = state_dict.get(prefix + "grey")
+        if stored is not None:
+            self.grey = self.grey.new_zeros(stored.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _osmosis(process: Process) -> Osmosis:
+    if not isinstance(process, Osmosis):
+        raise UserError(f"a prior of guidance images needs an osmosis process, not {type(process).__name__}")
+    return process
+
+
 def _heat_operator(process: Process) -> HeatOperator:
     operator = process.operator()
     if not isinstance(operator, HeatOperator):
@@ -122,7 +190,10 @@ def _heat_operator(process: Process) -> HeatOperator:
 
 
 def auto_prior(process: Process) -> Prior:
-    """`DataPrior` if a process that blurs leaves more than 2 % of a grey value at scale 1, in units of its noise."""
+    """`GuidancePrior` for osmosis; `DataPrior` if a process that blurs leaves more than 2 % of a grey value at scale 1,
+    in units of its noise; else `GaussianPrior`."""
+    if isinstance(process, Osmosis):
+        return GuidancePrior()
     grey = process.log_snr(1.0, torch.zeros(1, dtype=torch.float64))
     if isinstance(process.operator(), HeatOperator) and bool((grey > 2 * math.log(0.02)).all()):
         return DataPrior(noise_ratio=1.25 if process.has_constant_noise() else 1.0)

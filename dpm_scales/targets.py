@@ -25,6 +25,7 @@ at high frequencies. The noise target's division is by rho, the factor of one st
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -34,6 +35,11 @@ from torch import Tensor
 from dpm_scales.errors import UserError, require
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Process, Step
+
+# Of Var(x_0): scales that differ by nothing, as the first of a list may from the image, ask for nothing, not for 0 / 0.
+_SMALLEST = 1e-12
+#: a step that blurs a frequency by more than this leaves nothing of it to divide by
+MAX_DIVISION = 1e6
 
 
 @dataclass(frozen=True)
@@ -69,15 +75,25 @@ def moments(process: Process, operator: Operator, t: Tensor, data_std: Tensor, s
     noise = mean(process.noise_scale(t, mu) ** 2, flat)
     variance = data_std.to(torch.float64) ** 2
     first, second = mean(signal, power), mean(signal**2, power)
-    total = variance * second + noise
+    smallest = _SMALLEST * variance
+    total = torch.maximum(variance * second + noise, smallest)
     spread = mean((signal - first) ** 2, power)  # second - first^2 without the cancellation
+    step = variance * mean((finer_signal - signal) ** 2, power) + noise
     return Moments(
         data=variance,
         cross=variance * first,
         total=total,
-        residual=variance * (noise + variance * spread) / total,
-        step=variance * mean((finer_signal - signal) ** 2, power) + noise,
+        residual=torch.maximum(variance * (noise + variance * spread) / total, smallest),
+        step=torch.maximum(step, smallest),
     )
+
+
+def steepest_blur(process: Process, scales: Tensor) -> float:
+    """log of the largest factor by which a step between `scales` (descending) blurs some frequency beyond the mean."""
+    largest = process.operator().eigenvalues(64, 64, scales.device).max()
+    mu = largest * torch.linspace(0, 1, 24, dtype=torch.float64, device=scales.device) ** 3
+    log_rho = Step(process, scales[1:], scales[:-1]).log_rho(mu)
+    return float((log_rho[..., :1] - log_rho).max())
 
 
 @dataclass(frozen=True)
@@ -95,11 +111,22 @@ def _plain(m: Moments) -> Scalings:
     return Scalings(torch.zeros_like(one), one, m.total.rsqrt(), one)
 
 
+def _require_noise(process: Process, target: str) -> None:
+    mu = torch.zeros(1, dtype=torch.float64)
+    require(
+        bool((process.noise_scale(1.0, mu) > 0).all()),
+        f"the {target} target needs noise, and {type(process).__name__} has none; use target=clean or finer",
+    )
+
+
 class Target(ABC):
     """One row of the table above. Images and predictions are in white coordinates unless said otherwise."""
 
     def check(self, process: Process) -> None:  # noqa: B027 - most targets fit every process
         """Raise UserError if the process can't be learnt through this target."""
+
+    def check_scales(self, process: Process, scales: Tensor) -> None:  # noqa: B027
+        """Raise UserError if a sampler can't go through `scales` (descending to 0) with this target."""
 
     def scalings(self, m: Moments) -> Scalings:
         return _plain(m)
@@ -146,10 +173,14 @@ class Noise(Target):
     """The noise eps (Ho et al. 2020)."""
 
     def check(self, process: Process) -> None:
-        mu = torch.zeros(1, dtype=torch.float64)
+        _require_noise(process, "noise")
+
+    def check_scales(self, process: Process, scales: Tensor) -> None:
+        blur = steepest_blur(process, scales)
         require(
-            bool((process.noise_scale(1.0, mu) > 0).all()),
-            f"the noise target needs noise, and {type(process).__name__} has none; use target=clean or finer",
+            blur <= math.log(MAX_DIVISION),
+            f"the noise target divides by what a step leaves of each frequency, here by 1e-{blur / math.log(10):.0f}, "
+            f"more than 1e-{math.log10(MAX_DIVISION):.0f} can be undone; use target=clean, more steps or less blur",
         )
 
     def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -167,6 +198,9 @@ class Noise(Target):
 
 class Velocity(Target):
     """v = lambda_t(L) eps - gamma_t(L) y_0 (Salimans & Ho 2022), for any operator."""
+
+    def check(self, process: Process) -> None:
+        _require_noise(process, "velocity")
 
     def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return operator.combine(
@@ -188,7 +222,7 @@ class Velocity(Target):
 
 
 class FinerScale(Target):
-    """The step to the next finer scale, m_s - y_t with s = t - 1 / num_scales (Rissanen et al. 2023, Eq. (9)).
+    """The step to the next finer scale, m_s - x_t in pixels, s = t - 1 / num_scales (Rissanen et al. 2023, Eq. (9)).
 
     Args:
         equal_weight: give every scale the same weight, rather than the published unweighted pixel loss.
@@ -203,15 +237,18 @@ class FinerScale(Target):
 
     def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         finer = (t - 1 / process.num_scales).clamp(min=0)
-        return operator.apply(process.signal(finer), operator.to_white(x_0)) - operator.to_white(x_t)
+        return operator.to_pixels(operator.apply(process.signal(finer), operator.to_white(x_0))) - x_t
 
     def clean(
         self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
     ) -> Tensor:
-        return y_t + prediction
+        return y_t + operator.to_white(prediction)
+
+    def check_scales(self, process: Process, scales: Tensor) -> None:
+        self.check_steps(process, len(scales) - 1)
 
     def check_steps(self, process: Process, steps: int) -> None:
-        """Only whole chains can be walked: the network knows one step."""
+        """Raise UserError unless `steps` walks the whole chain: the network knows one step only."""
         if steps != process.num_scales:
             raise UserError(
                 f"a network trained on the finer-scale target knows steps of 1/{process.num_scales} only, "

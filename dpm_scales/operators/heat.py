@@ -43,6 +43,11 @@ def _blur_matrix(n: int, time: Tensor, spectrum: str, dtype: torch.dtype) -> Ten
     return (basis.T * decay[..., None, :]) @ basis
 
 
+def _as_given(x: Tensor) -> torch.autocast:
+    """The law is computed in the images' own precision: mixed precision is the network's alone."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def heat_blur(x: Tensor, dissipation_time: Tensor | float, spectrum: str = "continuous") -> Tensor:
     """Homogeneous diffusion ``exp(T Laplacian) x`` with reflecting boundaries (Eq. (33)-(35), Peter 2024).
 
@@ -68,12 +73,13 @@ def heat_blur(x: Tensor, dissipation_time: Tensor | float, spectrum: str = "cont
         )
     time = time.clamp(max=1e300)  # 0 * inf: an infinite time leaves the mean image
     batch, channels, height, width = x.shape
-    columns = _blur_matrix(width, time, spectrum, x.dtype)
-    rows = columns if height == width else _blur_matrix(height, time, spectrum, x.dtype)
-    if time.ndim == 0:
-        return rows @ (x @ columns)
-    x = torch.bmm(x.reshape(batch, channels * height, width), columns)
-    return rows[:, None] @ x.reshape(batch, channels, height, width)
+    with _as_given(x):
+        columns = _blur_matrix(width, time, spectrum, x.dtype)
+        rows = columns if height == width else _blur_matrix(height, time, spectrum, x.dtype)
+        if time.ndim == 0:
+            return rows @ (x @ columns)
+        x = torch.bmm(x.reshape(batch, channels * height, width), columns)
+        return rows[:, None] @ x.reshape(batch, channels, height, width)
 
 
 class HeatOperator(Operator):
@@ -95,12 +101,14 @@ class HeatOperator(Operator):
     def analysis(self, x: Tensor) -> Tensor:
         """Orthonormal DCT-II over the last two axes: pixels to coefficients u."""
         rows, columns = self._matrices(x)
-        return rows @ (x @ columns.mT)
+        with _as_given(x):
+            return rows @ (x @ columns.mT)
 
     def synthesis(self, u: Tensor) -> Tensor:
         """Inverse of `analysis`."""
         rows, columns = self._matrices(u)
-        return rows.mT @ (u @ columns)
+        with _as_given(u):
+            return rows.mT @ (u @ columns)
 
     def apply(self, f: SpectralFunction, y: Tensor) -> Tensor:
         if isinstance(f, Decay):

@@ -2,6 +2,7 @@
 
 from dpm_scales.processes.law import Context, Gaussian, Process, Scale, Step, as_scale
 from dpm_scales.processes.members import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat
+from dpm_scales.processes.osmosis import InverseOsmosis, Osmosis, OsmosisDiffusion, OsmosisFilter
 
 __all__ = [
     "VE",
@@ -12,6 +13,10 @@ __all__ = [
     "Gaussian",
     "Homogeneous",
     "InverseHeat",
+    "InverseOsmosis",
+    "Osmosis",
+    "OsmosisDiffusion",
+    "OsmosisFilter",
     "Process",
     "Scale",
     "Step",

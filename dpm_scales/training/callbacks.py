@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from rich import get_console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import UserError, require_number
 from dpm_scales.images import atomic_write, make_grid, save_png, to_uint8, write_text
 from dpm_scales.noise import NoiseSource
 from dpm_scales.training.export import read_checkpoint
 from dpm_scales.training.module import DiffusionModule
+
+LOSS_EVERY = 50  # steps between two readings of the loss by the progress bar
 
 
 class WeightAverage(WeightAveraging):
     """Exponential moving average, decay min(`decay`, (1 + n) / (10 + n)) at update n."""
 
     def __init__(self, decay: float = 0.999) -> None:
-        require(0 <= decay < 1, f"ema.decay must lie in [0, 1), got {decay}")
+        require_number("ema.decay", decay, 0, 1)
         self.decay = decay
         # buffers are constants of the model here; averaging would round the integer ones
         super().__init__(use_buffers=False, avg_fn=self._average)
@@ -51,18 +58,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
-def checkpoints(folder: Path, every_n_steps: int) -> list[Callback]:
-    """`last.ckpt` every n steps, and `best.ckpt` by validation loss."""
-    require(every_n_steps >= 1, f"checkpoint.every_n_steps must be >= 1, got {every_n_steps}")
-    last = ModelCheckpoint(
-        folder,
-        filename="last",
-        every_n_train_steps=every_n_steps,
-        save_top_k=1,
-        enable_version_counter=False,
-        save_on_train_epoch_end=False,
-    )
-    best = ModelCheckpoint(
+def best_checkpoint(folder: Path) -> Callback:
+    """`best.ckpt` by validation loss."""
+    return ModelCheckpoint(
         folder,
         filename="best",
         monitor="val/loss",
@@ -70,7 +68,40 @@ def checkpoints(folder: Path, every_n_steps: int) -> list[Callback]:
         enable_version_counter=False,
         save_on_train_epoch_end=False,
     )
-    return [last, best]
+
+
+class LastCheckpoint(Callback):
+    """`last.ckpt` every n steps, and after the step in which SIGTERM came, as clusters send it before they take away.
+
+    Where a validation follows the step, the checkpoint waits for its end: a run that went on from between would leave
+    it out. Must come after `WeightAverage`, which averages after every step.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int) -> None:
+        require_number("checkpoint.every_n_steps", every_n_steps, 1, whole=True)
+        self.path, self.every_n_steps = path, every_n_steps
+        self._step = 0  # the last one seen
+        self._waits = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:  # gradients are being accumulated, and no checkpoint holds them
+            return
+        self._step = trainer.global_step
+        if self._step % self.every_n_steps == 0 or trainer.received_sigterm:
+            batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+            self._waits = trainer.enable_validation and batches % (trainer.val_check_batch or math.inf) == 0
+            if not self._waits:
+                trainer.save_checkpoint(self.path)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._waits:
+            self._waits = False
+            trainer.save_checkpoint(self.path)
 
 
 class FinalCheckpoint(Callback):
@@ -83,6 +114,16 @@ class FinalCheckpoint(Callback):
         trainer.save_checkpoint(self.path)
 
 
+class LastValidation(Callback):
+    """A validation, and so a grid and a loss to compare runs by, after the last step, wherever the next was due."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.val_check_batch = 1
+
+
 class SampleGrid(Callback):
     """`samples/step-N.png` at each validation, from the averaged weights and always the same noise.
 
@@ -90,7 +131,7 @@ class SampleGrid(Callback):
     """
 
     def __init__(self, folder: Path, num_images: int = 64, seed: int = 0) -> None:
-        require(num_images >= 0, f"samples.num_images must be >= 0, got {num_images}")
+        require_number("samples.num_images", num_images, 0, whole=True)
         self.folder, self.num_images, self.seed = folder, num_images, seed
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -111,6 +152,79 @@ class SampleGrid(Callback):
                 logger.log_image("samples", [grid.permute(1, 2, 0).numpy()], step=trainer.global_step)
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", grid, trainer.global_step)
+
+
+class StepBar(ProgressBar):
+    """One bar over all steps, with the rate, the time left and the loss; in a log file, one line at each validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._bar: Progress | None = None
+        self._started = (0.0, 0)
+
+    def disable(self) -> None:
+        """Called by Lightning on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = (time.perf_counter(), trainer.global_step)
+        if not self._enabled or not get_console().is_terminal:
+            return
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[rate]} left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+        )
+        total = trainer.max_steps if trainer.max_steps > 0 else None
+        self._bar = Progress(*columns, console=get_console())
+        self._bar.add_task("", total=total, completed=trainer.global_step, rate="", losses="")
+        self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # the loss is read no more often than it is logged: every reading waits for the device
+        if self._bar is None:
+            return
+        self._bar.update(TaskID(0), completed=trainer.global_step, rate=f"{self._rate(trainer):.1f} steps/s,")
+        if trainer.global_step % LOSS_EVERY == 0:
+            self._bar.update(TaskID(0), losses=self._losses(trainer))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._enabled and self._bar is None and not trainer.sanity_checking:
+            rate = self._rate(trainer)
+            total, left = "", ""
+            if trainer.max_steps > 0:
+                seconds = (trainer.max_steps - trainer.global_step) / max(rate, 1e-9)
+                total, left = f"/{trainer.max_steps}", f", {timedelta(seconds=round(seconds))} left"
+            line = f"step {trainer.global_step}{total}, {rate:.1f} steps/s{left}, {self._losses(trainer)}"
+            print(line, flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _rate(self, trainer: pl.Trainer) -> float:
+        start, first = self._started
+        return (trainer.global_step - first) / max(time.perf_counter() - start, 1e-9)
+
+    def _losses(self, trainer: pl.Trainer) -> str:
+        values = trainer.progress_bar_metrics
+        return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float))
 
 
 class MetricsFile(Logger):
@@ -138,9 +252,14 @@ class MetricsFile(Logger):
     def version(self) -> str:
         return ""
 
-    def forget_after(self, step: int) -> None:
-        """Drop the rows that a resumed run will write again."""
-        self._rows = [row for row in self._rows if int(row["step"]) <= step]
+    def last(self, prefix: str) -> dict[str, float]:
+        """The last value of every column that begins with `prefix`."""
+        named = [(name, row[name]) for row in self._rows for name in row if name.startswith(prefix)]
+        return {name: float(value) for name, value in named if value}
+
+    def forget_from(self, step: int) -> None:
+        """Drop the rows that a run resumed after `step` steps will write again; Lightning counts them from 0."""
+        self._rows = [row for row in self._rows if int(row["step"]) < step]
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -154,8 +273,6 @@ class MetricsFile(Logger):
             self._rows[-1].update(row)
         else:
             self._rows.append(row)
-        if any(name.startswith("val/") for name in metrics):
-            self.save()
 
     @rank_zero_only
     def save(self) -> None:

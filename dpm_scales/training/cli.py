@@ -1,46 +1,126 @@
 """What the entry points share: one clear line for a user's mistake, and the way a run is found again.
 
-Hydra is asked for its exceptions instead of its own reports; whatever is not a user's mistake keeps its traceback.
+Hydra is asked for its exceptions instead of its own reports. A user's mistake ends with one line on standard error and
+status 2; whatever is not one keeps its traceback. HYDRA_FULL_ERROR=1 gives the traceback of both.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import yaml
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from dpm_scales.errors import UserError, suggest
+from dpm_scales.errors import UserError, require, suggest
+
+Result = TypeVar("Result")
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+TRACEBACK = "HYDRA_FULL_ERROR"
+#: the user's own wish for tracebacks; Hydra's variable is set in any case, or Hydra would not hand us its exceptions
+WISH = "DPM_SCALES_TRACEBACK"
+SWEEP_FLAGS = ("-m", "--multirun")
+#: options whose values are paths: they may hold what Hydra's grammar wants in quotes (run folders hold = and ,)
+PATHS = ("run_dir", "resume", "model", "out", "reference", "data.root", "data.path")
+PLAIN_VALUE = re.compile(r"""null|\$\{.*|".*"|'.*'|[A-Za-z_./][A-Za-z0-9_./+-]*""", re.DOTALL)
+
+
+def is_sweep() -> bool:
+    """Whether this job is one of several."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def job(function: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result]:
+    """Decorator below `hydra.main`: a single run ends here with its line, before Hydra adds lines of its own.
+
+    A run of a sweep says its line at once, since at the end Hydra hands on the first failure alone.
+    """
+
+    @functools.wraps(function)
+    def run(cfg: DictConfig) -> Result:
+        try:
+            return function(cfg)
+        except Exception as error:
+            line = one_line(error)
+            if line is None or os.environ.get(WISH) == "1":
+                raise
+            if not is_sweep():
+                _fail(line)
+            print(f"failed: {' '.join(HydraConfig.get().overrides.task)}: {line}", file=sys.stderr, flush=True)
+            raise UserError(line) from None
+
+    return run
 
 
 def main(entry: Callable[[], None], config_name: str) -> None:
     """Run a `hydra.main` function; exits with status 2 and one line on standard error for a user's mistake."""
-    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ.setdefault(WISH, os.environ.get(TRACEBACK, "0"))  # processes started from here inherit it
+    os.environ[TRACEBACK] = "1"
+    sys.argv[1:] = tidy(sys.argv[1:])
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {' '.join(str(message).split())}\n"
     try:
         entry()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         line = one_line(error, config_name)
-        if line is None or traceback_wanted:
+        if line is None or os.environ[WISH] == "1":
             raise
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        _fail(line)
 
 
-def one_line(error: BaseException, config_name: str) -> str | None:
+def tidy(argv: list[str]) -> list[str]:
+    """Arguments as Hydra wants them.
+
+    Flags first; quotes around the paths that need them; and an object in place of another, `KEY={_target_:…}`, which
+    Hydra would merge with the one that is there, as removal and addition.
+    """
+    sweep = bool(set(SWEEP_FLAGS) & set(argv))
+    flags = [a for a in argv if a in SWEEP_FLAGS]
+    options = []
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if argument in SWEEP_FLAGS:
+            continue
+        if key in PATHS and equals and not PLAIN_VALUE.fullmatch(value) and not (sweep and "," in value):
+            mark = '"' if "'" in value else "'"
+            options.append(f"{key}={mark}{value}{mark}")
+        elif value.startswith("{") and "_target_" in value and key[0] not in "+~":
+            options += [f"~{key}", f"+{key}={value}"]
+        else:
+            options.append(argument)
+    return flags + options
+
+
+def _fail(line: str) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__
+
+
+def one_line(error: BaseException, config_name: str = "") -> str | None:
     """The line for a user's mistake, None for a defect."""
-    chain: list[BaseException] = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
+    chain = list(_causes(error))
     for link in chain:
         if isinstance(link, UserError):
             return str(link)
@@ -49,16 +129,18 @@ def one_line(error: BaseException, config_name: str) -> str | None:
             name = str(link.missing_cfg_file or "").removesuffix(".yaml")
             group, _, choice = name.rpartition("/")
             return f"unknown {group or 'config'} {choice!r}: {suggest(choice, link.options)}"
+        if isinstance(link, OverrideParseException):
+            return f"{link.override!r} is not an option: write KEY=VALUE, and quote values with spaces or brackets"
         if isinstance(link, MissingMandatoryValue):
             key = re.search(r"(?:full_key: |mandatory value: )([\w.]+)", str(link))
             return f"{key.group(1) if key else 'a key'} has no value yet; give it on the command line: KEY=VALUE"
-    for link in reversed(chain):
-        if isinstance(link, ConfigCompositionException | OmegaConfBaseException | HydraException):
-            if isinstance(link, InstantiationException):
-                continue
-            return _shorten(str(link), config_name)
     if isinstance(error, InstantiationException):
         return _instantiation(error, chain[-1])
+    for link in reversed(chain):
+        if isinstance(link, HydraException | OmegaConfBaseException):
+            return _shorten(str(link), config_name)
+        if type(link).__name__ == "MisconfigurationException":  # Lightning's; importing it would take seconds
+            return " ".join(str(link).split())
     return None
 
 
@@ -69,38 +151,44 @@ def _shorten(message: str, config_name: str) -> str:
         full = unknown.group(2)
         return f"unknown option {full!r}: {suggest(full, _known_keys(config_name, full))}"
     group = re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", message)
-    if group:
-        return f"unknown option {group.group(1)!r}: {suggest(group.group(1), _known_keys(config_name, ''))}"
+    missing = re.search(r"Could not delete from config\. '([^']+)' does not exist", message)
+    if group or missing:
+        name = (group or missing).group(1)
+        return f"unknown option {name!r}: {suggest(name, _known_keys(config_name, name))}"
     lines = [line.strip() for line in message.splitlines() if line.strip() and "hydra.cc" not in line]
     return " ".join(lines)
 
 
 def _known_keys(config_name: str, full: str) -> list[str]:
-    """Keys at the level of `full` in the config with its default choices."""
-    from hydra import compose
-    from hydra.core.global_hydra import GlobalHydra
-
-    if not GlobalHydra.instance().is_initialized():
-        return []
-    overrides = [a for a in sys.argv[1:] if re.fullmatch(r"(process|data|network|sampler|target|prior)=\w+", a)]
-    node: Any = compose(config_name, overrides=overrides)
+    """Keys at the level of `full` in the config with the choices made on the command line."""
+    choices = [a for a in sys.argv[1:] if re.fullmatch(r"(process|data|network|sampler|target|prior|logger)=\w+", a)]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        node: Any = compose(config_name, overrides=choices)
     parent = full.rpartition(".")[0]
     for part in filter(None, parent.split(".")):
         if not OmegaConf.is_dict(node) or part not in node:
             return []
         node = node._get_node(part)
-    return [f"{parent}.{key!s}".lstrip(".") for key in node] if OmegaConf.is_dict(node) else []
+    if not OmegaConf.is_dict(node):
+        return []
+    chosen = ["experiment"] if config_name == "train" and not parent else []  # leaves no key of its own behind
+    return chosen + [f"{parent}.{key!s}".lstrip(".") for key in node if key != "_target_"]
 
 
 def _instantiation(error: InstantiationException, root: BaseException) -> str | None:
-    """Wrong arguments of a config's class: the user's; anything else below it: ours."""
-    text = str(root)
-    unexpected = re.search(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", text)
+    """Arguments that a config's class does not take: the user's mistake; anything else below it: ours."""
+    text = " ".join(str(root).split()) or type(root).__name__
+    key = re.search(r"full_key: (\S+)", str(error))
+    target = re.search(r"target '([\w.]+)'", str(error))
+    where = key.group(1) if key else target.group(1) if target else "config"
+    unexpected = re.search(r"got an unexpected keyword argument '(\w+)'", text)
     if unexpected:
-        key = re.search(r"full_key: (\S+)", str(error))
-        return f"unknown option {(key.group(1) + '.') if key else ''}{unexpected.group(2)}"
-    if isinstance(root, TypeError | ImportError | AttributeError) and "Error locating target" in str(error):
-        return _shorten(str(error), "")
+        return f"unknown option {where}.{unexpected.group(1)}"
+    if isinstance(root, InstantiationException):
+        return text
+    if isinstance(root, TypeError | ValueError | ImportError | AttributeError) or "Misconfig" in type(root).__name__:
+        return f"{where}: {text} ({TRACEBACK}=1 shows where)"
     return None
 
 
@@ -109,19 +197,30 @@ def with_stored_overrides(argv: list[str]) -> list[str]:
 
     Raises: UserError if `resume` names a folder without a run.
     """
-    given = dict(a.split("=", 1) for a in argv if re.match(r"(run_dir|resume)=", a))
-    if "resume" in given and given["resume"] not in ("null", ""):
-        folder = Path(given["resume"])
-        if not (folder / "overrides.yaml").is_file():
-            raise UserError(f"resume={folder}: no run there (it would hold overrides.yaml)")
-        argv = [a for a in argv if not a.startswith(("resume=", "run_dir="))] + [f"run_dir={folder}"]
-    elif "run_dir" in given and not {"-m", "--multirun"} & set(argv):
-        folder = Path(given["run_dir"])
-    else:
+    sweep = bool(set(SWEEP_FLAGS) & set(argv))
+    resume = _path_option(argv, "resume")
+    if resume is not None:
+        require(not sweep, "resume goes on with one run; the same sweep once more goes on with all of its runs")
+        require((Path(resume) / "overrides.yaml").is_file(), f"resume={resume}: no run there")
+        argv = tidy([a for a in argv if not a.startswith(("resume=", "run_dir="))] + [f"run_dir={resume}"])
+    folder = _path_option(argv, "run_dir")
+    if folder is None or sweep:
         return argv
-    stored_file = folder / "overrides.yaml"
+    stored_file = Path(folder) / "overrides.yaml"
     if not stored_file.is_file():
         return argv
-    stored = [o for o in yaml.safe_load(stored_file.read_text()) if not o.startswith(("run_dir=", "resume="))]
-    keys = {a.split("=", 1)[0] for a in argv}
+    try:
+        stored = [str(o) for o in yaml.safe_load(stored_file.read_text())]
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"{stored_file} is damaged; remove it and give the run's options again") from error
+    keys = {a.split("=", 1)[0] for a in argv} | {"run_dir", "resume"}
     return [o for o in stored if o.split("=", 1)[0] not in keys] + argv
+
+
+def _path_option(argv: list[str], key: str) -> str | None:
+    """Value of the last ``key=…``, without its quotes; None for none."""
+    values = [a for a in argv if a.startswith(f"{key}=")]
+    if not values or (set(SWEEP_FLAGS) & set(argv) and "," in values[-1]):
+        return None
+    value = OverridesParser.create().parse_override(values[-1]).value()
+    return None if value in (None, "") else str(value)

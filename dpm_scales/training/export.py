@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.images import write_bytes, write_text
 from dpm_scales.priors import Prior
 from dpm_scales.samplers import Sampler
 
 FORMAT = "dpm_scales model"
 VERSION = 1
+WEIGHTS = ("averaged", "raw")
 #: parts of a model; each is a config with a `_target_` of this package
 PARTS = ("process", "target", "network", "prior", "sampler")
-ALLOWED = tuple(f"dpm_scales.{room}." for room in "processes schedules targets networks priors samplers".split())
+ROOMS = ("processes", "schedules", "targets", "networks", "priors", "samplers")
 
 
 @dataclass(frozen=True)
@@ -89,19 +91,15 @@ class Model:
 
 def build_model(recipe: Recipe, data_std: float = 0.5) -> Model:
     """Build a model with fresh weights. Raises UserError for parts that do not fit together."""
-    parts = recipe.parts
-    process = instantiate(parts["process"], _convert_="all")
+    parts = OmegaConf.create({name: recipe.parts[name] for name in PARTS})  # so that errors name the part
+
+    def build(name: str, **arguments: Any) -> Any:
+        return instantiate(parts[name], _convert_="all", **arguments)
+
+    process = build("process")
     inputs = recipe.channels * (1 + process.context_channels)
-    network = instantiate(
-        parts["network"],
-        in_channels=inputs,
-        out_channels=recipe.channels,
-        num_classes=recipe.num_classes,
-        _convert_="all",
-    )
-    target = instantiate(parts["target"], _convert_="all")
-    prior = instantiate(parts["prior"], _convert_="all")
-    sampler = instantiate(parts["sampler"], _convert_="all")
+    network = build("network", in_channels=inputs, out_channels=recipe.channels, num_classes=recipe.num_classes)
+    target, prior, sampler = build("target"), build("prior"), build("sampler")
     if not isinstance(prior, Prior):
         prior = prior(process)
     if not isinstance(sampler, Sampler):
@@ -116,7 +114,8 @@ def save_model(folder: Path, model: Model, state: dict[str, Tensor] | None = Non
     state = model.modules().state_dict() if state is None else state
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / "model.safetensors", save(tensors, metadata={"format": FORMAT, "version": str(VERSION)}))
+    # one entry: several come in any order, and the same model should be the same bytes
+    write_bytes(folder / "model.safetensors", save(tensors, metadata={"format": f"{FORMAT} {VERSION}"}))
     write_text(folder / "config.yaml", yaml.safe_dump(model.recipe.to_dict(), sort_keys=False))
 
 
@@ -129,30 +128,24 @@ def load_model(path: str | Path, weights: str = "averaged") -> Model:
     Raises: UserError if nothing is there, if it is not a model of ours, or if its weights do not fit its config.
     """
     path = Path(path)
-    require(weights in ("averaged", "raw"), f"weights must be averaged or raw, got {weights!r}")
+    require(weights in WEIGHTS, f"unknown weights {weights!r}: {suggest(str(weights), WEIGHTS)}")
+    require(path.exists(), f"no model at {path}: no such file or folder")
+    tensors = path
     if path.is_dir():
-        folder = path / "model" if (path / "model" / "config.yaml").is_file() else path
+        exports = [folder / "model.safetensors" for folder in (path / "model", path)]
+        tensors = next((file for file in exports if file.is_file()), path / "checkpoints" / "last.ckpt")
         if weights == "raw":
-            path = _last_checkpoint(path)
-        elif (folder / "config.yaml").is_file() and (folder / "model.safetensors").is_file():
-            return _load_export(folder)
-        else:
-            path = _last_checkpoint(path)
-    require(path.is_file(), f"no model at {path}: no such file or folder")
-    if path.suffix == ".safetensors":
-        return _load_export(path.parent, path)
-    return _load_checkpoint(path, weights)
+            tensors = path / "checkpoints" / "last.ckpt"
+            require(tensors.is_file(), f"raw weights are in checkpoints only, and there is no {tensors}")
+        require(tensors.is_file(), f"no model in {path}: neither model/model.safetensors nor checkpoints/last.ckpt")
+    if tensors.suffix == ".safetensors":
+        require(weights != "raw", f"raw weights are in checkpoints only, not in {tensors}")
+        return _load_export(tensors)
+    return _load_checkpoint(tensors, weights)
 
 
-def _last_checkpoint(folder: Path) -> Path:
-    path = folder / "checkpoints" / "last.ckpt"
-    require(path.is_file(), f"no model at {folder}: neither model/model.safetensors nor checkpoints/last.ckpt")
-    return path
-
-
-def _load_export(folder: Path, tensors: Path | None = None) -> Model:
-    config = folder / "config.yaml"
-    tensors = tensors or folder / "model.safetensors"
+def _load_export(tensors: Path) -> Model:
+    config = tensors.with_name("config.yaml")
     require(config.is_file(), f"{tensors} has no config.yaml beside it")
     try:
         values = yaml.safe_load(config.read_text())
@@ -171,7 +164,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a checkpoint of dpm_scales (it is damaged or holds foreign objects)") from error
-    if not isinstance(values, dict) or "state_dict" not in values or "recipe" not in values:
+    states = [values.get(key, {}) for key in ("state_dict", "current_model_state")] if isinstance(values, dict) else []
+    plain_states = all(isinstance(state, dict) and all(isinstance(name, str) for name in state) for state in states)
+    if not states or not plain_states or not {"state_dict", "recipe"} <= values.keys():
         raise UserError(f"{path} is not a checkpoint of dpm_scales")
     return values
 
@@ -204,8 +199,7 @@ def _check_targets(value: Any, source: str) -> None:
     if isinstance(value, dict):
         for key, entry in value.items():
             if key == "_target_":
-                ok = isinstance(entry, str) and entry.startswith(ALLOWED) and entry.count(".") == 2
-                require(ok, f"{source} asks for {entry!r}; a model may only use the classes of dpm_scales")
+                _check_target(entry, source)
             elif str(key).startswith("_") and key != "_partial_":
                 raise UserError(f"{source} holds the key {key!r}, which a model's config may not")
             else:
@@ -215,6 +209,16 @@ def _check_targets(value: Any, source: str) -> None:
             _check_targets(entry, source)
     elif isinstance(value, str) and "${" in value:
         raise UserError(f"{source} holds the interpolation {value!r}; a model's config must be resolved")
+
+
+def _check_target(name: Any, source: str) -> None:
+    """Only what a room of the core itself defines: no import of others, nothing that a room imports from elsewhere."""
+    parts = name.split(".") if isinstance(name, str) else []
+    ours = len(parts) == 3 and parts[0] == "dpm_scales" and parts[1] in ROOMS
+    require(ours, f"{source} asks for {name!r}; a model may only use the classes of dpm_scales")
+    found = getattr(import_module(f"dpm_scales.{parts[1]}"), parts[2], None)
+    defined_here = str(getattr(found, "__module__", "")).startswith(f"dpm_scales.{parts[1]}")
+    require(callable(found) and defined_here, f"{source} asks for {name!r}, which this version of dpm_scales has not")
 
 
 def _cause(error: BaseException) -> str:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from dpm_scales.data import ImageDataModule
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import to_range
 from dpm_scales.training.export import Model
 
 DECAYS = ("cosine", "constant")
 BANDS = 4
+BETAS = "optimizer.betas must be two numbers in [0, 1)"
 HEALTH_CHECK_STEPS = 50  # the host waits for the device only this often
 
 
@@ -57,10 +58,13 @@ class DiffusionModule(pl.LightningModule):
         compile_network: bool = False,
     ) -> None:
         super().__init__()
-        require(learning_rate > 0, f"optimizer.learning_rate must be positive, got {learning_rate}")
-        require(warmup_steps >= 0, f"optimizer.warmup_steps must be >= 0, got {warmup_steps}")
-        require(decay in DECAYS, f"optimizer.decay must be one of {', '.join(DECAYS)}, got {decay!r}")
-        require(max_bad_steps >= 1, f"optimizer.max_bad_steps must be >= 1, got {max_bad_steps}")
+        require_number("optimizer.learning_rate", learning_rate, 0)
+        require_number("optimizer.warmup_steps", warmup_steps, 0, whole=True)
+        require(decay in DECAYS, f"unknown optimizer.decay {decay!r}: {suggest(str(decay), DECAYS)}")
+        pair = isinstance(betas, list | tuple) and len(betas) == 2
+        require(pair and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas), BETAS + f", got {betas!r}")
+        require_number("optimizer.weight_decay", weight_decay, 0)
+        require_number("optimizer.max_bad_steps", max_bad_steps, 1, whole=True)
         self.parts = model
         self.model = model.modules()
         self.learning_rate, self.warmup_steps, self.decay = learning_rate, warmup_steps, decay
@@ -69,16 +73,15 @@ class DiffusionModule(pl.LightningModule):
         if compile_network:
             model.denoiser.network.compile(fullgraph=True)
 
-    # Not buffers: weight averaging swaps those between the two models.
-    bad_in_a_row: Tensor
-    bad_steps: Tensor
-    _band_sums: Tensor
+        # Not buffers: weight averaging swaps those between the two models.
+        #: steps skipped for non-finite gradients: in all, in a row until now, and the longest row
+        self.bad_steps = torch.zeros(3)
+        self._band_sums = torch.zeros(2, BANDS, dtype=torch.float64)
 
     # --- training -----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        self.bad_in_a_row = torch.zeros((), device=self.device)
-        self.bad_steps = torch.zeros((), device=self.device)
+        self.bad_steps = self.bad_steps.to(self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         self._seed_step()
@@ -115,22 +118,23 @@ class DiffusionModule(pl.LightningModule):
         bad = (~torch.isfinite(norm)).to(torch.float32)
         inner = getattr(optimizer, "optimizer", optimizer)
         inner.found_inf = bad
-        self.bad_steps += bad
-        self.bad_in_a_row.copy_((self.bad_in_a_row + bad) * bad)
+        total, row, longest = self.bad_steps.unbind()
+        row = (row + bad) * bad
+        self.bad_steps = torch.stack([total + bad, row, torch.maximum(longest, row)])
         self.log("train/grad_norm", norm, on_step=True)
+        self.log("train/bad_steps", self.bad_steps[0], on_step=True)
         if (self.global_step + 1) % HEALTH_CHECK_STEPS == 0:
-            self.log("train/bad_steps", self.bad_steps)
             self._check_health()
 
     def on_train_end(self) -> None:
         self._check_health()
 
     def _check_health(self) -> None:
-        bad = int(self.bad_in_a_row)
+        bad = int(self.bad_steps[2])
         if bad >= self.max_bad_steps:
             raise UserError(
-                f"the loss was not finite for {bad} steps in a row at step {self.global_step}; the last checkpoint "
-                "is kept: lower optimizer.learning_rate or set trainer.precision=32-true, then resume"
+                f"the loss was not finite for {bad} steps in a row before step {self.global_step}; the last "
+                "checkpoint is kept: lower optimizer.learning_rate or set trainer.precision=32-true, then resume"
             )
 
     # --- validation ---------------------------------------------------------------------------------------------------
@@ -153,14 +157,20 @@ class DiffusionModule(pl.LightningModule):
         gathered = cast(Tensor, self.all_gather(self._band_sums))
         sums, counts = gathered.reshape(-1, 2, BANDS).sum(0)
         values = sums / counts.clamp(min=1)
-        self.log("val/loss", sums.sum() / counts.sum().clamp(min=1), prog_bar=True)
+        # gathered, so the same everywhere; `sync_dist` spares Lightning's advice to use it
+        self.log("val/loss", sums.sum() / counts.sum().clamp(min=1), prog_bar=True, sync_dist=True)
         for i in range(BANDS):
-            self.log(f"val/loss_t{(i + 1) / BANDS:.2f}", values[i])
+            self.log(f"val/loss_t{(i + 1) / BANDS:.2f}", values[i], sync_dist=True)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.parts.recipe.to_dict()
+        checkpoint["bad_steps"] = self.bad_steps.tolist()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        total, row, _ = checkpoint["bad_steps"]
+        self.bad_steps = torch.tensor([total, row, row])  # a longer row before was a matter of the run before
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
+import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +19,46 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf
 
-from dpm_scales.data import ImageDataModule
-from dpm_scales.errors import UserError, require
+from dpm_scales.data import ImageDataModule, ShuffledBatches
+from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import write_text
 from dpm_scales.training.callbacks import (
     AtomicCheckpointIO,
     FinalCheckpoint,
+    LastCheckpoint,
+    LastValidation,
     MetricsFile,
     SampleGrid,
+    StepBar,
     WeightAverage,
+    best_checkpoint,
     check_writable,
-    checkpoints,
 )
-from dpm_scales.training.export import PARTS, Model, Recipe, build_model, plain, read_checkpoint, save_model
+from dpm_scales.training.cli import CONFIGS, tidy
+from dpm_scales.training.export import PARTS, Recipe, build_model, plain, read_checkpoint, save_model
 from dpm_scales.training.module import DiffusionModule, fit_to_data
 
 #: overrides that say where or on what to run, not what: they do not name a run
 UNNAMED = ("run_dir", "resume", "trainer.devices", "trainer.accelerator", "trainer.enable_progress_bar", "hydra")
 
 
+#: half precision overflows, and 64 bits are for the curves of a process, which have them anyway
+PRECISIONS = {"32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
+
+
 def run_name(overrides: list[str]) -> str:
-    """A folder name from a run's overrides, the same for the same overrides in any order; "default" without any."""
-    named = sorted(o for o in overrides if not o.lstrip("+~").startswith(UNNAMED))
-    name = re.sub(r"[^A-Za-z0-9=.,_+-]+", "-", ",".join(named)) or "default"
-    if len(name) > 100:
-        name = f"{name[:80]}-{hashlib.sha256(','.join(named).encode()).hexdigest()[:12]}"
-    return name
+    """A folder name from a run's overrides, the same for the same overrides in any order; "default" without any.
+
+    A hash is added where characters had to be replaced or left out, so that different overrides never share a folder.
+    """
+    named = ",".join(sorted(o for o in overrides if not o.lstrip("+~").startswith(UNNAMED)))
+    name = re.sub(r"[^A-Za-z0-9=.,_+-]+", "-", named)[:80]
+    if name != named:
+        name = f"{name}-{hashlib.sha256(named.encode()).hexdigest()[:12]}"
+    return name or "default"
 
 
 def _recipe(cfg: DictConfig, data: ImageDataModule) -> Recipe:
@@ -57,17 +72,51 @@ def _recipe(cfg: DictConfig, data: ImageDataModule) -> Recipe:
     return Recipe(parts, data.channels, data.image_size, classes, names or None)
 
 
-def _trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback], loggers: list[Any]) -> pl.Trainer:
-    settings = OmegaConf.to_container(cfg.trainer, resolve=True)
-    assert isinstance(settings, dict)
-    cuda = torch.cuda.is_available() and settings["accelerator"] in ("auto", "gpu", "cuda")
-    settings["precision"] = settings["precision"] or ("bf16-mixed" if cuda else "32-true")
-    if str(settings["precision"]).startswith("16"):
-        raise UserError(f"trainer.precision={settings['precision']} overflows; use bf16-mixed or 32-true")
+def _check_keys(cfg: DictConfig) -> None:
+    """Refuse keys that nothing reads: Hydra lets an experiment file add any."""
+    known = yaml.safe_load((CONFIGS / "train.yaml").read_text())
+    read = {"": [*PARTS, "data", "trainer", "logger", *known]}
+    read |= {section: list(known[section]) for section in ("optimizer", "ema", "checkpoint", "samples")}
+    for section, names in read.items():
+        for key in cfg[section] if section else cfg:
+            if key not in names:
+                full = [f"{section}.{name}".lstrip(".") for name in (key, *names)]
+                raise UserError(f"unknown option {full[0]!r}: {suggest(full[0], full[1:])}")
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    """What would otherwise fail late, or below Lightning with its words."""
+    require_number("seed", cfg.seed, 0, 2**32 - 1, whole=True)
+    trainer = cfg.trainer
+    if trainer.max_steps != -1:
+        require_number("trainer.max_steps", trainer.max_steps, 1, whole=True)
+    require(
+        trainer.max_steps != -1 or trainer.max_time is not None,
+        "trainer.max_steps=-1 never ends; set trainer.max_time=DD:HH:MM:SS or a number of steps",
+    )
+    require_number("trainer.val_check_interval", trainer.val_check_interval, 1, whole=True)
+    require_number("trainer.log_every_n_steps", trainer.log_every_n_steps, 1, whole=True)
+    require_number("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1, whole=True)
+    if trainer.gradient_clip_val is not None:
+        require_number("trainer.gradient_clip_val", trainer.gradient_clip_val, 0)
+        require(trainer.gradient_clip_val > 0, "trainer.gradient_clip_val=0 stops all learning; null clips nothing")
+
+
+def _precision(cfg: DictConfig) -> str:
+    cuda = torch.cuda.is_available() and cfg.trainer.accelerator in ("auto", "gpu", "cuda")
+    wanted = cfg.trainer.precision
+    name = str(("bf16-mixed" if cuda else "32-true") if wanted is None else wanted)
+    require(not name.startswith("16"), f"trainer.precision={name} overflows; use bf16-mixed or 32-true")
+    require(name in PRECISIONS, f"unknown trainer.precision {name!r}: {suggest(name, PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+def _trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback]) -> pl.Trainer:
     return instantiate(
-        settings,
+        cfg.trainer,
+        precision=_precision(cfg),
         callbacks=callbacks,
-        logger=loggers,
+        logger=False,  # they come when the run folder is there
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run_dir),
         num_sanity_val_steps=0,
@@ -85,8 +134,64 @@ def _quiet() -> None:
         ".*number of training batches.*",
         ".*many workers.*",
         ".*exists and is not empty.*",
+        ".*across ranks is zero.*",  # without validation images
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _check_same(before: Any, now: Any, run_dir: Path, key: str = "") -> None:
+    """Raise UserError, naming the first key, if a run would go on as another model. The sampler may change."""
+    if key == "sampler" or before == now:
+        return
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys(), key=lambda name: name != "_target_"):
+            _check_same(before.get(name), now.get(name), run_dir, f"{key}.{name}".lstrip("."))
+        return
+    name = key.removesuffix("._target_")
+    if name != key:
+        before, now = (str(target).rpartition(".")[2] for target in (before, now))
+    raise UserError(
+        f"{run_dir} was trained with {name}={before}, and now {name} is {now}; choose another run_dir, "
+        f"or leave {name} as it was"
+    )
+
+
+def _steps_done(run_dir: Path, max_steps: int) -> dict[str, Any] | None:
+    """The result of a run that has taken all its steps, else None."""
+    done = run_dir / "result.json"
+    if not done.is_file():
+        return None
+    result: dict[str, Any] = json.loads(done.read_text())
+    return result if 0 < max_steps <= result["steps"] else None
+
+
+def _prepare_folder(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> None:
+    check_writable(run_dir)
+    for leftover in run_dir.rglob(".*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink(missing_ok=True)
+    config = OmegaConf.to_container(cfg, resolve=True)
+    write_text(run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    write_text(run_dir / "overrides.yaml", yaml.safe_dump(overrides))
+
+
+@contextmanager
+def _children(overrides: list[str], run_dir: Path) -> Iterator[None]:
+    """Let the processes that Lightning starts for further devices train this run, also where a sweep started it.
+
+    They repeat this process's command line, so theirs is this run's; and afterwards nothing is left of their group that
+    the next run would take for its own.
+    """
+    argv, environment = sys.argv[1:], dict(os.environ)
+    sys.argv[1:] = tidy([*(o for o in overrides if not o.startswith("run_dir=")), f"run_dir={run_dir}"])
+    try:
+        yield
+    finally:
+        sys.argv[1:] = argv
+        if "LOCAL_RANK" not in environment and "LOCAL_RANK" in os.environ and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            if name in os.environ and name not in environment:
+                del os.environ[name]
 
 
 def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
@@ -95,53 +200,53 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     Everything that the user can get wrong is looked at before the run folder is made.
     """
     _quiet()
+    _check_keys(cfg)
+    _check_numbers(cfg)
     data: ImageDataModule = instantiate(cfg.data)
     data.prepare_data()
     recipe = _recipe(cfg, data)
-    model = build_model(recipe)
-    model_seed = int(cfg.seed)
-    require(model_seed >= 0, f"seed must be >= 0, got {model_seed}")
-    pl.seed_everything(model_seed, workers=True, verbose=False)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
     model = build_model(recipe)
     module = DiffusionModule(
         model,
         conditional=bool(cfg.conditional),
-        seed=model_seed,
+        seed=cfg.seed,
         compile_network=bool(cfg.compile),
         **plain(cfg.optimizer),
     )
     if cfg.channels_last:
         module.to(memory_format=torch.channels_last)
-    average = WeightAverage(cfg.ema.decay)
-    grid = SampleGrid(run_dir / "samples", cfg.samples.num_images, model_seed)
-    folder = run_dir / "checkpoints"
-    savers = checkpoints(folder, cfg.checkpoint.every_n_steps)
+    last = run_dir / "checkpoints" / "last.ckpt"
+    callbacks: list[Callback] = [
+        FinalCheckpoint(last),
+        SampleGrid(run_dir / "samples", cfg.samples.num_images, cfg.seed),
+        WeightAverage(cfg.ema.decay),
+        LastValidation(),
+        LastCheckpoint(last, cfg.checkpoint.every_n_steps),
+        LearningRateMonitor("step"),
+        best_checkpoint(last.parent),
+    ]
+    if cfg.trainer.enable_progress_bar:
+        callbacks.append(StepBar())
+    trainer = _trainer(cfg, run_dir, callbacks)
+    # an empty sampler, for its checks
+    ShuffledBatches(len(data.train_set), data.batch_size, 0, int, data.drop_last, world_size=trainer.world_size)
     fit_to_data(model, data)
 
-    last = folder / "last.ckpt"
-    done = run_dir / "result.json"
-    if done.is_file():
-        result = json.loads(done.read_text())
-        if result["steps"] >= cfg.trainer.max_steps:
-            print(f"{run_dir} is finished ({result['steps']} steps); raise trainer.max_steps or choose another run_dir")
-            return result
-    check_writable(run_dir)
-    metrics = MetricsFile(run_dir / "metrics.csv")
     resume = last if last.is_file() else None
+    steps = 0
     if resume is not None:
-        metrics.forget_after(int(read_checkpoint(resume)["global_step"]))
-    config = OmegaConf.to_container(cfg, resolve=True)
-    write_text(run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-    write_text(run_dir / "overrides.yaml", yaml.safe_dump(overrides))
+        checkpoint = read_checkpoint(resume)
+        require("optimizer_states" in checkpoint, f"{resume} holds weights alone; a run can't go on from it")
+        _check_same(checkpoint["recipe"], recipe.to_dict(), run_dir)
+        steps = int(checkpoint["global_step"])
+    finished = _steps_done(run_dir, cfg.trainer.max_steps)
+    if finished is not None:
+        print(f"{run_dir} is finished ({finished['steps']} steps); raise trainer.max_steps or choose another run_dir")
+        return finished
 
-    loggers: list[Any] = [metrics]
-    if cfg.logger.get("_target_"):
-        loggers.append(_logger(cfg, run_dir))
-    callbacks: list[Callback] = [FinalCheckpoint(last), grid, average, LearningRateMonitor("step"), *savers]
-    if cfg.trainer.enable_progress_bar:
-        callbacks.append(RichProgressBar(leave=False))
-    trainer = _trainer(cfg, run_dir, callbacks, loggers)
     if trainer.is_global_zero:
+        _prepare_folder(cfg, run_dir, overrides)
         count = sum(p.numel() for p in model.denoiser.network.parameters())
         print(
             f"{run_dir}: {type(model.denoiser.process).__name__}, {count / 1e6:.2f} M parameters, "
@@ -149,19 +254,30 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
             f"batch {data.batch_size} x {trainer.world_size}, steps {cfg.trainer.max_steps}, "
             f"{trainer.strategy.root_device}, {trainer.precision}" + (f", resuming {resume}" if resume else "")
         )
+    metrics = MetricsFile(run_dir / "metrics.csv")
+    metrics.forget_from(steps)
+    trainer.loggers = [metrics, *_loggers(cfg, run_dir)]
     start = time.perf_counter()
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    seconds = time.perf_counter() - start
-    if trainer.interrupted:
-        raise UserError(f"interrupted at step {trainer.global_step}; go on with: python train.py run_dir={run_dir}")
-    return _finish(trainer, module, run_dir, overrides, seconds)
+    with _children(overrides, run_dir):
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        except SystemExit:
+            # Lightning's end after Ctrl-C or SIGTERM
+            stopped = f"stopped at step {trainer.global_step}; go on with: python train.py run_dir={run_dir}"
+            print(stopped, file=sys.stderr)
+            raise SystemExit(143 if trainer.received_sigterm else 130) from None
+        seconds = time.perf_counter() - start
+        result = {
+            "overrides": overrides,
+            "steps": trainer.global_step,
+            "seconds": round(seconds, 1),
+            **metrics.last("val/"),
+        }
+        _finish(trainer, module, run_dir, result)
+        return result
 
 
-def _finish(
-    trainer: pl.Trainer, module: DiffusionModule, run_dir: Path, overrides: list[str], seconds: float
-) -> dict[str, Any]:
-    values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    result = {"overrides": overrides, "steps": trainer.global_step, "seconds": round(seconds, 1), **values}
+def _finish(trainer: pl.Trainer, module: DiffusionModule, run_dir: Path, result: dict[str, Any]) -> None:
     if trainer.is_global_zero:
         # after fit, the module holds the averaged weights
         save_model(run_dir / "model", module.parts, module.model.state_dict())
@@ -169,10 +285,12 @@ def _finish(
     for logger in trainer.loggers:
         if hasattr(logger, "experiment") and hasattr(logger.experiment, "finish"):
             logger.experiment.finish()  # or the next run of a sweep would go on in this one
-    return result
 
 
-def _logger(cfg: DictConfig, run_dir: Path) -> Any:
+def _loggers(cfg: DictConfig, run_dir: Path) -> list[Any]:
+    """The loggers beside metrics.csv."""
+    if cfg.logger.get("_target_") is None:
+        return []
     settings = plain(cfg.logger)
     if settings["_target_"].endswith("WandbLogger"):
         # the id is kept, so that a resumed run goes on in the same one
@@ -180,7 +298,4 @@ def _logger(cfg: DictConfig, run_dir: Path) -> Any:
         settings["id"] = kept.read_text() if kept.is_file() else hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
         write_text(kept, settings["id"])
         settings["resume"] = "allow"
-    return instantiate(settings)
-
-
-__all__ = ["Model", "run_name", "train"]
+    return [instantiate(settings)]

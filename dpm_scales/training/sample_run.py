@@ -9,8 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from dpm_scales.errors import require
-from dpm_scales.images import make_grid, save_gif, save_png
+from dpm_scales.errors import require, require_number
+from dpm_scales.images import make_grid, save_gif, save_png, to_uint8
+from dpm_scales.priors import DataPrior
 from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import Model, load_model, plain, with_sampler
 from dpm_scales.training.sampling import draw, pick_device, pick_labels
@@ -29,22 +30,35 @@ def choose_sampler(model: Model, cfg: DictConfig) -> Model:
     return with_sampler(model, OmegaConf.create(settings))
 
 
+def _check(cfg: DictConfig, out: Path) -> tuple[int, int] | None:
+    """The images' size that the config asks for, if it does. Raises UserError for values that can't be meant."""
+    require_number("num_samples", cfg.num_samples, 1, whole=True)
+    require_number("batch_size", cfg.batch_size, 1, whole=True)
+    require_number("seed", cfg.seed, 0, whole=True)
+    require(isinstance(cfg.trajectory, bool), f"trajectory must be true or false, got {cfg.trajectory!r}")
+    older = [path for path in out.glob("[0-9]*.png") if path.stem.isdigit() and int(path.stem) >= cfg.num_samples]
+    require(not older, f"{out} holds more images than num_samples={cfg.num_samples} already; choose another out")
+    size = plain(cfg.size)
+    if size is None:
+        return None
+    sides = [size, size] if isinstance(size, int) else size
+    pair = isinstance(sides, list) and len(sides) == 2 and all(isinstance(n, int) and n > 0 for n in sides)
+    require(pair, f"size must be a number of pixels or [height,width], got {size!r}")
+    return sides[0], sides[1]
+
+
 def sample(cfg: DictConfig) -> None:
     """Everything is checked before the first image is drawn."""
-    require(
-        isinstance(cfg.num_samples, int) and cfg.num_samples >= 1, f"num_samples must be >= 1, got {cfg.num_samples}"
-    )
+    out = Path(str(cfg.out))
+    size = _check(cfg, out)
     device = pick_device(str(cfg.device))
     model = choose_sampler(load_model(str(cfg.model), cfg.weights), cfg)
     labels = pick_labels(model, plain(cfg.labels), cfg.num_samples)
-    size = None if cfg.size is None else tuple(plain(cfg.size))
-    if size is not None:
-        require(
-            len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size), f"size must be [H,W], got {cfg.size}"
-        )
-    out = Path(str(cfg.out))
+    if isinstance(model.prior, DataPrior):
+        model.prior.check_size(size or model.recipe.image_size)
     check_writable(out)
 
+    value_range = model.denoiser.process.value_range
     steps = len(model.sampler.scales(model.denoiser.process)) - 1
     batches = -(-cfg.num_samples // cfg.batch_size)
     frames: list[Tensor] = []
@@ -60,10 +74,10 @@ def sample(cfg: DictConfig) -> None:
         task = progress.add_task("sampling", total=steps * batches)
         first = 0
 
-        def on_step(index: int, images: Tensor) -> None:
+        def on_step(index: int, x: Tensor) -> None:
             progress.advance(task)
             if cfg.trajectory and first == 0:
-                frames.append(images[:TRAJECTORY_ROWS])
+                frames.append(to_uint8(x[:TRAJECTORY_ROWS], value_range).cpu())
 
         for images in draw(model, cfg.num_samples, cfg.seed, cfg.batch_size, size, labels, device, on_step):
             for i, image in enumerate(images, start=first):

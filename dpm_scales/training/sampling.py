@@ -7,24 +7,26 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import to_uint8
 from dpm_scales.noise import NoiseSource
 from dpm_scales.priors import DataPrior
 from dpm_scales.training.export import Model
+
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 
 
 def pick_device(name: str) -> torch.device:
     """A device from "auto" or a name. Raises UserError if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = name.partition(":")[0]
+    require(kind in DEVICES, f"unknown device {name!r}: {suggest(kind, DEVICES)}")
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device {name!r}: {suggest(name, ['auto', 'cpu', 'cuda', 'mps'])}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={name}: no CUDA device here; use device=auto")
-    return device
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={name} is not to be had here ({reason}); use device=auto") from error
 
 
 def pick_labels(model: Model, labels: int | str | Sequence[int | str] | None, count: int) -> Tensor | None:
@@ -59,10 +61,11 @@ def draw(
 ) -> Iterator[Tensor]:
     """Batches of samples, uint8 ``(b, C, H, W)`` on the CPU, `num_samples` in all.
 
-    Sample i depends on (seed, i) alone. `on_step` is called with the step's index and the batch there, uint8 too.
+    Sample i depends on (seed, i) alone. `on_step` is called with the step's index and the batch there, in pixels of the
+    process's value range, on the device.
     """
-    require(num_samples >= 1, f"num_samples must be >= 1, got {num_samples}")
-    require(batch_size >= 1, f"batch_size must be >= 1, got {batch_size}")
+    require_number("num_samples", num_samples, 1, whole=True)
+    require_number("batch_size", batch_size, 1, whole=True)
     device = device or torch.device("cpu")
     model.modules().to(device).eval()
     process = model.denoiser.process
@@ -70,15 +73,10 @@ def draw(
     if isinstance(model.prior, DataPrior):
         model.prior.check_size((height, width))
     scales = model.sampler.scales(process).to(device)
-
-    def report(index: int, x: Tensor) -> None:
-        if on_step is not None:
-            on_step(index, to_uint8(x, process.value_range).cpu())
-
     for first in range(0, num_samples, batch_size):
         count = min(batch_size, num_samples - first)
         noise = NoiseSource(seed, count, first, device)
         batch_labels = None if labels is None else labels[first : first + count].to(device)
         shape = (model.recipe.channels, height, width)
-        x = model.sampler.sample(model.denoiser, model.prior, noise, shape, batch_labels, scales, report)
+        x = model.sampler.sample(model.denoiser, model.prior, noise, shape, batch_labels, scales, on_step)
         yield to_uint8(x, process.value_range).cpu()

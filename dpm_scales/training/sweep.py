@@ -8,53 +8,68 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict, read_write
 from rich.console import Console
 from rich.table import Table
 
 from dpm_scales.images import write_text
 
+Row = dict[str, Any]
 
-def collect(root: Path) -> list[dict[str, Any]]:
-    """Results of all finished runs directly below `root`, by folder name."""
-    rows = []
-    for path in sorted(root.glob("*/result.json")):
-        result = json.loads(path.read_text())
-        result.pop("overrides")
-        rows.append({"run": path.parent.name, **result})
-    return rows
+
+def sweep_root(config: DictConfig) -> Path:
+    """Folder of a sweep's run folders: `run_dir` if given, else runs/."""
+    return Path(str(config.run_dir or "runs"))
+
+
+def collect(root: Path) -> tuple[list[str], list[Row]]:
+    """Options in which the finished runs directly below `root` differ, and one row for each run, by folder name."""
+    results = {path.parent.name: json.loads(path.read_text()) for path in sorted(root.glob("*/result.json"))}
+    options = {
+        name: {key: value for key, _, value in (o.partition("=") for o in result.pop("overrides"))}
+        for name, result in results.items()
+    }
+    keys = dict.fromkeys(key for given in options.values() for key in given)
+    varied = [key for key in keys if len({given.get(key) for given in options.values()}) > 1]
+    rows = [
+        {"run": name, **{key: options[name].get(key, "") for key in varied}, **result}
+        for name, result in results.items()
+    ]
+    return varied, rows
+
+
+def write_table(root: Path) -> tuple[list[str], list[Row]]:
+    """Write `sweep.csv` with the finished runs below `root`; returns what `collect` does.
+
+    Called after every run: a run that fails takes nothing from the table of the others.
+    """
+    varied, rows = collect(root)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(root / "sweep.csv", buffer.getvalue())
+    if len(collect(root)[1]) != len(rows):  # another process finished a run meanwhile, perhaps after it wrote
+        return write_table(root)
+    return varied, rows
 
 
 class SweepTable(Callback):
-    """Prints the runs of a sweep beside each other, and writes `sweep.csv` into their common folder."""
+    """Prints the runs of a sweep beside each other."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        with open_dict(config), read_write(config):
+            config.hydra.sweep.dir = str(sweep_root(config))  # for Hydra's multirun.yaml
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         root = sweep_root(config)
-        rows = collect(root)
-        if not rows:
-            return
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(root / "sweep.csv", buffer.getvalue())
+        varied, rows = write_table(root)
+        columns = [*(varied or ["run"]), "steps", "seconds", "val/loss"]
         table = Table(title=f"{root}/sweep.csv")
         for name in columns:
             table.add_column(name, overflow="fold")
         for row in rows:
             table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row.get(c, "") for c in columns)))
         Console().print(table)
-
-
-def sweep_root(config: DictConfig) -> Path:
-    """Folder of a sweep's run folders: `run_dir` if given, else runs/."""
-    return Path(config.run_dir or "runs")
-
-
-def is_sweep() -> bool:
-    """Whether this job is one of several."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

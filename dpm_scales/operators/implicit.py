@@ -1,0 +1,302 @@
+r"""Implicit Euler for du/dt = P u, the scheme of the published osmosis filters (Vogel et al. 2013).
+
+    (I - tau P) u^{k+1} = u^k
+
+It takes any drift, and any step: I - tau P is an M-matrix with column sums 1, so images stay positive and keep their
+mean grey value. First order in tau. The systems are solved, all samples and channels together, by
+
+    bicgstab    stabilised biconjugate gradients (van der Vorst 1992), restarted where it breaks down
+    cg          conjugate gradients, for a symmetric matrix: canonical drift in white coordinates, which is CG for P in
+                the product sum u w / v
+
+Every system has its own scalars, and stops when its own residual has fallen below `tol` of its right-hand side; it is
+then left as it is. The host asks once an iteration whether all have stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.operators.heat import HeatOperator
+from dpm_scales.operators.stencil import Stencil, set_product
+
+Preconditioner = Callable[[Tensor, Tensor], None]
+"""Writes an approximate solution of A x = r, ``(B, C, N)``, into the second tensor; symmetric where CG uses it."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Solved systems: `x` ``(B, C, N)``; `iterations` and relative `residuals` |b - A x| / |b|, ``(B, C)``."""
+
+    x: Tensor
+    iterations: Tensor
+    residuals: Tensor
+
+
+@dataclass(frozen=True)
+class ImplicitEvolution:
+    """What `implicit_euler` returns: `images` ``(T, B, C, H, W)`` at the T times; `iterations` and relative `residuals`
+    of each step, ``(steps, B, C)``."""
+
+    images: Tensor
+    iterations: Tensor
+    residuals: Tensor
+
+
+# --- solvers ----------------------------------------------------------------------------------------------------------
+
+
+def jacobi(matrix: Stencil) -> Preconditioner:
+    """Division by the diagonal."""
+    inverse = 1 / matrix.diagonal
+
+    def precondition(r: Tensor, out: Tensor) -> None:
+        torch.mul(inverse, r, out=out)
+
+    return precondition
+
+
+def heat_preconditioner(height: int, width: int, step: float, like: Tensor) -> Preconditioner:
+    """The exact inverse of the matrix without drift, (I - tau Laplacian)^{-1}, by cosine transforms.
+
+    Its iterations do not grow with the image or with tau, as Jacobi's do, but with the drift.
+    """
+    heat = HeatOperator("discrete")
+    inverse = 1 / (1 + step * heat.eigenvalues(height, width, like.device)).to(like.dtype)
+
+    def precondition(r: Tensor, out: Tensor) -> None:
+        out.copy_(heat.synthesis(inverse * heat.analysis(r.unflatten(-1, (height, width)))).flatten(-2))
+
+    return precondition
+
+
+def bicgstab(
+    matrix: Stencil,
+    b: Tensor,
+    x: Tensor,
+    tol: float = 1e-6,
+    max_iterations: int = 1000,
+    precondition: Preconditioner | None = None,
+) -> Solution:
+    """Solve A x = b for a batch of any matrices, each sample and channel by itself.
+
+    Args:
+        matrix: A.
+        b: right-hand sides ``(B, C, N)``.
+        x: first guess, likewise.
+        tol: relative residual at which a system stops.
+        max_iterations: of two products each.
+        precondition: from the right; None for `jacobi`.
+
+    Raises: UserError, with the figures, for systems that have not stopped after `max_iterations`.
+    """
+    inverse = jacobi(matrix) if precondition is None else precondition
+    epsilon = torch.finfo(b.dtype).eps
+    x = x.clone()
+    r = b - matrix.flat_product(x)
+    p, shadow = r.clone(), r.clone()
+    p_hat, v, r_hat, t, scratch = (torch.empty_like(r) for _ in range(5))
+    first, second = matrix.terms(p_hat, v), matrix.terms(r_hat, t)
+
+    def dot(a: Tensor, c: Tensor) -> Tensor:
+        return torch.mul(a, c, out=scratch).sum(-1, keepdim=True)
+
+    goal, rho, shadow_norm = tol * _norm(b), dot(r, r), _norm(r)
+    active = ~(shadow_norm <= goal)
+    iterations = active.new_zeros(active.shape, dtype=torch.int64)
+    running = bool(active.any())
+    for _ in range(max_iterations):
+        if not running:
+            break
+        iterations += active
+        inverse(p, p_hat)
+        set_product(first)
+        sigma = dot(v, shadow)
+        broken = sigma.abs() <= epsilon * _norm(v) * shadow_norm
+        alpha = _ratio(rho, sigma, active & ~broken)
+        r.addcmul_(alpha, v, value=-1)
+        inverse(r, r_hat)
+        set_product(second)
+        omega = _ratio(dot(t, r), dot(t, t), active)
+        x.addcmul_(alpha, p_hat).addcmul_(omega, r_hat)
+        r.addcmul_(omega, t, value=-1)
+        size, previous, rho = _norm(r), rho, dot(r, shadow)
+        broken = active & (broken | (rho.abs() <= epsilon * size * shadow_norm) | (omega == 0))
+        beta = _ratio(rho * alpha, previous * omega, active & ~broken)
+        p.addcmul_(omega, v, value=-1).mul_(beta).add_(r)
+        active = active & ~(size <= goal)
+        running, restart = torch.stack([active.any(), (active & broken).any()]).tolist()
+        if restart:  # beta is 0 there, so p is r already
+            shadow = torch.where(broken, r, shadow)
+            rho, shadow_norm = torch.where(broken, size**2, rho), torch.where(broken, size, shadow_norm)
+    return _solved("bicgstab", matrix, b, x, iterations, tol, active)
+
+
+def conjugate_gradients(
+    matrix: Stencil,
+    b: Tensor,
+    x: Tensor,
+    tol: float = 1e-6,
+    max_iterations: int = 1000,
+    precondition: Preconditioner | None = None,
+) -> Solution:
+    """Solve A x = b for a batch of symmetric positive matrices; arguments and errors as `bicgstab`'s."""
+    inverse = jacobi(matrix) if precondition is None else precondition
+    x = x.clone()
+    r = b - matrix.flat_product(x)
+    z, q, scratch = (torch.empty_like(r) for _ in range(3))
+    inverse(r, z)
+    p = z.clone()
+    terms = matrix.terms(p, q)
+
+    def dot(a: Tensor, c: Tensor) -> Tensor:
+        return torch.mul(a, c, out=scratch).sum(-1, keepdim=True)
+
+    goal, rho = tol * _norm(b), dot(r, z)
+    active = ~(_norm(r) <= goal)
+    iterations = active.new_zeros(active.shape, dtype=torch.int64)
+    for _ in range(max_iterations):
+        if not bool(active.any()):
+            break
+        iterations += active
+        set_product(terms)
+        alpha = _ratio(rho, dot(p, q), active)
+        x.addcmul_(alpha, p)
+        r.addcmul_(alpha, q, value=-1)
+        active = active & ~(_norm(r) <= goal)
+        inverse(r, z)
+        previous, rho = rho, dot(r, z)
+        p.mul_(_ratio(rho, previous, active)).add_(z)
+    return _solved("cg", matrix, b, x, iterations, tol, active)
+
+
+SOLVERS = {"bicgstab": bicgstab, "cg": conjugate_gradients}
+
+
+def _norm(a: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+
+
+def _ratio(a: Tensor, b: Tensor, where: Tensor) -> Tensor:
+    """a / b, and 0 outside `where` and where b is 0: the update then leaves a system as it is."""
+    return torch.where(where & (b != 0), a / b, 0)
+
+
+def _solved(
+    name: str, matrix: Stencil, b: Tensor, x: Tensor, iterations: Tensor, tol: float, active: Tensor
+) -> Solution:
+    size = _norm(b)
+    residuals = _ratio(_norm(b - matrix.flat_product(x)), size, size > 0)[..., 0]
+    if bool(active.any()):
+        raise UserError(
+            f"{name}: {int(active.sum())} of {active.numel()} systems did not reach the relative residual {tol:g} in "
+            f"{int(iterations.max())} iterations (worst {float(residuals.max()):.2g}); take smaller steps, float64, a "
+            "larger tol or more max_iterations"
+        )
+    return Solution(x, iterations[..., 0], residuals)
+
+
+# --- in time ----------------------------------------------------------------------------------------------------------
+
+
+def implicit_euler(
+    stencil: Stencil,
+    u: Tensor,
+    times: Sequence[float],
+    num_steps: int | Sequence[int] = 10,
+    step_size: float | None = None,
+    method: str = "bicgstab",
+    tol: float = 1e-6,
+    max_iterations: int = 1000,
+) -> ImplicitEvolution:
+    """Implicit Euler from time 0 through all `times`.
+
+    Args:
+        stencil: the matrix P of du/dt = P u, e.g. `drift_stencil` or ``OsmosisOperator.stencil``; symmetric for "cg".
+        u: images ``(B, C, H, W)`` in the number format of the stencil.
+        times: T numbers in px^2, ascending.
+        num_steps: equal steps from each time to the next, one number or T of them.
+        step_size: largest step in px^2 instead.
+        method: "bicgstab" or "cg".
+        tol: relative residual of each system. In float32 the residual that is seen stops near 1e-7 (1 + 8 tau), while
+            the recursion of the solver goes on to fall and decides: `residuals` are those seen at the end.
+        max_iterations: of each solve.
+
+    Raises: UserError for arguments that do not fit, and for systems that do not converge.
+    """
+    if method not in SOLVERS:
+        raise UserError(f"unknown method {method!r}: {suggest(str(method), SOLVERS)}")
+    symmetric = stencil.from_left is stencil.from_right and stencil.from_above is stencil.from_below
+    require(method != "cg" or symmetric, "cg needs a symmetric matrix: canonical drift in white coordinates")
+    x, images, solutions = u.flatten(-2), [], []
+    matrix, before, last = stencil, 0.0, 0.0
+    for time, number in zip(times, _steps(times, num_steps, step_size), strict=True):
+        for _ in range(number):
+            step = (time - before) / number
+            if step != last:
+                matrix, last = stencil.affine(-step, 1.0), step
+            solutions.append(SOLVERS[method](matrix, x, x, tol, max_iterations))
+            x = solutions[-1].x
+        images.append(x.view(u.shape))
+        before = time
+    none = x.new_zeros(0, *x.shape[:2])
+    return ImplicitEvolution(
+        torch.stack(images),
+        torch.stack([s.iterations for s in solutions]) if solutions else none.long(),
+        torch.stack([s.residuals for s in solutions]) if solutions else none,
+    )
+
+
+def _steps(times: Sequence[float], num_steps: int | Sequence[int], step_size: float | None) -> list[int]:
+    """The number of steps that lead to each time from the one before."""
+    lengths = [time - before for before, time in zip([0.0, *times], times, strict=False)]
+    require(all(length >= 0 for length in lengths), f"times must be ascending numbers >= 0 px^2, got {list(times)}")
+    if step_size is not None:
+        require(
+            step_size > 0 and math.isfinite(step_size), f"step_size must be a positive number of px^2, got {step_size}"
+        )
+        numbers = [math.ceil(length / step_size - 1e-9) for length in lengths]
+    else:
+        numbers = list(num_steps) if isinstance(num_steps, Sequence) else [num_steps] * len(lengths)
+        ok = len(numbers) == len(lengths) and all(isinstance(n, int) and n >= 1 for n in numbers)
+        require(ok, f"num_steps must be a whole number >= 1, or one for each of {len(lengths)} times, got {num_steps}")
+    return [number if length > 0 else 0 for number, length in zip(numbers, lengths, strict=True)]
+
+
+def steady_state(
+    stencil: Stencil,
+    u: Tensor,
+    tol: float = 1e-6,
+    max_steps: int = 40,
+    max_iterations: int = 1000,
+) -> Tensor:
+    """The image that du/dt = P u ends in: implicit Euler with steps that grow tenfold, until a step changes no more.
+
+    Args:
+        stencil: P, any drift, in float64.
+        u: start ``(B, C, H, W)``, float64; it decides the mean grey value, and else only how long it takes.
+        tol: largest relative change |u^{k+1} - u^k| / |u^k| of the last step.
+        max_steps: after which to give up. The step stops growing at 1e8 px^2.
+        max_iterations: of each solve.
+
+    Raises: UserError, with the figures, where it does not settle.
+    """
+    size, x, step, change = (stencil.height, stencil.width), u.flatten(-2), 10.0, math.inf
+    slowest = (max(size) / math.pi) ** 2
+    for _ in range(max_steps):
+        matrix = stencil.affine(-step, 1.0)
+        inverse = heat_preconditioner(*size, step, x)
+        after = bicgstab(matrix, x, x, 0.01 * tol, max_iterations, inverse).x
+        norm = _norm(x)
+        change = float(_ratio(_norm(after - x), norm, norm > 0).max())
+        x = after
+        if change <= tol and step > slowest:
+            return x.view(u.shape)
+        step = min(10 * step, 1e8)
+    raise UserError(f"no steady state: after {max_steps} steps an image still changes by {change:.2g} (tol {tol:g})")

@@ -1,0 +1,185 @@
+r"""Osmosis as a five-point stencil: drift, diffusion and reflecting boundaries on a grid of pixels of size 1.
+
+    d_t u = Laplacian u - div(d u)                                                          Eq. (46), Peter 2024
+    (P u)_i = sum over the neighbours j of  into_i u_j - into_j u_i
+
+For an edge that leads from pixel i right or down to pixel j, with the drift d in its middle (Vogel et al. 2013),
+
+    into_i = 1 - d/2,    into_j = 1 + d/2,        |d| <= 2 keeps both >= 0.
+
+The canonical drift of a guidance image v > 0 is d = 2 (v_j - v_i) / (v_j + v_i), so into_i = 2 v_i / (v_i + v_j). Then
+P v = 0 and P is similar to a symmetric matrix: L = -V^{-1/2} P V^{1/2} has the off-diagonals -sqrt(into_i into_j). Each
+edge adds to L a rank-one matrix of norm 2, and the edges of a grid split into four matchings, so that the spectrum of L
+lies in [0, 8] for every v.
+
+Images are kept flat: a row's end and the next row's start are neighbours in memory whose edge has the weight 0, so each
+of the five products runs over contiguous memory, whatever the size (1 x N too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpm_scales.errors import require
+
+Terms = list[tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Stencil:
+    """A matrix on images with five entries a row, different ones for every sample and channel.
+
+    Weights are ``(B | 1, C | 1, N)``, N = `height` * `width`. `from_right[i]` and `from_left[i]` belong to the edge of
+    the pixels i and i + 1: what the left one takes from the right one, and the reverse. `from_below[i]` and
+    `from_above[i]` belong to the edge of i and i + `width`. A symmetric matrix may hold the same tensor twice.
+    """
+
+    diagonal: Tensor
+    from_right: Tensor
+    from_left: Tensor
+    from_below: Tensor
+    from_above: Tensor
+    height: int
+    width: int
+
+    def terms(self, u: Tensor, out: Tensor) -> Terms:
+        """The five products, bound to two buffers ``(B, C, N)``: see `add_product` and `set_product`."""
+        w = self.width
+        return [
+            (out, self.diagonal, u),
+            (out[..., :-1], self.from_right[..., :-1], u[..., 1:]),
+            (out[..., 1:], self.from_left[..., :-1], u[..., :-1]),
+            (out[..., :-w], self.from_below[..., :-w], u[..., w:]),
+            (out[..., w:], self.from_above[..., :-w], u[..., :-w]),
+        ]
+
+    def flat_product(self, u: Tensor) -> Tensor:
+        """A u for u of shape ``(B, C, N)``."""
+        out = torch.empty_like(u)
+        set_product(self.terms(u, out))
+        return out
+
+    def product(self, u: Tensor) -> Tensor:
+        """A u for images ``(B, C, H, W)`` in the weights' number format."""
+        return self.flat_product(u.flatten(-2)).view(u.shape)
+
+    def adjoint(self) -> Stencil:
+        """The transposed matrix."""
+        swapped = (self.from_left, self.from_right, self.from_above, self.from_below)
+        return Stencil(self.diagonal, *swapped, self.height, self.width)
+
+    def affine(self, scale: float, shift: float) -> Stencil:
+        """The matrix ``scale * A + shift * I``."""
+        return self._map(lambda weight: scale * weight, self.diagonal * scale + shift)
+
+    def to(self, dtype: torch.dtype) -> Stencil:
+        """The same matrix in another number format."""
+        return self._map(lambda weight: weight.to(dtype), self.diagonal.to(dtype))
+
+    def samples(self, start: int, stop: int) -> Stencil:
+        """The matrices of some samples of the batch; all of them where one serves the batch."""
+        if self.diagonal.shape[0] == 1:
+            return self
+        return self._map(lambda weight: weight[start:stop], self.diagonal[start:stop])
+
+    def dense(self) -> Tensor:
+        """``(B | 1, C | 1, N, N)``: for tests, and small images."""
+        matrix = torch.diag_embed(self.diagonal)
+        for weight, offset in (
+            (self.from_right[..., :-1], 1),
+            (self.from_left[..., :-1], -1),
+            (self.from_below[..., : -self.width], self.width),
+            (self.from_above[..., : -self.width], -self.width),
+        ):
+            matrix = matrix + torch.diag_embed(weight, offset)
+        return matrix
+
+    def _map(self, f: Callable[[Tensor], Tensor], diagonal: Tensor) -> Stencil:
+        right, below = f(self.from_right), f(self.from_below)
+        left = right if self.from_left is self.from_right else f(self.from_left)
+        above = below if self.from_above is self.from_below else f(self.from_above)
+        return Stencil(diagonal, right, left, below, above, self.height, self.width)
+
+
+def add_product(terms: Terms, scale: float = 1.0) -> None:
+    """``out += scale * A u`` in place, for the `terms` of a stencil bound to u and out."""
+    for out, weight, u in terms:
+        out.addcmul_(weight, u, value=scale)
+
+
+def set_product(terms: Terms) -> None:
+    """``out = A u`` in place."""
+    out, weight, u = terms[0]
+    torch.mul(weight, u, out=out)
+    add_product(terms[1:])
+
+
+def canonical_drift(guidance_image: Tensor) -> tuple[Tensor, Tensor]:
+    """Drift whose steady state is the guidance image v > 0, in the middles of the edges (Vogel et al. 2013).
+
+    Args:
+        guidance_image: ``(..., H, W)``.
+
+    Returns: d to the right ``(..., H, W - 1)`` and down ``(..., H - 1, W)``, in 1/px, in [-2, 2].
+    """
+    v = guidance_image
+    right, down = v.diff(dim=-1), v.diff(dim=-2)
+    return 2 * right / (v[..., 1:] + v[..., :-1]), 2 * down / (v[..., 1:, :] + v[..., :-1, :])
+
+
+def drift_stencil(right: Tensor, down: Tensor) -> Stencil:
+    """P for a drift given on the edges.
+
+    Args:
+        right: d from each pixel to its right neighbour, ``(B | 1, C | 1, H, W - 1)``, in 1/px.
+        down: likewise to the lower neighbour, ``(B | 1, C | 1, H - 1, W)``.
+
+    Raises: UserError for shapes that belong to no common grid. Only |d| <= 2 keeps images positive; it is not checked.
+    """
+    ok = right.ndim == down.ndim == 4 and right.shape[2] == down.shape[2] + 1 and right.shape[3] + 1 == down.shape[3]
+    require(
+        ok and right.shape[:2] == down.shape[:2],
+        "drift must be (B, C, H, W - 1) to the right and (B, C, H - 1, W) down, got "
+        f"{tuple(right.shape)} and {tuple(down.shape)}",
+    )
+    return _stencil(1 - right / 2, 1 + right / 2, 1 - down / 2, 1 + down / 2)
+
+
+def osmosis_stencil(guidance_image: Tensor) -> Stencil:
+    """P for the canonical drift of v > 0, ``(B | 1, C | 1, H, W)``, in the number format of v.
+
+    The weights are taken as quotients, not from the drift: 1 - d/2 has no correct digit left where v is very dark.
+    """
+    return _stencil(*_shares(guidance_image))
+
+
+def white_stencil(guidance_image: Tensor) -> Stencil:
+    """L = -V^{-1/2} P V^{1/2}, symmetric, with spectrum in [0, 8]."""
+    left, right, top, bottom = _shares(guidance_image)
+    p = _stencil(left, right, top, bottom)
+    across, downwards = (_flat(-(a * b).sqrt(), *pad) for a, b, pad in ((left, right, (1, 0)), (top, bottom, (0, 1))))
+    return Stencil(-p.diagonal, across, across, downwards, downwards, p.height, p.width)
+
+
+def _shares(v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """2 v_i / (v_i + v_j) for both ends of the horizontal, then of the vertical edges."""
+    a, b, c, d = v[..., :-1], v[..., 1:], v[..., :-1, :], v[..., 1:, :]
+    return 2 * a / (a + b), 2 * b / (a + b), 2 * c / (c + d), 2 * d / (c + d)
+
+
+def _stencil(left: Tensor, right: Tensor, top: Tensor, bottom: Tensor) -> Stencil:
+    """P from what each end of an edge takes from the other; what it takes, the other loses."""
+    lost = F.pad(right, (0, 1)) + F.pad(left, (1, 0)) + F.pad(bottom, (0, 0, 0, 1)) + F.pad(top, (0, 0, 1, 0))
+    height, width = lost.shape[-2:]
+    weights = (_flat(left, 1, 0), _flat(right, 1, 0), _flat(top, 0, 1), _flat(bottom, 0, 1))
+    return Stencil(-lost.flatten(-2), *weights, height, width)
+
+
+def _flat(edges: Tensor, columns: int, rows: int) -> Tensor:
+    """Edges as a flat image, with weight 0 where the grid ends."""
+    return F.pad(edges, (0, columns, 0, rows)).flatten(-2)

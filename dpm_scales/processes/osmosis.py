@@ -1,0 +1,165 @@
+r"""Processes of the osmosis operator: each is a process of the heat operator with a guidance image for every sample.
+
+| process | curves of | noise in pixels | guidance image v, per image and channel |
+|---|---|---|---|
+| OsmosisFilter (Sect. 6.2) | Homogeneous | 0 | clip(m + 0.1 N(0, 1), 1e-6, 1) |
+| InverseOsmosis | InverseHeat | sqrt(v) sigma, v of mean one | clip(m + 0.1 N(0, 1), 1e-2, 1) |
+| OsmosisDiffusion | Blurring | sqrt(v) gamma_t, v of mean one | clip(m + 0.1 N(0, 1), 1e-2, 1) |
+
+m is the mean grey value of the image, in units where black is 0 and white is 1. The guidance image is the process's
+context: drawn once per sample, handed to the operator, and to the network as the channels v - 1. A constant v
+(`guidance_noise=0`) gives the heat operator's process with the discrete spectrum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dpm_scales.errors import UserError, require
+from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator, SpectralFunction, chebyshev_degree
+from dpm_scales.processes.law import Context, Process
+from dpm_scales.schedules import (
+    BlurSchedule,
+    ConstantNoise,
+    CosineLogSNR,
+    LogBlur,
+    NoiseSchedule,
+    NoNoise,
+    SinSquaredBlur,
+    is_number,
+    require_positive,
+)
+
+STRIDES = (1, 4, 20, 100)
+"""Steps, in scales, whose functions the expansion is made for."""
+
+
+class Osmosis(Process):
+    """A process of the osmosis operator; without a context it is that of constant guidance.
+
+    Args:
+        num_scales, noise, blur, min_decay, value_range: as for `Process`.
+        guidance_noise: standard deviation of the guidance image around the mean grey value, black 0 and white 1; >= 0.
+        guidance_min: smallest value of the guidance image, in (0, 1).
+        tolerance: bound on the error of f(L), relative to the largest f, for the signal, ratio and posterior of the
+            steps that samplers take; the degree of the expansion follows from it.
+
+    Raises: UserError as `Process` does, and for values out of range.
+    """
+
+    context_channels: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        num_scales: int,
+        noise: NoiseSchedule,
+        blur: BlurSchedule,
+        min_decay: float,
+        value_range: Sequence[float],
+        guidance_noise: float,
+        guidance_min: float,
+        tolerance: float,
+    ) -> None:
+        super().__init__(HeatOperator("discrete"), num_scales, noise, blur, min_decay, value_range)
+        name = type(self).__name__
+        require_positive(self, guidance_min=guidance_min, tolerance=tolerance)
+        ok = is_number(guidance_noise) and guidance_noise >= 0
+        require(ok, f"{name}: guidance_noise must be a number >= 0, got {guidance_noise!r}")
+        require(guidance_min < 1, f"{name}: guidance_min must lie in (0, 1), got {guidance_min!r}")
+        self.guidance_noise, self.guidance_min = float(guidance_noise), float(guidance_min)
+        self.degree = max(1, chebyshev_degree(self._functions(), tolerance))
+
+    def _functions(self) -> list[SpectralFunction]:
+        """The smooth functions of the law at all scales: what the expansion has to be good for."""
+        ts = torch.arange(self.num_scales + 1, dtype=torch.float64) / self.num_scales
+        functions: list[SpectralFunction] = [self.signal(ts)]
+        for stride in STRIDES:
+            s, t = ts[:-stride], ts[stride:]
+            if len(t):
+                step = self.step(s, t)
+                functions += [step.rho, step.keep]
+        return functions
+
+    def context(self, x_0: Tensor, generator: torch.Generator | None = None) -> Context:
+        """A guidance image around each image's mean grey value: ``(B, C, H, W)``."""
+        white = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
+        return self.guidance(x_0.mean((-2, -1)), white)
+
+    def guidance(self, mean: Tensor, white: Tensor) -> Tensor:
+        """Guidance images from mean grey values ``(B, C)`` in the value range and white noise ``(B, C, H, W)``."""
+        low, high = self.value_range
+        grey = ((mean - low) / (high - low))[..., None, None]
+        return (grey + self.guidance_noise * white).clamp(self.guidance_min, 1.0)
+
+    def operator(self, context: Context = None) -> Operator:
+        return self._operator if context is None else OsmosisOperator(context, self.degree, validate=False)
+
+    def context_features(self, context: Context) -> Context:
+        """v - 1, with v of mean one. Raises UserError without a context: the network was built to see one."""
+        if context is None:
+            raise UserError(f"{type(self).__name__} needs a guidance image: pass context=process.context(x_0)")
+        return context / context.mean((-2, -1), keepdim=True) - 1
+
+    def steady_state(self, mean: Tensor, context: Tensor) -> Tensor:
+        """What infinite time makes of images of mean grey values ``(B, C)``: v mean, in pixels ``(B, C, H, W)``."""
+        return context / context.mean((-2, -1), keepdim=True) * mean[..., None, None]
+
+
+class OsmosisFilter(Osmosis):
+    """The osmosis filter, without noise: Sect. 6.2, Peter 2024 (Weickert et al. 2013)."""
+
+    def __init__(
+        self,
+        num_scales: int = 200,
+        blur: BlurSchedule | None = None,
+        guidance_noise: float = 0.1,
+        guidance_min: float = 1e-6,
+        tolerance: float = 1e-6,
+        value_range: Sequence[float] = (0.0, 1.0),
+    ) -> None:
+        super().__init__(
+            num_scales, NoNoise(), blur or LogBlur(), 0.0, value_range, guidance_noise, guidance_min, tolerance
+        )
+
+
+class InverseOsmosis(Osmosis):
+    """Osmosis with the same small noise at every scale: the counterpart of inverse heat dissipation."""
+
+    def __init__(
+        self,
+        num_scales: int = 200,
+        noise: NoiseSchedule | None = None,
+        blur: BlurSchedule | None = None,
+        guidance_noise: float = 0.1,
+        guidance_min: float = 1e-2,
+        tolerance: float = 1e-6,
+        value_range: Sequence[float] = (0.0, 1.0),
+    ) -> None:
+        noise, blur = noise or ConstantNoise(), blur or LogBlur()
+        super().__init__(num_scales, noise, blur, 0.0, value_range, guidance_noise, guidance_min, tolerance)
+
+
+class OsmosisDiffusion(Osmosis):
+    """Osmosis and scheduled noise: the counterpart of blurring diffusion in marginal form.
+
+    Gaussian noise and drift-diffusion between the pixels at once, the two readings of the Fokker-Planck equation
+    (Sect. 6, Peter 2024) in one process.
+    """
+
+    def __init__(
+        self,
+        num_scales: int = 1000,
+        noise: NoiseSchedule | None = None,
+        blur: BlurSchedule | None = None,
+        min_decay: float = 0.001,
+        guidance_noise: float = 0.1,
+        guidance_min: float = 1e-2,
+        tolerance: float = 1e-6,
+        value_range: Sequence[float] = (-1.0, 1.0),
+    ) -> None:
+        noise, blur = noise or CosineLogSNR(), blur or SinSquaredBlur()
+        super().__init__(num_scales, noise, blur, min_decay, value_range, guidance_noise, guidance_min, tolerance)

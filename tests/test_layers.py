@@ -1,0 +1,113 @@
+"""Who may import whom: entry points -> training, data -> core; the core knows neither Lightning nor Hydra."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "dpm_scales"
+
+_LAW = {"operators", "schedules", "processes"}
+#: rooms of the package that each room may import, beside itself and `errors`
+ROOMS: dict[str, set[str]] = {
+    "errors": set(),
+    "operators": set(),
+    "schedules": set(),
+    "noise": set(),
+    "networks": set(),
+    "images": set(),
+    "metrics": set(),
+    "processes": {"operators", "schedules"},
+    "priors": _LAW | {"noise"},
+    "targets": _LAW,
+    "denoisers": _LAW | {"targets"},
+    "samplers": _LAW | {"targets", "denoisers", "priors", "noise"},
+    "data": {"images"},
+}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+#: every other room is of the core too, on top of the ones above
+CORE = {room_of(path) for path in MODULES} - {"data", "training"}
+ROOMS = {room: CORE for room in CORE} | {"training": CORE | {"data"}} | ROOMS
+#: distributions that a room of the core may import, beside the standard library
+FOREIGN = {room: {"torch", "einops"} for room in CORE} | {
+    "errors": set(),
+    "operators": {"torch"},
+    "images": {"torch", "numpy", "PIL"},
+    "metrics": {"torch", "einops", "numpy", "scipy"},
+}
+
+
+def imports(source: str) -> set[str]:
+    """Full names of all modules that a source imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide which room is meant"
+            module = node.module or ""
+            # `from dpm_scales import images` imports a room
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module == "dpm_scales" else {module}
+    return names
+
+
+def violations(room: str, source: str) -> list[str]:
+    """Imports that `room` may not have."""
+    wrong = []
+    for name in sorted(imports(source)):
+        top, *rest = name.split(".")
+        if top == "dpm_scales":
+            allowed = ROOMS[room] | {room, "errors"}
+            ok = bool(rest) and rest[0] in allowed
+        else:
+            ok = top in sys.stdlib_module_names or room not in CORE or top in FOREIGN[room]
+        if not ok:
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_one_way(path: Path) -> None:
+    assert violations(room_of(path), path.read_text()) == []
+
+
+def test_the_rules_can_be_broken() -> None:
+    assert violations("processes", "import lightning.pytorch as pl") == ["lightning.pytorch"]
+    assert violations("networks", "def f():\n    from omegaconf import DictConfig") == ["omegaconf"]
+    assert violations("operators", "from dpm_scales import images") == ["dpm_scales.images"]
+    assert violations("operators", "import einops") == ["einops"]
+    assert violations("targets", "from dpm_scales.training.export import Model") == ["dpm_scales.training.export"]
+    assert violations("data", "from dpm_scales.processes import VP") == ["dpm_scales.processes"]
+    assert violations("processes", "import math\nfrom dpm_scales.operators.heat import HeatOperator") == []
+
+
+def test_package_itself_imports_nothing() -> None:
+    assert imports((PACKAGE / "__init__.py").read_text()) <= {"__future__"}
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_entry_points_import_training_alone(script: str) -> None:
+    names = imports((PACKAGE.parent / script).read_text())
+    ours = {name for name in names if name.startswith("dpm_scales")}
+    assert ours and all(name.startswith("dpm_scales.training.") for name in ours)
+
+
+def test_core_in_a_fresh_interpreter_loads_no_shell() -> None:
+    rooms = sorted(room for room in CORE if any(room_of(path) == room for path in MODULES))
+    code = (
+        f"import importlib, sys\nfor room in {rooms!r}: importlib.import_module('dpm_scales.' + room)\n"
+        "print({name.split('.')[0] for name in sys.modules}"
+        " & {'lightning', 'hydra', 'omegaconf', 'pytorch_lightning', 'wandb', 'torchvision'})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"

@@ -1,0 +1,167 @@
+"""What a run can be asked for: labels, precision, compilation, loggers; and the names of runs."""
+
+from __future__ import annotations
+
+import csv
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from shell import FAST, attempt, checkpoint, column, network_weights, small_model, table, train
+from torch import Tensor
+
+from dpm_scales.networks import UNet
+from dpm_scales.training import load_model
+from dpm_scales.training.callbacks import MetricsFile
+from dpm_scales.training.run import run_name
+
+# --- labels, precision, compilation -----------------------------------------------------------------------------------
+
+
+def test_labels_reach_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor | None] = []
+    embed = UNet._embed
+    monkeypatch.setattr(
+        UNet,
+        "_embed",
+        lambda self, t, labels: (seen.append(None if labels is None else labels), embed(self, t, labels))[1],
+    )
+    run_dir = train(tmp_path / "labels", "conditional=true", "samples.num_images=12")
+    trained = [labels for labels in seen if labels is not None and len(labels) == 16]
+    assert all(labels is not None for labels in seen) and trained
+    assert len({tuple(labels.tolist()) for labels in trained}) > 2
+    assert any(labels is not None and labels.tolist() == [*range(10), 0, 1] for labels in seen)  # of the grid
+    recipe = load_model(run_dir).recipe
+    assert recipe.num_classes == 10 and recipe.class_names == tuple("0123456789")
+    seen.clear()
+    train(tmp_path / "plain")
+    assert seen and all(labels is None for labels in seen)
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        "vp",
+        "heat",
+        "blurring",
+    ],
+)
+def test_bf16_mixed_on_the_cpu(process: str, tmp_path: Path) -> None:
+    """Finite, other than in full precision, and with master weights and losses of 32 bits."""
+    overrides = (f"process={process}", "process.num_scales=4", "sampler.steps=null", *FAST)
+    half = train(tmp_path / "half", "trainer.precision=bf16-mixed", *overrides)
+    full = train(tmp_path / "full", *overrides)
+    a, b = column(half, "train/loss"), column(full, "train/loss")
+    assert np.isfinite(a).all() and a != b
+    np.testing.assert_allclose(a, b, rtol=0.1)
+    assert {v.dtype for v in network_weights(checkpoint(half)["state_dict"]).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("process", ["heat", "blurring"])
+def test_mixed_precision_is_the_networks_alone(process: str) -> None:
+    """A fresh network returns zeros in any precision: all that is left of the loss is the law, in 32 bits and more."""
+    model = small_model(f"process={process}", "sampler.steps=null")
+    x_0 = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.1, 0.4, 0.7, 1.0])
+    losses = []
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            losses.append(model.denoiser.loss(x_0, t, None, torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
+
+
+def test_compiled_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole network is one graph, here run by torch's own interpreter: what a backend makes of it is its matter."""
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    compiled = train(tmp_path / "compiled", "compile=true", *FAST)
+    plain_run = train(tmp_path / "plain", *FAST)
+    np.testing.assert_allclose(column(compiled, "train/loss"), column(plain_run, "train/loss"), rtol=1e-5)
+    assert (
+        network_weights(checkpoint(compiled)["state_dict"]).keys()
+        == network_weights(checkpoint(plain_run)["state_dict"]).keys()
+    )
+
+
+@pytest.mark.parametrize("layout", ["true", "false"])
+def test_channels_last_changes_the_layout_alone(layout: str, tmp_path: Path) -> None:
+    run_dir = train(tmp_path / "run", f"channels_last={layout}", *FAST)
+    kernel = checkpoint(run_dir)["current_model_state"]["model.denoiser.network.middle1.residual.conv1.weight"]
+    assert kernel.is_contiguous(memory_format=torch.channels_last) == (layout == "true")
+    assert np.isfinite(column(run_dir, "train/loss")).all()
+
+
+# --- loggers ----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_file_goes_on_after_a_resumption(tmp_path: Path) -> None:
+    first = MetricsFile(tmp_path / "metrics.csv")
+    for step in range(5):
+        first.log_metrics({"loss": step / 2}, step)
+    first.log_metrics({"val/loss": 1.5}, 4)
+    first.save()
+    again = MetricsFile(tmp_path / "metrics.csv")
+    again.forget_from(3)
+    again.log_metrics({"loss": 9.0, "new": 1.0}, 3)
+    again.save()
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["step", "epoch", "loss", "val/loss", "new"]
+    assert rows[1:] == [
+        ["0", "", "0", "", ""],
+        ["1", "", "0.5", "", ""],
+        ["2", "", "1", "", ""],
+        ["3", "", "9", "", "1"],
+    ]
+
+
+def test_metrics_file_holds_what_the_progress_bar_shows(tmp_path: Path) -> None:
+    outcome = attempt(tmp_path / "run")
+    rows = table(tmp_path / "run")
+    assert [row["step"] for row in rows] == [str(step) for step in range(6)]
+    assert {"step", "epoch", "train/loss", "train/grad_norm", "lr-AdamW", "val/loss"} <= rows[0].keys()
+    line = next(line for line in outcome.out.splitlines() if line.startswith("step 6/6"))
+    assert f"val/loss {float(rows[-1]['val/loss']):.4f}" in line
+    assert f"train/loss {float(rows[-1]['train/loss']):.4f}" in line
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = train(tmp_path / "run", "logger=tensorboard")
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    losses = [event.value for event in events.Scalars("train/loss")]
+    np.testing.assert_allclose(losses, column(run_dir, "train/loss"), rtol=1e-6)
+    assert len(events.Images("samples")) == 2
+
+
+@pytest.mark.slow
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network or an account; a resumed run keeps its id, and the next run gets another."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run_dir = train(tmp_path / "run", "logger=wandb")
+    kept = (run_dir / "wandb_id").read_text()
+    assert list((run_dir / "wandb").glob(f"offline-run-*-{kept}/run-{kept}.wandb"))
+    assert wandb.run is None
+    train(tmp_path / "run", "logger=wandb", "trainer.max_steps=8")
+    assert (run_dir / "wandb_id").read_text() == kept
+    other = train(tmp_path / "other", "logger=wandb")
+    assert (other / "wandb_id").read_text() != kept
+
+
+# --- names, values ----------------------------------------------------------------------------------------------------
+
+
+def test_run_names() -> None:
+    assert run_name([]) == run_name(["run_dir=x", "trainer.devices=2", "hydra/launcher=joblib"]) == "default"
+    assert run_name(["process=heat", "seed=1"]) == run_name(["seed=1", "process=heat"]) == "process=heat,seed=1"
+    lists = {run_name([f"network.widths={value}"]) for value in ("[8,8]", "(8,8)", "8,8", "[8, 8]", "{8,8}")}
+    assert len(lists) == 5
+    paths = {run_name([f"data.root={value}"]) for value in ("/a/b", "/a-b", "a/b", "/a b")}
+    assert len(paths) == 4
+    long = {run_name([f"network.embedding_dim={i:0200d}"]) for i in range(20)}
+    assert len(long) == 20 and all(len(name) <= 100 for name in long)
+    assert not any(set(name) & set("/ []{}()'\"") for name in lists | paths | long)
