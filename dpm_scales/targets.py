@@ -182,6 +182,8 @@ class Noise(Target):
             f"the noise target divides by what a step leaves of each frequency, here by 1e-{blur / math.log(10):.0f}, "
             f"more than 1e-{math.log10(MAX_DIVISION):.0f} can be undone; use target=clean, more steps or less blur",
         )
+        step = Step(process, scales[1:], scales[:-1])
+        process.resolve(lambda mu: torch.exp(-step.log_rho(mu)))
 
     def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise
@@ -202,6 +204,10 @@ class Velocity(Target):
     def check(self, process: Process) -> None:
         _require_noise(process, "velocity")
 
+    def check_scales(self, process: Process, scales: Tensor) -> None:
+        step = Step(process, scales[1:], scales[:-1])
+        process.resolve(lambda mu: self._gain(step, mu), lambda mu: self._gain(step, mu) * step.signal_t(mu))
+
     def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return operator.combine(
             (process.signal(t), noise), (lambda mu: -process.noise_scale(t, mu), operator.to_white(x_0))
@@ -211,14 +217,14 @@ class Velocity(Target):
         self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
     ) -> Tensor:
         step = Step(process, s, t)
-
-        def gain(mu: Tensor) -> Tensor:
-            return step.signal_s(mu) / (process.signal_scale(t, mu) ** 2 + step.noise_t(mu) ** 2)
-
         return operator.combine(
-            (lambda mu: gain(mu) * process.signal_scale(t, mu), y_t),
-            (lambda mu: -gain(mu) * step.noise_t(mu), prediction),
+            (lambda mu: self._gain(step, mu) * step.signal_t(mu), y_t),
+            (lambda mu: -self._gain(step, mu) * step.noise_t(mu), prediction),
         )
+
+    @staticmethod
+    def _gain(step: Step, mu: Tensor) -> Tensor:
+        return step.signal_s(mu) / (step.signal_t(mu) ** 2 + step.noise_t(mu) ** 2)
 
 
 class FinerScale(Target):

@@ -177,6 +177,8 @@ class PointData:
     probabilities: Array
 
     def estimate(self, u: Array, signal: Array, noise: Array) -> Array:
+        if len(self.points) == 1:
+            return np.broadcast_to(self.points[0], u.shape)
         distance = (((u[..., None, :, :] - signal * self.points) / noise) ** 2).sum((-2, -1))
         log_weight = np.log(self.probabilities) - distance / 2
         weight = np.exp(log_weight - log_weight.max(-1, keepdims=True))

@@ -30,8 +30,20 @@ from reference import TWINS, Twin, dense_function
 from torch import Tensor, nn
 
 from dpm_scales.noise import NoiseSource
-from dpm_scales.priors import DataPrior, GaussianPrior, auto_prior
-from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Process
+from dpm_scales.priors import DataPrior, GaussianPrior, GuidancePrior, auto_prior
+from dpm_scales.processes import (
+    VE,
+    VP,
+    Blurring,
+    BlurringChain,
+    Homogeneous,
+    InverseHeat,
+    InverseOsmosis,
+    Osmosis,
+    OsmosisDiffusion,
+    OsmosisFilter,
+    Process,
+)
 from dpm_scales.schedules import ConstantBeta, ConstantNoise, CosineLogSNR, LogBlur, SinSquaredBlur
 
 BLURRED = [twin for twin in TWINS if twin.spectrum is not None]
@@ -257,6 +269,55 @@ def test_arguments_out_of_range_are_refused(argument: str, value: Any) -> None:
         DataPrior(**{argument: value})
 
 
+# --- guidance images --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [InverseOsmosis, OsmosisDiffusion])
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 1.25])
+def test_guidance_prior_is_the_steady_state_and_noise(make: Callable[..., Osmosis], ratio: float) -> None:
+    """x_1 = a_1 v m + r gamma_1 sqrt(v) eps in pixels, v = clip(m + 0.1 N(0, 1), 0.01, 1) / its mean, by the source."""
+    process, data = make(8), images(5, 2, H, W).clamp(-0.5, 0.5)
+    low, high = process.value_range
+    data = low + (high - low) * (data + 1) / 2
+    prior = GuidancePrior(noise_ratio=ratio)
+    prior.fit(data, process)
+    y, context = prior.sample(process, NoiseSource(3, 30), (2, H, W), torch.float64)
+    source = NoiseSource(3, 30)
+    index = (source.uniform() * 5).floor().long()
+    white, noise = source.normal((2, H, W), torch.float64), source.normal((2, H, W), torch.float64)
+    mean = data[index].mean((-2, -1), keepdim=True)
+    v = ((mean - low) / (high - low) + 0.1 * white).clamp(0.01, 1)
+    assert context is not None and set(index.tolist()) == set(range(5))
+    close(context.numpy(), v.numpy(), 1e-6)  # grey values are stored in float32
+    v = v / v.mean((-2, -1), keepdim=True)
+    mu = torch.zeros(1, 1, dtype=torch.float64)
+    expected = process.signal_scale(1.0, mu) * v * mean + ratio * process.noise_scale(1.0, mu) * v.sqrt() * noise
+    close(process.operator(context).to_pixels(y).numpy(), expected.numpy(), 1e-5)
+
+
+def test_guidance_prior_is_stored_and_refuses_what_it_does_not_know() -> None:
+    process, prior = InverseOsmosis(8), GuidancePrior(max_images=3)
+    with refused("no grey values", "train the model first"):
+        prior.sample(process, NoiseSource(0, 1), (2, H, W))
+    prior.fit(images(5, 2, H, W).clamp(0, 1), process)
+    assert prior.max_images == 3 and prior.grey.shape == (3, 2)
+    other = GuidancePrior()
+    other.load_state_dict(prior.state_dict())
+    expected, got = (p.sample(process, NoiseSource(1, 4), (2, H, W)) for p in (prior, other))
+    assert torch.equal(got[0], expected[0]) and got[1] is not None and torch.equal(got[1], expected[1] + 0)
+    with refused("2 channel", "can't sample 3"):
+        prior.sample(process, NoiseSource(0, 1), (3, H, W))
+    for call in (
+        lambda: prior.fit(images(1, 1, H, W), VP(8)),
+        lambda: prior.sample(VP(8), NoiseSource(0, 1), (2, 1, 1)),
+    ):
+        with refused("needs an osmosis process", "VP"):
+            call()
+    for argument, value in [("noise_ratio", -1.0), ("noise_ratio", math.nan), ("max_images", 0), ("max_images", 1.5)]:
+        with refused("GuidancePrior", argument, repr(value)):
+            GuidancePrior(**{argument: value})
+
+
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +344,11 @@ def test_auto_prior_starts_from_data_where_the_process_ends_in_blur(process: Pro
         assert isinstance(prior, GaussianPrior)
     else:
         assert isinstance(prior, DataPrior) and prior.noise_ratio == ratio
+
+
+@pytest.mark.parametrize("make", [OsmosisFilter, InverseOsmosis, OsmosisDiffusion])
+def test_auto_prior_of_osmosis_draws_guidance_images(make: Callable[..., Process]) -> None:
+    assert isinstance(auto_prior(make(8)), GuidancePrior)
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from oracles import (
 )
 from reference import (
     NO_NOISE,
+    TWINS,
     Array,
     Twin,
     cosine_log_snr,
@@ -46,7 +47,7 @@ from reference import (
 from torch import Tensor
 
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, InverseHeat
-from dpm_scales.samplers import DDIM, Ancestral, Dissipation, Heun, Sampler, uniform_grid
+from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, Heun, Sampler, uniform_grid
 from dpm_scales.schedules import ConstantNoise, EDMNoise, LinearTimeBlur, SinSquaredBlur
 
 # --- the samplers, once more ------------------------------------------------------------------------------------------
@@ -109,6 +110,12 @@ def plain_dissipation(ratio: float) -> PlainStep:
     return lambda u, data, t, s, white: np.asarray(s[0] * data.estimate(u, *t) + ratio * s[1] * white)
 
 
+def plain_cold(u: Array, data: Data, t: tuple[Array, Array], s: tuple[Array, Array], white: Array) -> Array:
+    """Bansal et al. 2022, Algorithm 2: take the degradation of the estimate away, and put that of scale s on."""
+    estimate = data.estimate(u, *t)
+    return np.asarray(u - t[0] * estimate + s[0] * estimate)
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -127,6 +134,7 @@ CASES = [
     Case("heun-logsnr", lambda: Heun(None, "uniform", variable="logsnr"), plain_exponential, False, 20.0),
     Case("dissipation", lambda: Dissipation(1.25), plain_dissipation(1.25), True),
     Case("dissipation-0", lambda: Dissipation(0.0), plain_dissipation(0.0), True),
+    Case("cold", Cold, plain_cold, False),
 ]
 
 
@@ -236,6 +244,21 @@ def test_chain_given_the_image_has_the_marginals_of_the_process(twin: Twin, eta:
         signal, noise = curves(twin, s)
         check_law(law, signal * y_0, noise**2)
     check_law(laws[-1], curves(twin, 0.0)[0] * y_0, np.zeros((H, W)))
+
+
+@pytest.mark.parametrize("sampler", [Cold(), Dissipation(0.0), DDIM(0.0, None)])
+@over(TWINS)
+def test_samplers_without_noise_lead_a_blurred_image_back_along_its_own_scale_space(
+    twin: Twin, sampler: Sampler
+) -> None:
+    """With y_0 known and y_1 = lambda_1 y_0: y_s = lambda_s y_0 at every scale."""
+    y_0 = coefficients(images(1, 1, H, W, seed=5).numpy())
+    data, scales = PointData(y_0[0], np.ones(1)), grid(twin)
+    start = torch.from_numpy(pixels(curves(twin, 1.0)[0] * y_0))
+    whites = [torch.ones_like(start)] * (len(scales) - 2)  # drawn by one of them, and multiplied by 0
+    path = run(sampler, twin, data, scales, start, whites)
+    for s, u in zip(scales[1:], path, strict=True):
+        close(u, curves(twin, s)[0] * y_0, 1e-12)
 
 
 @dataclass(frozen=True)

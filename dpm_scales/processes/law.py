@@ -110,6 +110,12 @@ class Process(nn.Module):
         """The operator that acts on the samples of this context."""
         return self._operator
 
+    def resolve(self, *functions: SpectralFunction) -> None:
+        """Announce functions of the operator that go beyond the law's own, before they are used.
+
+        An operator that is not diagonal expands them, and the expansion must be long enough.
+        """
+
     # --- curves -------------------------------------------------------------------------------------------------------
 
     def signal(self, t: Scale) -> Decay:
@@ -161,8 +167,7 @@ class Process(nn.Module):
         """q(x_s | x_t, x_0) for s < t."""
         op, step = self.operator(context), self.step(as_scale(s, x_0), as_scale(t, x_0))
         y_0, y_t = op.to_white(x_0), op.to_white(x_t)
-        # lambda_s - a lambda_t = lambda_s (1 - a rho) = lambda_s tau: no cancellation of nearly equal images
-        mean = op.combine((lambda mu: step.signal_s(mu) * step.tau(mu), y_0), (step.keep, y_t))
+        mean = op.combine((step.pull, y_0), (step.keep, y_t))
         return Gaussian(op.to_pixels(mean), step.posterior_std, op)
 
     def sample(
@@ -264,6 +269,10 @@ class Step:
         """lambda_s."""
         return torch.exp(self.process.signal(self.s).log(mu))
 
+    def signal_t(self, mu: Tensor) -> Tensor:
+        """lambda_t."""
+        return torch.exp(self.process.signal(self.t).log(mu))
+
     def noise_s(self, mu: Tensor) -> Tensor:
         """gamma_s."""
         return self.process.noise_scale(self.s, mu)
@@ -296,6 +305,10 @@ class Step:
     def keep(self, mu: Tensor) -> Tensor:
         """a = gamma_s sqrt(1 - tau) / gamma_t = rho gamma_s^2 / gamma_t^2: how much of y_t the posterior keeps."""
         return torch.exp(self.log_rho(mu) + 2 * self._log_noise_ratio(mu))
+
+    def pull(self, mu: Tensor) -> Tensor:
+        """lambda_s - a lambda_t = lambda_s tau, without the cancellation: how much of y_0 the posterior takes."""
+        return self.signal_s(mu) * self.tau(mu)
 
     def posterior_std(self, mu: Tensor) -> Tensor:
         """gamma_s sqrt(tau)."""

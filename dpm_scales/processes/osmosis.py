@@ -45,8 +45,9 @@ class Osmosis(Process):
         num_scales, noise, blur, min_decay, value_range: as for `Process`.
         guidance_noise: standard deviation of the guidance image around the mean grey value, black 0 and white 1; >= 0.
         guidance_min: smallest value of the guidance image, in (0, 1).
-        tolerance: bound on the error of f(L), relative to the largest f, for the signal, ratio and posterior of the
-            steps that samplers take; the degree of the expansion follows from it.
+        tolerance: bound on the error of f(L), relative to the largest f, for means of the law and of samplers' steps;
+            the degree of the expansion follows from it. Standard deviations that vanish like a root at mu = 0, as the
+            posterior's under constant noise do, are met to about 1e-2 of the noise.
 
     Raises: UserError as `Process` does, and for values out of range.
     """
@@ -71,18 +72,17 @@ class Osmosis(Process):
         require(ok, f"{name}: guidance_noise must be a number >= 0, got {guidance_noise!r}")
         require(guidance_min < 1, f"{name}: guidance_min must lie in (0, 1), got {guidance_min!r}")
         self.guidance_noise, self.guidance_min = float(guidance_noise), float(guidance_min)
-        self.degree = max(1, chebyshev_degree(self._functions(), tolerance))
-
-    def _functions(self) -> list[SpectralFunction]:
-        """The smooth functions of the law at all scales: what the expansion has to be good for."""
+        self.tolerance, self.degree = float(tolerance), 1
         ts = torch.arange(self.num_scales + 1, dtype=torch.float64) / self.num_scales
-        functions: list[SpectralFunction] = [self.signal(ts)]
+        self.resolve(self.signal(ts))
         for stride in STRIDES:
-            s, t = ts[:-stride], ts[stride:]
-            if len(t):
-                step = self.step(s, t)
-                functions += [step.rho, step.keep]
-        return functions
+            if stride <= self.num_scales:
+                step = self.step(ts[:-stride], ts[stride:])
+                self.resolve(step.rho, step.keep, step.pull)
+
+    def resolve(self, *functions: SpectralFunction) -> None:
+        """Raise the degree of the expansions to what `functions` need. Raises UserError where none is enough."""
+        self.degree = max(self.degree, chebyshev_degree(functions, self.tolerance))
 
     def context(self, x_0: Tensor, generator: torch.Generator | None = None) -> Context:
         """A guidance image around each image's mean grey value: ``(B, C, H, W)``."""

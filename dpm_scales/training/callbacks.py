@@ -39,6 +39,13 @@ class WeightAverage(WeightAveraging):
         # buffers are constants of the model here; averaging would round the integer ones
         super().__init__(use_buffers=False, avg_fn=self._average)
 
+    def averaged(self) -> dict[str, Tensor]:
+        """State of denoiser and prior with the averaged weights, from the beginning of `Trainer.fit`."""
+        assert self._average_model is not None
+        module = self._average_model.module
+        assert isinstance(module, DiffusionModule)
+        return module.model.state_dict()
+
     def _average(self, average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
         n = torch.as_tensor(count, dtype=torch.float32, device=average.device)
         decay = torch.clamp((1 + n) / (10 + n), max=self.decay)

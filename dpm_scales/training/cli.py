@@ -150,10 +150,10 @@ def _shorten(message: str, config_name: str) -> str:
     if unknown:
         full = unknown.group(2)
         return f"unknown option {full!r}: {suggest(full, _known_keys(config_name, full))}"
-    group = re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", message)
-    missing = re.search(r"Could not delete from config\. '([^']+)' does not exist", message)
-    if group or missing:
-        name = (group or missing).group(1)
+    no_group = re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", message)
+    found = no_group or re.search(r"Could not delete from config\. '([^']+)' does not exist", message)
+    if found:
+        name = found.group(1)
         return f"unknown option {name!r}: {suggest(name, _known_keys(config_name, name))}"
     lines = [line.strip() for line in message.splitlines() if line.strip() and "hydra.cc" not in line]
     return " ".join(lines)

@@ -144,7 +144,7 @@ def _check_same(before: Any, now: Any, run_dir: Path, key: str = "") -> None:
     if key == "sampler" or before == now:
         return
     if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted(before.keys() | now.keys(), key=lambda name: name != "_target_"):
+        for name in sorted({**before, **now}, key=lambda name: name != "_target_"):
             _check_same(before.get(name), now.get(name), run_dir, f"{key}.{name}".lstrip("."))
         return
     name = key.removesuffix("._target_")
@@ -217,10 +217,11 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     if cfg.channels_last:
         module.to(memory_format=torch.channels_last)
     last = run_dir / "checkpoints" / "last.ckpt"
+    average = WeightAverage(cfg.ema.decay)
     callbacks: list[Callback] = [
         FinalCheckpoint(last),
         SampleGrid(run_dir / "samples", cfg.samples.num_images, cfg.seed),
-        WeightAverage(cfg.ema.decay),
+        average,
         LastValidation(),
         LastCheckpoint(last, cfg.checkpoint.every_n_steps),
         LearningRateMonitor("step"),
@@ -273,18 +274,13 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
             "seconds": round(seconds, 1),
             **metrics.last("val/"),
         }
-        _finish(trainer, module, run_dir, result)
+        if trainer.is_global_zero:
+            save_model(run_dir / "model", model, average.averaged())
+            write_text(run_dir / "result.json", json.dumps(result, indent=1))
+        for logger in trainer.loggers:
+            if hasattr(logger, "experiment") and hasattr(logger.experiment, "finish"):
+                logger.experiment.finish()  # or the next run of a sweep would go on in this one
         return result
-
-
-def _finish(trainer: pl.Trainer, module: DiffusionModule, run_dir: Path, result: dict[str, Any]) -> None:
-    if trainer.is_global_zero:
-        # after fit, the module holds the averaged weights
-        save_model(run_dir / "model", module.parts, module.model.state_dict())
-        write_text(run_dir / "result.json", json.dumps(result, indent=1))
-    for logger in trainer.loggers:
-        if hasattr(logger, "experiment") and hasattr(logger.experiment, "finish"):
-            logger.experiment.finish()  # or the next run of a sweep would go on in this one
 
 
 def _loggers(cfg: DictConfig, run_dir: Path) -> list[Any]:
