@@ -114,7 +114,7 @@ def test_a_system_stops_by_itself_and_is_then_left_alone(solver: Any) -> None:
     assert len(set(together.iterations.flatten().tolist())) >= 3
     assert together.iterations[5] == 0 and (together.x[5] == 0).all()
     for i in range(6):
-        alone = solver(white.samples(i, i + 1), b[i : i + 1], b[i : i + 1], 1e-8)
+        alone = solver(white.part(slice(i, i + 1), slice(0, 1)), b[i : i + 1], b[i : i + 1], 1e-8)
         assert torch.equal(alone.iterations[0], together.iterations[i])
         assert torch.equal(alone.x[0], together.x[i])
 

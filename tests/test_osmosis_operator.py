@@ -198,7 +198,7 @@ def test_images_keep_their_number_format(dtype: torch.dtype, tolerance: float) -
 
 
 def test_batches_are_cut_to_the_cache_without_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    v, y, c = guidance_images(5, 2, 6, 7), images(5, 2, 6, 7), torch.linspace(0, 2, 5).double()
+    v, y, c = guidance_images(5, 3, 6, 7), images(5, 3, 6, 7), torch.linspace(0, 2, 5).double()
 
     def f(mu: Tensor) -> Tensor:
         return torch.exp(-c.reshape(-1, 1, 1, 1) * mu)
@@ -207,9 +207,9 @@ def test_batches_are_cut_to_the_cache_without_a_difference(monkeypatch: pytest.M
         op = OsmosisOperator(v, 50)
         return [op.apply(f, y), *op.apply_all([f, torch.cos], y), op.combine((f, y), (torch.cos, y.flip(0)))]
 
-    for guidance in (v, v[:1]):
+    for guidance in (v, v[:1], v[:, :1]):
         whole = results(guidance)
-        for size in (1, 2 * 84 * 8 + 9):
+        for size in (1, 2 * 42 * 8 + 9, 2 * 3 * 42 * 8 + 9):  # by channel, by two channels, by two samples
             monkeypatch.setattr(chebyshev, "CACHE_BYTES", size)
             for cut, expected in zip(results(guidance), whole, strict=True):
                 assert torch.equal(cut, expected)

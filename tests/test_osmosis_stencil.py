@@ -195,12 +195,12 @@ def test_white_stencil_of_another_scale_is_the_same() -> None:
     torch.testing.assert_close(white_stencil(255 * v).dense(), white_stencil(v).dense(), atol=1e-12, rtol=0)
 
 
-def test_affine_and_samples() -> None:
-    v = guidance_images(3, 1, 4, 5)
+def test_affine_and_parts() -> None:
+    v = guidance_images(3, 2, 4, 5)
     stencil = osmosis_stencil(v)
     torch.testing.assert_close(stencil.affine(-0.7, 1.0).dense(), torch.eye(20) - 0.7 * stencil.dense())
-    assert torch.equal(stencil.samples(1, 3).dense(), stencil.dense()[1:])
-    assert torch.equal(osmosis_stencil(v[:1]).samples(1, 3).dense(), stencil.dense()[:1])
+    assert torch.equal(stencil.part(slice(1, 3), slice(0, 1)).dense(), stencil.dense()[1:, :1])
+    assert torch.equal(osmosis_stencil(v[:1]).part(slice(1, 3), slice(1, 2)).dense(), stencil.dense()[:1, 1:])
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from oracles import (
 from reference import TWINS, Array, Twin, dense_function
 from torch import Tensor
 
-from dpm_scales.processes import VE, VP, Homogeneous, InverseHeat, Process
+from dpm_scales.processes import VE, VP, Homogeneous, InverseHeat, InverseOsmosis, OsmosisDiffusion, Process
 from dpm_scales.schedules import ConstantNoise, LinearTimeBlur, ListedBeta, ListedDissipationTimes, LogBlur
 from dpm_scales.targets import Clean, FinerScale, Noise, Target, Velocity, moments, steepest_blur
 
@@ -119,6 +119,29 @@ def test_clean_image_is_clipped_to_the_values_of_the_process(twin: Twin) -> None
         m = Clean(clip=clip).clean(process, process.operator(), prediction, prediction, t, s)
         close(m.numpy(), scaled(twin, wanted, [0.1, 0.2]).numpy(), 1e-12)
     assert Clean().clip
+
+
+@pytest.mark.parametrize("name", list(TARGETS))
+@pytest.mark.parametrize("make", [OsmosisDiffusion, InverseOsmosis])
+def test_clean_image_is_found_where_pixels_are_not_white(make: Callable[..., Process], name: str) -> None:
+    """Osmosis: x = sqrt(v) y. Clean and finer speak of pixels, noise and velocity of white coordinates."""
+    process, target = make(8, blur=LogBlur(0.5, 2.0)), TARGETS[name]()
+    low, high = process.value_range
+    x_0, noise = low + (high - low) * (images(3, 2, 6, 9) + 1) / 2, images(3, 2, 6, 9, seed=1)
+    operator = process.operator(process.context(x_0, generator(2)))
+    t = float64([0.125, 0.25, 0.5])
+    s = t - 0.125
+    y_0 = operator.to_white(x_0)
+    assert (y_0 - x_0).abs().max() > 0.1
+    y_t = operator.combine((process.signal(t), y_0), (lambda mu: process.noise_scale(t, mu), noise))
+    truth = target.truth(process, operator, x_0, operator.to_pixels(y_t), noise, t)
+    if name.startswith("clean"):
+        assert torch.equal(truth, x_0)
+    if name.startswith("finer"):
+        step = operator.to_pixels(operator.apply(process.signal(s), y_0) - y_t)
+        close(truth.numpy(), step.numpy(), 1e-12)
+    m = target.clean(process, operator, truth, y_t, t, s)
+    close(m.numpy(), operator.apply(process.signal(s), y_0).numpy(), 1e-5)
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------

@@ -26,13 +26,14 @@ from torch.autograd.function import once_differentiable
 
 from dpm_scales.errors import UserError, require
 from dpm_scales.operators.base import SpectralFunction
-from dpm_scales.operators.stencil import Stencil, add_product
+from dpm_scales.operators.stencil import Stencil, add_product, cut
 
 SPECTRAL_BOUND = 8.0
 """Largest eigenvalue of L, for every guidance image."""
 
 CACHE_BYTES = 2**21
-"""On the CPU a sweep takes so much of the batch at a time: products are bound by memory, and the arrays stay cached."""
+"""On the CPU a sweep takes samples and channels of so many bytes at a time: products are bound by memory, and their
+arrays then stay in the cache."""
 
 Coefficients = tuple[float, ...] | Tensor
 """c_0, c_1, ...: numbers, or a tensor ``(..., K + 1)`` of which each c_k broadcasts against ``(B, C, N)``."""
@@ -148,8 +149,8 @@ class _Expand(torch.autograd.Function):
     def forward(ctx: Any, stencil: Stencil, y: Tensor, *coefficients: Coefficients) -> tuple[Tensor, ...]:
         _remember(ctx, stencil, coefficients, (y,))
         outs = [torch.empty_like(y, memory_format=torch.contiguous_format) for _ in coefficients]
-        for part, chosen, start, stop in _parts(stencil, coefficients, y):
-            _expand_into([out[start:stop] for out in outs], part, y[start:stop], chosen)
+        for part, chosen, place in _parts(stencil, coefficients, y):
+            _expand_into([out[place] for out in outs], part, y[place], chosen)
         return tuple(outs)
 
     @staticmethod
@@ -168,8 +169,8 @@ class _Collect(torch.autograd.Function):
         coefficients, ys = arguments[:number], arguments[number:]
         _remember(ctx, stencil, coefficients, ys)
         out = torch.empty_like(ys[0], memory_format=torch.contiguous_format)
-        for part, chosen, start, stop in _parts(stencil, coefficients, ys[0]):
-            out[start:stop] = _clenshaw(part, chosen, [y[start:stop] for y in ys])
+        for part, chosen, place in _parts(stencil, coefficients, ys[0]):
+            out[place] = _clenshaw(part, chosen, [y[place] for y in ys])
         return out
 
     @staticmethod
@@ -201,23 +202,19 @@ def _recall(ctx: Any) -> tuple[list[Coefficients], tuple[Tensor, ...]]:
 
 def _parts(
     stencil: Stencil, coefficients: Sequence[Coefficients], y: Tensor
-) -> Iterator[tuple[Stencil, list[Coefficients], int, int]]:
-    """The batch in pieces that fit into a CPU's cache; elsewhere whole."""
-    batch = y.shape[0]
-    size = batch
-    if y.device.type == "cpu" and batch > 1:
-        size = max(1, CACHE_BYTES * batch // (y.numel() * y.element_size() + 1))
-    if size >= batch:
-        yield stencil, list(coefficients), 0, batch
+) -> Iterator[tuple[Stencil, list[Coefficients], tuple[slice, slice]]]:
+    """The samples and channels in blocks that fit into a CPU's cache; elsewhere all together."""
+    batch, channels, number = y.shape
+    if y.device.type != "cpu" or y.numel() * y.element_size() <= CACHE_BYTES:
+        yield stencil, list(coefficients), (slice(0, batch), slice(0, channels))
         return
-    for start in range(0, batch, size):
-        stop = min(start + size, batch)
-        chosen = [c[start:stop] if isinstance(c, Tensor) and _per_sample(c) else c for c in coefficients]
-        yield stencil.samples(start, stop), chosen, start, stop
-
-
-def _per_sample(c: Tensor) -> bool:
-    return c.ndim == 4 and c.shape[0] > 1
+    block = max(1, CACHE_BYTES // (number * y.element_size()))
+    wide, high = min(block, channels), max(1, block // channels)
+    for i in range(0, batch, high):
+        for j in range(0, channels, wide):
+            place = slice(i, i + high), slice(j, j + wide)
+            chosen = [cut(c, *place) if isinstance(c, Tensor) and c.ndim == 4 else c for c in coefficients]
+            yield stencil.part(*place), chosen, place
 
 
 def _sign(k: int) -> float:

@@ -81,11 +81,9 @@ class Stencil:
         """The same matrix in another number format."""
         return self._map(lambda weight: weight.to(dtype), self.diagonal.to(dtype))
 
-    def samples(self, start: int, stop: int) -> Stencil:
-        """The matrices of some samples of the batch; all of them where one serves the batch."""
-        if self.diagonal.shape[0] == 1:
-            return self
-        return self._map(lambda weight: weight[start:stop], self.diagonal[start:stop])
+    def part(self, samples: slice, channels: slice) -> Stencil:
+        """The matrices of some samples and channels; one that serves all of them stays."""
+        return self._map(lambda weight: cut(weight, samples, channels), cut(self.diagonal, samples, channels))
 
     def dense(self) -> Tensor:
         """``(B | 1, C | 1, N, N)``: for tests, and small images."""
@@ -104,6 +102,12 @@ class Stencil:
         left = right if self.from_left is self.from_right else f(self.from_left)
         above = below if self.from_above is self.from_below else f(self.from_above)
         return Stencil(diagonal, right, left, below, above, self.height, self.width)
+
+
+def cut(x: Tensor, samples: slice, channels: slice) -> Tensor:
+    """Some samples and channels of ``(B | 1, C | 1, ...)``; an axis of size one stays."""
+    whole = slice(None)
+    return x[samples if x.shape[0] > 1 else whole, channels if x.shape[1] > 1 else whole]
 
 
 def add_product(terms: Terms, scale: float = 1.0) -> None:
