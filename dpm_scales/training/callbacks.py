@@ -121,6 +121,15 @@ class FinalCheckpoint(Callback):
         trainer.save_checkpoint(self.path)
 
 
+class LoggedSteps(Callback):
+    """Loggers count optimiser steps. Lightning's own count is one too high where a finished run goes on."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
 class LastValidation(Callback):
     """A validation, and so a grid and a loss to compare runs by, after the last step, wherever the next was due."""
 

@@ -83,10 +83,6 @@ class DiffusionModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         self.bad_steps = self.bad_steps.to(self.device)
 
-    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        # by which loggers count: Lightning's own is one too high after a run that was finished and goes on
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         self._seed_step()
         x_0, labels = self._images(batch)

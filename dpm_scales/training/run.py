@@ -30,6 +30,7 @@ from dpm_scales.training.callbacks import (
     FinalCheckpoint,
     LastCheckpoint,
     LastValidation,
+    LoggedSteps,
     MetricsFile,
     SampleGrid,
     StepBar,
@@ -219,6 +220,7 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     last = run_dir / "checkpoints" / "last.ckpt"
     average = WeightAverage(cfg.ema.decay)
     callbacks: list[Callback] = [
+        LoggedSteps(),
         FinalCheckpoint(last),
         SampleGrid(run_dir / "samples", cfg.samples.num_images, cfg.seed),
         average,
