@@ -59,7 +59,7 @@ class Outcome:
     err: str
 
 
-def call(script: str, *arguments: str, cwd: Path) -> Outcome:
+def call(script: str, *arguments: str, cwd: Path, environment: dict[str, str] | None = None) -> Outcome:
     """``python script arguments`` in this process, with standard output and error caught."""
     out, err = io.StringIO(), io.StringIO()
     before = Path.cwd()
@@ -75,6 +75,7 @@ def call(script: str, *arguments: str, cwd: Path) -> Outcome:
     ):
         for name in ("HYDRA_FULL_ERROR", "DPM_SCALES_TRACEBACK"):
             os.environ.pop(name, None)
+        os.environ.update(environment or {})
         os.chdir(cwd)
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")

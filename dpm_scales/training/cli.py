@@ -70,6 +70,7 @@ def main(entry: Callable[[], None], config_name: str) -> None:
     """Run a `hydra.main` function; exits with status 2 and one line on standard error for a user's mistake."""
     os.environ.setdefault(WISH, os.environ.get(TRACEBACK, "0"))  # processes started from here inherit it
     os.environ[TRACEBACK] = "1"
+    os.environ.setdefault("OC_CAUSE", "0")  # under a debugger OmegaConf would chain what its message already says
     sys.argv[1:] = tidy(sys.argv[1:])
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {' '.join(str(message).split())}\n"
     try:
