@@ -311,7 +311,7 @@ def test_real_processes_end_with_one_line_and_status_2(script: str, arguments: s
 
 @pytest.mark.parametrize("mistake", ["process.num_scales=0", "process=haet", "sede=1"])
 def test_tracebacks_on_request(mistake: str, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="UserError|Could not find 'process/haet'|Key 'sede' is not in struct"):
+    with pytest.raises(Exception, match="UserError|Could not find 'process/haet'|Could not override 'sede'"):
         call("train.py", mistake, cwd=tmp_path, environment={"HYDRA_FULL_ERROR": "1"})
 
 

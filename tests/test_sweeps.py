@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from shell import FAST, SMALL, call, files, run
+import yaml
+from shell import FAST, SMALL, call, checkpoint, files, run, settings
+
+from dpm_scales.training import sweep
 
 SIX = ("process=vp,heat,blurring", "process.num_scales=4,6", "sampler.steps=null")
 
@@ -14,6 +20,10 @@ SIX = ("process=vp,heat,blurring", "process.num_scales=4,6", "sampler.steps=null
 def rows(root: Path) -> list[dict[str, str]]:
     with (root / "sweep.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def rows_or_none(root: Path) -> list[dict[str, str]] | None:
+    return rows(root) if (root / "sweep.csv").is_file() else None
 
 
 def folders(root: Path) -> list[Path]:
@@ -32,6 +42,9 @@ def test_six_runs_end_in_six_folders_and_one_table(tmp_path: Path) -> None:
     assert all(float(row["val/loss"]) > 0 and int(row["steps"]) == 6 for row in table)
     for folder in folders(root):
         assert {"model/model.safetensors", "model/config.yaml", "config.yaml", "metrics.csv"} <= set(files(folder))
+    assert {"sweep"} == {path.name for path in tmp_path.iterdir()}  # Hydra's multirun.yaml is in it
+    assert yaml.safe_load((root / "multirun.yaml").read_text())["run_dir"] == "sweep"
+    assert "process.num_scales" in outcome.out and "seconds" in outcome.out  # the table is shown
     before = {folder: (folder / "model/model.safetensors").stat().st_mtime_ns for folder in folders(root)}
     again = call("train.py", "-m", *SMALL, *FAST, *SIX, "run_dir=sweep", cwd=tmp_path)
     assert again.status == 0, again.err
@@ -59,8 +72,23 @@ def test_failing_job_leaves_the_others_results(tmp_path: Path) -> None:
     assert outcome.status != 0
     line = outcome.err.strip().splitlines()[-1]
     assert "num_scales must be a whole number >= 1, got 0" in line and "Traceback" not in outcome.err
+    failed = [line for line in outcome.err.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 1 and " process.num_scales=0 " in failed[0] and failed[0].endswith("got 0")
     table = rows(tmp_path / "sweep")
     assert len(table) == 1 and len(folders(tmp_path / "sweep")) == 1
+
+
+def test_mistyped_choice_ends_a_sweep_before_its_first_run(tmp_path: Path) -> None:
+    outcome = call("train.py", "-m", *SMALL, "process=vp,haet", "run_dir=sweep", cwd=tmp_path)
+    assert outcome.status == 2 and outcome.err.startswith("error: unknown process 'haet': did you mean 'heat'")
+    assert folders(tmp_path / "sweep") == [] and not rows_or_none(tmp_path / "sweep")
+
+
+def test_flags_may_come_last(tmp_path: Path) -> None:
+    """Hydra's own parser takes them only before or behind all options."""
+    outcome = call("train.py", *SMALL[:4], "-m", *SMALL[4:], "seed=1,2", "trainer.max_steps=1", cwd=tmp_path)
+    assert outcome.status == 0, outcome.err
+    assert {row["seed"] for row in rows(tmp_path / "runs")} == {"1", "2"}
 
 
 def test_order_of_overrides_does_not_matter(tmp_path: Path) -> None:
@@ -68,3 +96,58 @@ def test_order_of_overrides_does_not_matter(tmp_path: Path) -> None:
     b = call("train.py", "process=ve", *reversed(SMALL), cwd=tmp_path)
     assert a.status == 0 and b.status == 0
     assert len(folders(tmp_path / "runs")) == 1 and "finished" in b.out
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def put(root: Path, name: str, overrides: list[str], **values: Any) -> None:
+    (root / name).mkdir(parents=True)
+    (root / name / "result.json").write_text(json.dumps({"overrides": overrides, "steps": 6, **values}))
+
+
+def test_table_shows_what_the_runs_differ_in(tmp_path: Path) -> None:
+    put(tmp_path, "a", ["process=vp", "seed=1", "trainer.max_steps=6"], **{"val/loss": 0.5})
+    put(tmp_path, "b", ["process=heat", "trainer.max_steps=6", "~sampler.steps"], **{"val/loss": 0.25, "new": 1.0})
+    (tmp_path / "c").mkdir()  # a run that failed
+    varied, found = sweep.write_table(tmp_path)
+    assert varied == ["process", "seed", "~sampler.steps"]
+    assert [row["run"] for row in found] == ["a", "b"]
+    assert (tmp_path / "sweep.csv").read_text().splitlines() == [
+        "run,process,seed,~sampler.steps,steps,val/loss,new",
+        "a,vp,1,,6,0.5,",
+        "b,heat,,,6,0.25,1.0",
+    ]
+
+
+def test_table_misses_no_run_that_ends_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may write its own table between our look and our writing."""
+    put(tmp_path, "a", ["seed=1"])
+    write = sweep.write_text
+
+    def late(path: Path, text: str) -> None:
+        if not (tmp_path / "b").exists():
+            put(tmp_path, "b", ["seed=2"])
+        write(path, text)
+
+    monkeypatch.setattr(sweep, "write_text", late)
+    sweep.write_table(tmp_path)
+    assert [row["run"] for row in rows(tmp_path)] == ["a", "b"]
+
+
+# --- several processes for each run -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_sweep_of_runs_with_two_processes_each(tmp_path: Path) -> None:
+    """Every process repeats the command line: that of its run, or it would start the sweep anew."""
+    start = time.monotonic()
+    two = ("seed=1,2", "trainer=ddp", "trainer.devices=2", "trainer.max_steps=3", "checkpoint.every_n_steps=2")
+    outcome = run("train.py", "-m", *SMALL, *two, "run_dir=sweep", cwd=tmp_path)
+    assert outcome.status == 0, f"{time.monotonic() - start} s: {outcome.err}"
+    assert len(folders(tmp_path / "sweep")) == 2 and outcome.out.count("batch 16 x 2") == 2
+    for folder in folders(tmp_path / "sweep"):
+        assert checkpoint(folder)["global_step"] == 3
+        assert checkpoint(folder)["ImageDataModule"]["world_size"] == 2
+    seeds = {settings(folder)["seed"] for folder in folders(tmp_path / "sweep")}
+    assert seeds == {1, 2} and len(rows(tmp_path / "sweep")) == 2

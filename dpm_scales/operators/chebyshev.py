@@ -26,14 +26,10 @@ from torch.autograd.function import once_differentiable
 
 from dpm_scales.errors import UserError, require
 from dpm_scales.operators.base import SpectralFunction
-from dpm_scales.operators.stencil import Stencil, add_product, cut
+from dpm_scales.operators.stencil import CACHE_BYTES, Stencil, add_product, blocks, cut
 
 SPECTRAL_BOUND = 8.0
 """Largest eigenvalue of L, for every guidance image."""
-
-CACHE_BYTES = 2**21
-"""On the CPU a sweep takes samples and channels of so many bytes at a time: products are bound by memory, and their
-arrays then stay in the cache."""
 
 Coefficients = tuple[float, ...] | Tensor
 """c_0, c_1, ...: numbers, or a tensor ``(..., K + 1)`` of which each c_k broadcasts against ``(B, C, N)``."""
@@ -203,18 +199,10 @@ def _recall(ctx: Any) -> tuple[list[Coefficients], tuple[Tensor, ...]]:
 def _parts(
     stencil: Stencil, coefficients: Sequence[Coefficients], y: Tensor
 ) -> Iterator[tuple[Stencil, list[Coefficients], tuple[slice, slice]]]:
-    """The samples and channels in blocks that fit into a CPU's cache; elsewhere all together."""
-    batch, channels, number = y.shape
-    if y.device.type != "cpu" or y.numel() * y.element_size() <= CACHE_BYTES:
-        yield stencil, list(coefficients), (slice(0, batch), slice(0, channels))
-        return
-    block = max(1, CACHE_BYTES // (number * y.element_size()))
-    wide, high = min(block, channels), max(1, block // channels)
-    for i in range(0, batch, high):
-        for j in range(0, channels, wide):
-            place = slice(i, i + high), slice(j, j + wide)
-            chosen = [cut(c, *place) if isinstance(c, Tensor) and c.ndim == 4 else c for c in coefficients]
-            yield stencil.part(*place), chosen, place
+    """What belongs to each block of samples and channels."""
+    for place in blocks(y, CACHE_BYTES):
+        chosen = [cut(c, *place) if isinstance(c, Tensor) and c.ndim == 4 else c for c in coefficients]
+        yield stencil.part(*place), chosen, place
 
 
 def _sign(k: int) -> float:

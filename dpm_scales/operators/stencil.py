@@ -18,7 +18,7 @@ of the five products runs over contiguous memory, whatever the size (1 x N too).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,9 @@ from torch import Tensor
 from dpm_scales.errors import require
 
 Terms = list[tuple[Tensor, Tensor, Tensor]]
+
+CACHE_BYTES = 2**21
+"""An image in work on the CPU, in bytes: products are bound by memory, and the dozen arrays then stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,20 @@ def cut(x: Tensor, samples: slice, channels: slice) -> Tensor:
     """Some samples and channels of ``(B | 1, C | 1, ...)``; an axis of size one stays."""
     whole = slice(None)
     return x[samples if x.shape[0] > 1 else whole, channels if x.shape[1] > 1 else whole]
+
+
+def blocks(x: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+    """Samples and channels of ``(B, C, N)`` in blocks of at most `size` bytes, or one image channel; elsewhere than on
+    the CPU, where nothing is gained, all together."""
+    batch, channels, number = x.shape
+    if x.device.type != "cpu" or x.numel() * x.element_size() <= size:
+        yield slice(0, batch), slice(0, channels)
+        return
+    block = max(1, size // (number * x.element_size()))
+    wide, high = min(block, channels), max(1, block // channels)
+    for i in range(0, batch, high):
+        for j in range(0, channels, wide):
+            yield slice(i, i + high), slice(j, j + wide)
 
 
 def add_product(terms: Terms, scale: float = 1.0) -> None:

@@ -103,6 +103,8 @@ class LastCheckpoint(Callback):
             batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
             self._waits = trainer.enable_validation and batches % (trainer.val_check_batch or math.inf) == 0
             if not self._waits:
+                # Lightning logs the step only after this hook: a kill between the two would lose its row
+                trainer._logger_connector.update_train_step_metrics()
                 trainer.save_checkpoint(self.path)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
