@@ -59,7 +59,7 @@ def test_bf16_mixed_on_the_cpu(process: str, tmp_path: Path) -> None:
     assert {v.dtype for v in network_weights(checkpoint(half)["state_dict"]).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("process", ["heat", "blurring"])
+@pytest.mark.parametrize("process", ["heat", "blurring", "inverse_osmosis", "osmosis_diffusion"])
 def test_mixed_precision_is_the_networks_alone(process: str) -> None:
     """A fresh network returns zeros in any precision: all that is left of the loss is the law, in 32 bits and more."""
     model = small_model(f"process={process}", "sampler.steps=null")
@@ -103,7 +103,7 @@ def test_metrics_file_goes_on_after_a_resumption(tmp_path: Path) -> None:
     first.save()
     again = MetricsFile(tmp_path / "metrics.csv")
     again.forget_from(3)
-    again.log_metrics({"loss": 9.0, "new": 1.0}, 3)
+    again.log_metrics({"new": 1.0}, 3)
     again.save()
     with (tmp_path / "metrics.csv").open(newline="") as file:
         rows = list(csv.reader(file))
@@ -112,7 +112,7 @@ def test_metrics_file_goes_on_after_a_resumption(tmp_path: Path) -> None:
         ["0", "", "0", "", ""],
         ["1", "", "0.5", "", ""],
         ["2", "", "1", "", ""],
-        ["3", "", "9", "", "1"],
+        ["3", "", "", "", "1"],
     ]
 
 

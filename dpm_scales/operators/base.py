@@ -3,8 +3,9 @@
 A process of this package is a self-adjoint operator L >= 0 and two curves of its eigenvalues mu; every formula is then
 ``f(L) y``. An operator knows how to compute that, and nothing else of the process:
 
-    PixelOperator   L = 0                multiply by f(0)
-    HeatOperator    L = -Laplacian       DCT, multiply by f(mu), inverse DCT
+    PixelOperator     L = 0                       multiply by f(0)
+    HeatOperator      L = -Laplacian              DCT, multiply by f(mu), inverse DCT
+    OsmosisOperator   L = -V^{-1/2} P V^{1/2}     Chebyshev expansion of f on the spectrum's bounds
 
 `f` maps eigenvalues (a float64 tensor of any shape) to a tensor with optional leading batch dimensions ``(B, 1)``.
 Trailing dimensions of size one say that f does not depend on mu: the operator then only scales, without a transform.

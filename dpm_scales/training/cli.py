@@ -156,6 +156,8 @@ def _shorten(message: str, config_name: str) -> str:
     if found:
         name = found.group(1)
         return f"unknown option {name!r}: {suggest(name, _known_keys(config_name, name))}"
+    if "hydra/launcher/submitit" in message:
+        return "this launcher needs the submitit plugin: pip install '.[slurm]'"
     lines = [line.strip() for line in message.splitlines() if line.strip() and "hydra.cc" not in line]
     return " ".join(lines)
 
