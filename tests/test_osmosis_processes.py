@@ -206,6 +206,11 @@ def test_entropy_adds_the_volume_of_the_guidance_image(pair: Pair) -> None:
     white = process.conditional_entropy(1.0, (4, 6))
     expected = white + 0.5 * (v / means(v)).log().sum((-2, -1))
     close(process.conditional_entropy(1.0, (4, 6), v), expected)
+    if pair.noisy:  # one t per sample, and more channels than samples
+        v = guidance_images(2, 3, 4, 6, dark=0.0)
+        both = process.conditional_entropy(T[1:], (4, 6), v)
+        for b, t in enumerate(T[1:].tolist()):
+            close(both[b : b + 1], process.conditional_entropy(t, (4, 6), v[b : b + 1]))
 
 
 def test_steady_state_is_reached_and_the_mean_grey_value_kept() -> None:

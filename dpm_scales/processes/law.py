@@ -201,14 +201,17 @@ class Process(nn.Module):
             t: ``()`` or ``(B,)``.
             size: (H, W).
 
-        Returns: float64 ``()`` or ``(B,)``; -inf for a deterministic process.
+        Returns: float64 ``()`` or ``(B,)``, with a guidance image ``(B, C)``; -inf for a deterministic process.
         """
         t = self._scale(t)
         op = self.operator(context)
         mu = op.eigenvalues(*size, t.device).expand(size)
         per_mode = 0.5 * math.log(2 * math.pi * math.e) + self.log_noise_scale(t, mu)
         total = per_mode.expand(*per_mode.shape[: -mu.ndim], *size).sum((-2, -1))
-        return (total.squeeze(-1) if t.ndim else total) + op.log_volume()
+        volume = op.log_volume()
+        if isinstance(volume, Tensor):  # (B, C), and total () or (B, 1)
+            return total + volume
+        return (total.squeeze(-1) if t.ndim else total) + volume
 
     def _scale(self, t: Scale) -> Tensor:
         """t as a tensor; a Python number goes where the curves' own tables are."""
