@@ -15,7 +15,7 @@ import torch
 from shell import FAST, SMALL, assert_equal, attempt, call, checkpoint, files, settings, spawn, table, train
 
 from dpm_scales.data import ImageDataModule
-from dpm_scales.training.callbacks import SampleGrid
+from dpm_scales.training.callbacks import LoggedSteps, SampleGrid
 from dpm_scales.training.module import DiffusionModule
 
 #: nine steps; a checkpoint after four and eight of them, validations after three, six and nine
@@ -264,6 +264,45 @@ def test_other_data_is_told(finished: Path, tmp_path: Path) -> None:
         outcome = call("train.py", f"run_dir={finished}", "data.batch_size=8", "trainer.max_steps=10", cwd=tmp_path)
     assert outcome.status == 0, outcome.err
     assert isinstance(checkpoint(finished)["ImageDataModule"], dict) and ImageDataModule.__name__ == "ImageDataModule"
+
+
+@pytest.mark.parametrize(("owner", "step"), [(LoggedSteps, 5), (DiffusionModule, 5), (DiffusionModule, 3)])
+def test_sigterm_loses_no_step(
+    owner: type, step: int, tmp_path: Path, undisturbed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it comes before the hook that writes checkpoints or after it; after step 3 there is a validation."""
+
+    def terminate(self: Any, *_: Any) -> None:
+        trainer = self.trainer if owner is DiffusionModule else _[0]
+        if trainer.global_step == step:
+            trainer._signal_connector.received_sigterm = True
+
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "on_train_batch_end", terminate)
+        outcome = attempt(run_dir, *RUN)
+    assert outcome.status == 143 and f"stopped at step {step}; go on with" in outcome.err
+    assert not step == 5 or checkpoint(run_dir)["global_step"] == 5
+    outcome = call("train.py", f"run_dir={run_dir}", cwd=tmp_path)
+    assert outcome.status == 0, outcome.err
+    assert_same_run(run_dir, undisturbed["mid-epoch"])
+
+
+def test_sigterm_amid_accumulated_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last whole checkpoint is the one to go on from."""
+    options = (*RUN, "trainer.accumulate_grad_batches=3", "trainer.max_steps=3", "checkpoint.every_n_steps=1")
+    batches = iter(range(1, 100))
+
+    def terminate(self: DiffusionModule, *_: Any) -> None:
+        self.trainer._signal_connector.received_sigterm = next(batches) == 5
+
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionModule, "on_train_batch_end", terminate)
+        assert attempt(run_dir, *options).status == 143
+    assert checkpoint(run_dir)["global_step"] == 1
+    assert call("train.py", f"run_dir={run_dir}", cwd=tmp_path).status == 0
+    assert_same_run(run_dir, train(tmp_path / "whole", *options))
 
 
 # --- signals, in processes of their own -------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -87,11 +88,11 @@ class LastCheckpoint(Callback):
     def __init__(self, path: Path, every_n_steps: int) -> None:
         require_number("checkpoint.every_n_steps", every_n_steps, 1, whole=True)
         self.path, self.every_n_steps = path, every_n_steps
-        self._step = 0  # the last one seen
+        self._step = self._saved = 0  # the last one seen, and the last one in a checkpoint
         self._waits = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
+        self._step = self._saved = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -105,12 +106,22 @@ class LastCheckpoint(Callback):
             if not self._waits:
                 # Lightning logs the step only after this hook: a kill between the two would lose its row
                 trainer._logger_connector.update_train_step_metrics()
-                trainer.save_checkpoint(self.path)
+                self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._waits:
             self._waits = False
-            trainer.save_checkpoint(self.path)
+            self._save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # SIGTERM may also come after the hook above; Lightning then stops between two steps, or in a validation
+        between = not trainer.validating and not trainer.fit_loop.epoch_loop._should_accumulate()
+        if isinstance(exception, SIGTERMException) and between and self._saved < trainer.global_step == self._step:
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved = self._step
 
 
 class FinalCheckpoint(Callback):
