@@ -33,12 +33,17 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def is_whole(value: object, low: float = -math.inf) -> bool:
+    """Whether `value` is an integer (a truth value is none) of at least `low`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
 def require_number(
     name: str, value: object, low: float = -math.inf, high: float = math.inf, whole: bool = False
 ) -> None:
     """Raise UserError unless `value` is a number (a whole one if asked for) with `low` <= value <= `high`."""
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high:
+    fits = is_whole(value) or (not whole and isinstance(value, float))
+    if fits and low <= value <= high:  # type: ignore[operator]
         return
     kind = "a whole number" if whole else "a number"
     above = f" and <= {high:g}" if math.isfinite(high) else ""

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import require
+from dpm_scales.errors import is_whole, require
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -30,10 +30,6 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 class NoiseSource:
     """Independent noise for the samples numbered `first`, `first + 1`, ... of a seed.
 
@@ -47,9 +43,9 @@ class NoiseSource:
     """
 
     def __init__(self, seed: int, count: int, first: int = 0, device: torch.device | str | None = None) -> None:
-        require(_is_whole(seed) and 0 <= seed < 2**63, f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
-        require(_is_whole(count) and count >= 1, f"a noise source needs at least one sample, got count={count!r}")
-        require(_is_whole(first) and first >= 0, f"samples are numbered from 0, got first={first!r}")
+        require(is_whole(seed, 0) and seed < 2**63, f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
+        require(is_whole(count, 1), f"a noise source needs at least one sample, got count={count!r}")
+        require(is_whole(first, 0), f"samples are numbered from 0, got first={first!r}")
         numbers = torch.arange(first, first + count, dtype=torch.int64, device=device)
         seeded = _mix(torch.full((), seed, dtype=torch.int64, device=device) + _GOLDEN)
         self._keys = _mix(seeded + (numbers + 1) * _GOLDEN)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import HeatOperator
 from dpm_scales.processes import Context, Osmosis, Process
@@ -33,6 +33,9 @@ class Prior(nn.Module):
     def max_images(self) -> int:
         """How many training images `fit` can use; 0 for none."""
         return 0
+
+    def check_size(self, size: tuple[int, int]) -> None:  # noqa: B027 - most priors serve any size
+        """Raise UserError if images of `size` (H, W) can't be sampled."""
 
     @abstractmethod
     def sample(
@@ -52,7 +55,33 @@ class GaussianPrior(Prior):
         return process.operator().apply(lambda mu: process.noise_scale(one, mu), white), None
 
 
-class DataPrior(Prior):
+class _FittedPrior(Prior):
+    """A prior that keeps something of each training image in the buffer named `stored`, and starts with noise added."""
+
+    stored: ClassVar[str]
+
+    def __init__(self, noise_ratio: float, max_images: int) -> None:
+        super().__init__()
+        name = type(self).__name__
+        ok = is_number(noise_ratio) and noise_ratio >= 0
+        require(ok, f"{name}: noise_ratio must be >= 0, got {noise_ratio!r}")
+        ok = is_whole(max_images, 1)
+        require(ok, f"{name}: max_images must be a whole number >= 1, got {max_images!r}")
+        self.noise_ratio, self._max_images = float(noise_ratio), max_images
+
+    @property
+    def max_images(self) -> int:
+        return self._max_images
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # how much is stored is the data's matter, not the constructor's
+        values = state_dict.get(prefix + self.stored)
+        if values is not None:
+            setattr(self, self.stored, getattr(self, self.stored).new_zeros(values.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class DataPrior(_FittedPrior):
     """y_1 = lambda_1(L) x + r gamma_1(L) eps, x a random training image (Rissanen et al. 2023).
 
     Args:
@@ -61,24 +90,17 @@ class DataPrior(Prior):
         tolerance: coefficients that the blur scales below this are dropped.
     """
 
+    stored: ClassVar[str] = "coefficients"
     coefficients: Tensor
     image_size: Tensor
 
     def __init__(self, noise_ratio: float = 1.25, max_images: int = 10000, tolerance: float = 1e-4) -> None:
-        super().__init__()
-        ok = is_number(noise_ratio) and noise_ratio >= 0
-        require(ok, f"DataPrior: noise_ratio must be >= 0, got {noise_ratio!r}")
-        ok = isinstance(max_images, int) and not isinstance(max_images, bool) and max_images >= 1
-        require(ok, f"DataPrior: max_images must be a whole number >= 1, got {max_images!r}")
+        super().__init__(noise_ratio, max_images)
         ok = is_number(tolerance) and 0 < tolerance < 1
         require(ok, f"DataPrior: tolerance must lie in (0, 1), got {tolerance!r}")
-        self.noise_ratio, self._max_images, self.tolerance = float(noise_ratio), max_images, tolerance
+        self.tolerance = tolerance
         self.register_buffer("coefficients", torch.zeros(0, 1, 1, 1))
         self.register_buffer("image_size", torch.zeros(2, dtype=torch.int64))
-
-    @property
-    def max_images(self) -> int:
-        return self._max_images
 
     def fit(self, images: Tensor, process: Process) -> None:
         operator = _heat_operator(process)
@@ -116,15 +138,8 @@ class DataPrior(Prior):
             f"it can't sample {size[0]}x{size[1]}",
         )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # the number of stored coefficients is the data's, not the constructor's
-        stored = state_dict.get(prefix + "coefficients")
-        if stored is not None:
-            self.coefficients = self.coefficients.new_zeros(stored.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
-
-class GuidancePrior(Prior):
+class GuidancePrior(_FittedPrior):
     """y_1 = lambda_1(0) V^{-1/2} (v m) + r gamma_1(L) eps, m the mean grey values of a random training image, v the
     guidance image that the process draws around them, of mean one.
 
@@ -133,20 +148,12 @@ class GuidancePrior(Prior):
         max_images: how many training images to take grey values of.
     """
 
+    stored: ClassVar[str] = "grey"
     grey: Tensor
 
     def __init__(self, noise_ratio: float = 1.0, max_images: int = 10000) -> None:
-        super().__init__()
-        ok = is_number(noise_ratio) and noise_ratio >= 0
-        require(ok, f"GuidancePrior: noise_ratio must be >= 0, got {noise_ratio!r}")
-        ok = isinstance(max_images, int) and not isinstance(max_images, bool) and max_images >= 1
-        require(ok, f"GuidancePrior: max_images must be a whole number >= 1, got {max_images!r}")
-        self.noise_ratio, self._max_images = float(noise_ratio), max_images
+        super().__init__(noise_ratio, max_images)
         self.register_buffer("grey", torch.zeros(0, 1))
-
-    @property
-    def max_images(self) -> int:
-        return self._max_images
 
     def fit(self, images: Tensor, process: Process) -> None:
         _osmosis(process)
@@ -167,13 +174,6 @@ class GuidancePrior(Prior):
         start = signal * operator.to_white(osmosis.steady_state(mean, context))
         white = operator.apply(lambda mu: osmosis.noise_scale(one, mu), noise.normal(size, dtype))
         return start + self.noise_ratio * white, context
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # the number of stored grey values is the data's, not the constructor's
-        stored = state_dict.get(prefix + "grey")
-        if stored is not None:
-            self.grey = self.grey.new_zeros(stored.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _osmosis(process: Process) -> Osmosis:

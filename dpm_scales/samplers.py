@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.denoisers import Denoiser
-from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.errors import UserError, is_whole, require, suggest
 from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import PixelOperator
 from dpm_scales.priors import Prior
@@ -89,8 +89,7 @@ class Sampler:
     one_scale_at_a_time = True
 
     def __init__(self, steps: int | None = None, grid: str = "uniform", rho: float = 7.0) -> None:
-        ok = steps is None or (isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1)
-        require(ok, f"steps must be a whole number >= 1 or null, got {steps!r}")
+        require(steps is None or is_whole(steps, 1), f"steps must be a whole number >= 1 or null, got {steps!r}")
         if grid not in GRIDS:
             raise UserError(f"unknown grid {grid!r}: {suggest(str(grid), GRIDS)}")
         require_positive(self, rho=rho)
@@ -358,6 +357,5 @@ def auto_sampler(process: Process, steps: int | None = None) -> Sampler:
     if isinstance(process.operator(), PixelOperator):
         return Heun(steps=min(18, process.num_scales) if steps is None else steps)
     if process.has_constant_noise():
-        noiseless = bool(torch.isneginf(process.log_noise_scale(1.0, torch.zeros(1, dtype=torch.float64))).all())
-        return Dissipation(steps=1 if steps is None else steps) if noiseless else Ancestral(steps=steps)
+        return Ancestral(steps=steps) if process.has_noise() else Dissipation(steps=1 if steps is None else steps)
     return Ancestral(steps=min(250, process.num_scales) if steps is None else steps)

@@ -112,9 +112,8 @@ def _plain(m: Moments) -> Scalings:
 
 
 def _require_noise(process: Process, target: str) -> None:
-    mu = torch.zeros(1, dtype=torch.float64)
     require(
-        bool((process.noise_scale(1.0, mu) > 0).all()),
+        process.has_noise(),
         f"the {target} target needs noise, and {type(process).__name__} has none; use target=clean or finer",
     )
 

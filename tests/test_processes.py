@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import NOISY, H, W, close, float64, generator, images, over, pretended_gpu, refused
 from reference import TWINS, Array, Twin, dense_function
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dpm_scales.errors import UserError
 from dpm_scales.operators import Operator, SpectralFunction
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Gaussian, Homogeneous, InverseHeat, Process, as_scale
 from dpm_scales.schedules import (
@@ -35,32 +34,14 @@ from dpm_scales.schedules import (
     NoiseSchedule,
 )
 
-H, W = 3, 5
 BETWEEN = [0.03, 0.125, 0.2, 0.375, 0.44, 0.7, 0.875, 0.99, 1.0]
 PAIRS = [(0.0, 0.125), (0.0, 0.55), (0.125, 0.25), (0.03, 0.1), (0.3, 0.9), (0.75, 1.0), (0.25, 0.875)]
 
 
-def over(chosen: list[Twin]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("twin", chosen, ids=lambda twin: twin.name)
-
-
 twins = over(TWINS)
-noisy_twins = over([twin for twin in TWINS if twin.variance(1.0, np.zeros((1, 1))).any()])
+noisy_twins = over(NOISY)
 twins_that_start_at_the_image = over([twin for twin in TWINS if twin.start() == (1.0, 0.0)])
 lyapunov_twins = over([twin for twin in TWINS if twin.chain_noise is None])
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def images(*shape: int, seed: int = 0) -> Tensor:
-    """Uniform values in [-1, 1], float64."""
-    return 2 * torch.rand(shape, generator=generator(seed), dtype=torch.float64) - 1
-
-
-def float64(value: Any) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
 
 
 def vectors(x: Tensor) -> Array:
@@ -81,20 +62,6 @@ def dense(twin: Twin, f: Callable[[Array], Array], height: int = H, width: int =
 def full(value: Tensor, batch: int, mu: Tensor) -> Array:
     """A curve of t and mu for `batch` samples, ``(batch, *mu.shape)``."""
     return value.expand(batch, 1, *mu.shape)[:, 0].numpy() if value.ndim > mu.ndim else value.expand(mu.shape).numpy()
-
-
-def close(actual: Any, expected: Any, atol: float = 1e-10, rtol: float = 1e-9) -> None:
-    np.testing.assert_allclose(actual, expected, atol=atol, rtol=rtol)
-
-
-@contextmanager
-def refused(*words: str) -> Iterator[None]:
-    """A UserError of one line that contains every one of `words`."""
-    with pytest.raises(UserError) as caught:
-        yield
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 400
-    assert all(word in message for word in words), message
 
 
 # --- the curves -------------------------------------------------------------------------------------------------------
@@ -761,14 +728,6 @@ def test_numbers_outside_the_unit_interval_are_no_scales(t: float) -> None:
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def pretended_gpu(process: Process) -> Iterator[None]:
-    """No arithmetic, but mixed devices and reads by the host raise; the process's tables are moved, as by a trainer."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        process.to("cuda")
-        yield
 
 
 def check_on_gpu(process: Process, s: Tensor | float, t: Tensor | float) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dpm_scales.errors import require
+from dpm_scales.errors import is_whole, require
 
 NO_LABEL = -1
 """Label of images that have none."""
@@ -112,6 +112,6 @@ def size_pair(value: int | Sequence[int], key: str) -> tuple[int, int]:
         UserError: neither, or not positive; `key` is the name in the message.
     """
     pair = (value, value) if isinstance(value, int) else tuple(value) if not isinstance(value, str) else ()
-    valid = len(pair) == 2 and all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in pair)
+    valid = len(pair) == 2 and all(is_whole(side, 1) for side in pair)
     require(valid, f"{key}={value}: allowed is a number of pixels >= 1 or [height, width]")
     return pair[0], pair[1]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.networks.blocks import (
     Downsample,
     ResidualBlock,
@@ -21,11 +21,6 @@ from dpm_scales.networks.blocks import (
 
 _MIN_WIDTH = 4  # a group of the norm has at least four channels
 _LABEL_STD = 0.1  # about the size of a fresh scale embedding, so that neither drowns the other
-
-
-def _is_whole(value: object, low: int) -> bool:
-    """Whether `value` is an integer (a truth value is none) of at least `low`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
 class Stage(nn.Module):
@@ -112,14 +107,14 @@ class UNet(nn.Module):
         }
         for name, value in counts.items():
             optional = value is None and name in ("num_heads", "head_dim", "num_classes")
-            require(optional or _is_whole(value, 1), f"{name} is {value!r}; allowed are whole numbers from 1")
+            require(optional or is_whole(value, 1), f"{name} is {value!r}; allowed are whole numbers from 1")
         require(
-            isinstance(widths, Sequence) and len(widths) >= 1 and all(_is_whole(w, _MIN_WIDTH) for w in widths),
+            isinstance(widths, Sequence) and len(widths) >= 1 and all(is_whole(w, _MIN_WIDTH) for w in widths),
             f"widths is {widths!r}; give a list of one or more whole numbers, each at least {_MIN_WIDTH}",
         )
         require(
             isinstance(attention_levels, Sequence)
-            and all(_is_whole(level, 0) and level < len(widths) for level in attention_levels),
+            and all(is_whole(level, 0) and level < len(widths) for level in attention_levels),
             f"attention_levels is {attention_levels!r}; give a list of indices into widths, 0 to {len(widths) - 1}",
         )
         require(

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.operators.base import Operator, SpectralFunction
 from dpm_scales.operators.chebyshev import chebyshev_coefficients, chebyshev_nodes, collect, expand
 from dpm_scales.operators.heat import HeatOperator
@@ -40,8 +40,7 @@ class OsmosisOperator(Operator):
 
     def __init__(self, guidance_image: Tensor, degree: int = 128, validate: bool | None = None) -> None:
         guidance = check_guidance(guidance_image, validate)
-        ok = isinstance(degree, int) and not isinstance(degree, bool) and degree >= 1
-        require(ok, f"OsmosisOperator: degree must be a whole number >= 1, got {degree!r}")
+        require(is_whole(degree, 1), f"OsmosisOperator: degree must be a whole number >= 1, got {degree!r}")
         self.degree = degree
         self.guidance = normalised(guidance)
         self._sqrt = self.guidance.sqrt()

@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.operators import Decay, Operator, SpectralFunction, batch_view
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule, is_number
 
@@ -76,7 +76,7 @@ class Process(nn.Module):
         value_range: Sequence[float] = (-1.0, 1.0),
     ) -> None:
         super().__init__()
-        ok = isinstance(num_scales, int) and not isinstance(num_scales, bool) and num_scales >= 1
+        ok = is_whole(num_scales, 1)
         require(ok, f"{type(self).__name__}: num_scales must be a whole number >= 1, got {num_scales!r}")
         ok = is_number(min_decay) and 0 <= min_decay < 1
         require(ok, f"{type(self).__name__}: min_decay must lie in [0, 1), got {min_decay!r}")
@@ -145,6 +145,10 @@ class Process(nn.Module):
         """Whether gamma is the same at all scales but 0 (or 0 at all), so that only blur tells them apart."""
         first, last = self.log_noise_scale(1 / self.num_scales, _grey()), self.log_noise_scale(1.0, _grey())
         return bool(torch.isclose(first, last, rtol=0, atol=1e-9).all())
+
+    def has_noise(self) -> bool:
+        """Whether gamma is positive at scale 1."""
+        return bool((self.noise_scale(1.0, _grey()) > 0).all())
 
     # --- laws ---------------------------------------------------------------------------------------------------------
 

@@ -102,11 +102,15 @@ class Osmosis(Process):
         """v - 1, with v of mean one. Raises UserError without a context: the network was built to see one."""
         if context is None:
             raise UserError(f"{type(self).__name__} needs a guidance image: pass context=process.context(x_0)")
-        return context / context.mean((-2, -1), keepdim=True) - 1
+        return _mean_one(context) - 1
 
     def steady_state(self, mean: Tensor, context: Tensor) -> Tensor:
         """What infinite time makes of images of mean grey values ``(B, C)``: v mean, in pixels ``(B, C, H, W)``."""
-        return context / context.mean((-2, -1), keepdim=True) * mean[..., None, None]
+        return _mean_one(context) * mean[..., None, None]
+
+
+def _mean_one(context: Tensor) -> Tensor:
+    return context / context.mean((-2, -1), keepdim=True)
 
 
 class OsmosisFilter(Osmosis):

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dpm_scales.errors import require, require_number
 from dpm_scales.images import make_grid, save_gif, save_png, to_uint8
-from dpm_scales.priors import DataPrior
 from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import Model, load_model, plain, with_sampler
 from dpm_scales.training.sampling import draw, pick_device, pick_labels
@@ -54,8 +53,7 @@ def sample(cfg: DictConfig) -> None:
     device = pick_device(str(cfg.device))
     model = choose_sampler(load_model(str(cfg.model), cfg.weights), cfg)
     labels = pick_labels(model, plain(cfg.labels), cfg.num_samples)
-    if isinstance(model.prior, DataPrior):
-        model.prior.check_size(size or model.recipe.image_size)
+    model.prior.check_size(size or model.recipe.image_size)
     check_writable(out)
 
     value_range = model.denoiser.process.value_range

@@ -10,7 +10,6 @@ from torch import Tensor
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import to_uint8
 from dpm_scales.noise import NoiseSource
-from dpm_scales.priors import DataPrior
 from dpm_scales.training.export import Model
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
@@ -70,8 +69,7 @@ def draw(
     model.modules().to(device).eval()
     process = model.denoiser.process
     height, width = size or model.recipe.image_size
-    if isinstance(model.prior, DataPrior):
-        model.prior.check_size((height, width))
+    model.prior.check_size((height, width))
     scales = model.sampler.scales(process).to(device)
     for first in range(0, num_samples, batch_size):
         count = min(batch_size, num_samples - first)
