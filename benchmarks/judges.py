@@ -1,17 +1,21 @@
-"""Judges of generated digits: a small classifier of real ones, and distances in its features.
+"""Judges of generated images: distances in the features of a network, and to the nearest training image.
 
-Inception was never shown 8 px digits, so its features say little about them. A judge holds a classifier that was
-trained on real digits and reports on a set of samples
+Inception was never shown 8 px digits, so its features say little about them. A judge of digits holds a small classifier
+that was trained on real ones, and reports on a set of samples
 
     confidence    mean of the largest class probability; real held-out digits give the yardstick
     class shares  how often each digit is seen, by the classifier's own vote
-    FD            ||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), features a and b of samples and real digits;
-                  two random halves of the real digits give the yardstick
+    FD            Fréchet distance in the classifier's features to real digits; two random halves of the real digits
+                  give the yardstick
     nearest       median distance to the nearest training digit, L2 over the pixels in [0, 1]; far below that of
                   held-out digits means copies
 
-The distance has a bias of about 1/n, so `report` also gives the distance of as many real digits as there are samples.
-Figures of one judge compare with each other and with nothing else: never call them FID.
+The judge of photo patches has no classes. It takes the Fréchet and the kernel distance in a network's features, to the
+patches of the held-out photo and to the training patches; real patches of both kinds give the yardstick.
+
+The Fréchet distance has a bias of about 1/n, so compare it with that of as many real images: `fd_real_same_number` of
+the digits, the row of training patches of the photos. Figures of one judge compare with each other and with nothing
+else: never call them FID.
 
     python -m benchmarks.judges --set digits samples/demo samples/other
 """
@@ -27,12 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
 from dpm_scales.data.base import split_indices
-from dpm_scales.data.sources import Digits
+from dpm_scales.data.sources import Digits, Photos
+from dpm_scales.metrics import EffLite0Features, FeatureNetwork, frechet_distance, kernel_distance
 
 Array = NDArray[Any]
 
@@ -43,30 +49,16 @@ one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 """The matrices are small: threads that share their cores with another job made a judge five times slower."""
 
 
-def frechet_distance(features_a: Array, features_b: Array) -> float:
-    """Fréchet distance of the Gaussians fitted to features (n_a, d) and (n_b, d), in float64.
-
-    With centred X (n_a, d) and Y (n_b, d) the trace of (C_a C_b)^(1/2) is the nuclear norm of
-    X Y^T / sqrt((n_a - 1)(n_b - 1)): no matrix root of singular covariances. It is unchanged when X and Y are replaced
-    by the triangular factors of their QR decompositions, so the norm is that of a matrix of at most d x d.
-
-    Raises:
-        ValueError: other shapes, fewer than two rows, or values that are not finite.
-    """
-    pair = [np.asarray(features, dtype=np.float64) for features in (features_a, features_b)]
-    for features in pair:
-        if features.ndim != 2 or features.shape[1] != pair[0].shape[1]:
-            raise ValueError(f"expected features (n, d) of one d, got {pair[0].shape} and {pair[1].shape}")
-        if len(features) < 2:
-            raise ValueError(f"a covariance needs 2 images or more, got {len(features)}")
-        if not np.isfinite(features).all():
-            raise ValueError("features must be finite")
-    means = [features.mean(axis=0) for features in pair]
-    centred = [(f - mean) / np.sqrt(len(f) - 1) for f, mean in zip(pair, means, strict=True)]
-    factors = [np.asarray(np.linalg.qr(x, mode="r")) for x in centred]
-    cross = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
-    traces = sum(float((x**2).sum()) for x in centred)
-    return max(0.0, float(((means[0] - means[1]) ** 2).sum() + traces - 2 * cross))
+def nearest_distances(images: Array, others: Array) -> Array:
+    """L2 distance of each row of floats (N, P) to the nearest row of `others` (M, P): (N,)."""
+    squares_of_others = (others**2).sum(axis=1)
+    distances = []
+    for start in range(0, len(images), 500):  # keeps the table of distances small
+        part = images[start : start + 500]
+        squares = (part**2).sum(axis=1)[:, None] + squares_of_others - 2 * part @ others.T
+        # Differences of large squares lose digits near zero, where copies are: measure the winner afresh.
+        distances.append(np.linalg.norm(part - others[squares.argmin(axis=1)], axis=1))
+    return np.concatenate(distances)
 
 
 class Judge:
@@ -79,6 +71,8 @@ class Judge:
         max_iter: passes over the training images.
         seed: of the classifier's weights and order, and of the random halves.
     """
+
+    channels = 1
 
     @one_thread
     def __init__(
@@ -153,15 +147,7 @@ class Judge:
 
     def nearest(self, images: Array) -> float:
         """Median over uint8 images of the L2 distance to the nearest training digit, pixels in [0, 1]."""
-        samples, train = self._pixels(images), self._pixels(self.train_images)
-        train_squares = (train**2).sum(axis=1)
-        distances = []
-        for start in range(0, len(samples), 500):  # keeps the table of distances small
-            part = samples[start : start + 500]
-            squares = (part**2).sum(axis=1)[:, None] + train_squares - 2 * part @ train.T
-            # Differences of large squares lose digits near zero, where copies are: measure the winner afresh.
-            distances.append(np.linalg.norm(part - train[squares.argmin(axis=1)], axis=1))
-        return float(np.median(np.concatenate(distances)))
+        return float(np.median(nearest_distances(self._pixels(images), self._pixels(self.train_images))))
 
     @cached_property
     def _yardsticks(self) -> tuple[float, float, float]:
@@ -190,6 +176,30 @@ class Judge:
             "nearest": nearest,
             "nearest_real": real_nearest,
         }
+
+    def real_reports(self, number: int) -> dict[str, dict[str, float]]:
+        """Reports of real digits, to print below those of samples: all held-out ones, whatever the `number`."""
+        return {"held-out real": self.report(self.val_images, reference=self.train_images)}
+
+    def headline(self) -> str:
+        """What to know of the judge before its figures."""
+        right, halves = self.accuracy(), self.halves()
+        return f"classifier: {right:.3f} of the held-out digits right; FD of real halves {halves:.3f}"
+
+    def table(self, reports: dict[str, dict[str, float]]) -> str:
+        """Markdown, one row for each named report."""
+        lines = [
+            "| samples | number | confidence | of real | class shares | FD | of halves | FD of as many real "
+            "| nearest | of real |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for name, r in reports.items():
+            lines.append(
+                f"| {name} | {r['number']} | {r['confidence']:.3f} | {r['confidence_ratio']:.2f} "
+                f"| {r['share_min']:.3f} to {r['share_max']:.3f} | {r['fd']:.3f} | {r['fd_ratio']:.2f} "
+                f"| {r['fd_real_same_number']:.3f} | {r['nearest']:.3f} | {r['nearest'] / r['nearest_real']:.2f} |"
+            )
+        return "\n".join(lines)
 
     def _pixels(self, images: Array) -> Array:
         """uint8 (N, H, W) or (N, 1, H, W) to float64 (N, H * W) in [0, 1]."""
@@ -229,7 +239,120 @@ class MnistJudge(Judge):
         )
 
 
-JUDGES: dict[str, type[DigitsJudge] | type[MnistJudge]] = {"digits": DigitsJudge, "mnist": MnistJudge}
+class PhotosJudge:
+    """32 px patches of scikit-image's photos, with the photo that the package holds out.
+
+    Patches overlap, and those of one photo are alike, so the held-out photo is far from the training patches: samples
+    that resemble the training photos are far from it too, as real training patches are.
+
+    Args:
+        seed: of the random choices.
+        network: whose features are taken.
+        stride: distance of neighbouring patches in pixels.
+    """
+
+    channels = 3
+
+    def __init__(self, seed: int = 0, network: FeatureNetwork | None = None, stride: int = 16) -> None:
+        source = Photos(stride=stride)
+        self.seed, self.network = seed, EffLite0Features() if network is None else network
+        self.train_images, self.val_images = source.train().images.numpy(), source.val().images.numpy()
+
+    @cached_property
+    def train_features(self) -> Array:
+        """Features of `train_images`."""
+        return self.features(self.train_images)
+
+    @cached_property
+    def val_features(self) -> Array:
+        """Features of `val_images`."""
+        return self.features(self.val_images)
+
+    @cached_property
+    def nearest_real(self) -> float:
+        """Median distance of the held-out patches to the nearest training patch."""
+        return self.nearest(self.val_images)
+
+    def features(self, images: Array) -> Array:
+        """float32 (N, d) of uint8 images (N, 3, H, W)."""
+        return np.asarray(self.network(torch.from_numpy(images)).cpu().numpy())
+
+    @one_thread
+    def nearest(self, images: Array, train_images: Array | None = None) -> float:
+        """Median over uint8 images (N, 3, H, W) of the L2 distance to the nearest training patch or its mirror image.
+
+        `train_images` is another set of patches for those that are training patches themselves.
+        """
+        train = self.train_images if train_images is None else train_images
+        both = np.concatenate([train, train[..., ::-1]])
+        return float(np.median(nearest_distances(*(x.reshape(len(x), -1) / 255.0 for x in (images, both)))))
+
+    def report(self, images: Array) -> dict[str, float]:
+        """All figures for uint8 images (N, 3, H, W), N >= 2."""
+        return self._report(self.features(images), self.nearest(images), self.val_features, self.train_features)
+
+    def real_reports(self, number: int) -> dict[str, dict[str, float]]:
+        """Reports of real patches: half of the held-out ones, and `number` training patches; each to the others."""
+        rng = np.random.default_rng(self.seed)
+        part, others = np.split(rng.permutation(len(self.val_images)), [len(self.val_images) // 2])
+        held_out = self._report(
+            self.val_features[part],
+            self.nearest(self.val_images[part]),
+            self.val_features[others],
+            self.train_features,
+        )
+        total = len(self.train_images)
+        part, others = np.split(rng.permutation(total), [min(number, total // 2)])
+        training = self._report(
+            self.train_features[part],
+            self.nearest(self.train_images[part], self.train_images[others]),
+            self.val_features,
+            self.train_features[others],
+        )
+        return {"half of the held-out real": held_out, "training real": training}
+
+    def headline(self) -> str:
+        """What to know of the judge before its figures."""
+        return (
+            f"features {self.network.name}, SHA-256 of its weights {self.network.hash[:12]}…; "
+            f"{len(self.val_images)} held-out and {len(self.train_images)} training patches"
+        )
+
+    def table(self, reports: dict[str, dict[str, float]]) -> str:
+        """Markdown, one row for each named report."""
+        fd, kd = self.network.distance_name, self.network.kernel_name
+        lines = [
+            f"| samples | number | {fd} to held-out | {kd} to held-out | {fd} to training | {kd} to training "
+            "| nearest | of held-out |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for name, r in reports.items():
+            distances = " | ".join(
+                f"{r[f'fd_{part}']:.1f} | {r[f'kd_{part}']:.4f} ± {r[f'kd_{part}_error']:.4f}"
+                for part in ("held_out", "training")
+            )
+            ratio = r["nearest"] / r["nearest_real"]
+            lines.append(f"| {name} | {r['number']} | {distances} | {r['nearest']:.3f} | {ratio:.2f} |")
+        return "\n".join(lines)
+
+    @one_thread
+    def _report(self, features: Array, nearest: float, held_out: Array, training: Array) -> dict[str, float]:
+        report: dict[str, float] = {"number": len(features)}
+        for name, reference in (("held_out", held_out), ("training", training)):
+            kernel = kernel_distance(features, reference, seed=self.seed)
+            report |= {
+                f"fd_{name}": frechet_distance(features, reference),
+                f"kd_{name}": kernel.value,
+                f"kd_{name}_error": kernel.std_error,
+            }
+        return report | {"nearest": nearest, "nearest_real": self.nearest_real}
+
+
+JUDGES: dict[str, type[DigitsJudge] | type[MnistJudge] | type[PhotosJudge]] = {
+    "digits": DigitsJudge,
+    "mnist": MnistJudge,
+    "photos32": PhotosJudge,
+}
 
 
 def mnist_digits() -> tuple[Array, Array]:
@@ -241,8 +364,8 @@ def mnist_digits() -> tuple[Array, Array]:
     return np.pad(images, ((0, 0), (2, 2), (2, 2))), np.asarray(labels).astype(np.int64)
 
 
-def read_samples(folder: str | Path) -> Array:
-    """The images 000000.png, 000001.png, … of a folder as grey uint8 (N, H, W).
+def read_samples(folder: str | Path, channels: int = 1) -> Array:
+    """The images 000000.png, 000001.png, … of a folder: uint8, grey (N, H, W) for 1 channel, RGB (N, 3, H, W) for 3.
 
     Raises:
         ValueError: none there, or of different sizes.
@@ -253,44 +376,34 @@ def read_samples(folder: str | Path) -> Array:
     images = []
     for path in paths:
         with Image.open(path) as picture:
-            images.append(np.asarray(picture.convert("L")))
+            images.append(np.asarray(picture.convert("L")) if channels == 1 else _rgb(picture))
     sizes = {image.shape for image in images}
     if len(sizes) > 1:
         raise ValueError(f"{folder}: images of different sizes: {', '.join(map(str, sorted(sizes)))}")
     return np.stack(images)
 
 
-def markdown_table(reports: dict[str, dict[str, float]]) -> str:
-    """One row for each named report."""
-    lines = [
-        "| samples | number | confidence | of real | class shares | FD | of halves | FD of as many real "
-        "| nearest | of real |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, r in reports.items():
-        lines.append(
-            f"| {name} | {r['number']} | {r['confidence']:.3f} | {r['confidence_ratio']:.2f} "
-            f"| {r['share_min']:.3f} to {r['share_max']:.3f} | {r['fd']:.3f} | {r['fd_ratio']:.2f} "
-            f"| {r['fd_real_same_number']:.3f} | {r['nearest']:.3f} | {r['nearest'] / r['nearest_real']:.2f} |"
-        )
-    return "\n".join(lines)
+def _rgb(picture: Image.Image) -> Array:
+    """uint8 (3, H, W)."""
+    return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a table with a row for each folder, and one for the held-out real digits."""
-    parser = argparse.ArgumentParser(description="Judge folders of generated digits (000000.png, 000001.png, …).")
-    parser.add_argument("--set", choices=sorted(JUDGES), default="digits", help="real digits to judge by")
+    """Print a table with a row for each folder, and for real images."""
+    parser = argparse.ArgumentParser(description="Judge folders of generated images (000000.png, 000001.png, …).")
+    parser.add_argument("--set", choices=sorted(JUDGES), default="digits", help="real images to judge by")
     parser.add_argument("folders", nargs="+", metavar="DIR")
     options = parser.parse_args(arguments)
     try:
-        samples = {folder: read_samples(folder) for folder in options.folders}
-        judge = JUDGES[options.set]()
+        kind = JUDGES[options.set]
+        samples = {folder: read_samples(folder, kind.channels) for folder in options.folders}
+        judge = kind()
         reports = {folder: judge.report(images) for folder, images in samples.items()}
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    reports["held-out real"] = judge.report(judge.val_images, reference=judge.train_images)
-    print(f"classifier: {judge.accuracy():.3f} of the held-out digits right; FD of real halves {judge.halves():.3f}\n")
-    print(markdown_table(reports))
+    reports |= judge.real_reports(max(map(len, samples.values())))
+    print(f"{judge.headline()}\n")
+    print(judge.table(reports))
 
 
 if __name__ == "__main__":

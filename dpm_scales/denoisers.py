@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dpm_scales.errors import require
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context, Process
-from dpm_scales.schedules import is_number
+from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Target, moments
 
 
@@ -23,33 +22,35 @@ class Denoiser(nn.Module):
         network: ``forward(x, t, labels)``, x ``(B, C + context, H, W)``, t ``(B,)`` in [0, 1]; gives ``(B, C, H, W)``.
         process: the forward law.
         target: what the network's output means.
-        data_std: standard deviation of the training images' pixels in the process's value range, > 0.
+        data_std: standard deviation of the training images' pixels in the process's value range, > 0; how it is spread
+            over the frequencies is measured from images, see `DataSpectrum`.
 
     Raises: UserError for another data_std, and if the process can't be learnt through the target.
     """
 
-    data_std: Tensor
-
     def __init__(self, network: nn.Module, process: Process, target: Target, data_std: float = 0.5) -> None:
         super().__init__()
-        ok = is_number(data_std) and data_std > 0
-        require(ok, f"data_std must be positive, got {data_std!r}; are all training images the same grey?")
         target.check(process)
         self.network, self.process, self.target = network, process, target
-        self.register_buffer("data_std", torch.tensor(float(data_std)))
+        self.spectrum = DataSpectrum(data_std)
+        # for white data; the measured spectrum bends the filter little
+        scales = torch.arange(1, process.num_scales + 1, dtype=torch.float64) / process.num_scales
+        wiener = target.scalings(moments(process, process.operator(), scales, self.spectrum, (8, 8))).filter
+        self._degree = 0 if wiener is None else process.degree_of(wiener)
 
     def _predict(
-        self, operator: Operator, x_t: Tensor, t: Tensor, context: Context, labels: Tensor | None
+        self, operator: Operator, y_t: Tensor, t: Tensor, context: Context, labels: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Prediction and loss weight; t is ``(B,)``."""
-        size = (x_t.shape[-2], x_t.shape[-1])
-        c = self.target.scalings(moments(self.process, operator, t, self.data_std, size))
-        seen = c.inner.to(x_t.dtype) * x_t
+        size, dtype = (y_t.shape[-2], y_t.shape[-1]), y_t.dtype
+        c = self.target.scalings(moments(self.process, operator, t, self.spectrum, size))
+        z = operator.to_pixels(y_t if c.filter is None else operator.at_degree(self._degree).apply(c.filter, y_t))
+        seen = c.inner.to(dtype) * z
         features = self.process.context_features(context)
         if features is not None:
             seen = torch.cat([seen, features], 1)
-        output = self.network(seen, t.to(x_t.dtype), labels).to(x_t.dtype)
-        return c.skip.to(x_t.dtype) * x_t + c.out.to(x_t.dtype) * output, c.weight.to(x_t.dtype)
+        output = self.network(seen, t.to(dtype), labels).to(dtype)
+        return c.skip.to(dtype) * z + c.out.to(dtype) * output, c.weight.to(dtype)
 
     def clean(self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None) -> Tensor:
         """m_s in white coordinates.
@@ -60,8 +61,7 @@ class Denoiser(nn.Module):
             labels: ``(B,)`` int64 or None.
         """
         operator = self.process.operator(context)
-        x_t = operator.to_pixels(y_t)
-        prediction, _ = self._predict(operator, x_t, t.expand(x_t.shape[0]), context, labels)
+        prediction, _ = self._predict(operator, y_t, t.expand(y_t.shape[0]), context, labels)
         return self.target.clean(self.process, operator, prediction, y_t, t, s)
 
     def loss(
@@ -87,5 +87,5 @@ class Denoiser(nn.Module):
         y_t = y_t + operator.apply(lambda mu: self.process.noise_scale(t, mu), noise)
         x_t = operator.to_pixels(y_t)
         truth = self.target.truth(self.process, operator, x_0, x_t, noise, t)
-        prediction, weight = self._predict(operator, x_t, t, context, labels)
+        prediction, weight = self._predict(operator, y_t, t, context, labels)
         return (weight * (prediction - truth) ** 2).flatten(1).mean(1)

@@ -216,15 +216,26 @@ class ListedBeta(NoiseSchedule):
 
 
 class ConstantBeta(ListedBeta):
-    """The same beta_k at every scale (the paper's experiments: 0.1)."""
+    """A chain of steps with the same beta (the paper's experiments: 0.1).
 
-    def __init__(self, beta: float = 0.1) -> None:
+    Args:
+        beta: standard deviation of the noise of one step, in (0, 1).
+        steps: how many steps of the chain lead from 0 to each scale, ascending; None for one step a scale.
+    """
+
+    def __init__(self, beta: float = 0.1, steps: Sequence[float] | None = None) -> None:
         require_positive(self, beta=beta)
         super().__init__([beta])
-        self.beta = beta
+        self.beta, self.steps = beta, None if steps is None else _numbers(self, "steps", steps)
+        if self.steps is not None:
+            require(sorted(self.steps) == self.steps, f"ConstantBeta: steps must be ascending, got {self.steps}")
 
     def bind(self, num_scales: int) -> None:
-        self.betas = [self.beta] * num_scales
+        steps = [float(k) for k in range(1, num_scales + 1)] if self.steps is None else self.steps
+        self._fits("steps", steps, num_scales)
+        log_keep = math.log1p(-(self.beta**2))
+        taken = [b - a for a, b in zip([0.0, *steps], steps, strict=False)]
+        self.betas = [math.sqrt(-math.expm1(number * log_keep)) for number in taken]
         super().bind(num_scales)
 
 

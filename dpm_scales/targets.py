@@ -2,22 +2,31 @@ r"""What the network is asked for, and how its answer becomes the clean image at
 
 A sampler needs only m_s = lambda_s(L) y_0-hat. With F the network, and c_skip, c_out, c_in scalars of t,
 
-    prediction = c_skip x_t + c_out F(c_in x_t, t),     loss = weight * mean (prediction - truth)^2
+    prediction = c_skip z + c_out F(c_in z, t),     loss = weight * mean (prediction - truth)^2
 
 (lam, gam: lambda, gamma.)
 
 | target | truth | m_s | c_skip | c_out | weight |
 |---|---|---|---|---|---|
-| Clean | x_0 | lambda_s(L) x_0-hat | S / V | sqrt(D) | 1 / D |
-| Clean, not preconditioned | x_0 | lambda_s(L) x_0-hat | 0 | 1 | 1 |
+| Clean, "scalar" | x_0 | lambda_s(L) x_0-hat | S / V | sqrt(D) | 1 / D |
+| Clean, "wiener" | x_0 | lambda_s(L) x_0-hat | 1 | sqrt(D) | 1 / D |
+| Clean, "none" | x_0 | lambda_s(L) x_0-hat | 0 | 1 | 1 |
 | Noise | eps | (y_t - gamma_t eps-hat) / rho | 0 | 1 | 1 |
 | Velocity | lam_t eps - gam_t y_0 | lam_s (lam_t y_t - gam_t v-hat) / (lam_t^2 + gam_t^2) | 0 | 1 | 1 |
 | FinerScale | m_s - x_t at s = t - 1/K | x_t + the answer | 0 | sqrt(R) | 1 / R or 1 |
 
-and always c_in = 1 / sqrt(V). These are moments of the data model below, averaged over the spectrum: V = Var(x_t),
-S = Cov(x_0, x_t), D = Var(x_0 - c_skip x_t), R = Var(m_s - x_t). Where lambda and gamma do not depend on mu they are
-exactly EDM's (Karras et al. 2022, Table 1), for any a_t: c_skip = a s^2 / (a^2 s^2 + gamma^2) and
-c_out = gamma s / sqrt(a^2 s^2 + gamma^2).
+The network sees c_in z and the prediction starts from c_skip z, with z = w(L) y_t in pixels. Mostly w = 1, z = x_t and
+c_in = 1 / sqrt(V); "wiener" takes for z the Wiener estimate of x_0, all that linear filtering can do:
+
+    w = lambda_t P / (lambda_t^2 P + gamma_t^2),    c_in = 1 / sqrt(Z)
+
+P(mu) is the variance of the data at each frequency, measured (`spectrum`). Averages over the spectrum: V = Var(x_t),
+S = Cov(x_0, x_t), D = Var(x_0 - c_skip z), Z = Var(z), R = Var(m_s - x_t). Where lambda and gamma do not depend on mu,
+"wiener" and "scalar" are one, and exactly EDM's (Karras et al. 2022, Table 1), for any a_t:
+c_skip w = a s^2 / (a^2 s^2 + gamma^2), c_out = gamma s / sqrt(a^2 s^2 + gamma^2), c_in w = 1 / sqrt(V).
+
+Under blur and a little constant noise x_t is smooth but for the noise, and what it still tells of its faint frequencies
+drowns in the strong ones; z is sharpened down to the noise. Under scheduled noise the raw pixels tell more.
 
 The Clean target never divides, so it is the robust one under blur: errors of a noise estimate are amplified by 1 / rho
 at high frequencies. The noise target's division is by rho, the factor of one step, never by lambda_t.
@@ -32,59 +41,67 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require
-from dpm_scales.operators import Operator
+from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.operators import Operator, SpectralFunction
 from dpm_scales.processes import Process, Step
+from dpm_scales.spectrum import DataSpectrum
 
 # Of Var(x_0): scales that differ by nothing, as the first of a list may from the image, ask for nothing, not for 0 / 0.
 _SMALLEST = 1e-12
+# What stands for noise where there is none: sharpening by more than 50 would show what numbers round.
+_ROUNDING = 1e-4
 #: a step that blurs a frequency by more than this leaves nothing of it to divide by
 MAX_DIVISION = 1e6
+PRECONDITIONINGS = ("auto", "scalar", "wiener", "none")
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of scale t under the data model: images of standard deviation `data_std` per pixel, whose power
-    is spread over the spectrum as `weights`. All of shape ``(B, 1, 1, 1)`` or ``()``, in squared pixel units."""
+    """Second moments of scale t for data of a spectrum: ``(B, 1, 1, 1)`` or ``()``, in squared pixel units."""
 
-    data: Tensor  # Var(x_0)
+    wiener: SpectralFunction  # w
+    estimate: Tensor  # Z
+    wiener_residual: Tensor  # D for w
     cross: Tensor  # S
+    residual: Tensor  # D for w = 1
     total: Tensor  # V
-    residual: Tensor  # D
     step: Tensor  # R
+    constant_noise: bool
 
 
-def moments(process: Process, operator: Operator, t: Tensor, data_std: Tensor, size: tuple[int, int]) -> Moments:
-    """The moments at scales t ``(B,)`` for images of `size` (H, W).
-
-    The power of the data falls as 1 / mu, as it does in natural images and, roughly, in drawings; where nothing depends
-    on mu the distribution does not matter.
-    """
-    mu = operator.eigenvalues(*size, t.device)
-    power = torch.where(mu > 0, 1 / mu.clamp(min=1e-12), torch.zeros_like(mu))
-    if mu.numel() == 1:
-        power = torch.ones_like(mu)
-    power = power / power.sum()
-
-    def mean(values: Tensor, weights: Tensor) -> Tensor:
-        return (values * weights).sum((-2, -1), keepdim=True)
-
+def moments(process: Process, operator: Operator, t: Tensor, spectrum: DataSpectrum, size: tuple[int, int]) -> Moments:
+    """The moments at scales t ``(B,)`` for images of `size` (H, W)."""
     finer = (t - 1 / process.num_scales).clamp(min=0)
-    flat = torch.full_like(mu, 1 / mu.numel())
-    signal, finer_signal = process.signal_scale(t, mu), process.signal_scale(finer, mu)
-    noise = mean(process.noise_scale(t, mu) ** 2, flat)
-    variance = data_std.to(torch.float64) ** 2
-    first, second = mean(signal, power), mean(signal**2, power)
-    smallest = _SMALLEST * variance
-    total = torch.maximum(variance * second + noise, smallest)
-    spread = mean((signal - first) ** 2, power)  # second - first^2 without the cancellation
-    step = variance * mean((finer_signal - signal) ** 2, power) + noise
+    smallest = _SMALLEST * spectrum.variance
+
+    def parts(mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        signal, noise = process.signal_scale(t, mu), process.noise_scale(t, mu) ** 2
+        return signal, spectrum.on(mu), torch.where(noise > 0, noise, _ROUNDING * spectrum.variance)
+
+    def wiener(mu: Tensor) -> Tensor:
+        signal, power, noise = parts(mu)
+        return signal * power / (signal**2 * power + noise)
+
+    def mean(values: Tensor) -> Tensor:
+        return values.expand(*values.shape[:-2], *mu.shape).mean((-2, -1), keepdim=True)
+
+    mu = operator.eigenvalues(*size, t.device)
+    signal, power, noise = parts(mu)
+    true_noise = process.noise_scale(t, mu) ** 2
+    sharpened = signal**2 * power + noise
+    total = torch.maximum(mean(signal**2 * power + true_noise), smallest)
+    cross = mean(signal * power)
+    error = (1 - cross / total * signal) ** 2 * power + (cross / total) ** 2 * true_noise
+    step = (process.signal_scale(finer, mu) - signal) ** 2 * power + true_noise
     return Moments(
-        data=variance,
-        cross=variance * first,
+        wiener=wiener,
+        estimate=torch.maximum(mean((signal * power) ** 2 / sharpened), smallest),
+        wiener_residual=torch.maximum(mean(power * noise / sharpened), smallest),
+        cross=cross,
+        residual=torch.maximum(mean(error), smallest),
         total=total,
-        residual=torch.maximum(variance * (noise + variance * spread) / total, smallest),
-        step=torch.maximum(step, smallest),
+        step=torch.maximum(mean(step), smallest),
+        constant_noise=process.has_constant_noise(),
     )
 
 
@@ -98,12 +115,13 @@ def steepest_blur(process: Process, scales: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Scalings:
-    """c_skip, c_out, c_in and the loss weight; ``(B, 1, 1, 1)``."""
+    """c_skip, c_out, c_in and the loss weight, ``(B, 1, 1, 1)``; and w, None for 1."""
 
     skip: Tensor
     out: Tensor
     inner: Tensor
     weight: Tensor
+    filter: SpectralFunction | None = None
 
 
 def _plain(m: Moments) -> Scalings:
@@ -145,16 +163,24 @@ class Clean(Target):
     """The clean image x_0, in pixels.
 
     Args:
-        preconditioned: EDM's scalings (default), or none.
+        preconditioning: "scalar" (EDM's), "wiener", "none", or "auto": "wiener" where the noise is constant and only
+            blur tells the scales apart, else "scalar".
         clip: clip the estimate to the process's value range while sampling.
     """
 
-    def __init__(self, preconditioned: bool = True, clip: bool = True) -> None:
-        self.preconditioned, self.clip = preconditioned, clip
+    def __init__(self, preconditioning: str = "auto", clip: bool = True) -> None:
+        if preconditioning not in PRECONDITIONINGS:
+            raise UserError(
+                f"unknown preconditioning {preconditioning!r}: {suggest(preconditioning, PRECONDITIONINGS)}"
+            )
+        self.preconditioning, self.clip = preconditioning, clip
 
     def scalings(self, m: Moments) -> Scalings:
-        if not self.preconditioned:
+        if self.preconditioning == "none":
             return _plain(m)
+        if self.preconditioning == "wiener" or (self.preconditioning == "auto" and m.constant_noise):
+            one, residual = torch.ones_like(m.total), m.wiener_residual
+            return Scalings(one, residual.sqrt(), m.estimate.rsqrt(), 1 / residual, m.wiener)
         return Scalings(m.cross / m.total, m.residual.sqrt(), m.total.rsqrt(), 1 / m.residual)
 
     def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:

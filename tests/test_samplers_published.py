@@ -50,7 +50,7 @@ H, W = 3, 5
 # --- diffusers --------------------------------------------------------------------------------------------------------
 
 PREDICTIONS: dict[str, Callable[[], Target]] = {
-    "sample": lambda: Clean(preconditioned=False, clip=False),
+    "sample": lambda: Clean(preconditioning="none", clip=False),
     "epsilon": Noise,
     "v_prediction": Velocity,
 }
@@ -135,7 +135,7 @@ def test_whole_ddim_run_with_clipping_is_that_of_diffusers(clip: bool) -> None:
         def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
             return 3 * super().forward(x, t, labels)
 
-    target = Clean(preconditioned=False, clip=clip)
+    target = Clean(preconditioning="none", clip=clip)
     denoiser = Denoiser(Thrice(), VP(1000, LinearBeta()), target, 0.5).double()
     # their grid starts at 951, ours would at 1000
     scales = float64([*((scheduler.timesteps.double() + 1) / 1000).tolist(), 0.0])
@@ -196,15 +196,13 @@ def test_dissipation_is_rissanens_algorithm_2() -> None:
     prior = DataPrior(noise_ratio=1.25, tolerance=1e-12)
     prior.fit(training, process)
 
-    # the network's input and output are scaled by second moments of the data model, so that f is of unit variance
+    # the network's input and output are scaled by second moments, so that f is of unit variance for white data
     mu = np.linalg.eigvalsh(laplacian).clip(0)
-    power = np.array([0.0 if m < 1e-9 else 1 / m for m in mu])
-    power /= power.sum()
 
     def f(u: Array, k: int) -> Array:
         decay, finer = np.exp(-mu * times[k]), np.exp(-mu * times[k - 1])
-        total = data_std**2 * (power * decay**2).sum() + sigma**2
-        step = data_std**2 * (power * (finer - decay) ** 2).sum() + sigma**2
+        total = data_std**2 * (decay**2).mean() + sigma**2
+        step = data_std**2 * ((finer - decay) ** 2).mean() + sigma**2
         t = torch.full((len(u),), k / num_scales, dtype=torch.float64)
         seen = torch.from_numpy(u / math.sqrt(total)).reshape(-1, 1, H, W)
         return math.sqrt(step) * network(seen, t).detach().numpy().reshape(len(u), -1)

@@ -262,6 +262,17 @@ def _additive(schedule: Schedule, t: Tensor) -> Tensor:
     return value[0] if isinstance(schedule, ListedBeta) else (2 * value[1]).exp()
 
 
+def test_scales_of_a_constant_chain_may_stand_for_many_steps() -> None:
+    """The chain step by step, seen at some of them."""
+    steps = [1, 4, 5, 20]
+    whole = bound(ConstantBeta(0.3), 20)(torch.tensor([k / 20 for k in steps], dtype=torch.float64))
+    some = bound(ConstantBeta(0.3, steps), 4)(torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64))
+    for a, b in zip(whole, some, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-13)
+    assert "ascending" in one_line(lambda: ConstantBeta(0.3, [4, 1]))
+    assert "num_scales" in one_line(lambda: bound(ConstantBeta(0.3, steps), 5))
+
+
 LISTS: list[Callable[[list[float]], Schedule]] = [ListedBeta, ListedNoise, ListedBlurSigmas, ListedDissipationTimes]
 
 

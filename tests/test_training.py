@@ -64,7 +64,7 @@ def test_average_warms_up() -> None:
 def test_buffers_are_not_averaged(tmp_path: Path) -> None:
     values = checkpoint(train(tmp_path / "run", "process=heat", "process.num_scales=4", "sampler.steps=null"))
     buffers = [name for name in values["state_dict"] if ".network." not in name]
-    assert "model.prior.image_size" in buffers and "model.denoiser.data_std" in buffers
+    assert "model.prior.image_size" in buffers and "model.denoiser.spectrum.log_factor" in buffers
     for name in buffers:
         assert torch.equal(values["state_dict"][name], values["current_model_state"][name])
 

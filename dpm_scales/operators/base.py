@@ -15,7 +15,7 @@ Images are ``(B, C, H, W)``; ``x`` are pixels, ``y`` white coordinates (where th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,9 +67,17 @@ class Operator(ABC):
     def apply(self, f: SpectralFunction, y: Tensor) -> Tensor:
         """f(L) y for y of shape ``(B, C, H, W)``; same shape and dtype."""
 
+    def apply_all(self, functions: Sequence[SpectralFunction], y: Tensor) -> list[Tensor]:
+        """f_1(L) y, f_2(L) y, ..., at the price of one sweep where the operator expands its functions."""
+        return [self.apply(f, y) for f in functions]
+
     def combine(self, *terms: tuple[SpectralFunction, Tensor]) -> Tensor:
         """sum_i f_i(L) y_i, at the price of one synthesis where the operator is diagonal."""
         return torch.stack([self.apply(f, y) for f, y in terms]).sum(0)
+
+    def at_degree(self, degree: int) -> Operator:
+        """The same operator with expansions of at least this degree, where it expands its functions."""
+        return self
 
     def to_white(self, x: Tensor) -> Tensor:
         """Pixels to the coordinates in which the noise is white."""

@@ -11,6 +11,7 @@ grey value, whatever the degree.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -95,6 +96,13 @@ class OsmosisOperator(Operator):
     def log_volume(self) -> Tensor:
         """sum 1/2 ln v per image channel, v normalised to mean one: float64 ``(B | 1, C | 1)``, <= 0."""
         return 0.5 * self.guidance.log().sum((-2, -1))
+
+    def at_degree(self, degree: int) -> OsmosisOperator:
+        if degree <= self.degree:
+            return self
+        finer = copy.copy(self)
+        finer.degree = degree
+        return finer
 
     # --- functional calculus ------------------------------------------------------------------------------------------
 

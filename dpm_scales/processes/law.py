@@ -94,6 +94,9 @@ class Process(nn.Module):
         noise.bind(num_scales)
         if blur is not None:
             blur.bind(num_scales)
+        first, last = self.log_noise_scale(1 / num_scales, _grey()), self.log_noise_scale(1.0, _grey())
+        self._constant = bool(torch.isclose(first, last, rtol=0, atol=1e-9).all())
+        self._noisy = bool((last > -math.inf).all())
         self._check_consistency()
 
     # --- context and operator -----------------------------------------------------------------------------------------
@@ -109,6 +112,14 @@ class Process(nn.Module):
     def operator(self, context: Context = None) -> Operator:
         """The operator that acts on the samples of this context."""
         return self._operator
+
+    def steady_state(self, mean: Tensor, context: Context = None) -> Tensor:
+        """What infinite blur makes of images of mean grey values ``(B, C)``, in pixels: ``(B, C, H | 1, W | 1)``."""
+        return mean[..., None, None]
+
+    def degree_of(self, *functions: SpectralFunction) -> int:
+        """Degree that an expansion of these functions needs; 0 where the operator is diagonal."""
+        return 0
 
     def resolve(self, *functions: SpectralFunction) -> None:
         """Announce functions of the operator that go beyond the law's own, before they are used.
@@ -143,12 +154,11 @@ class Process(nn.Module):
 
     def has_constant_noise(self) -> bool:
         """Whether gamma is the same at all scales but 0 (or 0 at all), so that only blur tells them apart."""
-        first, last = self.log_noise_scale(1 / self.num_scales, _grey()), self.log_noise_scale(1.0, _grey())
-        return bool(torch.isclose(first, last, rtol=0, atol=1e-9).all())
+        return self._constant
 
     def has_noise(self) -> bool:
         """Whether gamma is positive at scale 1."""
-        return bool((self.noise_scale(1.0, _grey()) > 0).all())
+        return self._noisy
 
     # --- laws ---------------------------------------------------------------------------------------------------------
 
@@ -185,11 +195,17 @@ class Process(nn.Module):
     ) -> Tensor:
         """One Markov path at the scales `ts`, ascending in [0, 1], Eq. (2): ``(len(ts), B, C, H, W)``.
 
+        Without noise there is one path only, the means; all of them come from one sweep.
+
         Raises: UserError if `ts` is empty, unsorted or leaves [0, 1].
         """
         scales = [float(t) for t in ts]
         if not scales or sorted(scales) != scales or not all(0 <= t <= 1 for t in scales):
             raise UserError(f"trajectory: scales must be ascending numbers in [0, 1], got {scales}")
+        if not self.has_noise():
+            op, later = self.operator(context), [t for t in scales if t > 0]
+            means = op.apply_all([self.signal(as_scale(t, x_0)) for t in later], op.to_white(x_0))
+            return torch.stack([x_0] * (len(scales) - len(later)) + [op.to_pixels(y) for y in means])
         path, x, s = [], x_0, 0.0
         for t in scales:
             if t > 0 and t > s:

@@ -82,7 +82,11 @@ class Osmosis(Process):
 
     def resolve(self, *functions: SpectralFunction) -> None:
         """Raise the degree of the expansions to what `functions` need. Raises UserError where none is enough."""
-        self.degree = max(self.degree, chebyshev_degree(functions, self.tolerance))
+        self.degree = max(self.degree, self.degree_of(*functions))
+
+    def degree_of(self, *functions: SpectralFunction) -> int:
+        """Raises UserError where no degree is enough."""
+        return chebyshev_degree(functions, self.tolerance)
 
     def context(self, x_0: Tensor, generator: torch.Generator | None = None) -> Context:
         """A guidance image around each image's mean grey value: ``(B, C, H, W)``."""
@@ -104,9 +108,10 @@ class Osmosis(Process):
             raise UserError(f"{type(self).__name__} needs a guidance image: pass context=process.context(x_0)")
         return _mean_one(context) - 1
 
-    def steady_state(self, mean: Tensor, context: Tensor) -> Tensor:
-        """What infinite time makes of images of mean grey values ``(B, C)``: v mean, in pixels ``(B, C, H, W)``."""
-        return _mean_one(context) * mean[..., None, None]
+    def steady_state(self, mean: Tensor, context: Context = None) -> Tensor:
+        """v mean, v of mean one."""
+        flat = super().steady_state(mean)
+        return flat if context is None else _mean_one(context) * flat
 
 
 def _mean_one(context: Tensor) -> Tensor:

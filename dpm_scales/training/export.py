@@ -27,7 +27,7 @@ from dpm_scales.priors import Prior
 from dpm_scales.samplers import Sampler
 
 FORMAT = "dpm_scales model"
-VERSION = 1
+VERSION = 2
 WEIGHTS = ("averaged", "raw")
 #: parts of a model; each is a config with a `_target_` of this package
 PARTS = ("process", "target", "network", "prior", "sampler")

