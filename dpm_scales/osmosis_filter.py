@@ -6,6 +6,13 @@ A multiplicative change of light, as a shadow is, leaves the drift as it is ever
 
 The edited drift has no known steady state; it is found by implicit Euler with growing steps (`steady_state`).
 Osmosis keeps the mean grey value of the image it starts from, and that factor is all that is left to choose: `match`.
+
+| `match` | |
+|---|---|
+| "mean" | the mean grey value stays, as osmosis has it |
+| "outside" | each channel is rescaled so that its mean outside the mask stays |
+| "lit" | (shadows) likewise, its mean where the result is brightened least, which is where the light is |
+| "pinned" | every pixel outside the mask stays as it is, and osmosis rebuilds what lies inside between them |
 """
 
 from __future__ import annotations
@@ -13,12 +20,14 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.errors import UserError, is_whole, require, suggest
 from dpm_scales.operators import canonical_drift, drift_stencil, steady_state
 
-MATCHES = ("mean", "outside")
+MATCHES = ("mean", "outside", "pinned")
+SHADOW_MATCHES = (*MATCHES, "lit")
 SHADOW_MASKS = ("region", "edge")
 
 
@@ -29,6 +38,7 @@ def remove_shadow(
     match: str = "mean",
     offset: float = 0.0,
     tol: float = 1e-6,
+    penumbra: int = 0,
 ) -> Tensor:
     """Remove a shadow: the image's own drift, but 0 on the shadow's edge (Weickert et al. 2013, Sect. 4).
 
@@ -40,20 +50,25 @@ def remove_shadow(
         mask: bool ``(H, W)`` or ``(B | 1, C | 1, H, W)``.
         mask_marks: "region": the mask is True in the shadow, the drift is 0 between pixels inside and outside;
             "edge": it is True on the shadow's edge (penumbra), the drift is 0 on all edges that touch the mask.
-        match: "mean": the mean grey value stays, as osmosis has it; "outside": each channel is rescaled so that its
-            mean outside the mask stays: what lies in the light keeps its brightness.
+        match: one of the table above. "outside" and "pinned" need a mask of the region; for "lit", a channel's pixels
+            outside the mask are parted at the mean between the 5th and 95th percentile of log(result / image).
         offset: added before and taken away after, for images with black pixels; 1/255 of the value range is usual.
         tol: relative change at which the steady state is reached.
+        penumbra: for a region with a soft edge, half its width in px: the drift is 0 on all edges that touch a pixel so
+            close to one of the other side (in rows, columns and diagonals). Where it reaches counts as inside.
 
     Returns: ``(B, C, H, W)``, same dtype; computed in float64.
     Raises: UserError for values, shapes or names that do not fit.
     """
-    if mask_marks not in SHADOW_MASKS:
-        raise UserError(f"unknown mask_marks {mask_marks!r}: {suggest(str(mask_marks), SHADOW_MASKS)}")
+    check_shadow_options(mask_marks, match, penumbra)
     f, inside = _positive(image, offset, "image"), _mask(mask, image)
     keep_right, keep_down = _agree(inside) if mask_marks == "region" else _both(~inside)
+    if penumbra > 0:
+        wide, narrow = _grown(inside, penumbra), ~_grown(~inside, penumbra)
+        clear_right, clear_down = _both(narrow | ~wide)
+        keep_right, keep_down, inside = keep_right & clear_right, keep_down & clear_down, wide
     right, down = canonical_drift(f)
-    return _rebuild(right * keep_right, down * keep_down, f, inside, match, offset, tol).to(image.dtype)
+    return _rebuild(right * keep_right, down * keep_down, f, f, inside, match, offset, tol).to(image.dtype)
 
 
 def blend(
@@ -63,6 +78,7 @@ def blend(
     match: str = "mean",
     offset: float = 0.0,
     tol: float = 1e-6,
+    mixed: bool = False,
 ) -> Tensor:
     """Clone the foreground into the background without a seam (Weickert et al. 2013, Vogel et al. 2013).
 
@@ -73,14 +89,16 @@ def blend(
         background: ``(B, C, H, W)``, > 0.
         foreground: likewise; only what lies in the mask and beside it counts.
         mask: bool ``(H, W)`` or ``(B | 1, C | 1, H, W)``, True where the foreground goes.
-        match: "mean": the result has the background's mean grey value; "outside": each channel is rescaled so that its
-            mean outside the mask is the background's.
+        match: one of the table above, for the background: "mean", "outside" or "pinned".
         offset: added before and taken away after, for images with black pixels.
         tol: relative change at which the steady state is reached.
+        mixed: between pixels of the mask, take whichever drift of both is stronger, as mixed gradients do (Perez et
+            al. 2003): the background's texture shows through where the foreground is flat.
 
     Returns: ``(B, C, H, W)``, same dtype as the background; computed in float64.
     Raises: UserError for values, shapes or names that do not fit.
     """
+    check_match(match, MATCHES)
     f, g = _positive(background, offset, "background"), _positive(foreground, offset, "foreground")
     require(
         f.shape == g.shape,
@@ -89,23 +107,63 @@ def blend(
     inside = _mask(mask, background)
     weight = inside.to(f.dtype)
     shares = ((weight[..., 1:] + weight[..., :-1]) / 2, (weight[..., 1:, :] + weight[..., :-1, :]) / 2)
-    drifts = zip(canonical_drift(f), canonical_drift(g), shares, strict=True)
-    right, down = (torch.lerp(outer, inner, share.expand_as(outer)) for outer, inner, share in drifts)
-    return _rebuild(right, down, f, inside, match, offset, tol).to(background.dtype)
+    drifts = []
+    for outer, inner, share in zip(canonical_drift(f), canonical_drift(g), shares, strict=True):
+        if mixed:
+            inner = torch.where(inner.abs() < outer.abs(), outer, inner)
+        drifts.append(torch.lerp(outer, inner, share.expand_as(outer)))
+    pasted = torch.where(inside, g, f)  # near the result already; what is left to do is the light
+    return _rebuild(drifts[0], drifts[1], f, pasted, inside, match, offset, tol).to(background.dtype)
+
+
+def check_shadow_options(mask_marks: str, match: str, penumbra: int) -> None:
+    """Raise UserError for options of `remove_shadow` that do not exist or contradict each other."""
+    if mask_marks not in SHADOW_MASKS:
+        raise UserError(f"unknown mask_marks {mask_marks!r}: {suggest(str(mask_marks), SHADOW_MASKS)}")
+    check_match(match, SHADOW_MATCHES)
+    region = mask_marks == "region"
+    require(
+        region or match in ("mean", "lit"), f"match={match} would keep the shadow: mask_marks=edge needs lit or mean"
+    )
+    require(is_whole(penumbra, 0), f"penumbra must be a whole number of px >= 0, got {penumbra!r}")
+    require(region or penumbra == 0, "penumbra is for mask_marks=region; with mask_marks=edge the mask is the penumbra")
+
+
+def check_match(match: str, allowed: tuple[str, ...]) -> None:
+    """Raise UserError for an unknown name."""
+    if match not in allowed:
+        raise UserError(f"unknown match {match!r}: {suggest(str(match), allowed)}")
 
 
 def _rebuild(
-    right: Tensor, down: Tensor, start: Tensor, inside: Tensor, match: str, offset: float, tol: float
+    right: Tensor, down: Tensor, image: Tensor, start: Tensor, inside: Tensor, match: str, offset: float, tol: float
 ) -> Tensor:
-    """The steady state of a drift, with the grey values that `match` asks of it, without the offset."""
-    if match not in MATCHES:
-        raise UserError(f"unknown match {match!r}: {suggest(str(match), MATCHES)}")
+    """The steady state of a drift, with the grey values of `image` that `match` asks for, without the offset."""
+    if match != "mean":
+        some = bool((~inside).expand_as(image).any(-1).any(-1).all())
+        require(some, f"match={match!r} needs pixels outside the mask")
+    if match == "pinned":
+        return steady_state(drift_stencil(right, down), torch.where(inside, start, image), tol, fixed=~inside) - offset
     u = steady_state(drift_stencil(right, down), start, tol)
-    if match == "outside":
-        lit = (~inside).to(u.dtype)
-        require(bool(lit.expand_as(u).any(-1).any(-1).all()), "match='outside' needs pixels outside the mask")
-        u = u * (start * lit).sum((-2, -1), keepdim=True) / (u * lit).sum((-2, -1), keepdim=True)
-    return u - offset
+    kept = torch.ones_like(inside) if match == "mean" else ~inside
+    if match == "lit":
+        kept = _least_brightened(u / image, kept)
+    weight = kept.to(u.dtype)
+    return u * ((image * weight).sum((-2, -1), keepdim=True) / (u * weight).sum((-2, -1), keepdim=True)) - offset
+
+
+def _least_brightened(gain: Tensor, outside: Tensor) -> Tensor:
+    """The pixels outside whose gain lies in the lower half, on a logarithmic scale, of what pixels outside have."""
+    lowest = torch.finfo(gain.dtype).tiny
+    logs = gain.clamp_min(lowest).log().masked_fill(~outside, math.inf)
+    ordered, last = logs.flatten(-2).sort(-1).values, outside.flatten(-2).sum(-1, keepdim=True) - 1
+    low, high = (ordered.gather(-1, (share * last).long().expand_as(ordered[..., :1])) for share in (0.05, 0.95))
+    return logs <= ((low + high) / 2)[..., None]
+
+
+def _grown(mask: Tensor, radius: int) -> Tensor:
+    """The pixels within a square of 2 radius + 1 around one of the mask."""
+    return F.max_pool2d(mask.to(torch.float32), 2 * radius + 1, stride=1, padding=radius) > 0
 
 
 def _agree(inside: Tensor) -> tuple[Tensor, Tensor]:

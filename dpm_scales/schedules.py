@@ -233,10 +233,12 @@ class ConstantBeta(ListedBeta):
     def bind(self, num_scales: int) -> None:
         steps = [float(k) for k in range(1, num_scales + 1)] if self.steps is None else self.steps
         self._fits("steps", steps, num_scales)
+        NoiseSchedule.bind(self, num_scales)
         log_keep = math.log1p(-(self.beta**2))
         taken = [b - a for a, b in zip([0.0, *steps], steps, strict=False)]
         self.betas = [math.sqrt(-math.expm1(number * log_keep)) for number in taken]
-        super().bind(num_scales)
+        # not from the betas: that of thousands of steps rounds to 1
+        self._tabulate([0.0, *(0.5 * log_keep * k for k in steps)])
 
 
 class LinearBeta(ListedBeta):

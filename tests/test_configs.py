@@ -8,6 +8,7 @@ import pickle
 import struct
 import tarfile
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from dpm_scales.priors import GaussianPrior, Prior
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Process
 from dpm_scales.samplers import Sampler
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule
+from dpm_scales.study import TASKS
 from dpm_scales.targets import Target
 
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("experiment", "hydra"))
@@ -135,7 +137,8 @@ def raw(path: Path) -> dict[str, Any]:
 
 def test_all_groups_are_known() -> None:
     """A new group needs a test here that builds its choices."""
-    assert set(GROUPS) == {"data", "process", "target", "prior", "network", "sampler", "trainer", "logger"}
+    groups = {"data", "process", "target", "prior", "network", "sampler", "trainer", "logger", "task"}
+    assert set(GROUPS) == groups
     inner = {path.relative_to(CONFIGS).parent.as_posix() for path in CONFIGS.rglob("*.yaml")}
     assert inner == {".", *GROUPS, "experiment", "process/noise", "process/blur", "hydra/launcher"}
 
@@ -289,6 +292,33 @@ def test_loggers(name: str, tmp_path: Path) -> None:
     else:
         assert type(instantiate(config)).__name__ == {"tensorboard": "TensorBoardLogger", "wandb": "WandbLogger"}[name]
     assert name != "wandb" or config.offline
+
+
+def test_tasks_are_those_of_the_table() -> None:
+    assert choices("task") == sorted(TASKS)
+
+
+@pytest.mark.parametrize("name", choices("task"))
+def test_tasks(name: str) -> None:
+    """Each says its name, holds its own keys beside those of every task, and has its function."""
+    config, own = composed(f"task={name}", name="evolve"), raw(CONFIGS / "task" / f"{name}.yaml")
+    assert config.task == name
+    known = raw(CONFIGS / "evolve.yaml").keys() | own.keys()
+    for base in own.get("defaults", []):  # another task, whose keys it shares
+        known |= raw(CONFIGS / "task" / f"{base}.yaml").keys() if isinstance(base, str) and base != "_self_" else set()
+    assert set(config) == known - {"defaults", "hydra"}
+    module, function = TASKS[name]
+    assert callable(getattr(import_module(module), function))
+
+
+@pytest.mark.parametrize("name", choices("process"))
+def test_every_process_evolves(name: str) -> None:
+    assert isinstance(instantiate(composed(f"process={name}", name="evolve").process), Process)
+
+
+def test_no_process_is_chosen_by_default() -> None:
+    config = composed(name="evolve")
+    assert config.task == "compare" and config.process is None
 
 
 @pytest.mark.skipif(find_spec("submitit") is None, reason="the slurm extra is not installed")

@@ -20,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "noise": set(),
     "networks": set(),
     "images": set(),
-    "metrics": set(),
+    "metrics": {"processes"},  # their types alone
     "processes": {"operators", "schedules"},
     "priors": _LAW | {"noise"},
     "spectrum": {"operators", "schedules"},

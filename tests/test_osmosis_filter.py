@@ -82,6 +82,34 @@ def test_the_edge_of_a_shadow_may_be_marked_instead_of_its_inside() -> None:
     assert (remove_shadow(clean * ramp, edge) / clean).std() > 0.05, "as a region the mask means something else"
 
 
+@pytest.mark.parametrize("light", [0.3, 4.0])
+def test_lit_keeps_the_brightness_of_the_light_side_of_an_edge(light: float) -> None:
+    """Two parts and a penumbra between them: the brighter part keeps its values, on whichever side it lies."""
+    clean, ramp = scene(), torch.ones(W, dtype=torch.float64)
+    clean[..., 12:17] = clean[..., 12:17].mean((-2, -1), keepdim=True)
+    ramp[:13], ramp[13:16] = light, light ** torch.tensor([0.8, 0.5, 0.1], dtype=torch.float64)
+    edge = torch.zeros(H, W, dtype=torch.bool)
+    edge[:, 13:16] = True
+    result = remove_shadow(clean * ramp, edge, mask_marks="edge", match="lit")
+    torch.testing.assert_close(result, clean * max(light, 1.0), atol=2e-3 * max(light, 1.0), rtol=0)
+
+
+def test_a_region_with_a_soft_edge() -> None:
+    """The same penumbra from a mask of the region and its half width; one that is too narrow leaves some of it."""
+    clean, ramp = scene(), torch.ones(W, dtype=torch.float64)
+    clean[..., 11:18] = clean[..., 11:18].mean((-2, -1), keepdim=True)
+    ramp[:12], ramp[12:16] = 0.5, torch.tensor([0.6, 0.7, 0.8, 0.9])
+    shadowed, mask = clean * ramp, left_half(14)
+    soft = remove_shadow(shadowed, mask, match="outside", penumbra=2)
+    torch.testing.assert_close(soft, clean, atol=2e-3, rtol=0)
+    assert (remove_shadow(shadowed, mask, match="outside", penumbra=1) - clean).abs().max() > 0.1
+    band = torch.zeros(H, W, dtype=torch.bool)
+    band[:, 12:16] = True
+    by_edge = remove_shadow(shadowed, band, "edge", "lit")
+    torch.testing.assert_close(soft, by_edge, atol=2e-3, rtol=0)
+    torch.testing.assert_close(remove_shadow(shadowed, mask, match="pinned", penumbra=2), clean, atol=2e-3, rtol=0)
+
+
 def test_without_a_mask_nothing_changes() -> None:
     x = scene()
     for mask in (torch.zeros(H, W, dtype=torch.bool), torch.ones(1, 1, H, W, dtype=torch.bool)):
@@ -151,6 +179,41 @@ def test_the_drift_across_the_edge_is_the_mean_of_both() -> None:
     np.testing.assert_allclose(result[0, 0], null / null.mean() * f.mean(), atol=1e-6)
 
 
+def test_pinned_is_the_solution_between_the_background_s_pixels() -> None:
+    """Against a dense solve for the inside, with the drift put together edge by edge as above."""
+    f, g = 0.2 + images(7, 9).numpy(), 0.2 + images(7, 9, seed=1).numpy()
+    mask = np.zeros((7, 9), dtype=bool)
+    mask[2:6, 3:9] = True
+
+    def drift(image: Any, axis: int) -> Any:
+        return 2 * np.diff(image, axis=axis) / (np.delete(image, 0, axis) + np.delete(image, -1, axis))
+
+    def mixture(axis: int) -> Any:
+        share = (np.delete(mask, 0, axis).astype(float) + np.delete(mask, -1, axis)) / 2
+        return share * drift(g, axis) + (1 - share) * drift(f, axis)
+
+    P, inside = drift_matrix(mixture(1), mixture(0)), mask.ravel()
+    exact = f.ravel().copy()
+    exact[inside] = np.linalg.solve(P[np.ix_(inside, inside)], -P[np.ix_(inside, ~inside)] @ exact[~inside])
+    f_image, g_image = (torch.from_numpy(image)[None, None] for image in (f, g))
+    result = blend(f_image, g_image, torch.from_numpy(mask), "pinned")
+    np.testing.assert_allclose(result[0, 0], exact.reshape(7, 9), atol=1e-6)
+    assert torch.equal(result[0, 0][~torch.from_numpy(mask)], f_image[0, 0][~torch.from_numpy(mask)])
+
+
+def test_mixed_takes_the_stronger_drift_of_both() -> None:
+    """A flat foreground adds nothing, a flat background hides nothing; of two textures both are seen."""
+    x, y, mask = scene(), scene(seed=1), rectangle()
+    flat = torch.full_like(x, 0.4)
+    torch.testing.assert_close(blend(x, flat, mask, mixed=True), x, atol=1e-9, rtol=0)
+    torch.testing.assert_close(blend(flat, x, mask, mixed=True), blend(flat, x, mask), atol=1e-9, rtol=0)
+    stripes, rows = 0.5 + 0.3 * torch.sin(torch.arange(W, dtype=torch.float64)), torch.arange(H, dtype=torch.float64)
+    down = (0.5 + 0.3 * torch.sin(rows))[:, None]
+    both = blend(stripes.expand(1, 1, H, W), down.expand(1, 1, H, W), mask, mixed=True)[0, 0, 7:13, 10:20]
+    torch.testing.assert_close(both, stripes[10:20] * down[7:13] * (both.mean() / 0.25), rtol=0.25, atol=0)
+    assert (blend(x, y, mask, mixed=True) - blend(x, y, mask)).abs().max() > 0.05
+
+
 def test_match_keeps_the_mean_of_all_or_of_what_lies_outside() -> None:
     background, foreground, mask = scene(), scene(seed=1), left_half()
     whole, outside = blend(background, foreground, mask), blend(background, foreground, mask, "outside")
@@ -195,6 +258,11 @@ IMAGE, MASK = torch.full((1, 3, 6, 7), 0.5), torch.zeros(6, 7, dtype=torch.bool)
         ({"offset": -1.0}, ["offset", "-1.0"]),
         ({"match": "outsides"}, ["did you mean 'outside'", "mean"]),
         ({"match": "outside", "mask": ~MASK}, ["outside the mask"]),
+        ({"mask_marks": "edge", "match": "outside"}, ["outside", "lit or mean"]),
+        ({"mask_marks": "edge", "match": "pinned"}, ["pinned", "lit or mean"]),
+        ({"mask_marks": "edge", "penumbra": 2}, ["penumbra", "mask_marks=region"]),
+        ({"penumbra": -1}, ["penumbra", "-1"]),
+        ({"penumbra": 1.5}, ["penumbra", "1.5"]),
         ({"mask_marks": "edges"}, ["did you mean 'edge'", "region"]),
     ],
 )
@@ -207,7 +275,7 @@ def test_bad_arguments_say_what_is_allowed(arguments: dict[str, Any], words: lis
         assert "\n" not in message
 
     check(remove_shadow, **({"image": IMAGE, "mask": MASK} | arguments))
-    if "mask_marks" not in arguments:
+    if not arguments.keys() & {"mask_marks", "penumbra"}:
         image = arguments.get("image", IMAGE)
         rest = {name: value for name, value in arguments.items() if name != "image"}
         check(blend, **({"background": image, "foreground": IMAGE, "mask": MASK} | rest))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +30,7 @@ from dpm_scales.processes import (
     OsmosisFilter,
     Process,
 )
-from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, Heun, Sampler
+from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, DPMSolver, Heun, Sampler
 from dpm_scales.schedules import LogBlur, SinSquaredBlur
 from dpm_scales.targets import Clean, FinerScale, Noise, Target, Velocity
 
@@ -126,6 +128,7 @@ SAMPLERS: list[tuple[Sampler, Target]] = [
     (DDIM(0.5, 5), Velocity()),
     (Ancestral(20), Noise()),
     (Heun(5, grid="uniform", variable="logsnr"), Clean()),
+    (DPMSolver(0.0, 5, "uniform"), Clean()),
     (Dissipation(1.25), FinerScale()),
     (Cold(5), Clean()),
 ]
@@ -234,6 +237,43 @@ def test_guidance_images_follow_the_mean_grey_value_and_are_clipped() -> None:
     assert float((v[0] == 0.05).float().mean()) == pytest.approx(0.5, abs=0.03)
     flat = OsmosisDiffusion(20, guidance_noise=0.0).context(dark)
     assert flat is not None and float(flat.max() - flat.min()) == 0
+
+
+def test_smooth_guidance_is_blurred_noise_of_the_same_deviation() -> None:
+    """400 images of 24 x 36: standard deviation, and the correlation exp(-d^2 / 4 sigma^2) of blurred noise."""
+    process = OsmosisDiffusion(20, guidance_noise=0.05, guidance_pattern="smooth", guidance_blur_sigma=2.0)
+    v = process.context(torch.zeros(400, 1, 24, 36, dtype=torch.float64), generator())
+    assert v is not None
+    field = (v - 0.5) / 0.05
+    assert float(field.std()) == pytest.approx(1, abs=0.02)
+    inner = field[..., 8:16, 8:28]  # reflecting boundaries add to the variance near them
+    for d in (1, 2, 4):
+        product = (inner * field[..., 8:16, 8 + d : 28 + d]).mean() / inner.square().mean()
+        assert float(product) == pytest.approx(math.exp(-(d**2) / (4 * 2.0**2)), abs=0.04)
+
+
+def test_edges_are_the_sign_of_smooth_guidance() -> None:
+    make = functools.partial(OsmosisDiffusion, 20, guidance_noise=0.05, guidance_blur_sigma=3.0)
+    x_0 = torch.zeros(4, 2, 16, 20, dtype=torch.float64)
+    edges, smooth = (make(guidance_pattern=p).context(x_0, generator()) for p in ("edges", "smooth"))
+    assert edges is not None and smooth is not None
+    close(edges, 0.5 + 0.05 * torch.sign(smooth - 0.5), 1e-12)
+    with refused("unknown guidance_pattern 'edge'", "did you mean 'edges'"):
+        make(guidance_pattern="edge")
+    with refused("guidance_blur_sigma"):
+        OsmosisDiffusion(20, guidance_blur_sigma=0.0)
+
+
+def test_network_need_not_see_the_guidance_image() -> None:
+    process = OsmosisDiffusion(20, guidance_input=False)
+    assert process.context_channels == 0 and OsmosisDiffusion(20).context_channels == 1
+    assert process.context_features(guidance_images(2, 3, 4, 6)) is None
+    network = TinyNetwork(1).double()
+    denoiser = Denoiser(network, process, Clean()).double()
+    x_0 = torch.rand(3, 1, 4, 6, dtype=torch.float64)
+    assert torch.isfinite(denoiser.loss(x_0, torch.rand(3, dtype=torch.float64), generator=generator())).all()
+    with refused("guidance_input must be true or false"):
+        OsmosisDiffusion(20, guidance_input=1)  # type: ignore[arg-type]
 
 
 def test_features_have_mean_zero_and_a_missing_context_is_told() -> None:

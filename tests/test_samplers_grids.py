@@ -41,6 +41,7 @@ from dpm_scales.samplers import (
     Sampler,
     auto_sampler,
     karras_grid,
+    logsnr_grid,
     uniform_grid,
 )
 from dpm_scales.schedules import (
@@ -115,6 +116,20 @@ def test_karras_grid_is_equally_spaced_in_a_power_of_noise_over_signal(twin: Twi
     levels = [math.sqrt(twin.variance(t, mu)[0, 0]) / twin.signal(t, mu)[0, 0] for t in grid[:-1]]
     gaps = np.diff(np.array(levels) ** (1 / 3.0))
     close(gaps, gaps[0], 1e-7, 1e-7)
+
+
+@pytest.mark.parametrize(
+    "twin", [t for t in TWINS if t.name in ("vp-cosine", "ve-edm", "blurring")], ids=lambda t: t.name
+)
+def test_logsnr_grid_is_equally_spaced_in_logsnr(twin: Twin) -> None:
+    """From the curves of the twin, at mu = 0."""
+    grid = logsnr_grid(twin.build(), 6).tolist()
+    assert grid[0] == 1 and grid[-2] == pytest.approx(1 / twin.num_scales) and grid[-1] == 0
+    mu = np.zeros((1, 1))
+    log_snr = [float(np.log(twin.signal(t, mu) ** 2 / twin.variance(t, mu)).item()) for t in grid[:-1]]
+    assert np.diff(log_snr) == pytest.approx(np.diff(log_snr).mean(), rel=1e-6)
+    with refused("logsnr grid", "grid=uniform"):
+        logsnr_grid(InverseHeat(8), 4)
 
 
 def test_karras_grid_of_one_step_is_from_noise_to_image() -> None:

@@ -47,7 +47,7 @@ from reference import (
 from torch import Tensor
 
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, InverseHeat
-from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, Heun, Sampler, uniform_grid
+from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, DPMSolver, Heun, Sampler, uniform_grid
 from dpm_scales.schedules import ConstantNoise, EDMNoise, LinearTimeBlur, SinSquaredBlur
 
 # --- the samplers, once more ------------------------------------------------------------------------------------------
@@ -382,8 +382,9 @@ def flow(twin: Twin, data: GaussianData, u: Array, t: float, s: float) -> Array:
         (DDIM(0.0, None), 1),
         (Heun(None, "uniform", variable="noise"), 2),
         (Heun(None, "uniform", variable="logsnr"), 2),
+        (DPMSolver(0.0, None, "uniform"), 2),
     ],
-    ids=["ddim", "heun-noise", "heun-logsnr"],
+    ids=["ddim", "heun-noise", "heun-logsnr", "dpm-solver"],
 )
 @pytest.mark.parametrize("twin", SMOOTH, ids=lambda twin: twin.name)
 def test_deterministic_samplers_converge_to_the_probability_flow(twin: Twin, sampler: Sampler, order: int) -> None:

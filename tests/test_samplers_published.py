@@ -41,7 +41,7 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.noise import NoiseSource
 from dpm_scales.priors import DataPrior, GaussianPrior, Prior
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, InverseHeat
-from dpm_scales.samplers import DDIM, Ancestral, Dissipation, Heun, Sampler
+from dpm_scales.samplers import DDIM, Ancestral, Dissipation, DPMSolver, Heun, Sampler
 from dpm_scales.schedules import ConstantNoise, LinearBeta, LogBlur, SinSquaredBlur
 from dpm_scales.targets import Clean, FinerScale, Noise, Target, Velocity
 
@@ -142,6 +142,36 @@ def test_whole_ddim_run_with_clipping_is_that_of_diffusers(clip: bool) -> None:
     actual = DDIM(0.0, 20).reverse(denoiser, start, ScriptedNoise([]), scales=scales)
     close(actual.numpy(), x.numpy(), 1e-9)
     assert float(actual.abs().max()) > (0.9 if clip else 1)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("prediction", list(PREDICTIONS))
+def test_whole_dpm_solver_run_is_that_of_diffusers(prediction: str, eta: float) -> None:
+    """20 steps of a network on their grid, DPM-Solver++(2M) and its SDE variant; their tables are float32."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        prediction_type=prediction,
+        algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++",
+        solver_order=2,
+        final_sigmas_type="zero",
+    )
+    scheduler.set_timesteps(20)
+    network = TinyNetwork().double()
+    x = start = images(2, 1, 4, 6)
+    whites = [images(2, 1, 4, 6, seed=20 + k) for k in range(20)]
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    with torch.no_grad():
+        for i, white in zip(scheduler.timesteps.tolist(), whites, strict=True):
+            t = torch.full((2,), (i + 1) / 1000, dtype=torch.float64)
+            output = network(x / torch.sqrt(alpha_bar[i] * 0.25 + 1 - alpha_bar[i]), t)
+            x = scheduler.step(output, i, x, variance_noise=white if eta else None).prev_sample.double()
+    denoiser = Denoiser(network, VP(1000, LinearBeta()), PREDICTIONS[prediction](), 0.5).double()
+    scales = float64([(i + 1) / 1000 for i in scheduler.timesteps.tolist()] + [0.0])
+    actual = DPMSolver(eta, 20).reverse(denoiser, start, ScriptedNoise(whites[:19] if eta else []), scales=scales)
+    close(actual.numpy(), x.numpy(), 2e-4 * float(x.abs().max()))
 
 
 # --- EDM --------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,14 @@
 
 from dpm_scales.metrics.distances import FeatureStatistics, KernelDistance, frechet_distance, kernel_distance
 from dpm_scales.metrics.features import EffLite0Features, FeatureNetwork, InceptionFeatures, pick_features
+from dpm_scales.metrics.scale_space import (
+    average_grey,
+    entropy_increments,
+    image_variance,
+    relative_entropy,
+    reverse_entropy_bounds,
+    step_entropy,
+)
 
 __all__ = [
     "EffLite0Features",
@@ -9,7 +17,13 @@ __all__ = [
     "FeatureStatistics",
     "InceptionFeatures",
     "KernelDistance",
+    "average_grey",
+    "entropy_increments",
     "frechet_distance",
+    "image_variance",
     "kernel_distance",
     "pick_features",
+    "relative_entropy",
+    "reverse_entropy_bounds",
+    "step_entropy",
 ]

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from dpm_scales.errors import UserError, require, suggest
-from dpm_scales.operators.heat import HeatOperator
-from dpm_scales.operators.stencil import CACHE_BYTES, Stencil, blocks, set_product
+from dpm_scales.operators.multigrid import multigrid
+from dpm_scales.operators.stencil import CACHE_BYTES, Stencil, blocks, cut, set_product
 
 Preconditioner = Callable[[Tensor, Tensor], None]
 """Writes an approximate solution of A x = r, ``(B, C, N)``, into the second tensor; symmetric where CG uses it."""
@@ -58,20 +58,6 @@ def jacobi(matrix: Stencil) -> Preconditioner:
 
     def precondition(r: Tensor, out: Tensor) -> None:
         torch.mul(inverse, r, out=out)
-
-    return precondition
-
-
-def heat_preconditioner(height: int, width: int, step: float, like: Tensor) -> Preconditioner:
-    """The exact inverse of the matrix without drift, (I - tau Laplacian)^{-1}, by cosine transforms.
-
-    Its iterations do not grow with the image or with tau, as Jacobi's do, but with the drift.
-    """
-    heat = HeatOperator("discrete")
-    inverse = 1 / (1 + step * heat.eigenvalues(height, width, like.device)).to(like.dtype)
-
-    def precondition(r: Tensor, out: Tensor) -> None:
-        out.copy_(heat.synthesis(inverse * heat.analysis(r.unflatten(-1, (height, width)))).flatten(-2))
 
     return precondition
 
@@ -185,12 +171,11 @@ def _solve(
     b: Tensor,
     tol: float,
     max_iterations: int,
-    precondition: Preconditioner | None = None,
 ) -> Solution:
     """A x = b from the first guess b. On a CPU block by block: solvers have a dozen arrays, which then stay cached."""
     parts, x = [], torch.empty_like(b)
     for place in blocks(b, CACHE_BYTES // 4):
-        part = SOLVERS[method](matrix.part(*place), b[place], b[place], tol, max_iterations, precondition)
+        part = SOLVERS[method](matrix.part(*place), b[place], b[place], tol, max_iterations)
         x[place] = part.x
         parts.append((place, part))
     if len(parts) == 1:
@@ -296,28 +281,56 @@ def steady_state(
     tol: float = 1e-6,
     max_steps: int = 40,
     max_iterations: int = 1000,
+    fixed: Tensor | None = None,
 ) -> Tensor:
-    """The image that du/dt = P u ends in: implicit Euler with steps that grow tenfold, until a step changes no more.
+    """The image that du/dt = P u ends in: implicit Euler with steps that grow a hundredfold, until one changes no more.
 
     Args:
         stencil: P, any drift, in float64.
         u: start ``(B, C, H, W)``, float64; it decides the mean grey value, and else only how long it takes.
         tol: largest relative change |u^{k+1} - u^k| / |u^k| of the last step.
         max_steps: after which to give up. The step stops growing at 1e8 px^2.
-        max_iterations: of each solve.
+        max_iterations: of each solve, which has multigrid for a preconditioner.
+        fixed: bool ``(B | 1, C | 1, H, W)``, pixels that stay as they are (Dirichlet data); None for none. With them
+            the mean grey value is not kept.
 
     Raises: UserError, with the figures, where it does not settle.
     """
-    size, x, step, change = (stencil.height, stencil.width), u.flatten(-2), 10.0, math.inf
-    slowest = (max(size) / math.pi) ** 2
+    start, held = u.flatten(-2), None if fixed is None else fixed.flatten(-2)
+    settled = torch.empty_like(start)
+    for place in blocks(start, CACHE_BYTES // 4):
+        part = None if held is None else cut(held, *place)
+        settled[place] = _settle(stencil.part(*place), start[place], tol, max_steps, max_iterations, part)
+    return settled.view(u.shape)
+
+
+def _settle(
+    stencil: Stencil, start: Tensor, tol: float, max_steps: int, max_iterations: int, fixed: Tensor | None
+) -> Tensor:
+    x, step, change = start, 10.0, math.inf
+    slowest = (max(stencil.height, stencil.width) / math.pi) ** 2
+    p = stencil if fixed is None else without_rows(stencil, fixed)
     for _ in range(max_steps):
-        matrix = stencil.affine(-step, 1.0)
-        inverse = heat_preconditioner(*size, step, x)
-        after = _solve("bicgstab", matrix, x, 0.01 * tol, max_iterations, inverse).x
+        inverse = multigrid(stencil, step, x, fixed)
+        after = bicgstab(p.affine(-step, 1.0), x, x, 0.01 * tol, max_iterations, inverse).x
         norm = _norm(x)
         change = float(_ratio(_norm(after - x), norm, norm > 0).max())
         x = after
         if change <= tol and step > slowest:
-            return x.view(u.shape)
-        step = min(10 * step, 1e8)
+            return x
+        step = min(100 * step, 1e8)
     raise UserError(f"no steady state: after {max_steps} steps an image still changes by {change:.2g} (tol {tol:g})")
+
+
+def without_rows(p: Stencil, fixed: Tensor) -> Stencil:
+    """P with rows of zeros for fixed pixels, which then take nothing."""
+    free = (~fixed).to(p.diagonal.dtype)
+    return Stencil(
+        p.diagonal * free,
+        p.from_right * free,
+        p.from_left * free.roll(-1, -1),
+        p.from_below * free,
+        p.from_above * free.roll(-p.width, -1),
+        p.height,
+        p.width,
+    )

@@ -62,7 +62,7 @@ class Process(nn.Module):
     """
 
     #: channels of context that the network sees for each image channel
-    context_channels: ClassVar[int] = 0
+    context_channels: int = 0
     #: gamma_t never falls: the Lyapunov property (Prop. 3, 7) is promised, and checked at construction
     lyapunov: ClassVar[bool] = True
 

@@ -9,18 +9,20 @@ r"""Processes of the osmosis operator: each is a process of the heat operator wi
 m is the mean grey value of the image, in units where black is 0 and white is 1. The guidance image is the process's
 context: drawn once per sample, handed to the operator, and to the network as the channels v - 1. A constant v
 (`guidance_noise=0`) gives the heat operator's process with the discrete spectrum.
+
+Instead of white noise the guidance may be a smooth field, or one of flat regions with edges (`guidance_pattern`). It is
+drawn independently of what the image shows, so it is no condition: the reverse process has the data's law for each v.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require
-from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator, SpectralFunction, chebyshev_degree
+from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator, SpectralFunction, chebyshev_degree, heat_blur
 from dpm_scales.processes.law import Context, Process
 from dpm_scales.schedules import (
     BlurSchedule,
@@ -34,6 +36,7 @@ from dpm_scales.schedules import (
     require_positive,
 )
 
+PATTERNS = ("white", "smooth", "edges")
 STRIDES = (1, 4, 20, 100)
 """Steps, in scales, whose functions the expansion is made for."""
 
@@ -45,14 +48,16 @@ class Osmosis(Process):
         num_scales, noise, blur, min_decay, value_range: as for `Process`.
         guidance_noise: standard deviation of the guidance image around the mean grey value, black 0 and white 1; >= 0.
         guidance_min: smallest value of the guidance image, in (0, 1).
+        guidance_pattern: "white" noise; "smooth", noise blurred by `guidance_blur_sigma` and of the same standard
+            deviation; "edges", its sign.
+        guidance_blur_sigma: of the last two, in px, > 0.
+        guidance_input: whether the network sees the guidance image.
         tolerance: bound on the error of f(L), relative to the largest f, for means of the law and of samplers' steps;
             the degree of the expansion follows from it. Standard deviations that vanish like a root at mu = 0, as the
             posterior's under constant noise do, are met to about 1e-2 of the noise.
 
     Raises: UserError as `Process` does, and for values out of range.
     """
-
-    context_channels: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -63,11 +68,22 @@ class Osmosis(Process):
         value_range: Sequence[float],
         guidance_noise: float,
         guidance_min: float,
+        guidance_pattern: str,
+        guidance_blur_sigma: float,
+        guidance_input: bool,
         tolerance: float,
     ) -> None:
         super().__init__(HeatOperator("discrete"), num_scales, noise, blur, min_decay, value_range)
         name = type(self).__name__
-        require_positive(self, guidance_min=guidance_min, tolerance=tolerance)
+        require_positive(self, guidance_min=guidance_min, guidance_blur_sigma=guidance_blur_sigma, tolerance=tolerance)
+        if guidance_pattern not in PATTERNS:
+            raise UserError(
+                f"{name}: unknown guidance_pattern {guidance_pattern!r}: {suggest(guidance_pattern, PATTERNS)}"
+            )
+        ok = isinstance(guidance_input, bool)
+        require(ok, f"{name}: guidance_input must be true or false, got {guidance_input!r}")
+        self.guidance_pattern, self.guidance_blur_sigma = guidance_pattern, float(guidance_blur_sigma)
+        self.context_channels = int(guidance_input)
         ok = is_number(guidance_noise) and guidance_noise >= 0
         require(ok, f"{name}: guidance_noise must be a number >= 0, got {guidance_noise!r}")
         require(guidance_min < 1, f"{name}: guidance_min must lie in (0, 1), got {guidance_min!r}")
@@ -97,13 +113,26 @@ class Osmosis(Process):
         """Guidance images from mean grey values ``(B, C)`` in the value range and white noise ``(B, C, H, W)``."""
         low, high = self.value_range
         grey = ((mean - low) / (high - low))[..., None, None]
-        return (grey + self.guidance_noise * white).clamp(self.guidance_min, 1.0)
+        return (grey + self.guidance_noise * self._pattern(white)).clamp(self.guidance_min, 1.0)
+
+    def _pattern(self, white: Tensor) -> Tensor:
+        """White noise as the guidance's pattern of variance one."""
+        if self.guidance_pattern == "white":
+            return white
+        time = self.guidance_blur_sigma**2 / 2
+        smooth = heat_blur(white, time)
+        if self.guidance_pattern == "edges":
+            return torch.sign(smooth)
+        mu = HeatOperator().eigenvalues(white.shape[-2], white.shape[-1], white.device)
+        return smooth / torch.exp(-2 * time * mu).mean().sqrt().to(white.dtype)
 
     def operator(self, context: Context = None) -> Operator:
         return self._operator if context is None else OsmosisOperator(context, self.degree, validate=False)
 
     def context_features(self, context: Context) -> Context:
-        """v - 1, with v of mean one. Raises UserError without a context: the network was built to see one."""
+        """v - 1, with v of mean one; None if the network does not see it. Raises UserError without a context."""
+        if self.context_channels == 0:
+            return None
         if context is None:
             raise UserError(f"{type(self).__name__} needs a guidance image: pass context=process.context(x_0)")
         return _mean_one(context) - 1
@@ -127,12 +156,14 @@ class OsmosisFilter(Osmosis):
         blur: BlurSchedule | None = None,
         guidance_noise: float = 0.1,
         guidance_min: float = 1e-6,
+        guidance_pattern: str = "white",
+        guidance_blur_sigma: float = 2.0,
+        guidance_input: bool = True,
         tolerance: float = 1e-6,
         value_range: Sequence[float] = (0.0, 1.0),
     ) -> None:
-        super().__init__(
-            num_scales, NoNoise(), blur or LogBlur(), 0.0, value_range, guidance_noise, guidance_min, tolerance
-        )
+        guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_input)
+        super().__init__(num_scales, NoNoise(), blur or LogBlur(), 0.0, value_range, *guidance, tolerance)
 
 
 class InverseOsmosis(Osmosis):
@@ -145,11 +176,15 @@ class InverseOsmosis(Osmosis):
         blur: BlurSchedule | None = None,
         guidance_noise: float = 0.1,
         guidance_min: float = 1e-2,
+        guidance_pattern: str = "white",
+        guidance_blur_sigma: float = 2.0,
+        guidance_input: bool = True,
         tolerance: float = 1e-6,
         value_range: Sequence[float] = (0.0, 1.0),
     ) -> None:
         noise, blur = noise or ConstantNoise(), blur or LogBlur()
-        super().__init__(num_scales, noise, blur, 0.0, value_range, guidance_noise, guidance_min, tolerance)
+        guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_input)
+        super().__init__(num_scales, noise, blur, 0.0, value_range, *guidance, tolerance)
 
 
 class OsmosisDiffusion(Osmosis):
@@ -167,8 +202,12 @@ class OsmosisDiffusion(Osmosis):
         min_decay: float = 0.001,
         guidance_noise: float = 0.1,
         guidance_min: float = 1e-2,
+        guidance_pattern: str = "white",
+        guidance_blur_sigma: float = 2.0,
+        guidance_input: bool = True,
         tolerance: float = 1e-6,
         value_range: Sequence[float] = (-1.0, 1.0),
     ) -> None:
         noise, blur = noise or CosineLogSNR(), blur or SinSquaredBlur()
-        super().__init__(num_scales, noise, blur, min_decay, value_range, guidance_noise, guidance_min, tolerance)
+        guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_input)
+        super().__init__(num_scales, noise, blur, min_decay, value_range, *guidance, tolerance)

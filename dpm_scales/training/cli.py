@@ -35,7 +35,12 @@ TRACEBACK = "HYDRA_FULL_ERROR"
 WISH = "DPM_SCALES_TRACEBACK"
 SWEEP_FLAGS = ("-m", "--multirun")
 #: options whose values are paths: they may hold what Hydra's grammar wants in quotes (run folders hold = and ,)
-PATHS = ("run_dir", "resume", "model", "out", "reference", "data.root", "data.path")
+PATHS = (
+    *("run_dir", "resume", "model", "out", "reference", "inception", "folder", "data.root", "data.path"),
+    *("image", "mask", "background", "foreground"),
+)
+#: options of an entry point that Hydra would take for one of the config groups
+ALIASES = {"evolve": {"data": "folder"}}
 PLAIN_VALUE = re.compile(r"""null|\$\{.*|".*"|'.*'|[A-Za-z_./][A-Za-z0-9_./+-]*""", re.DOTALL)
 
 
@@ -71,7 +76,8 @@ def main(entry: Callable[[], None], config_name: str) -> None:
     os.environ.setdefault(WISH, os.environ.get(TRACEBACK, "0"))  # processes started from here inherit it
     os.environ[TRACEBACK] = "1"
     os.environ.setdefault("OC_CAUSE", "0")  # under a debugger OmegaConf would chain what its message already says
-    sys.argv[1:] = tidy(sys.argv[1:])
+    aliases = ALIASES.get(config_name, {})
+    sys.argv[1:] = tidy([f"{aliases.get(key, key)}{rest}" for key, rest in map(_split, sys.argv[1:])])
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {' '.join(str(message).split())}\n"
     try:
         entry()
@@ -105,6 +111,12 @@ def tidy(argv: list[str]) -> list[str]:
         else:
             options.append(argument)
     return flags + options
+
+
+def _split(argument: str) -> tuple[str, str]:
+    """Key, and the rest with its equals sign."""
+    key, equals, value = argument.partition("=")
+    return key, equals + value
 
 
 def _fail(line: str) -> NoReturn:
@@ -149,22 +161,37 @@ def _shorten(message: str, config_name: str) -> str:
     """Hydra's several lines as one, with the nearest key for an unknown one."""
     unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", message)
     if unknown:
-        full = unknown.group(2)
-        return f"unknown option {full!r}: {suggest(full, _known_keys(config_name, full))}"
+        return _unknown(config_name, unknown.group(2))
     no_group = re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", message)
     found = no_group or re.search(r"Could not delete from config\. '([^']+)' does not exist", message)
     if found:
-        name = found.group(1)
-        return f"unknown option {name!r}: {suggest(name, _known_keys(config_name, name))}"
+        return _unknown(config_name, found.group(1))
     if "hydra/launcher/submitit" in message:
         return "this launcher needs the submitit plugin: pip install '.[slurm]'"
     lines = [line.strip() for line in message.splitlines() if line.strip() and "hydra.cc" not in line]
     return " ".join(lines)
 
 
+def _groups(config_name: str) -> list[str]:
+    """Config groups of an entry point; `experiment`, which may lie elsewhere and has no keys of its own, apart."""
+    defaults = yaml.safe_load((CONFIGS / f"{config_name}.yaml").read_text())["defaults"]
+    names = [key for entry in defaults if isinstance(entry, dict) for key in entry]
+    return [name for name in names if name != "experiment" and not name.startswith("override")]
+
+
+def _unknown(config_name: str, full: str) -> str:
+    """The line for an option that is not there, with the nearest one that is."""
+    if "task" in _groups(config_name):
+        tasks = [path for path in sorted((CONFIGS / "task").glob("*.yaml")) if full in yaml.safe_load(path.read_text())]
+        if tasks:
+            return f"unknown option {full!r}: it belongs to {' and '.join(f'task={path.stem}' for path in tasks)}"
+    return f"unknown option {full!r}: {suggest(full, _known_keys(config_name, full))}"
+
+
 def _known_keys(config_name: str, full: str) -> list[str]:
     """Keys at the level of `full` in the config with the choices made on the command line."""
-    choices = [a for a in sys.argv[1:] if re.fullmatch(r"(process|data|network|sampler|target|prior|logger)=\w+", a)]
+    groups = "|".join(_groups(config_name))
+    choices = [a for a in sys.argv[1:] if re.fullmatch(rf"({groups})=\w+", a)]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         node: Any = compose(config_name, overrides=choices)

@@ -1,0 +1,178 @@
+"""The pictures of docs/gallery.md: osmosis as an editor, on the photos that scikit-image ships, through `evolve.py`.
+
+    python -m benchmarks.gallery --out docs/gallery
+
+writes `inputs/` (photos with a shadow cast on them, masks), NAME.png (the inputs beside the result) and prints what the
+page states: for a shadow the PSNR against the photo without it, before and after; for cloning how much two neighbours
+across the mask's outline differ on average, in grey levels of 255, when pasted and when cloned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+from skimage import data
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SHADE = np.array([0.38, 0.43, 0.52])
+"""What a shadow leaves of red, green and blue: more of the sky's light than of the sun's."""
+
+SHARP = 4
+"""Masks are drawn so many times larger, and thresholded."""
+
+Box = tuple[int, int, int, int]
+Shape = Sequence[tuple[float, float]]
+
+
+def photo(name: str, box: Box, size: tuple[int, int]) -> Image.Image:
+    """A part of a photo, box = (left, top, right, bottom), in RGB at size = (width, height)."""
+    return Image.fromarray(getattr(data, name)()).convert("RGB").crop(box).resize(size, Image.Resampling.LANCZOS)
+
+
+def polygons(size: tuple[int, int], *shapes: Shape) -> Image.Image:
+    """Grey picture, white in the polygons, with smooth edges."""
+    large = Image.new("L", (size[0] * SHARP, size[1] * SHARP))
+    for shape in shapes:
+        ImageDraw.Draw(large).polygon([(SHARP * x, SHARP * y) for x, y in shape], fill=255)
+    return large.resize(size, Image.Resampling.LANCZOS)
+
+
+def ellipse(size: tuple[int, int], box: Box) -> Image.Image:
+    """Grey picture, white in the ellipse that fills `box`, with smooth edges."""
+    large = Image.new("L", (size[0] * SHARP, size[1] * SHARP))
+    ImageDraw.Draw(large).ellipse(tuple(SHARP * edge for edge in box), fill=255)
+    return large.resize(size, Image.Resampling.LANCZOS)
+
+
+def shaded(clean: Image.Image, shade: Image.Image) -> Image.Image:
+    """The photo times `SHADE` where the shade is white."""
+    depth = np.asarray(shade, dtype=np.float64)[..., None] / 255
+    return Image.fromarray((np.asarray(clean) * (1 - depth * (1 - SHADE))).round().astype(np.uint8))
+
+
+def black_and_white(mask: np.ndarray) -> Image.Image:
+    return Image.fromarray((255 * mask).astype(np.uint8))
+
+
+# --- scenes: inputs by key, options of the command, and the photo without the shadow ----------------------------------
+
+Scene = tuple[dict[str, Image.Image], str, Image.Image | None]
+
+
+def bars() -> Scene:
+    """Two bars of shade over a cat, sharp but for the pixels that they cover in part."""
+    clean = photo("chelsea", (0, 0, 451, 300), (240, 160))
+    first = ((20, -5), (75, -5), (190, 165), (135, 165))
+    shade = polygons(clean.size, first, [(x + 80, y) for x, y in first])
+    inputs = {"image": shaded(clean, shade), "mask": black_and_white(np.asarray(shade) > 127)}
+    return inputs, "task=shadow", clean
+
+
+def soft() -> Scene:
+    """A shadow with a wide penumbra on a wall, of which only the penumbra is marked."""
+    clean = photo("astronaut", (150, 0, 450, 200), (240, 160))
+    shade = ellipse(clean.size, (160, -48, 320, 240)).filter(ImageFilter.GaussianBlur(2.5))
+    between = (np.asarray(shade) > 2) & (np.asarray(shade) < 253)
+    inputs = {"image": shaded(clean, shade), "mask": black_and_white(between)}
+    return inputs, "task=shadow mask_marks=edge", clean
+
+
+def moon() -> Scene:
+    """A soft shadow on a grey plain, marked by its region and half the width of its penumbra."""
+    clean = photo("moon", (0, 0, 512, 342), (240, 160)).convert("L")
+    shade = ellipse(clean.size, (50, 80, 330, 330)).filter(ImageFilter.GaussianBlur(2))
+    depth = np.asarray(shade, dtype=np.float64) / 255
+    dark = Image.fromarray((np.asarray(clean) * (1 - 0.57 * depth)).round().astype(np.uint8))
+    return {"image": dark, "mask": black_and_white(depth > 0.5)}, "task=shadow penumbra=6", clean
+
+
+def latte() -> Scene:
+    """A cat in a cup of coffee."""
+    cat = photo("chelsea", (55, 20, 395, 288), (94, 74))
+    inputs = {
+        "background": photo("coffee", (130, 10, 430, 210), (240, 160)),
+        "foreground": cat,
+        "mask": black_and_white(np.asarray(ellipse(cat.size, (5, 5, 89, 71))) > 127),
+    }
+    return inputs, "task=clone at=[75,82]", None
+
+
+def writing() -> Scene:
+    """Formulas on a table: the paper's drift is weak, so that the wood shows through."""
+    paper = photo("text", (0, 0, 448, 172), (224, 86))
+    mask = np.zeros((86, 224), dtype=bool)
+    mask[2:-2, 2:-2] = True
+    inputs = {
+        "background": photo("coffee", (390, 200, 600, 340), (240, 160)),
+        "foreground": paper,
+        "mask": black_and_white(mask),
+    }
+    return inputs, "task=clone at=[36,8] mixed=true", None
+
+
+SCENES: dict[str, Callable[[], Scene]] = {"bars": bars, "soft": soft, "moon": moon, "latte": latte, "writing": writing}
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def psnr(image: Image.Image, truth: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB."""
+    error = np.asarray(image, dtype=np.float64) - np.asarray(truth, dtype=np.float64)
+    return float(-10 * np.log10((error**2).mean() / 255**2))
+
+
+def seam(image: np.ndarray, inside: np.ndarray) -> float:
+    """Mean absolute difference of the neighbours that the mask's outline parts, (H, W, 3) in grey levels."""
+    steps = [np.abs(np.diff(image.astype(np.float64), axis=axis))[np.diff(inside, axis=axis)] for axis in (0, 1)]
+    return float(np.concatenate(steps).mean())
+
+
+def cloning_figures(comparison: np.ndarray, height: int, width: int) -> str:
+    """From the cells of comparison.png: background, paste, mask, result."""
+    step = width + 4
+    cells = [comparison[4 : 4 + height, 4 + k * step : 4 + k * step + width] for k in range(4)]
+    inside = cells[2][..., 0] > 127
+    background, paste, result = (seam(cells[k], inside) for k in (0, 1, 3))
+    return f"across the outline: {paste:.1f} pasted, {result:.1f} cloned, {background:.1f} in the background alone"
+
+
+def make(name: str, out: Path) -> None:
+    """Inputs, picture, command line and figures of one scene."""
+    inputs, options, clean = SCENES[name]()
+    folder = out / "inputs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, picture in inputs.items():
+        picture.save(folder / f"{name}_{key}.png", optimize=True)
+    files = " ".join(f"{key}={folder / f'{name}_{key}.png'}" for key in inputs)
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [*options.split(), *files.split(), f"out={scratch}"]
+        subprocess.run([sys.executable, str(ROOT / "evolve.py"), *command], check=True, stdout=subprocess.DEVNULL)
+        result, comparison = (Image.open(Path(scratch) / f"{part}.png").copy() for part in ("result", "comparison"))
+    comparison.save(out / f"{name}.png", optimize=True)
+    if clean is not None:
+        figures = f"PSNR {psnr(inputs['image'], clean):.1f} -> {psnr(result, clean):.1f} dB"
+    else:
+        figures = cloning_figures(np.asarray(comparison), result.height, result.width)
+    print(f"{name}: python evolve.py {options} {files} out=DIR\n    {figures}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("docs/gallery"))
+    parser.add_argument("--only", nargs="*", default=list(SCENES), choices=list(SCENES))
+    arguments = parser.parse_args()
+    for name in arguments.only:
+        make(name, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

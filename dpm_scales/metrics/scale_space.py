@@ -1,0 +1,84 @@
+r"""Measures of a scale-space evolution: variance, entropies, bounds of the reverse process.
+
+Entropies are in nats per image channel, of pixels in the process's own value range; all are float64. Functions of a
+process are closed forms; those of images measure what is there.
+
+    H(U_t | U_0)                          conditional entropy, Eq. (42), Peter 2024
+    H(U_t | U_s) + H(U_s | U_0) - H(U_t | U_0)  <=  H(U_s | U_t)  <=  H(U_t | U_s)       Sohl-Dickstein et al. 2015
+
+The lower bound of the reverse step's entropy always holds: it is H(U_s | U_t, U_0). The upper one needs
+H(U_t) >= H(U_s), which blur without much noise breaks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dpm_scales.errors import UserError, require
+
+if TYPE_CHECKING:
+    from dpm_scales.processes import Process
+
+Size = tuple[int, int]
+_GAUSSIAN = 0.5 * math.log(2 * math.pi * math.e)
+
+
+def image_variance(x: Tensor) -> Tensor:
+    """Variance of an image's pixels over its area, mean of the channels: ``(..., C, H, W)`` to ``(...)``, float64."""
+    return x.to(torch.float64).var((-2, -1), unbiased=False).mean(-1)
+
+
+def average_grey(x: Tensor) -> Tensor:
+    """Mean of all pixels and channels: ``(..., C, H, W)`` to ``(...)``, float64."""
+    return x.to(torch.float64).mean((-3, -2, -1))
+
+
+def relative_entropy(u: Tensor, steady_state: Tensor) -> Tensor:
+    """-sum u ln(u / w), Eq. (50), for images u >= 0 and their steady state w > 0: ``(..., C, H, W)`` to ``(..., C)``.
+
+    Grows along osmosis, to 0 where u has reached w. A pixel of value 0 adds 0.
+
+    Raises: UserError for negative values.
+    """
+    u, w = u.to(torch.float64), steady_state.to(torch.float64)
+    if u.device.type == "cpu" and (bool((u < 0).any()) or bool((w <= 0).any())):
+        raise UserError("relative entropy needs images >= 0 and a steady state > 0; clip or shift the values")
+    return -torch.special.xlogy(u, u / w).sum((-2, -1))
+
+
+def entropy_increments(process: Process, scales: Tensor, size: Size) -> Tensor:
+    """H(U_t | U_0) - H(U_s | U_0) for neighbouring scales, ``(T - 1,)``: >= 0 is the Lyapunov property (Prop. 3, 7).
+
+    Summed over the eigenvalues, so that the large and equal parts of both cancel before they are added. NaN where
+    neither scale has noise; inf from a scale without noise.
+    """
+    _check(scales)
+    mu = process.operator().eigenvalues(size[0], size[1], scales.device)
+    logs = torch.stack([process.log_noise_scale(t, mu).expand(size) for t in scales])
+    return logs.diff(dim=0).sum((-2, -1))
+
+
+def step_entropy(process: Process, s: Tensor, t: Tensor, size: Size) -> Tensor:
+    """H(U_t | U_s), the entropy of the forward step between scales s < t: ``()``; -inf where nothing is added."""
+    mu = process.operator().eigenvalues(size[0], size[1], t.device)
+    std = process.step(s, t).transition_std(mu).expand(size)
+    return (_GAUSSIAN + std.log()).sum()
+
+
+def reverse_entropy_bounds(process: Process, scales: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+    """Bounds of H(U_s | U_t) for neighbouring scales s < t: lower and upper ``(T - 1,)`` in white coordinates.
+
+    -inf where a step adds no noise; NaN where nothing is defined (no noise at all).
+    """
+    _check(scales)
+    steps = [step_entropy(process, s, t, size) for s, t in zip(scales, scales[1:], strict=False)]
+    upper = torch.stack(steps) if steps else scales.new_zeros(0)
+    return upper - entropy_increments(process, scales, size), upper
+
+
+def _check(scales: Tensor) -> None:
+    require(scales.ndim == 1 and len(scales) >= 1, f"scales must be (T,), got shape {tuple(scales.shape)}")

@@ -1,0 +1,78 @@
+"""The scales that a sampler walks through, from 1 to 0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpm_scales.errors import UserError
+from dpm_scales.processes import Process
+
+GRIDS = ("uniform", "karras", "logsnr")
+
+
+def tables_of(process: Process) -> torch.device | None:
+    """Where the curves of a process are: grids are made there, before they are moved to the images."""
+    return next((buffer.device for buffer in process.buffers()), None)
+
+
+def uniform_grid(process: Process, steps: int, device: torch.device | str | None = None) -> Tensor:
+    """``steps + 1`` scales from 1 to 0, equally spaced, each a multiple of 1 / num_scales; float64."""
+    k = torch.linspace(process.num_scales, 0, steps + 1, dtype=torch.float64, device=device)
+    return k.round() / process.num_scales
+
+
+def karras_grid(process: Process, steps: int, rho: float = 7.0, device: torch.device | str | None = None) -> Tensor:
+    """EDM's grid: (gamma / lambda)^(1/rho) equally spaced from t = 1 to k = 1, then 0 (Karras et al. 2022, Eq. (5)).
+
+    Raises: UserError if gamma / lambda does not grow strictly, so that no t belongs to a noise level.
+    """
+    first, last = _ends(process, "karras")
+    progress = _progress(first, steps)
+    return _at_levels(process, (last ** (1 / rho) + progress * (first ** (1 / rho) - last ** (1 / rho))) ** rho, device)
+
+
+def logsnr_grid(process: Process, steps: int, device: torch.device | str | None = None) -> Tensor:
+    """log(gamma / lambda) equally spaced from t = 1 to k = 1, then 0: uniform in logSNR (Lu et al. 2022).
+
+    Raises: UserError as `karras_grid` does.
+    """
+    first, last = _ends(process, "logsnr")
+    return _at_levels(process, torch.exp(torch.lerp(last.log(), first.log(), _progress(first, steps))), device)
+
+
+def _progress(like: Tensor, steps: int) -> Tensor:
+    """From 0 to 1 in `steps` numbers."""
+    full = torch.linspace(0, 1, steps, dtype=torch.float64, device=like.device)
+    return full if steps > 1 else torch.zeros_like(full)
+
+
+def _level(process: Process, t: Tensor) -> Tensor:
+    """gamma / lambda of the eigenvalue 0."""
+    mu = torch.zeros((), dtype=torch.float64, device=t.device)
+    return torch.exp(-0.5 * process.log_snr(t, mu)).reshape(t.shape)
+
+
+def _ends(process: Process, name: str) -> tuple[Tensor, Tensor]:
+    """gamma / lambda at k = 1 and at t = 1."""
+    ends = torch.tensor([1 / process.num_scales, 1.0], dtype=torch.float64, device=tables_of(process))
+    smallest, largest = _level(process, ends)
+    if not bool(largest > smallest * (1 + 1e-6)) or not bool(torch.isfinite(largest)):
+        raise UserError(
+            f"the {name} grid needs noise that grows with t, and that of {type(process).__name__} does not; "
+            "set sampler.grid=uniform"
+        )
+    return smallest, largest
+
+
+def _at_levels(process: Process, wanted: Tensor, device: torch.device | str | None) -> Tensor:
+    """The scales of these levels, the first 1, and 0 at the end."""
+    low = torch.full_like(wanted, 1 / process.num_scales)
+    high = torch.ones_like(low)
+    for _ in range(60):  # bisection: to the last bit of a float64
+        middle = (low + high) / 2
+        above = _level(process, middle) > wanted
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    ts = (low + high) / 2
+    ts[0] = 1.0
+    return torch.cat([ts, torch.zeros_like(ts[:1])]).to(device)

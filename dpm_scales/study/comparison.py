@@ -1,0 +1,202 @@
+"""Processes side by side on the same images: Sect. 6.3, Peter 2024, for any processes and any folder.
+
+Every process starts from the same images, takes one Markov path through its scales, and is measured there:
+
+    variance          of an image's pixels over its area, mean of the channels, in units where black is 0 and white 1
+    average grey      likewise
+    relative entropy  -sum u ln(u / w), Eq. (50), with w the steady state; osmosis alone
+    features          of a network, for distances between the processes' images at the same time
+
+Images stream through in batches; what is measured of each batch is one file in `parts`, so that a comparison goes on
+where it stopped, and memory does not grow with the set. Noise follows from (seed, process, first image of the batch).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpm_scales.errors import UserError, require
+from dpm_scales.images import to_range, to_uint8, write_bytes, write_text
+from dpm_scales.metrics import FeatureNetwork, image_variance, relative_entropy
+from dpm_scales.processes import Osmosis, Process
+from dpm_scales.study.images import ImageSet
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A process in a comparison.
+
+    Attributes:
+        name: in files and figures.
+        process: its law.
+        scales: one for each time of the comparison, ascending in [0, 1].
+        keeps_grey: whether the average grey value stays where it was, at least in expectation.
+    """
+
+    name: str
+    process: Process
+    scales: tuple[float, ...]
+    keeps_grey: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # once, here: asked for each batch it would wait for the device
+        tables = next(self.process.buffers(), None)
+        zero = torch.zeros((), dtype=torch.float64, device=None if tables is None else tables.device)
+        object.__setattr__(self, "keeps_grey", bool(self.process.signal_scale(1.0, zero) > 1 - 1e-6))
+
+    def path(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor | None]:
+        """One Markov path from uint8 images ``(B, C, H, W)``: ``(T, B, C, H, W)`` in the process's value range, and
+        the steady state if there is one for each image. The noise is the same on every kind of device only in law."""
+        x_0 = to_range(images, self.process.value_range)
+        generator = torch.Generator(images.device).manual_seed(seed)
+        context = self.process.context(x_0, generator)
+        path = self.process.trajectory(x_0, self.scales, generator, context)
+        if isinstance(self.process, Osmosis) and context is not None:
+            return path, self.process.steady_state(x_0.mean((-2, -1)), context)
+        return path, None
+
+    def shown(self, x: Tensor) -> Tensor:
+        """uint8 images to look at, and to take features of.
+
+        A process that keeps the average grey value is clipped to the value range. Any other is mapped to it affinely,
+        image by image, from its smallest to its largest value, as the paper does with DPM.
+        """
+        low, high = self.process.value_range
+        if not self.keeps_grey:
+            smallest, largest = x.amin((-3, -2, -1), keepdim=True), x.amax((-3, -2, -1), keepdim=True)
+            x = low + (high - low) * (x - smallest) / (largest - smallest).clamp(min=1e-12)
+        return to_uint8(x, (low, high))
+
+
+def measure(
+    entries: Sequence[Entry],
+    images: ImageSet,
+    out: Path,
+    seed: int = 0,
+    features: FeatureNetwork | None = None,
+    batch_size: int = 1,
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[int], None] | None = None,
+) -> Parts:
+    """Measure every process on every image, as far as it has not been done before.
+
+    Args:
+        out: the parts go to ``out/parts``.
+        features: of the images at each scale; None for no distances.
+        batch_size: images of one size that are taken together.
+        on_batch: called with the number of images of each batch, measured now or before.
+
+    Raises: UserError if `out` holds the parts of another comparison.
+    """
+    require(len({entry.name for entry in entries}) == len(entries), "processes of a comparison need different names")
+    require(len({len(entry.scales) for entry in entries}) == 1, "processes of a comparison need equally many scales")
+    parts = Parts(out / "parts", [entry.name for entry in entries], len(entries[0].scales))
+    parts.claim(_fingerprint(entries, images, seed, features, batch_size))
+    for batch in images.batches(batch_size):
+        if not parts.has(batch[0]):
+            x = torch.stack([images.load(index) for index in batch]).to(device)
+            values: dict[str, Array] = {}
+            for entry in entries:
+                for key, value in _measured(entry, x, noise_seed(seed, entry.name, batch[0]), features).items():
+                    values[f"{entry.name}/{key}"] = value
+            parts.add(batch[0], values)
+        parts.known.append(batch[0])
+        if on_batch is not None:
+            on_batch(len(batch))
+    return parts
+
+
+@torch.no_grad()
+def _measured(entry: Entry, images: Tensor, seed: int, features: FeatureNetwork | None) -> dict[str, Array]:
+    """Arrays ``(T, B)``, and for each time k ``features/k`` ``(B, d)``."""
+    path, steady = entry.path(images, seed)
+    low, high = entry.process.value_range
+    grey = (path.to(torch.float64).mean((-3, -2, -1)) - low) / (high - low)
+    values: dict[str, Tensor] = {"variance": image_variance(path) / (high - low) ** 2, "grey": grey}
+    if steady is not None and low == 0:
+        values["relative_entropy"] = relative_entropy(path.clamp(min=0), steady).mean(-1)
+    if features is not None:
+        for k, x in enumerate(path):
+            values[f"features/{k}"] = features(entry.shown(x))
+    return {key: value.cpu().numpy() for key, value in values.items()}
+
+
+class Parts:
+    """What has been measured: one .npz file for each batch, read again one figure at a time."""
+
+    def __init__(self, folder: Path, names: list[str], number: int) -> None:
+        self.folder, self.names, self.number = folder, names, number
+        self.known: list[int] = []
+
+    def claim(self, fingerprint: str) -> None:
+        """Take the folder for this comparison. Raises UserError if it is another's."""
+        mark = self.folder / "comparison.txt"
+        if mark.is_file() and mark.read_text().strip() != fingerprint:
+            raise UserError(
+                f"{self.folder} holds figures of other processes, images or settings; choose another out or remove it"
+            )
+        write_text(mark, fingerprint + "\n")
+
+    def has(self, first: int) -> bool:
+        return self._file(first).is_file()
+
+    def add(self, first: int, values: dict[str, Array]) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, **values)  # type: ignore[arg-type]
+        write_bytes(self._file(first), buffer.getvalue())
+
+    def series(self, name: str, key: str) -> Array | None:
+        """A figure of a process over all images: ``(T, N)``; None if it was not measured."""
+        found = list(self._read(f"{name}/{key}"))
+        return np.concatenate(found, axis=1) if found else None
+
+    def features(self, name: str, index: int) -> Array:
+        """Features of a process's images at time number `index`: ``(N, d)``."""
+        return np.concatenate(list(self._read(f"{name}/features/{index}")))
+
+    def _read(self, key: str) -> Iterator[Array]:
+        for first in self.known:
+            with np.load(self._file(first), allow_pickle=False) as part:
+                if key in part:
+                    yield part[key]
+
+    def _file(self, first: int) -> Path:
+        return self.folder / f"{first:06d}.npz"
+
+
+def noise_seed(seed: int, name: str, first: int) -> int:
+    """63 bits from the study's seed, the process's name and the number of the first image."""
+    digest = hashlib.sha256(f"{seed}/{name}/{first}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _fingerprint(
+    entries: Sequence[Entry], images: ImageSet, seed: int, features: FeatureNetwork | None, batch_size: int
+) -> str:
+    """Of all that the figures depend on: laws by their values at a few eigenvalues, images by name and size."""
+    mu = torch.tensor([0.0, 1e-4, 1e-2, 0.1, 1.0, 8.0], dtype=torch.float64)
+    laws = []
+    for entry in entries:
+        curves = [
+            [f"{v:.12g}" for v in curve(t, mu).expand(len(mu)).tolist()]
+            for t in entry.scales
+            for curve in (entry.process.signal_scale, entry.process.noise_scale)
+        ]
+        context = [getattr(entry.process, name, None) for name in ("guidance_noise", "guidance_min")]
+        laws.append([entry.name, type(entry.process).__name__, entry.process.value_range, curves, context])
+    network = None if features is None else [features.name, features.hash]
+    content = [laws, images.names, images.sizes, seed, network, batch_size]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,167 @@
+r"""Schedules fitted so that one process corresponds to another: "blurring diffusion as an approximation of osmosis".
+
+What is compared is the energy of the images in octaves of frequency, E_o(t): the squared DCT coefficients, summed over
+an octave and averaged over images and channels. Of the process to be matched it is measured on its own images. The
+process that is fitted blurs and adds white noise of one level,
+
+    E_o(t) = sum_{mu in o} exp(-2 mu T) P(mu) + gamma^2 n_o,      P the energy of the images at frequency mu,
+
+so that at each time two numbers are to be found, T and gamma. They minimise the sum over octaves of the squared
+logarithm of the ratio of both energies ("octaves"), or make the total alike for a blur T that is given ("variance").
+A Markov chain needs gamma and T that never fall: what falls is raised to what was before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.operators import HeatOperator
+
+CRITERIA = ("octaves", "variance", "snr")
+_GRID = 400
+_NOISE_FLOOR = 1e-4
+"""Smallest noise that is fitted, where white is 1: far below what 8 bits show."""
+
+
+def octave_index(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+    """Number of the octave of each DCT coefficient, int64 ``(H, W)``: 0 for the mean, 1 for the coarsest octave.
+
+    Octave k >= 1 holds sqrt(mu) in [w / 2, w) with w = 2^k w_1 / 2 and w_1 the lowest frequency of the longer side;
+    frequencies above pi belong to the last octave that reaches pi.
+    """
+    mu = HeatOperator().eigenvalues(height, width, device)
+    lowest = math.pi / max(height, width)
+    last = max(1, math.ceil(math.log2(math.pi / lowest)))
+    octave = torch.floor(0.5 * torch.log2(mu.clamp(min=1e-30) / lowest**2) + 1e-9).clamp(min=0, max=last - 1) + 1
+    return torch.where(mu > 0, octave, 0).long()
+
+
+def octave_sums(power: Tensor, index: Tensor) -> Tensor:
+    """Sums over octaves of ``(..., H, W)``: ``(..., octaves)``."""
+    sums = power.new_zeros(*power.shape[:-2], int(index.max()) + 1)
+    return sums.index_add_(-1, index.flatten(), power.flatten(-2))
+
+
+@dataclass(frozen=True)
+class Match:
+    """A fitted schedule, one entry for each time.
+
+    Attributes:
+        dissipation_times: T in px^2.
+        noise_stds: gamma, where white is 1.
+        fitted, wanted: energies per octave ``(T, octaves)``, the mean left out.
+        error: root mean square over the octaves of the natural logarithm of their ratio.
+    """
+
+    dissipation_times: list[float]
+    noise_stds: list[float]
+    fitted: Tensor
+    wanted: Tensor
+    error: list[float]
+
+
+def fit_blur_and_noise(
+    wanted: Tensor, power: Tensor, times: Sequence[float], criterion: str = "octaves", largest_time: float = 1e5
+) -> Match:
+    """Fit T and gamma at each time.
+
+    Args:
+        wanted: energies per octave of the process to be matched, ``(T, octaves)`` with octave 0 the mean, in units
+            where white is 1.
+        power: energy of the clean images at each frequency, ``(H, W)``, same units.
+        times: T of each time for the criterion "variance".
+        criterion: "octaves" or "variance".
+        largest_time: largest T that is tried.
+
+    Raises: UserError for another criterion.
+    """
+    if criterion not in ("octaves", "variance"):
+        raise UserError(f"unknown criterion {criterion!r}: {suggest(criterion, ('octaves', 'variance'))}")
+    power = power.to(torch.float64)
+    index = octave_index(power.shape[-2], power.shape[-1], power.device)
+    mu = HeatOperator().eigenvalues(power.shape[-2], power.shape[-1], power.device)
+    number = octave_sums(torch.ones_like(power), index)[1:]
+    goal = wanted.to(torch.float64)[:, 1:]
+
+    def blurred(time: Tensor) -> Tensor:
+        """Energies of the images blurred by each T, ``(..., octaves - 1)``."""
+        return octave_sums(power * torch.exp(-2 * mu * time[..., None, None]), index)[..., 1:]
+
+    floor, grid = _NOISE_FLOOR, torch.logspace(-2, math.log10(largest_time), _GRID, dtype=torch.float64)
+    candidates = torch.cat([torch.zeros(1, dtype=torch.float64), grid]).to(power.device)
+    table = torch.stack([blurred(t) for t in candidates])
+    levels = torch.logspace(math.log10(floor), 1, _GRID, dtype=torch.float64, device=power.device)
+    chosen_times, chosen_noise, fitted = [], [], []
+    least_time = least_noise = 0.0
+    for k, energies in enumerate(goal):
+        if criterion == "variance":
+            time = torch.tensor(max(float(times[k]), least_time), dtype=torch.float64, device=power.device)
+            missing = (energies.sum() - blurred(time).sum()) / number.sum()
+            noise = max(float(missing.clamp(min=floor**2).sqrt()), least_noise)
+        else:
+            grid_time, noise = _best(table, candidates, levels, number, energies, least_time, least_noise)
+            time = torch.tensor(grid_time, dtype=torch.float64, device=power.device)
+        least_time, least_noise = float(time), noise
+        chosen_times.append(float(time))
+        chosen_noise.append(noise)
+        fitted.append(blurred(time) + noise**2 * number)
+    result = torch.stack(fitted)
+    error = (result / goal.clamp(min=1e-300)).log().square().mean(-1).sqrt()
+    return Match(chosen_times, chosen_noise, result, goal, error.tolist())
+
+
+def _best(
+    table: Tensor,
+    times: Tensor,
+    levels: Tensor,
+    number: Tensor,
+    wanted: Tensor,
+    least_time: float,
+    least_noise: float,
+) -> tuple[float, float]:
+    """The pair on a grid, then on a finer one around it, whose energies are nearest in logarithm."""
+    allowed = levels.clamp(min=max(least_noise, _NOISE_FLOOR)).unique()
+    rows = table[times >= least_time]
+    kept = times[times >= least_time]
+    if len(kept) == 0:
+        rows, kept = table[-1:], times[-1:]
+    for _ in range(3):
+        energies = rows[:, None] + allowed[:, None] ** 2 * number
+        loss = (energies / wanted.clamp(min=1e-300)).log().square().sum(-1)
+        place = int(loss.argmin())
+        i, j = divmod(place, len(allowed))
+        best = float(kept[i]), float(allowed[j])
+        low, high = float(allowed[max(j - 1, 0)]), float(allowed[min(j + 1, len(allowed) - 1)])
+        allowed = torch.linspace(low, high, 41, dtype=torch.float64, device=wanted.device)
+        before, after = max(i - 1, 0), min(i + 1, len(kept) - 1)
+        weights = torch.linspace(0, 1, 21, dtype=torch.float64, device=wanted.device)
+        # between neighbours of the grid the energies are nearly straight in their logarithms
+        left = torch.exp(torch.lerp(_log(rows[before]), _log(rows[i]), weights[:, None]))
+        right = torch.exp(torch.lerp(_log(rows[i]), _log(rows[after]), weights[:, None]))
+        spots = [torch.lerp(kept[a], kept[b], weights) for a, b in ((before, i), (i, after))]
+        rows, kept = torch.cat([left, right]), torch.cat(spots)
+    return best
+
+
+def fit_log_snr(log_snr: Tensor) -> list[float]:
+    """betas of a variance-preserving chain whose logSNR at each scale is `log_snr`, ``(T,)`` descending.
+
+    a^2 = sigmoid(logSNR), and beta_k^2 = 1 - a_k^2 / a_{k-1}^2 (Eq. (16), Peter 2024).
+
+    Raises: UserError for logSNR that is not finite, or rises.
+    """
+    require(bool(torch.isfinite(log_snr).all()), "the process to be matched has no noise, so no SNR: match=octaves")
+    squares = torch.cat([torch.ones(1, dtype=torch.float64), torch.sigmoid(log_snr.to(torch.float64)).cpu()])
+    beta_squares = 1 - squares[1:] / squares[:-1]
+    require(bool((beta_squares >= -1e-12).all()), "the SNR to be matched rises with t; a chain can only lose signal")
+    return beta_squares.clamp(min=0).sqrt().tolist()
+
+
+def _log(energies: Tensor) -> Tensor:
+    return energies.clamp(min=1e-300).log()

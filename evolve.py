@@ -1,0 +1,20 @@
+"""Evolve real images: `python evolve.py [task=NAME] [process=NAME] out=DIR key=value …`; see configs/evolve.yaml."""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from dpm_scales.training.cli import job, main
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="evolve")
+@job
+def run(cfg: DictConfig) -> None:
+    from dpm_scales import study
+
+    study.run(cfg)
+
+
+if __name__ == "__main__":
+    main(run, "evolve")
