@@ -108,14 +108,29 @@ class Sampler:
         operator = denoiser.process.operator(context)
         if scales is None:
             scales = self.scales(denoiser.process, y.device)
-        last = len(scales) - 2
+        last, before = len(scales) - 2, None
         for i in range(last + 1):
             t, s = scales[i], scales[i + 1]
             m = denoiser.clean(y, t, s, context, labels)
-            y = m if i == last else self.step(denoiser, y, m, t, s, noise, context, labels)
+            if i < last:
+                estimate = m if before is None else self.continued(denoiser, m, before, scales[i - 1], t, s, context)
+                y, before = self.step(denoiser, y, estimate, t, s, noise, context, labels), m
+            else:
+                y = m
             if on_step is not None:
                 on_step(i, operator.to_pixels(y))
         return operator.to_pixels(y)
+
+    def continued(
+        self, denoiser: Denoiser, m: Tensor, before: Tensor, r: Tensor, t: Tensor, s: Tensor, context: Context
+    ) -> Tensor:
+        """What `step` takes for m_s, from the second step on.
+
+        Args:
+            m: m_s by the estimate at t.
+            before: m_t by the estimate at r, the scale before t.
+        """
+        return m
 
     @abstractmethod
     def step(

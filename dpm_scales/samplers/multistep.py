@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from dpm_scales.denoisers import Denoiser
-from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import SpectralFunction
 from dpm_scales.processes import Context, Process, Step
 from dpm_scales.samplers.grids import tables_of
-from dpm_scales.samplers.loop import OnStep
 from dpm_scales.samplers.one_step import DDIM
 
 _FAINT = 1e-3
@@ -42,42 +40,14 @@ class DPMSolver(DDIM):
     def __init__(self, eta: float = 0.0, steps: int | None = 20, grid: str = "logsnr", rho: float = 7.0) -> None:
         super().__init__(eta, steps, grid, rho)
 
-    @torch.no_grad()
-    def reverse(
-        self,
-        denoiser: Denoiser,
-        y: Tensor,
-        noise: NoiseSource,
-        context: Context = None,
-        labels: Tensor | None = None,
-        scales: Tensor | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        operator = denoiser.process.operator(context)
-        if scales is None:
-            scales = self.scales(denoiser.process, y.device)
-        last, before = len(scales) - 2, None
-        for i in range(last + 1):
-            t, s = scales[i], scales[i + 1]
-            m = denoiser.clean(y, t, s, context, labels)
-            if i < last:
-                estimate = m if before is None else self._continued(denoiser, m, before, scales[i - 1], t, s, context)
-                y, before = self.step(denoiser, y, estimate, t, s, noise, context, labels), m
-            else:
-                y = m
-            if on_step is not None:
-                on_step(i, operator.to_pixels(y))
-        return operator.to_pixels(y)
-
     def check(self, denoiser: Denoiser) -> None:
         super().check(denoiser)
         scales = self.scales(denoiser.process, tables_of(denoiser.process))
         if len(scales) > 3:
             denoiser.process.resolve(*_weights(denoiser.process, scales[:-3], scales[1:-2], scales[2:-1]))
 
-    @staticmethod
-    def _continued(
-        denoiser: Denoiser, m: Tensor, before: Tensor, r: Tensor, t: Tensor, s: Tensor, context: Context
+    def continued(
+        self, denoiser: Denoiser, m: Tensor, before: Tensor, r: Tensor, t: Tensor, s: Tensor, context: Context
     ) -> Tensor:
         """lambda_s of the continued estimate, from m = lambda_s y_0-hat and `before` = lambda_t y_0-hat'."""
         own, past = _weights(denoiser.process, r, t, s)
