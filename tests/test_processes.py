@@ -19,7 +19,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpm_scales.operators import Operator, SpectralFunction
-from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Gaussian, Homogeneous, InverseHeat, Process, as_scale
+from dpm_scales.processes import (
+    VE,
+    VP,
+    Blurring,
+    BlurringChain,
+    Gaussian,
+    Homogeneous,
+    InverseHeat,
+    OsmosisDiffusion,
+    Process,
+    as_scale,
+)
 from dpm_scales.schedules import (
     ConstantBeta,
     ConstantNoise,
@@ -712,13 +723,19 @@ class Curves(NoiseSchedule):
 def test_noise_that_falls_with_the_signal_breaks_the_lyapunov_property() -> None:
     """The chain exists, but entropy would fall: refused where the property is promised, and only there."""
     curves = Curves([1.0, 0.5, 0.1], [0.0, 0.5, 0.3])
-    with refused("VP", "k=2 of 2", "mu=0", "falls from 0.5 to 0.3", "Lyapunov", "non-decreasing"):
-        VP(2, curves)
+    with refused("VE", "k=2 of 2", "mu=0", "falls from 0.5 to 0.3", "Lyapunov", "non-decreasing"):
+        VE(2, curves)
 
-    class Free(VP):
+    class Free(VE):
         lyapunov = False
 
     Free(2, curves)
+
+
+@pytest.mark.parametrize("make", [VP, Blurring, OsmosisDiffusion])
+def test_variance_must_be_preserved_where_it_is_promised(make: Callable[..., Process]) -> None:
+    with refused(make.__name__ if isinstance(make, type) else "", "is 1.25 at scale k=4 of 4", "GeometricNoise", "ve"):
+        make(4, noise=GeometricNoise(0.1, 0.5))
 
 
 def test_noise_that_grows_too_slowly_for_the_signal_is_refused() -> None:

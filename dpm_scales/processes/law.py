@@ -65,6 +65,8 @@ class Process(nn.Module):
     context_channels: int = 0
     #: gamma_t never falls: the Lyapunov property (Prop. 3, 7) is promised, and checked at construction
     lyapunov: ClassVar[bool] = True
+    #: a_t^2 + gamma_t^2 = 1 is promised, and checked at construction
+    variance_preserving: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -269,6 +271,14 @@ class Process(nn.Module):
                 "signal's square falls, so raise the noise there"
             ),
         )
+        if self.variance_preserving:
+            total = torch.exp(2 * self.noise(ts)[0]) + variance[:, 0]
+            worst = int((total[1:] - 1).abs().argmax()) + 1
+            require(
+                abs(float(total[worst]) - 1) < 1e-6,
+                f"{name}: signal^2 + noise^2 is {total[worst]:.4g} at scale k={worst} of {self.num_scales}, and must "
+                f"be 1; take a variance-preserving schedule, or for {type(self.noise).__name__} the process ve or heat",
+            )
         if self.lyapunov:
             fall = variance[1:] - variance[:-1]
             report(

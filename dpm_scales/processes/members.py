@@ -39,6 +39,8 @@ from dpm_scales.schedules import (
 class VP(Process):
     """Variance-preserving DPM: L = 0, a^2 + gamma^2 = 1 (Eq. (3), (16); default: cosine logSNR)."""
 
+    variance_preserving: ClassVar[bool] = True
+
     def __init__(
         self,
         num_scales: int = 1000,
@@ -95,6 +97,8 @@ class InverseHeat(Process):
 class Blurring(Process):
     """Blurring diffusion in marginal form (Hoogeboom & Salimans 2023): a VP schedule times a blur floored at d_min."""
 
+    variance_preserving: ClassVar[bool] = True
+
     def __init__(
         self,
         num_scales: int = 1000,
@@ -148,9 +152,9 @@ class BlurringChain(Process):
         index = position.floor()
         part = position - index
         # not table[index]: indexing with a 0-dim tensor would wait for the device
-        reached = table.index_select(0, index.long().reshape(-1)).reshape(*t.shape, *mu.shape)
-        carried = reached - 2 * mu * self.blur(t).reshape(*t.shape, *(1,) * mu.ndim)
-        fresh = torch.log(part).reshape(*t.shape, *(1,) * mu.ndim)
+        reached = table.index_select(0, index.long().reshape(-1)).reshape((*t.shape, *mu.shape))
+        carried = reached - 2 * mu * self.blur(t).reshape((*t.shape, *(1,) * mu.ndim))
+        fresh = torch.log(part).reshape((*t.shape, *(1,) * mu.ndim))
         log_variance = torch.logaddexp(carried, fresh.expand_as(carried)) + 2 * math.log(self.step_noise)
         log_noise = 0.5 * log_variance
         return log_noise.unsqueeze(1) if t.ndim else log_noise

@@ -17,6 +17,7 @@ drawn independently of what the image shows, so it is no condition: the reverse 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -193,6 +194,8 @@ class OsmosisDiffusion(Osmosis):
     Gaussian noise and drift-diffusion between the pixels at once, the two readings of the Fokker-Planck equation
     (Sect. 6, Peter 2024) in one process.
     """
+
+    variance_preserving: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -77,7 +77,9 @@ def compare(cfg: DictConfig) -> None:
         from dpm_scales.study.audit_run import write_audit
 
         shown = images.load(cfg.show[0])[None]
-        write_audit({e.name: e.process.cpu() for e in entries if not e.name.endswith(SECOND_DRAW)}, shown, out)
+        write_audit(
+            {e.name: e.process.cpu() for e in entries if not e.name.endswith(SECOND_DRAW)}, shown, out, cfg.seed
+        )
     save_settings(out, cfg, len(images.names), features)
     print(f"{len(images.names)} images, {len(entries)} processes, {len(times)} times: figures in {out}")
 

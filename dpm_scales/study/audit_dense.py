@@ -1,0 +1,122 @@
+r"""Laws as matrices, on images so small that matrices are cheap.
+
+A law of a process is a Gaussian that is affine in the image it starts from. Handing it the unit images one by one
+gives its matrix, handing unit images to its noise gives the covariance; so the public functions of a process, not its
+curves, are what is looked at:
+
+    u_t ~ N(A u_s + b, S)  and  u_s ~ N(A' u_0 + b', S')   give   u_t ~ N(A A' u_0 + A b' + b, A S' A^T + S)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpm_scales.processes import Context, Gaussian, Process
+
+
+@dataclass(frozen=True)
+class Law:
+    """N(matrix u + offset, covariance) on images of N pixels as vectors: ``(N, N)``, ``(N,)``, ``(N, N)``, float64."""
+
+    matrix: Tensor
+    offset: Tensor
+    covariance: Tensor
+
+    def after(self, first: Law) -> Law:
+        """`first`, then this one."""
+        return Law(
+            self.matrix @ first.matrix,
+            self.matrix @ first.offset + self.offset,
+            self.matrix @ first.covariance @ self.matrix.T + self.covariance,
+        )
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Of images ``(..., N)``."""
+        return x @ self.matrix.T + self.offset
+
+    def moved(self, matrix: Tensor) -> Law:
+        """The law of moved images, for a permutation of the pixels as a matrix."""
+        return Law(matrix @ self.matrix @ matrix.T, matrix @ self.offset, matrix @ self.covariance @ matrix.T)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(u_s | u_t, u_0) = N(keep u_t + pull u_0 + offset, covariance)."""
+
+    keep: Tensor
+    pull: Tensor
+    offset: Tensor
+    covariance: Tensor
+
+    def after(self, later: Law) -> Law:
+        """The law of u_s given u_0, where `later` is that of u_t."""
+        return Law(
+            self.keep @ later.matrix + self.pull,
+            self.keep @ later.offset + self.offset,
+            self.keep @ later.covariance @ self.keep.T + self.covariance,
+        )
+
+
+class DenseProcess:
+    """The laws of a process on one-channel images of `size` = (H, W), with one context for all of them."""
+
+    def __init__(self, process: Process, size: tuple[int, int], context: Context = None) -> None:
+        self.process, self.size, self.context = process, size, context
+        pixels = size[0] * size[1]
+        self.units = torch.eye(pixels, dtype=torch.float64)
+        self._basis = torch.cat([self.units, torch.zeros(1, pixels, dtype=torch.float64)]).reshape(-1, 1, *size)
+
+    def marginal(self, t: float) -> Law:
+        """q(u_t | u_0)."""
+        return self._law(self.process.marginal(self._basis, t, self.context))
+
+    def transition(self, s: float, t: float) -> Law:
+        """q(u_t | u_s)."""
+        return self._law(self.process.transition(self._basis, s, t, self.context))
+
+    def posterior(self, s: float, t: float) -> Posterior:
+        """q(u_s | u_t, u_0)."""
+        nothing = torch.zeros_like(self._basis)
+        later = self.process.posterior(self._basis, nothing, s, t, self.context)
+        keep, offset = _affine(later.mean)
+        pull, _ = _affine(self.process.posterior(nothing, self._basis, s, t, self.context).mean)
+        return Posterior(keep, pull, offset, self._covariance(later))
+
+    def _law(self, gaussian: Gaussian) -> Law:
+        return Law(*_affine(gaussian.mean), self._covariance(gaussian))
+
+    def _covariance(self, gaussian: Gaussian) -> Tensor:
+        op = gaussian.operator
+        noise = op.to_pixels(op.apply(gaussian.std, self._basis[:-1])).flatten(1)  # row j: what white noise j becomes
+        return noise.T @ noise
+
+
+def permutation_matrix(order: Tensor) -> Tensor:
+    """The matrix that takes pixel ``order[i]`` to place i."""
+    return torch.eye(len(order), dtype=torch.float64)[order]
+
+
+def rotation_matrix(size: tuple[int, int]) -> Tensor:
+    """The matrix that turns an image of `size` by 90 degrees."""
+    numbers = torch.arange(size[0] * size[1]).reshape(size)
+    return permutation_matrix(torch.rot90(numbers, 1, (-2, -1)).flatten())
+
+
+def entropy(covariance: Tensor) -> float:
+    """Of a Gaussian, in nats: 1/2 ln det(2 pi e S); -inf where S is singular."""
+    scaled = 2 * torch.pi * torch.e * covariance
+    sign, log_det = torch.linalg.slogdet(scaled)
+    return float(0.5 * log_det) if bool(sign > 0) else -torch.inf
+
+
+def _affine(mean: Tensor) -> tuple[Tensor, Tensor]:
+    flat = mean.flatten(1)
+    return (flat[:-1] - flat[-1]).T.contiguous(), flat[-1]
+
+
+def largest(values: Tensor) -> float:
+    """Largest absolute value."""
+    return float(values.abs().max())

@@ -1,0 +1,298 @@
+"""The forward direction, the architecture and the entropies: Sect. 5.1 and 5.3, Peter 2024."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dpm_scales.study.audit_dense import entropy, largest
+from dpm_scales.study.audit_lab import LIMIT, Finding, Lab, Verdict, not_applicable, whitened
+
+
+def initial_state(lab: Lab) -> Finding:
+    """Property 1: scale 0 is the image itself."""
+    first = lab.marginals[0]
+    off = max(largest(first.matrix - lab.dense.units), largest(first.offset) / lab.span)
+    off = max(off, math.sqrt(largest(first.covariance)) / lab.span)
+    path = largest(lab.paths[0] - lab.start) / lab.span
+    variance_kept = torch.exp(2 * lab.log_signal[0]) + lab.noise[0] ** 2
+    truncated = bool(torch.isclose(variance_kept, torch.ones_like(variance_kept), rtol=1e-6, atol=0).all())
+    corrected, note, verdict = "", "", Verdict.EXACTLY
+    if path > lab.mean_tolerance:
+        verdict = Verdict.VIOLATED
+    elif off > lab.mean_tolerance:
+        verdict = Verdict.CORRECTED if truncated and lab.scales_grey else Verdict.VIOLATED
+        corrected = "a path starts at the image itself; the law at scale 0 already has a little noise, gamma_0"
+        note = f"lambda_0 = {math.exp(float(lab.log_signal[0, 0])):.6g}, gamma_0 = {float(lab.noise[0, 0]):.4g}"
+    return Finding(
+        name="initial state",
+        source="Property 1, Sect. 5.1, 5.3",
+        direction="forward",
+        printed="p(u_0) is the distribution of the training data",
+        verdict=verdict,
+        figure="law at scale 0 against the identity",
+        measured=off,
+        expected=0.0,
+        tolerance=lab.mean_tolerance,
+        corrected=corrected if verdict is Verdict.CORRECTED else "",
+        scale=0.0,
+        note=note,
+    )
+
+
+def markov(lab: Lab) -> Finding:
+    """Eq. (1): what a step adds knows nothing of the past."""
+    worst, error, where = 0.0, float("nan"), None
+    if lab.noisy:
+        for k in range(2, len(lab.ladder)):
+            added = lab.paths[k] - lab.transitions[k - 1].mean(lab.paths[k - 1])
+            past = lab.deviations[k - 1]
+            level = _level(past)
+            if level == 0:
+                continue
+            # a step that adds nothing leaves rounding errors, which may well remember the past
+            products = (added * past).mean(1) / math.sqrt(max(_level(added), 1e-12 * level) * level)
+            mean, std = float(products.mean()), float(products.std()) / math.sqrt(len(products))
+            if where is None or abs(mean) / max(std, 1e-12) > abs(worst) / max(error, 1e-12):
+                worst, error, where = mean, std, lab.ladder[k]
+    slack = lab.noise_tolerance
+    verdict = Verdict.IN_LAW if lab.noisy else Verdict.EXACTLY
+    if lab.noisy and abs(worst) > LIMIT * error + slack:
+        verdict = Verdict.VIOLATED
+    return Finding(
+        name="Markov property",
+        source="Eq. (1)",
+        direction="forward",
+        printed="p(u_i | u_{i-1}, ..., u_0) = p(u_i | u_{i-1})",
+        verdict=verdict,
+        figure="correlation of what a step adds with the noise before it",
+        measured=worst,
+        expected=0.0,
+        tolerance=slack + (LIMIT * error if lab.noisy else 0.0),
+        drawn=worst if lab.noisy else None,
+        std_error=error if lab.noisy else None,
+        scale=where,
+        note="" if lab.noisy else "nothing is random, and each image follows from the one before",
+    )
+
+
+def _level(values: Tensor) -> float:
+    return float(values.square().mean())
+
+
+def path_spread(lab: Lab) -> tuple[float, float, float]:
+    """Variance of the paths at the end in units of the marginal's, its standard error, and how many standard errors
+    their mean lies off."""
+    white = whitened(lab.deviations[-1], lab.marginals[-1].covariance)
+    number, pixels = white.shape
+    spread, error = float(white.square().mean()), math.sqrt(2 / (number * pixels))
+    # Wilson and Hilferty: the cube root of a chi-squared figure is normal even for few pixels
+    root = (float((number * white.mean(0).square()).sum()) / pixels) ** (1 / 3)
+    off = (root - 1 + 2 / (9 * pixels)) / math.sqrt(2 / (9 * pixels))
+    return spread, error, off
+
+
+def semigroup(lab: Lab) -> Finding:
+    """Proposition 2: one stride or many steps."""
+    worst, gap = lab.widest([lab.gap(a, b) for a, b in zip(lab.chain, lab.marginals, strict=True)])
+    fails, drawn, error = not gap.closed, None, None
+    if lab.noisy:
+        spread, error, off = path_spread(lab)
+        fails = fails or abs(spread - 1) > LIMIT * error + 2 * lab.noise_tolerance or abs(off) > LIMIT
+        drawn = spread - 1
+        note = f"drawn: variance of {lab.samples} paths, relative; their mean is off by {off:+.1f} standard errors"
+    else:
+        off = max(largest(p - law.mean(lab.start)) for p, law in zip(lab.paths, lab.chain, strict=True)) / lab.span
+        fails = fails or off > lab.mean_tolerance
+        note = f"a path differs from the composed steps by {off:.2g} of the value range"
+    good = Verdict.IN_LAW if lab.noisy else Verdict.EXACTLY
+    return Finding(
+        name="semigroup",
+        source="Prop. 2" if not lab.blurs else "Property 2, Sect. 5.3",
+        direction="forward",
+        printed="p(u_i) is reached from p(u_0) in i steps or from p(u_{i-l}) in l steps",
+        verdict=Verdict.VIOLATED if fails else good,
+        figure="law of the composed transitions against the marginal",
+        measured=gap.value,
+        expected=0.0,
+        tolerance=gap.tolerance,
+        drawn=drawn,
+        std_error=error,
+        scale=lab.ladder[worst],
+        note=note,
+    )
+
+
+def initial_transition(lab: Lab) -> Finding:
+    """Proposition 1, Eq. (8), (14), (40): standard deviations do not add."""
+    source = "Prop. 1, Eq. (14)" if not lab.blurs else "Eq. (38)-(40)"
+    printed = "gamma_i = sum_k beta_k prod_{l>k} alpha_l + beta_i"
+    if not lab.noisy:
+        _, gap = lab.widest([lab.gap(a, b) for a, b in zip(lab.chain, lab.marginals, strict=True)])
+        return Finding(
+            name="transition from the initial state",
+            source=source,
+            direction="forward",
+            printed=printed,
+            verdict=Verdict.EXACTLY if gap.closed else Verdict.VIOLATED,
+            figure="lambda_i = prod alpha_k: composed means against the marginal's",
+            measured=gap.value,
+            expected=0.0,
+            tolerance=gap.tolerance,
+            note="no noise: both forms give gamma = 0",
+        )
+    wrong, right = [lab.noise[0]], [lab.noise[0] ** 2]
+    for alpha, beta in zip(lab.alpha, lab.beta, strict=True):
+        wrong.append(alpha * wrong[-1] + beta)
+        right.append(alpha**2 * right[-1] + beta**2)
+    printed_gamma, true = torch.stack(wrong), torch.stack(right).sqrt()
+    ratio = printed_gamma / true.clamp(min=1e-300)
+    number, mode = divmod(int(ratio.argmax()), lab.pixels)
+    recursion = float((true - lab.noise).abs().max() / lab.noise.max())
+    last, law = lab.chain[-1].covariance, lab.marginals[-1].covariance
+    dense = math.sqrt(float(last.diagonal().mean()))
+    closed = math.sqrt(float((lab.noise[-1] ** 2).mean()))
+    spread, error, _ = path_spread(lab)
+    marginal = math.sqrt(float(law.diagonal().mean()))
+    fails = abs(dense / closed - 1) > lab.noise_tolerance or abs(marginal / closed - 1) > lab.noise_tolerance
+    fails = fails or abs(spread - 1) > LIMIT * error + 2 * lab.noise_tolerance or recursion > 1e-6
+    return Finding(
+        name="transition from the initial state",
+        source=source,
+        direction="forward",
+        printed=printed,
+        verdict=Verdict.VIOLATED if fails else Verdict.CORRECTED,
+        figure="standard deviation at scale 1, root mean square over the pixels",
+        measured=marginal,
+        expected=closed,
+        tolerance=lab.noise_tolerance * closed,
+        drawn=marginal * math.sqrt(spread),
+        std_error=marginal * error / 2,
+        corrected="variances add: gamma_i^2 = sum_k beta_k^2 prod_{l>k} alpha_l^2 + beta_i^2",
+        scale=float(lab.ts[number]),
+        eigenvalue=float(lab.mu[mode]),
+        note=f"the printed sum gives {float(printed_gamma[number, mode]):.4g} there, and the true gamma is "
+        f"{float(true[number, mode]):.4g}; at scale 1 composed transitions give {dense:.4g}",
+    )
+
+
+def conditional_entropy(lab: Lab) -> Finding:
+    """Propositions 3 and 7: H(U_i | U_0) never falls."""
+    name, printed = "conditional entropy", "H(U_i | U_0) increases with i"
+    source = "Prop. 7" if lab.blurs else "Prop. 3"
+    if not lab.noisy:
+        return not_applicable(name, source, printed, "without noise the entropy is -inf at every scale")
+    closed, tolerance = lab.increments, lab.noise_tolerance
+    finite = closed.nan_to_num(nan=0.0)
+    worst = int(finite.argmin())
+    dense = [(b - a) / lab.pixels for a, b in zip(lab.chain_entropy, lab.chain_entropy[1:], strict=False)]
+    by_table = [float(finite[round(s * len(closed)) : round(t * len(closed))].sum()) for s, t in lab.steps]
+    apart = max((abs(a - b) for a, b in zip(dense, by_table, strict=True) if math.isfinite(a)), default=0.0)
+    falls = float(finite[worst]) < -1e-9 or min(dense) < -tolerance
+    per_mode = (lab.noise[2:] ** 2 - lab.noise[1:-1] ** 2) / lab.noise[1:-1] ** 2
+    lowest = float(per_mode.min()) if per_mode.numel() else 0.0
+    verdict, corrected, note, eigenvalue = Verdict.EXACTLY, "", f"by determinants: {min(dense):+.3g}", None
+    if apart > tolerance:
+        verdict, note = Verdict.VIOLATED, f"closed form and determinants of composed transitions differ by {apart:.3g}"
+    elif falls:
+        verdict = Verdict.VIOLATED
+    elif lowest < -1e-9:
+        verdict = Verdict.CORRECTED
+        corrected = "holds for the sum over all frequencies, not for each of them"
+    if lowest < -1e-9:
+        step, mode = divmod(int(per_mode.argmin()), per_mode.shape[1])
+        eigenvalue = float(lab.mu[mode])
+        note += f"; the variance of one frequency falls by {-lowest:.3g} of itself at t = {float(lab.ts[step + 2]):.3g}"
+    return Finding(
+        name=name,
+        source=source,
+        direction="forward",
+        printed=printed,
+        verdict=verdict,
+        figure="smallest rise in a step, nats per pixel",
+        measured=float(finite[worst]),
+        expected=0.0,
+        tolerance=1e-9,
+        corrected=corrected,
+        scale=float(lab.ts[worst + 1]),
+        eigenvalue=eigenvalue,
+        note=note + ("; it stays what it is" if lab.process.has_constant_noise() else ""),
+    )
+
+
+def entropy_condition(lab: Lab) -> Finding:
+    """The assumption of Propositions 3 and 7, Eq. (24), (44): with squares."""
+    name, printed = "condition for the entropy", "beta_{i+1} >= (1 - alpha_{i+1}) gamma_i is enough"
+    source = "Prop. 7, Eq. (44)" if lab.blurs else "Prop. 3, Eq. (24)"
+    if not lab.noisy:
+        return not_applicable(name, source, printed, "there is no noise")
+    before, after = lab.noise[:-1], lab.noise[1:]
+    falls = after < before * (1 - 1e-9)
+    weak = lab.beta >= (1 - lab.alpha) * before * (1 - 1e-9)
+    misled = falls & weak
+    # the steps between the rungs, as matrices: does the covariance grow in every direction?
+    gaps, wanted = [], []
+    for (s, t), early, late in zip(lab.steps, lab.chain, lab.chain[1:], strict=False):
+        scale = float(late.covariance.diagonal().max())
+        gaps.append(float(torch.linalg.eigvalsh(late.covariance - early.covariance).min()) / scale)
+        i, j = round(s * lab.process.num_scales), round(t * lab.process.num_scales)
+        wanted.append(float((lab.noise[j] ** 2 - lab.noise[i] ** 2).min()) / scale)
+    apart = max(abs(min(g, 0.0) - min(w, 0.0)) for g, w in zip(gaps, wanted, strict=True))
+    worst = min(range(len(gaps)), key=gaps.__getitem__)
+    eigenvalue = None
+    if bool(misled.any()):
+        eigenvalue = float(lab.mu[int(misled.nonzero()[0, 1])])
+    return Finding(
+        name=name,
+        source=source,
+        direction="forward",
+        printed=printed,
+        verdict=Verdict.VIOLATED if apart > 2 * lab.noise_tolerance else Verdict.CORRECTED,
+        figure="smallest growth of the covariance in a direction, relative",
+        measured=gaps[worst],
+        expected=wanted[worst],
+        tolerance=2 * lab.noise_tolerance,
+        corrected="beta_{i+1}^2 >= (1 - alpha_{i+1}^2) gamma_i^2 for every eigenvalue, and no less",
+        scale=lab.ladder[worst + 1],
+        eigenvalue=eigenvalue,
+        note=f"of {int(falls.sum())} steps of a frequency in which its noise falls, the printed condition lets "
+        f"{int(misled.sum())} pass",
+    )
+
+
+def entropy_formula(lab: Lab) -> Finding:
+    """Eq. (22), (42): the determinant of the covariance is the product of the squares."""
+    name, source = "entropy by the determinant", "Eq. (42)" if lab.blurs else "Eq. (22)"
+    printed = "H = 1/2 ln((2 pi e)^N prod_j gamma_j)" if lab.blurs else "H = 1/2 ln((2 pi e gamma^2)^n)"
+    if not lab.noisy:
+        return not_applicable(name, source, printed, "without noise the entropy is -inf at every scale")
+    rung = len(lab.ladder) // 2
+    t = lab.ladder[rung]
+    dense, own = lab.chain_entropy[rung], entropy(lab.marginals[rung].covariance)
+    closed = lab.process.conditional_entropy(t, lab.size, lab.context).reshape(-1)[0]
+    wrong = float(closed - 0.5 * lab.noise[round(t * lab.process.num_scales)].log().sum())
+    surprise = 0.5 * whitened(lab.deviations[rung], lab.marginals[rung].covariance).square().sum(1)
+    drawn = own - 0.5 * lab.pixels + float(surprise.mean())
+    error = float(surprise.std()) / math.sqrt(lab.samples) / lab.pixels
+    tolerance = lab.noise_tolerance
+    apart = max(abs(dense - float(closed)), abs(own - float(closed))) / lab.pixels
+    fails = apart > tolerance or abs(drawn - float(closed)) / lab.pixels > LIMIT * error + tolerance
+    good = Verdict.CORRECTED if lab.blurs else Verdict.EXACTLY
+    return Finding(
+        name=name,
+        source=source,
+        direction="forward",
+        printed=printed,
+        verdict=Verdict.VIOLATED if fails else good,
+        figure="H(U_i | U_0) by determinants, nats per pixel",
+        measured=dense / lab.pixels,
+        expected=float(closed) / lab.pixels,
+        tolerance=tolerance,
+        corrected="H = 1/2 ln((2 pi e)^N prod_j gamma_j^2)" if lab.blurs and not fails else "",
+        drawn=drawn / lab.pixels,
+        std_error=error,
+        scale=t,
+        note=f"the printed formula gives {wrong / lab.pixels:.4f}" if lab.blurs else "",
+    )
