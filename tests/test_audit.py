@@ -14,8 +14,25 @@ from shell import CONFIGS, composed
 from torch import Tensor
 
 from dpm_scales.errors import UserError
-from dpm_scales.processes import VE, VP, BlurringChain, Homogeneous, InverseHeat, OsmosisFilter, Process
-from dpm_scales.schedules import ConstantBeta, ConstantNoise, LinearTimeBlur, ListedBlurSigmas, LogBlur
+from dpm_scales.processes import (
+    VE,
+    VP,
+    BlurringChain,
+    Homogeneous,
+    InverseHeat,
+    OsmosisDiffusion,
+    OsmosisFilter,
+    Process,
+)
+from dpm_scales.schedules import (
+    ConstantBeta,
+    ConstantNoise,
+    LinearTimeBlur,
+    ListedBlurSigmas,
+    ListedDissipationTimes,
+    ListedNoise,
+    LogBlur,
+)
 from dpm_scales.study.audit import Verdict, audit
 from dpm_scales.study.audit_corrections import corrections
 from dpm_scales.study.audit_lab import Lab
@@ -42,7 +59,7 @@ REVERSE = (
 #: forward and reverse, in the order of the names above
 EXPECTED = {
     "vp": ("CLCL ECE ELC -L--", "LLEEEL -L-"),
-    "ve": ("ELCL ECE E-- -L--", "CLEEEL -L-"),
+    "ve": ("ELCL EEE E-- -L--", "CLEEEL -L-"),
     "heat": ("ELCL ECC -CC ML--", "CLVECL -LM"),
     "blurring_constant": ("ELCL ECC -CC ML--", "CLVECL -LM"),
     "blurring": ("CLCL ECC -CC VL--", "LLEEEL -LV"),
@@ -125,6 +142,68 @@ def test_printed_and_true_numbers() -> None:
     assert limit.printed == pytest.approx(math.sqrt(2)) and limit.true == pytest.approx(math.sqrt(4 / 3))
     walk = next(row for row in rows if "random walk" in row.example)
     assert walk.true == pytest.approx(0.1 * math.sqrt(200 / 54))
+
+
+def test_condition_is_misprinted_only_where_the_signal_falls() -> None:
+    """With alpha = 1 both conditions say beta >= 0."""
+    for process, verdict in ((VE(6), Verdict.EXACTLY), (VP(6), Verdict.CORRECTED)):
+        row = by_name(audit(process, photo(), samples=100), "condition for the entropy")
+        assert row.verdict is verdict and bool(row.corrected) == (verdict is Verdict.CORRECTED)
+
+
+def test_entropy_is_a_sum_in_which_one_frequency_may_fall() -> None:
+    """Five equal steps, then one that is longer: by the recursion of Eq. (36), frequency by frequency."""
+    times = [*(0.02 * k for k in range(1, 6)), 0.128]
+    row = by_name(audit(BlurringChain(6, 0.1, ListedDissipationTimes(times)), photo()), "conditional entropy")
+    mu = np.pi**2 * np.add.outer(np.arange(6) ** 2 / 36, np.arange(9) ** 2 / 81).ravel()
+    variances = [np.full_like(mu, 0.01)]
+    for step in np.diff(times):
+        variances.append(np.exp(-2 * mu * step) * variances[-1] + 0.01)
+    rises = 0.5 * np.diff(np.log(variances), axis=0)
+    assert rises.min() < -1e-4 and rises.mean(1).min() > 0
+    assert row.verdict is Verdict.EXACTLY and "one frequency falls" in row.note
+    assert row.measured == pytest.approx(rises.mean(1).min(), rel=1e-9)
+    assert row.drawn is not None and row.std_error is not None and 0 < row.std_error < 0.006
+    assert abs(row.drawn - row.measured) < 5 * row.std_error
+
+
+def test_noise_of_ones_own_under_blur_is_no_chain_with_one_beta() -> None:
+    process = InverseHeat(4, ListedNoise([0.05, 0.08, 0.1, 0.1]), ListedDissipationTimes([1.0, 10.0, 100.0, 1000.0]))
+    row = by_name(audit(process, photo(), samples=200), "steady state")
+    assert row.verdict is Verdict.CORRECTED and "at every frequency" in row.note
+    assert "gamma_1^2 I" in row.corrected and "sum beta" not in row.corrected
+    assert "sum beta_k^2" in by_name(audit(BlurringChain(20), photo(), samples=200), "steady state").corrected
+
+
+@pytest.mark.parametrize("level", [0, 20])
+def test_dark_images(level: int) -> None:
+    """The guidance image is then far from flat, and a black image has no steady state."""
+    image = (photo() // 13).clamp(max=level)
+    assert verdicts(audit(OsmosisDiffusion(50), image, samples=200))["forward", "steady state"] is Verdict.CORRECTED
+    row = by_name(audit(OsmosisFilter(8), image, samples=100), "relative entropy")
+    assert row.verdict is (Verdict.EXACTLY if level else Verdict.NOT_APPLICABLE)
+
+
+def test_mean_of_noisy_osmosis_stays_positive() -> None:
+    """Where d_min > 0 a single transition sharpens; the marginal, a sum of positive parts, does not."""
+    row = by_name(audit(OsmosisDiffusion(20, value_range=(0.0, 1.0)), photo(), samples=100), "positivity")
+    assert row.verdict is Verdict.IN_EXPECTATION and row.measured >= -1e-5
+
+
+@pytest.mark.parametrize("process", [VP(20), InverseHeat(8), BlurringChain(8)], ids=["vp", "heat", "chain"])
+def test_paths_home_have_the_variance_of_the_data(process: Process) -> None:
+    row = by_name(audit(process, photo(), samples=400), "steady state", "reverse")
+    assert row.verdict is Verdict.IN_LAW and row.drawn is not None and row.std_error is not None
+    c = Lab(process, photo()).data_covariance  # the energy of a Gaussian vector has the variance 2 tr C^2
+    assert row.std_error == pytest.approx(float((2 * (c @ c).trace() / 400).sqrt() / c.trace()), rel=0.25)
+    assert abs(row.drawn) < 5 * row.std_error
+
+
+def test_one_scale_has_no_step_to_compare() -> None:
+    assert by_name(audit(VP(1), photo(), samples=100), "conditional entropy").verdict is Verdict.EXACTLY
+    rows = audit(InverseHeat(1), photo(), samples=100)
+    assert by_name(rows, "conditional entropy").verdict is Verdict.NOT_APPLICABLE
+    assert not [row for row in rows if row.verdict is Verdict.VIOLATED and row.direction == "forward"]
 
 
 def test_paper_chain_in_the_audit_itself() -> None:

@@ -163,9 +163,47 @@ class Quiet(Blurring):
 
 def test_fault_paths_with_too_little_noise() -> None:
     """Only random paths tell."""
-    drawn = {"transition from the initial state", "semigroup", "entropy by the determinant", "steady state"}
+    drawn = {"semigroup", "entropy by the determinant", "steady state"}
     found = changed(Blurring(20), Quiet(20))
     assert found == {("forward", name) for name in drawn} | {("reverse", "semigroup")}
+
+
+class Shifted(Blurring):
+    """Samples off their law, beside right paths and laws."""
+
+    def sample(self, x_0: Tensor, t: Scale, generator: Any = None, context: Context = None) -> Tensor:
+        return super().sample(x_0, t, generator, context) + 0.1
+
+
+class Loud(Blurring):
+    def sample(self, x_0: Tensor, t: Scale, generator: Any = None, context: Context = None) -> Tensor:
+        return 1.1 * super().sample(x_0, t, generator, context)
+
+
+class Brightened(Homogeneous):
+    def sample(self, x_0: Tensor, t: Scale, generator: Any = None, context: Context = None) -> Tensor:
+        return 1.001 * super().sample(x_0, t, generator, context)
+
+
+def test_fault_samples_off_their_law() -> None:
+    from_image = {("forward", "transition from the initial state")}
+    assert changed(Blurring(20), Shifted(20)) == from_image
+    assert changed(Blurring(20), Loud(20)) == from_image
+    assert changed(Homogeneous(10), Brightened(10)) == from_image
+
+
+class Swelling(VP):
+    """Paths whose noise is stretched more and more: their entropy rises more than that of the laws."""
+
+    def trajectory(self, x_0: Tensor, ts: Any, generator: Any = None, context: Context = None) -> Tensor:
+        path = super().trajectory(x_0, ts, generator, context)
+        means = torch.stack([x_0 if t == 0 else self.marginal(x_0, t, context).mean for t in ts])
+        stretch = torch.tensor([1 + 0.2 * float(t) for t in ts], dtype=x_0.dtype).reshape(-1, 1, 1, 1, 1)
+        return means + stretch * (path - means)
+
+
+def test_fault_entropy_of_the_paths() -> None:
+    assert ("forward", "conditional entropy") in changed(VP(4), Swelling(4))
 
 
 class Printed(InverseHeat):

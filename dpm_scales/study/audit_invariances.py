@@ -131,7 +131,9 @@ def positivity(lab: Lab) -> Finding:
         return not_applicable(name, source, printed, "a property of osmosis")
     if lab.process.value_range[0] < 0:
         return not_applicable(name, source, printed, "images of this process are not positive")
-    lowest = [float(law.matrix.min()) for law in lab.marginals + lab.transitions]
+    # noise leaves the mean alone to speak of, and that is the marginal's: a step with a floor of its decay sharpens
+    laws = lab.marginals if lab.noisy else lab.marginals + lab.transitions
+    lowest = [float(law.matrix.min()) for law in laws]
     worst = min(range(len(lowest)), key=lowest.__getitem__)
     path = float(lab.paths.min())
     fine = lowest[worst] >= -lab.mean_tolerance and float(lab.chain[-1].offset.min()) >= -lab.mean_tolerance
@@ -163,6 +165,8 @@ def osmosis_entropy(lab: Lab) -> Finding:
         return not_applicable(name, source, printed, "images of this process are not positive")
     means = torch.stack([law.mean(lab.start) for law in lab.chain]).reshape(-1, 1, 1, *lab.size).clamp(min=0)
     steady = lab.process.steady_state(lab.images[:1].mean((-2, -1)), lab.context)
+    if float(steady.min()) <= 0:
+        return not_applicable(name, source, printed, "the image is black, and so is its steady state")
     values = relative_entropy(means, steady).flatten() / lab.pixels
     rises = values.diff()
     worst = int(rises.argmin())

@@ -245,6 +245,13 @@ class Lab:
         return self.process.trajectory(x_0, self.ladder, self.generator, self.context).flatten(2)
 
     @cached_property
+    def samples_at_the_end(self) -> Tensor:
+        """Draws of `process.sample` at scale 1, from the first image at one go: ``(M, N)``."""
+        number = self.samples if self.noisy else 1
+        x_0, generator = self.images[:1].expand(number, -1, -1, -1), torch.Generator().manual_seed(self.seed + 1)
+        return self.process.sample(x_0, 1.0, generator, self.context).flatten(1)
+
+    @cached_property
     def deviations(self) -> Tensor:
         """Paths minus their mean by the marginals, ``(T, M, N)``."""
         return torch.stack([path - law.mean(self.start) for path, law in zip(self.paths, self.marginals, strict=True)])

@@ -64,8 +64,9 @@ def _noise(lab: Lab) -> Finding:
 
 def _scheduled_blur(lab: Lab) -> Finding:
     """Blur times a variance-preserving schedule ends like a process without blur."""
-    law = lab.marginals[-1]
-    left, gamma = float(law.matrix.abs().sum(1).max()), math.sqrt(float(law.covariance.diagonal().mean()))
+    law, white = lab.marginals[-1], _white(lab)
+    left = float(torch.linalg.matrix_norm(law.matrix * white / white[:, None], 2))
+    gamma = math.sqrt(float(law.covariance.diagonal().mean()))
     drawn, error = _drawn_spread(lab)
     wanted = float(lab.noise[-1, 0])
     fits = abs(gamma / wanted - 1) <= lab.noise_tolerance
@@ -110,14 +111,18 @@ def _blur(lab: Lab) -> Finding:
             scale=1.0,
             note="; ".join(part for part in (_guidance_gap(lab) if osmosis else "", "" if fits else ENDS) if part),
         )
-    settled = lab.process.has_constant_noise()
+    settled, shape = lab.process.has_constant_noise(), "diag(v)" if osmosis else "I"
     gammas = lab.noise[-1]
     drawn, error = _drawn_spread(lab)
     wanted = math.sqrt(float((gammas**2).mean()))
     fits = abs(drawn / wanted - 1) <= LIMIT * error + lab.noise_tolerance and gap <= LEFT
     if settled:
         printed_bound = f"the noise is {float(gammas[0]):.4g} at every scale and frequency"
-        corrected = f"N({guidance}, gamma^2{' diag(v)' if osmosis else ' I'}), gamma the same at every scale"
+        corrected = f"N({guidance}, gamma^2 {shape}), gamma the same at every scale"
+    elif float((gammas.max() - gammas.min()) / gammas.max()) < 1e-9:
+        halfway = float(lab.noise[len(lab.noise) // 2, 0])
+        printed_bound = f"gamma goes from {halfway:.4g} half way to {float(gammas[0]):.4g}, at every frequency"
+        corrected = f"N({guidance}, gamma_1^2 {shape}): the noise is what its schedule says, and blur does not bound it"
     else:
         middle = lab.noise[len(lab.noise) // 2]
         printed_bound = (
@@ -178,7 +183,7 @@ def variance_bound(lab: Lab) -> Finding:
     ratio = gamma / true
     worst = int(ratio.argmax())
     dense = max(math.sqrt(float(torch.linalg.eigvalsh(law.covariance).max())) for law in lab.chain)
-    own = float(lab.noise.max()) * _largest_guidance(lab)
+    own = float(lab.noise.max()) * float(_white(lab).max())
     fits = float(ratio[worst]) <= 1 + 1e-6 and dense <= own * (1 + lab.noise_tolerance)
     return Finding(
         name="bound of the noise",
@@ -190,15 +195,16 @@ def variance_bound(lab: Lab) -> Finding:
         measured=float(ratio[worst]),
         expected=1.0,
         tolerance=1e-6,
-        corrected="gamma <= b / sqrt(1 - a^2)" + (", for mu > 0; at mu = 0 there is none" if lab.blurs else ""),
+        corrected="gamma <= b / sqrt(1 - a^2)"
+        + (", for mu > 0; at mu = 0 there is none" if not bool(inside[0]) else ""),
         eigenvalue=float(mu[worst]),
         note=f"a = {float(a[worst]):.6g}, b = {float(b[worst]):.4g}: gamma = {float(gamma[worst]):.4g}, "
         f"b / sqrt(1 - a^2) = {float(true[worst]):.4g}, printed {float(loose[worst]):.4g}",
     )
 
 
-def _largest_guidance(lab: Lab) -> float:
-    """Largest factor of noise in pixels."""
+def _white(lab: Lab) -> torch.Tensor:
+    """Factors from white coordinates to pixels, ``(N,)``: the noise of a pixel over gamma."""
     if lab.context is None:
-        return 1.0
-    return math.sqrt(float((lab.context / lab.context.mean()).max()))
+        return torch.ones(lab.pixels, dtype=torch.float64)
+    return (lab.context / lab.context.mean()).double().flatten().sqrt()

@@ -239,7 +239,12 @@ def save_distances(
             curves = {name: [row[key] for row in rows if row["process"] == name] for name in others}
             plots.lines(axis, times, curves)
             axis.set(xlabel="t in px² (DPM: steps)", ylabel=f"{label} to {reference} at the same t")
-            axis.set_yscale("symlog", linthresh=1.0 if key == "frechet" else 1e-2)
+            if key == "frechet":
+                axis.set_yscale("log")
+            else:  # unbiased, so it may be negative
+                axis.set_yscale("symlog", linthresh=1e-3)
+                axis.set_ylim(bottom=min(-1e-3, 1.5 * min(min(curve) for curve in curves.values())))
+        axes[1].get_legend().remove()
         drawing.suptitle(f"features {features.name}, {count} images", fontsize=9)
 
 
