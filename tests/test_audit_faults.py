@@ -234,6 +234,25 @@ def test_fault_posterior() -> None:
     assert found >= {("reverse", "semigroup"), ("reverse", "steady state")}
 
 
+class Still(Gaussian):
+    """A law that draws its mean."""
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return self.mean
+
+
+class QuietReturn(VP):
+    """A way back whose laws are right and whose draws are not."""
+
+    def posterior(self, x_t: Tensor, x_0: Tensor, s: Scale, t: Scale, context: Context = None) -> Gaussian:
+        law = super().posterior(x_t, x_0, s, t, context)
+        return Still(law.mean, law.std, law.operator)
+
+
+def test_fault_draws_on_the_way_back() -> None:
+    assert changed(VP(8), QuietReturn(8)) == {("reverse", "semigroup"), ("reverse", "steady state")}
+
+
 class Lopsided(VP):
     """More noise on the left than on the right."""
 
