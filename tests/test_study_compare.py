@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 from oracles import close, coefficients, pixels
 from PIL import Image
 from shell import Outcome, call, composed, photos
@@ -25,6 +26,7 @@ TIMES = [1, 5, 10, 100, 1000, 10000]
 
 
 def entries(*overrides: str) -> dict[str, Entry]:
+    HydraConfig.instance().cfg = None  # of a command that another test called in this process
     return {e.name: e for e in comparison_entries(composed("out=x", "folder=x", *overrides, name="evolve"))}
 
 
