@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dpm_scales.errors import UserError, require
 from dpm_scales.images import to_range, to_uint8, write_bytes, write_text
-from dpm_scales.metrics import FeatureNetwork, image_variance, relative_entropy
+from dpm_scales.metrics import FeatureNetwork, average_grey, image_variance, relative_entropy
 from dpm_scales.processes import Osmosis, Process
 from dpm_scales.study.images import ImageSet
 
@@ -124,7 +124,7 @@ def _measured(entry: Entry, images: Tensor, seed: int, features: FeatureNetwork 
     """Arrays ``(T, B)``, and for each time k ``features/k`` ``(B, d)``."""
     path, steady = entry.path(images, seed)
     low, high = entry.process.value_range
-    grey = (path.to(torch.float64).mean((-3, -2, -1)) - low) / (high - low)
+    grey = (average_grey(path) - low) / (high - low)
     values: dict[str, Tensor] = {"variance": image_variance(path) / (high - low) ** 2, "grey": grey}
     if steady is not None and low == 0:
         values["relative_entropy"] = relative_entropy(path.clamp(min=0), steady).mean(-1)

@@ -17,7 +17,15 @@ from dpm_scales.study import plots
 from dpm_scales.study.compare import comparison_entries, comparison_images, save_csv
 from dpm_scales.study.comparison import Entry, noise_seed
 from dpm_scales.study.images import ImageSet
-from dpm_scales.study.matching import CRITERIA, Match, fit_blur_and_noise, fit_log_snr, octave_index, octave_sums
+from dpm_scales.study.matching import (
+    CRITERIA,
+    Match,
+    fit_blur_and_noise,
+    fit_error,
+    fit_log_snr,
+    octave_index,
+    octave_sums,
+)
 from dpm_scales.study.progress import progress_bar
 from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import plain
@@ -91,18 +99,6 @@ def energies(entry: Entry, images: ImageSet, seed: int, device: torch.device) ->
             octaves += octave_sums(u.square().mean(1), index)
             power += operator.analysis(to_range(x, (0.0, 1.0), torch.float64)).square().mean((0, 1))
     return power / len(images.names), octaves / len(images.names)
-
-
-def fit_error(power: Tensor, wanted: Tensor, times: list[float], noise: float) -> list[float]:
-    """Error, as in `Match`, of blur at the very times and one level of noise."""
-    index = octave_index(power.shape[-2], power.shape[-1], power.device)
-    mu = HeatOperator().eigenvalues(power.shape[-2], power.shape[-1], power.device)
-    number = octave_sums(torch.ones_like(power), index)[1:]
-    errors = []
-    for t, goal in zip(times, wanted[:, 1:], strict=True):
-        own = octave_sums(power * torch.exp(-2 * mu * t), index)[1:] + noise**2 * number
-        errors.append(float((own / goal.clamp(min=1e-300)).log().square().mean().sqrt()))
-    return errors
 
 
 def _blur(result: Match) -> dict[str, Any]:

@@ -14,7 +14,7 @@ A Markov chain needs gamma and T that never fall: what falls is raised to what w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,16 +83,8 @@ def fit_blur_and_noise(
     """
     if criterion not in ("octaves", "variance"):
         raise UserError(f"unknown criterion {criterion!r}: {suggest(criterion, ('octaves', 'variance'))}")
-    power = power.to(torch.float64)
-    index = octave_index(power.shape[-2], power.shape[-1], power.device)
-    mu = HeatOperator().eigenvalues(power.shape[-2], power.shape[-1], power.device)
-    number = octave_sums(torch.ones_like(power), index)[1:]
+    blurred, number = _model(power)
     goal = wanted.to(torch.float64)[:, 1:]
-
-    def blurred(time: Tensor) -> Tensor:
-        """Energies of the images blurred by each T, ``(..., octaves - 1)``."""
-        return octave_sums(power * torch.exp(-2 * mu * time[..., None, None]), index)[..., 1:]
-
     floor, grid = _NOISE_FLOOR, torch.logspace(-2, math.log10(largest_time), _GRID, dtype=torch.float64)
     candidates = torch.cat([torch.zeros(1, dtype=torch.float64), grid]).to(power.device)
     table = torch.stack([blurred(t) for t in candidates])
@@ -112,8 +104,30 @@ def fit_blur_and_noise(
         chosen_noise.append(noise)
         fitted.append(blurred(time) + noise**2 * number)
     result = torch.stack(fitted)
-    error = (result / goal.clamp(min=1e-300)).log().square().mean(-1).sqrt()
-    return Match(chosen_times, chosen_noise, result, goal, error.tolist())
+    return Match(chosen_times, chosen_noise, result, goal, _error(result, goal))
+
+
+def fit_error(power: Tensor, wanted: Tensor, times: Sequence[float], noise: float) -> list[float]:
+    """Error, as in `Match`, of blur at the very times and one level of noise."""
+    blurred, number = _model(power)
+    at = torch.tensor(list(times), dtype=torch.float64, device=power.device)
+    return _error(torch.stack([blurred(t) for t in at]) + noise**2 * number, wanted.to(torch.float64)[:, 1:])
+
+
+def _model(power: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Energies ``(octaves - 1,)`` of the images blurred by T ``()``, as a function; frequencies in each octave."""
+    power = power.to(torch.float64)
+    index = octave_index(power.shape[-2], power.shape[-1], power.device)
+    mu = HeatOperator().eigenvalues(power.shape[-2], power.shape[-1], power.device)
+
+    def blurred(time: Tensor) -> Tensor:
+        return octave_sums(power * torch.exp(-2 * mu * time), index)[1:]
+
+    return blurred, octave_sums(torch.ones_like(power), index)[1:]
+
+
+def _error(found: Tensor, wanted: Tensor) -> list[float]:
+    return (found / wanted.clamp(min=1e-300)).log().square().mean(-1).sqrt().tolist()
 
 
 def _best(
