@@ -16,6 +16,8 @@ from pathlib import Path
 from benchmarks.judges import JUDGES, read_samples
 from benchmarks.quality import run_recipe
 
+#: the steady state shows the guidance image only where grey values are positive
+POSITIVE = ("process.value_range=[0,1]", "process.guidance_blur_sigma=1.0", "process.guidance_min=0.1")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "as published here": (),
     "noise 0": ("process.guidance_noise=0.0",),
@@ -24,6 +26,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "noise 0.3": ("process.guidance_noise=0.3",),
     "smooth": ("process.guidance_pattern=smooth", "process.guidance_blur_sigma=1.0"),
     "edges": ("process.guidance_pattern=edges", "process.guidance_blur_sigma=1.0"),
+    "another image": ("process.guidance_image=other", "process.guidance_noise=0.0", *POSITIVE),
+    "its own image, 1 px": ("process.guidance_image=own", "process.guidance_noise=0.0", *POSITIVE),
+    "its own image, 2 px": (
+        *("process.guidance_image=own", "process.guidance_noise=0.0", *POSITIVE, "process.guidance_blur_sigma=2.0"),
+    ),
+    "values in [0, 1]": POSITIVE[:1],
     "not seen by the network": ("process.guidance_input=false",),
     "d_min 0.0001": ("process.min_decay=0.0001",),
     "d_min 0.01": ("process.min_decay=0.01",),

@@ -50,6 +50,7 @@ class NoiseSource:
         seeded = _mix(torch.full((), seed, dtype=torch.int64, device=device) + _GOLDEN)
         self._keys = _mix(seeded + (numbers + 1) * _GOLDEN)
         self._draws = 0
+        self.numbers = numbers
         self.count = count
         self.device = self._keys.device
 

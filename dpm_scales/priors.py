@@ -4,7 +4,9 @@
 `DataPrior`: a training image, blurred to scale 1, plus noise (IHDM): for processes that end in blur. The blurred images
 are stored as the few DCT coefficients that are left of them, so an export samples without its training data.
 `GuidancePrior`: the steady state of a guidance image around a training image's mean grey value, plus noise, for the
-osmosis processes. Only those grey values are stored.
+osmosis processes. Only those grey values are stored, and what images guide with where the process asks for them.
+
+The last two may be fitted again, to images that a user chooses: then sampling starts from these.
 """
 
 from __future__ import annotations
@@ -34,6 +36,13 @@ class Prior(nn.Module):
         """How many training images `fit` can use; 0 for none."""
         return 0
 
+    def steer(self, images: Tensor, process: Process) -> None:
+        """Start from these images ``(N, C, H, W)`` in place of training images, each as often as the others.
+
+        Raises: UserError if this prior starts from noise alone, or if they are not of the size trained on.
+        """
+        raise UserError(f"{type(process).__name__} starts from noise alone; no image can choose its start")
+
     def check_size(self, size: tuple[int, int]) -> None:  # noqa: B027 - most priors serve any size
         """Raise UserError if images of `size` (H, W) can't be sampled."""
 
@@ -56,9 +65,9 @@ class GaussianPrior(Prior):
 
 
 class _FittedPrior(Prior):
-    """A prior that keeps something of each training image in the buffer named `stored`, and starts with noise added."""
+    """A prior that keeps something of each training image in the buffers `stored`, and starts there with noise."""
 
-    stored: ClassVar[str]
+    stored: ClassVar[tuple[str, ...]]
 
     def __init__(self, noise_ratio: float, max_images: int) -> None:
         super().__init__()
@@ -68,16 +77,27 @@ class _FittedPrior(Prior):
         ok = is_whole(max_images, 1)
         require(ok, f"{name}: max_images must be a whole number >= 1, got {max_images!r}")
         self.noise_ratio, self._max_images = float(noise_ratio), max_images
+        self._in_turn = False
 
     @property
     def max_images(self) -> int:
         return self._max_images
 
+    def steer(self, images: Tensor, process: Process) -> None:
+        self.check_size((images.shape[-2], images.shape[-1]))
+        self.fit(images, process)
+        self._in_turn = True
+
+    def _pick(self, noise: NoiseSource, count: int) -> Tensor:
+        """``(B,)`` numbers of stored images: at random, or in turn where a user has chosen them."""
+        return noise.numbers % count if self._in_turn else (noise.uniform() * count).long()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # how much is stored is the data's matter, not the constructor's
-        values = state_dict.get(prefix + self.stored)
-        if values is not None:
-            setattr(self, self.stored, getattr(self, self.stored).new_zeros(values.shape))
+        for name in self.stored:
+            values = state_dict.get(prefix + name)
+            if values is not None:
+                setattr(self, name, getattr(self, name).new_zeros(values.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -90,7 +110,7 @@ class DataPrior(_FittedPrior):
         tolerance: coefficients that the blur scales below this are dropped.
     """
 
-    stored: ClassVar[str] = "coefficients"
+    stored: ClassVar[tuple[str, ...]] = ("coefficients",)
     coefficients: Tensor
     image_size: Tensor
 
@@ -122,7 +142,7 @@ class DataPrior(_FittedPrior):
             f"this model starts from blurred training images of {channels} channel(s); it can't sample {size[0]}",
         )
         one = torch.ones((), dtype=torch.float64, device=noise.device)
-        index = (noise.uniform() * count).long()
+        index = self._pick(noise, count)
         u = self.coefficients.new_zeros((noise.count, *size), dtype=dtype)
         u[..., :rows, :columns] = self.coefficients[index].to(dtype)
         white = noise.normal(size, dtype)
@@ -141,23 +161,34 @@ class DataPrior(_FittedPrior):
 
 class GuidancePrior(_FittedPrior):
     """y_1 = lambda_1(0) V^{-1/2} (v m) + r gamma_1(L) eps, m the mean grey values of a random training image, v the
-    guidance image that the process draws around them, of mean one.
+    guidance image that the process draws around them, of mean one. Where images guide, so does the same training image,
+    or, with `guidance_image="other"`, any other.
 
     Args:
         noise_ratio: r, the noise of the start over the process's own.
-        max_images: how many training images to take grey values of.
+        max_images: how many training images to take grey values of, and at most 1000 that guide.
     """
 
-    stored: ClassVar[str] = "grey"
+    max_reliefs: ClassVar[int] = 1000
+
+    stored: ClassVar[tuple[str, ...]] = ("grey", "relief")
     grey: Tensor
+    relief: Tensor
 
     def __init__(self, noise_ratio: float = 1.0, max_images: int = 10000) -> None:
         super().__init__(noise_ratio, max_images)
         self.register_buffer("grey", torch.zeros(0, 1))
+        self.register_buffer("relief", torch.zeros(0, 1, 1, 1))
 
     def fit(self, images: Tensor, process: Process) -> None:
-        _osmosis(process)
-        self.grey = images[: self.max_images].to(torch.float32).mean((-2, -1)).to(self.grey.device)
+        osmosis, device = _osmosis(process), self.grey.device
+        if osmosis.guidance_image == "none":
+            self.grey = images[: self.max_images].to(torch.float32).mean((-2, -1)).to(device)
+            return
+        images = images[: min(self.max_images, self.max_reliefs)].to(torch.float32)
+        relief = osmosis.relief(images)
+        assert relief is not None
+        self.grey, self.relief = images.mean((-2, -1)).to(device), relief.to(device)
 
     def sample(
         self, process: Process, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
@@ -167,13 +198,31 @@ class GuidancePrior(_FittedPrior):
         require(count > 0, "GuidancePrior: no grey values stored yet; train the model first")
         require(channels == size[0], f"this model was trained on {channels} channel(s); it can't sample {size[0]}")
         one = torch.ones((), dtype=torch.float64, device=noise.device)
-        mean = self.grey[(noise.uniform() * count).long()].to(dtype)
-        context = osmosis.guidance(mean, noise.normal(size, dtype))
+        index = self._pick(noise, count)
+        mean, relief = self.grey[index].to(dtype), None
+        if len(self.relief) > 0:
+            self.check_size(size[1:])
+            guides = self._pick(noise, count) if osmosis.guidance_image == "other" else index
+            relief = self.relief[guides].to(dtype)
+        context = osmosis.guidance(mean, noise.normal(size, dtype), relief)
         operator = osmosis.operator(context)
         signal = osmosis.signal_scale(one, torch.zeros_like(one)).to(dtype)
         start = signal * operator.to_white(osmosis.steady_state(mean, context))
         white = operator.apply(lambda mu: osmosis.noise_scale(one, mu), noise.normal(size, dtype))
         return start + self.noise_ratio * white, context
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise UserError unless images of `size` (H, W) were fitted, where images guide."""
+        trained = tuple(self.relief.shape[-2:])
+        require(
+            len(self.relief) == 0 or trained == tuple(size),
+            f"this model is guided by images of {trained[0]}x{trained[1]} pixels; it can't sample {size[0]}x{size[1]}",
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # models from before images could guide have none
+        state_dict.setdefault(prefix + "relief", torch.zeros(0, 1, 1, 1))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _osmosis(process: Process) -> Osmosis:

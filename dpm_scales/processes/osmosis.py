@@ -12,6 +12,11 @@ context: drawn once per sample, handed to the operator, and to the network as th
 
 Instead of white noise the guidance may be a smooth field, or one of flat regions with edges (`guidance_pattern`). It is
 drawn independently of what the image shows, so it is no condition: the reverse process has the data's law for each v.
+
+With `guidance_image` the guidance is an image s, blurred: v = clip(m + s - mean(s) + 0.1 N(0, 1), ...). Where s is the
+image itself ("own"), osmosis goes from it towards what v shows, and the reverse process draws from the law of images
+given v: whoever chooses v chooses what is drawn. Where s is another image of the batch ("other"), it is no condition.
+Osmosis keeps signs, so that the steady state shows v only where grey values are positive: `value_range=[0,1]`.
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ from dpm_scales.schedules import (
 )
 
 PATTERNS = ("white", "smooth", "edges")
+IMAGES = ("none", "own", "other")
 STRIDES = (1, 4, 20, 100)
 """Steps, in scales, whose functions the expansion is made for."""
 
@@ -51,7 +57,8 @@ class Osmosis(Process):
         guidance_min: smallest value of the guidance image, in (0, 1).
         guidance_pattern: "white" noise; "smooth", noise blurred by `guidance_blur_sigma` and of the same standard
             deviation; "edges", its sign.
-        guidance_blur_sigma: of the last two, in px, > 0.
+        guidance_blur_sigma: of the last two, and of guidance images, in px, > 0.
+        guidance_image: "none"; "own", each image guides itself; "other", the next one of the batch guides it.
         guidance_input: whether the network sees the guidance image.
         tolerance: bound on the error of f(L), relative to the largest f, for means of the law and of samplers' steps;
             the degree of the expansion follows from it. Standard deviations that vanish like a root at mu = 0, as the
@@ -71,6 +78,7 @@ class Osmosis(Process):
         guidance_min: float,
         guidance_pattern: str,
         guidance_blur_sigma: float,
+        guidance_image: str,
         guidance_input: bool,
         tolerance: float,
     ) -> None:
@@ -81,10 +89,13 @@ class Osmosis(Process):
             raise UserError(
                 f"{name}: unknown guidance_pattern {guidance_pattern!r}: {suggest(guidance_pattern, PATTERNS)}"
             )
+        if guidance_image not in IMAGES:
+            wanted = suggest(str(guidance_image), IMAGES)
+            raise UserError(f"{name}: unknown guidance_image {guidance_image!r}: {wanted}")
         ok = isinstance(guidance_input, bool)
         require(ok, f"{name}: guidance_input must be true or false, got {guidance_input!r}")
         self.guidance_pattern, self.guidance_blur_sigma = guidance_pattern, float(guidance_blur_sigma)
-        self.context_channels = int(guidance_input)
+        self.guidance_image, self.context_channels = guidance_image, int(guidance_input)
         ok = is_number(guidance_noise) and guidance_noise >= 0
         require(ok, f"{name}: guidance_noise must be a number >= 0, got {guidance_noise!r}")
         require(guidance_min < 1, f"{name}: guidance_min must lie in (0, 1), got {guidance_min!r}")
@@ -108,12 +119,26 @@ class Osmosis(Process):
     def context(self, x_0: Tensor, generator: torch.Generator | None = None) -> Context:
         """A guidance image around each image's mean grey value: ``(B, C, H, W)``."""
         white = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
-        return self.guidance(x_0.mean((-2, -1)), white)
+        relief = self.relief(x_0)
+        if relief is not None and self.guidance_image == "other":
+            relief = relief.roll(1, 0)
+        return self.guidance(x_0.mean((-2, -1)), white, relief)
 
-    def guidance(self, mean: Tensor, white: Tensor) -> Tensor:
-        """Guidance images from mean grey values ``(B, C)`` in the value range and white noise ``(B, C, H, W)``."""
+    def relief(self, images: Tensor) -> Tensor | None:
+        """What `images` ``(B, C, H, W)`` guide with: blurred, without their mean, white is 1; None if they don't."""
+        if self.guidance_image == "none":
+            return None
+        low, high = self.value_range
+        blurred = heat_blur((images - low) / (high - low), self.guidance_blur_sigma**2 / 2)
+        return blurred - blurred.mean((-2, -1), keepdim=True)
+
+    def guidance(self, mean: Tensor, white: Tensor, relief: Tensor | None = None) -> Tensor:
+        """Guidance images from mean grey values ``(B, C)`` in the value range, white noise ``(B, C, H, W)`` and what
+        `relief` gave."""
         low, high = self.value_range
         grey = ((mean - low) / (high - low))[..., None, None]
+        if relief is not None:
+            grey = grey + relief
         return (grey + self.guidance_noise * self._pattern(white)).clamp(self.guidance_min, 1.0)
 
     def _pattern(self, white: Tensor) -> Tensor:
@@ -159,11 +184,12 @@ class OsmosisFilter(Osmosis):
         guidance_min: float = 1e-6,
         guidance_pattern: str = "white",
         guidance_blur_sigma: float = 2.0,
+        guidance_image: str = "none",
         guidance_input: bool = True,
         tolerance: float = 1e-6,
         value_range: Sequence[float] = (0.0, 1.0),
     ) -> None:
-        guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_input)
+        guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_image, guidance_input)
         super().__init__(num_scales, NoNoise(), blur or LogBlur(), 0.0, value_range, *guidance, tolerance)
 
 
@@ -179,12 +205,13 @@ class InverseOsmosis(Osmosis):
         guidance_min: float = 1e-2,
         guidance_pattern: str = "white",
         guidance_blur_sigma: float = 2.0,
+        guidance_image: str = "none",
         guidance_input: bool = True,
         tolerance: float = 1e-6,
         value_range: Sequence[float] = (0.0, 1.0),
     ) -> None:
         noise, blur = noise or ConstantNoise(), blur or LogBlur()
-        guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_input)
+        guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_image, guidance_input)
         super().__init__(num_scales, noise, blur, 0.0, value_range, *guidance, tolerance)
 
 
@@ -207,10 +234,11 @@ class OsmosisDiffusion(Osmosis):
         guidance_min: float = 1e-2,
         guidance_pattern: str = "white",
         guidance_blur_sigma: float = 2.0,
+        guidance_image: str = "none",
         guidance_input: bool = True,
         tolerance: float = 1e-6,
         value_range: Sequence[float] = (-1.0, 1.0),
     ) -> None:
         noise, blur = noise or CosineLogSNR(), blur or SinSquaredBlur()
-        guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_input)
+        guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_image, guidance_input)
         super().__init__(num_scales, noise, blur, min_decay, value_range, *guidance, tolerance)
