@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from dpm_scales.errors import UserError, require
 from dpm_scales.operators.base import SpectralFunction
-from dpm_scales.operators.stencil import CACHE_BYTES, Stencil, add_product, blocks, cut
+from dpm_scales.operators.stencil import CACHE_BYTES, Stencil, blocks, cut
 
 SPECTRAL_BOUND = 8.0
 """Largest eigenvalue of L, for every guidance image."""
@@ -234,11 +234,11 @@ def _basis(stencil: Stencil, y: Tensor, degree: int) -> Iterator[Tensor]:
     twice = _twice(stencil)
     here = y.clone(memory_format=torch.contiguous_format)
     other = torch.zeros_like(here)
-    onwards, back = twice.terms(here, other), twice.terms(other, here)
+    onwards, back = twice.bind(here, other), twice.bind(other, here)
     for k in range(degree + 1):
         yield here
         if k < degree:
-            add_product(onwards, _sign(k) * _sign(k + 1) * (0.5 if k == 0 else 1.0))
+            onwards.add(_sign(k) * _sign(k + 1) * (0.5 if k == 0 else 1.0))
             here, other, onwards, back = other, here, back, onwards
 
 
@@ -256,11 +256,11 @@ def _clenshaw(stencil: Stencil, coefficients: Sequence[Coefficients], ys: Sequen
     twice = _twice(stencil)
     signed = [_signed(c) for c in coefficients]
     here, other = (torch.zeros_like(ys[0], memory_format=torch.contiguous_format) for _ in range(2))
-    onwards, back = twice.terms(here, other), twice.terms(other, here)
+    onwards, back = twice.bind(here, other), twice.bind(other, here)
     last = max(map(len, signed)) - 1
     for k in range(last, -1, -1):
         if k < last:
-            add_product(onwards, _sign(k) * _sign(k + 1) * (0.5 if k == 0 else 1.0))
+            onwards.add(_sign(k) * _sign(k + 1) * (0.5 if k == 0 else 1.0))
         for c, y in zip(signed, ys, strict=True):
             if k < len(c):
                 _add(other, c[k], y)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.operators.multigrid import multigrid
-from dpm_scales.operators.stencil import CACHE_BYTES, Stencil, blocks, cut, set_product
+from dpm_scales.operators.stencil import CACHE_BYTES, Stencil, blocks, cut
 
 Preconditioner = Callable[[Tensor, Tensor], None]
 """Writes an approximate solution of A x = r, ``(B, C, N)``, into the second tensor; symmetric where CG uses it."""
@@ -88,7 +88,7 @@ def bicgstab(
     r = b - matrix.flat_product(x)
     p, shadow = r.clone(), r.clone()
     p_hat, v, r_hat, t, scratch = (torch.empty_like(r) for _ in range(5))
-    first, second = matrix.terms(p_hat, v), matrix.terms(r_hat, t)
+    first, second = matrix.bind(p_hat, v), matrix.bind(r_hat, t)
 
     def dot(a: Tensor, c: Tensor) -> Tensor:
         return torch.mul(a, c, out=scratch).sum(-1, keepdim=True)
@@ -102,13 +102,13 @@ def bicgstab(
             break
         iterations += active
         inverse(p, p_hat)
-        set_product(first)
+        first.set()
         sigma = dot(v, shadow)
         broken = sigma.abs() <= epsilon * _norm(v) * shadow_norm
         alpha = _ratio(rho, sigma, active & ~broken)
         r.addcmul_(alpha, v, value=-1)
         inverse(r, r_hat)
-        set_product(second)
+        second.set()
         omega = _ratio(dot(t, r), dot(t, t), active)
         x.addcmul_(alpha, p_hat).addcmul_(omega, r_hat)
         r.addcmul_(omega, t, value=-1)
@@ -139,7 +139,7 @@ def conjugate_gradients(
     z, q, scratch = (torch.empty_like(r) for _ in range(3))
     inverse(r, z)
     p = z.clone()
-    terms = matrix.terms(p, q)
+    product = matrix.bind(p, q)
 
     def dot(a: Tensor, c: Tensor) -> Tensor:
         return torch.mul(a, c, out=scratch).sum(-1, keepdim=True)
@@ -151,7 +151,7 @@ def conjugate_gradients(
         if not bool(active.any()):
             break
         iterations += active
-        set_product(terms)
+        product.set()
         alpha = _ratio(rho, dot(p, q), active)
         x.addcmul_(alpha, p)
         r.addcmul_(alpha, q, value=-1)

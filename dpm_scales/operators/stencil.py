@@ -18,16 +18,18 @@ of the five products runs over contiguous memory, whatever the size (1 x N too).
 
 from __future__ import annotations
 
+import functools
+import struct
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dpm_scales.errors import require
-
-Terms = list[tuple[Tensor, Tensor, Tensor]]
 
 CACHE_BYTES = 2**21
 """An image in work on the CPU, in bytes: products are bound by memory, and the dozen arrays then stay in the cache."""
@@ -50,21 +52,18 @@ class Stencil:
     height: int
     width: int
 
-    def terms(self, u: Tensor, out: Tensor) -> Terms:
-        """The five products, bound to two buffers ``(B, C, N)``: see `add_product` and `set_product`."""
-        w = self.width
-        return [
-            (out, self.diagonal, u),
-            (out[..., :-1], self.from_right[..., :-1], u[..., 1:]),
-            (out[..., 1:], self.from_left[..., :-1], u[..., :-1]),
-            (out[..., :-w], self.from_below[..., :-w], u[..., w:]),
-            (out[..., w:], self.from_above[..., :-w], u[..., :-w]),
-        ]
+    def bind(self, u: Tensor, out: Tensor) -> Product:
+        """The product A u into `out`, both contiguous ``(B, C, N)``, to be taken many times."""
+        weights = (self.diagonal, self.from_right, self.from_left, self.from_below, self.from_above)
+        alike = len({(w.shape, _steps(w)) for w in weights}) == 1 and self.diagonal.stride(-1) == 1
+        if alike and u.is_contiguous() and out.is_contiguous() and _may_fuse(u):
+            return FusedProduct(weights, u, out, self.width)
+        return FiveProducts(weights, u, out, self.width)
 
     def flat_product(self, u: Tensor) -> Tensor:
         """A u for u of shape ``(B, C, N)``."""
         out = torch.empty_like(u)
-        set_product(self.terms(u, out))
+        self.bind(u, out).set()
         return out
 
     def product(self, u: Tensor) -> Tensor:
@@ -127,17 +126,92 @@ def blocks(x: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
             yield slice(i, i + high), slice(j, j + wide)
 
 
-def add_product(terms: Terms, scale: float = 1.0) -> None:
-    """``out += scale * A u`` in place, for the `terms` of a stencil bound to u and out."""
-    for out, weight, u in terms:
-        out.addcmul_(weight, u, value=scale)
+class Product:
+    """A u into a buffer `out`, in place."""
+
+    def set(self) -> None:
+        """``out = A u``."""
+        raise NotImplementedError
+
+    def add(self, scale: float = 1.0) -> None:
+        """``out += scale * A u``."""
+        raise NotImplementedError
 
 
-def set_product(terms: Terms) -> None:
-    """``out = A u`` in place."""
-    out, weight, u = terms[0]
-    torch.mul(weight, u, out=out)
-    add_product(terms[1:])
+class FiveProducts(Product):
+    """One pass over the memory for each of a row's entries."""
+
+    def __init__(self, weights: tuple[Tensor, ...], u: Tensor, out: Tensor, width: int) -> None:
+        diagonal, right, left, below, above = weights
+        w = width
+        self._terms = [
+            (out, diagonal, u),
+            (out[..., :-1], right[..., :-1], u[..., 1:]),
+            (out[..., 1:], left[..., :-1], u[..., :-1]),
+            (out[..., :-w], below[..., :-w], u[..., w:]),
+            (out[..., w:], above[..., :-w], u[..., :-w]),
+        ]
+
+    def set(self) -> None:
+        out, weight, u = self._terms[0]
+        torch.mul(weight, u, out=out)
+        for out, weight, u in self._terms[1:]:
+            out.addcmul_(weight, u)
+
+    def add(self, scale: float = 1.0) -> None:
+        for out, weight, u in self._terms:
+            out.addcmul_(weight, u, value=scale)
+
+
+class FusedProduct(Product):
+    """One pass in all, by Triton; see `fused`."""
+
+    def __init__(self, weights: tuple[Tensor, ...], u: Tensor, out: Tensor, width: int) -> None:
+        self._weights, self._u, self._out, self._width = weights, u, out, width
+
+    def set(self) -> None:
+        self._run(None)
+
+    def add(self, scale: float = 1.0) -> None:
+        if struct.unpack("f", struct.pack("f", scale))[0] != scale:  # Triton would round it to float32
+            FiveProducts(self._weights, self._u, self._out, self._width).add(scale)
+        else:
+            self._run(scale)
+
+    def _run(self, scale: float | None) -> None:
+        from dpm_scales.operators.fused import product
+
+        product(self._out, self._u, self._weights, self._width, scale)
+
+
+def _steps(weight: Tensor) -> tuple[int, ...]:
+    """Strides of the axes that are walked along."""
+    return tuple(step for step, size in zip(weight.stride(), weight.shape, strict=True) if size > 1)
+
+
+def _may_fuse(u: Tensor) -> bool:
+    """Whether Triton serves here. Inductor fuses by itself, and pretended tensors have no memory."""
+    ours = u.device.type == "cuda" and u.dtype in (torch.float32, torch.float64)
+    return ours and not isinstance(u, FakeTensor) and not torch.compiler.is_compiling() and _fuses_right(u.device)
+
+
+@functools.cache
+def _fuses_right(device: torch.device) -> bool:
+    """Whether Triton compiles on this device, and gives what five products give: tried once."""
+    try:
+        for dtype in (torch.float32, torch.float64):
+            stencil = white_stencil(torch.rand(2, 1, 5, 7, device=device, dtype=dtype) + 0.5)
+            weights = (stencil.diagonal, *(w for w in (stencil.from_right, stencil.from_below) for _ in range(2)))
+            u, start = torch.randn(2, 2, 3, 35, device=device, dtype=dtype).unbind()
+            fused, plain = start.clone(), start.clone()
+            FusedProduct(weights, u, fused, 7).add(-0.5)
+            FiveProducts(weights, u, plain, 7).add(-0.5)
+            torch.testing.assert_close(fused, plain)
+    except Exception as error:  # a missing compiler, an unknown card: whatever Triton may raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"Triton is of no use here ({reason}); osmosis takes five passes instead of one", stacklevel=2)
+        return False
+    return True
 
 
 def canonical_drift(guidance_image: Tensor) -> tuple[Tensor, Tensor]:
