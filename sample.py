@@ -1,4 +1,4 @@
-"""Sample images: `python sample.py model=RUN_OR_EXPORT_OR_CKPT num_samples=64 out=DIR`; see configs/sample.yaml."""
+"""Draw and edit images: `python sample.py model=RUN_OR_EXPORT_OR_CKPT [task=NAME] out=DIR`; see configs/sample.yaml."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dpm_scales.training.cli import job, main
 @hydra.main(version_base="1.3", config_path="configs", config_name="sample")
 @job
 def run(cfg: DictConfig) -> None:
-    from dpm_scales.training.sample_run import sample
+    from dpm_scales.training.sample_run import run as run_task
 
-    sample(cfg)
+    run_task(cfg)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,21 @@ from dpm_scales.training.cli import is_sweep, job, main, with_stored_overrides
 @job
 def run(cfg: DictConfig) -> float | None:
     from dpm_scales.training.run import run_name, train
+    from dpm_scales.training.shards import this_shard
     from dpm_scales.training.sweep import sweep_root, write_table
 
     overrides = list(HydraConfig.get().overrides.task)
+    if cfg.check_resume:
+        from dpm_scales.training.check_resume import check_resume
+
+        sys.exit(check_resume(cfg, overrides))
     root = sweep_root(cfg)
     if is_sweep() or cfg.run_dir is None:
         cfg.run_dir = str(root / run_name(overrides))
     result = train(cfg, Path(str(cfg.run_dir)), overrides)
-    if is_sweep():
+    if is_sweep() and this_shard().is_main:
         write_table(root)
-    return result.get("val/loss")
+    return result.get(cfg.objective)
 
 
 def entry() -> None:

@@ -5,6 +5,10 @@
 
 Every variant is the recipe `digits_osmosis_diffusion` with the overrides below, judged as `benchmarks.quality` does;
 blurring diffusion, its counterpart without guidance, is trained beside it. The table is `guidance.md`.
+
+Where images guide, held-out digits then do, two samples for each: `NAME/steered.png` shows a dozen of them (from above:
+digit, what guides, two samples), and `steered.md` says how often the classifier sees the digit's own class in the
+samples, and how often in what guides them.
 """
 
 from __future__ import annotations
@@ -13,8 +17,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.judges import JUDGES, read_samples
+import torch
+from torch import Tensor
+
+from benchmarks.judges import JUDGES, Judge, read_samples
 from benchmarks.quality import run_recipe
+from dpm_scales.images import make_grid, save_png, to_range, to_uint8
+from dpm_scales.operators import heat_blur
+from dpm_scales.processes import Osmosis
+from dpm_scales.training.export import load_model
+from dpm_scales.training.sampling import draw
 
 #: the steady state shows the guidance image only where grey values are positive
 POSITIVE = ("process.value_range=[0,1]", "process.guidance_blur_sigma=1.0", "process.guidance_min=0.1")
@@ -59,6 +71,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = judge.table(reports)
     (options.out / "guidance.md").write_text(table + "\n")
     print(table)
+    guided = [name for name in reports if any("guidance_image=" in o for o in VARIANTS.get(name, ()))]
+    rows = [f"| {name} | {' | '.join(steered(options.out / name.replace(' ', '_'), judge))} |" for name in guided]
+    if rows:
+        head = "| guided by | own class in samples | in what guides | samples of one guide differ by, grey values |"
+        table = "\n".join([head, "|---|---|---|---|", *rows])
+        (options.out / "steered.md").write_text(table + "\n")
+        print(table)
+
+
+def steered(folder: Path, judge: Judge) -> list[str]:
+    """The figures of one model, for the held-out digits of `judge`; writes the picture."""
+    model = load_model(folder / "digits_osmosis_diffusion")
+    process, digits = model.denoiser.process, torch.from_numpy(judge.val_images)[:, None]
+    assert isinstance(process, Osmosis)
+    x = to_range(digits, process.value_range)
+    model.prior.steer(x, process)
+    first, second = torch.cat(list(draw(model, 2 * len(x), seed=0))).chunk(2)
+    time = process.guidance_blur_sigma**2 / 2
+    guides = to_uint8(heat_blur(x, time), process.value_range)
+    rows = torch.stack([images[:12] for images in (digits, guides, first, second)])
+    save_png(folder / "steered.png", make_grid(rows.flatten(0, 1), columns=12, upscale=6))
+
+    def right(images: Tensor) -> str:
+        seen = judge.classifier.predict(images.numpy().reshape(len(images), -1) / 255.0)
+        return f"{float((seen == judge.val_labels).mean()):.3f}"
+
+    apart = (first.float() - second.float()).square().mean().sqrt()
+    return [right(first), right(guides), f"{float(apart):.1f}"]
 
 
 if __name__ == "__main__":

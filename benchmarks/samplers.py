@@ -21,7 +21,7 @@ import torch
 from benchmarks.judges import JUDGES
 from dpm_scales.images import write_text
 from dpm_scales.processes import Process
-from dpm_scales.samplers import DDIM, Ancestral, DPMSolver, Heun, Sampler
+from dpm_scales.samplers import DDIM, Ancestral, DPMSolver, Heun, Sampler, UniPC
 from dpm_scales.study import plots
 from dpm_scales.training.export import load_model
 from dpm_scales.training.sampling import draw
@@ -35,13 +35,21 @@ def _grid(process: Process) -> str:
     return "logsnr" if process.blur is None else "uniform"
 
 
+def _heun(process: Process, number: int, s_churn: float = 0.0) -> Sampler:
+    """Of `number` evaluations, on EDM's grid where nothing blurs."""
+    return Heun((number + 1) // 2, "karras" if process.blur is None else "uniform", s_churn=s_churn)
+
+
 SAMPLERS: dict[str, Callable[[Process, int], Sampler]] = {
     "ancestral": lambda process, number: Ancestral(number),
     "ddim": lambda process, number: DDIM(0.0, number, _grid(process)),
-    "heun": lambda process, number: Heun((number + 1) // 2, "karras" if process.blur is None else "uniform"),
+    "heun": _heun,
+    "heun, churn": lambda process, number: _heun(process, number, s_churn=number / 10),
     "dpm++ 2m": lambda process, number: DPMSolver(0.0, number, _grid(process)),
     "sde-dpm++ 2m": lambda process, number: DPMSolver(1.0, number, _grid(process)),
+    "unipc": lambda process, number: UniPC(2, number, _grid(process)),
 }
+DETERMINISTIC = ("ddim", "heun", "dpm++ 2m", "unipc")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = load_model(options.models / f"digits_{recipe}")
         process = model.denoiser.process
         for name, make in SAMPLERS.items():
-            if process.has_constant_noise() and name in ("ddim", "heun", "dpm++ 2m"):
+            if process.has_constant_noise() and name in DETERMINISTIC:
                 continue
             for number in options.evaluations:
                 if number > process.num_scales:
@@ -68,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sampler.check(model.denoiser)
                 images = torch.cat(list(draw(replace(model, sampler=sampler), options.number, seed=0)))
                 report = judge.report(images.numpy())
-                used = 2 * (sampler.steps or 1) - 1 if name == "heun" else number
+                used = 2 * (sampler.steps or 1) - 1 if isinstance(sampler, Heun) else number
                 row = {"recipe": recipe, "sampler": name, "evaluations": used}
                 rows.append(row | {key: round(report[key], 4) for key in ("confidence_ratio", "fd_ratio")})
                 curves.setdefault(recipe, {}).setdefault(name, []).append((used, report["fd_ratio"]))

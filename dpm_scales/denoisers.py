@@ -1,5 +1,6 @@
 """A denoiser is a network with its meaning: process, target and preconditioning.
 
+predict(y_t, t)    the answer in the target's terms
 clean(y_t, t, s)   m_s = lambda_s(L) y_0-hat, all that a sampler needs
 loss(x_0, t)       what training minimises, one value per image
 """
@@ -9,10 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dpm_scales.noise import Randomness, white_noise
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context, Process
 from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Target, moments
+from dpm_scales.weights import LossWeight
 
 
 class Denoiser(nn.Module):
@@ -33,10 +36,20 @@ class Denoiser(nn.Module):
         target.check(process)
         self.network, self.process, self.target = network, process, target
         self.spectrum = DataSpectrum(data_std)
-        # for white data; the measured spectrum bends the filter little
+        self._degree = self._filter_degree()
+
+    def _filter_degree(self) -> int:
+        """Degree that the preconditioning's filter needs, for white data: the measured spectrum bends it little."""
+        white, process = DataSpectrum(), self.process
         scales = torch.arange(1, process.num_scales + 1, dtype=torch.float64) / process.num_scales
-        wiener = target.scalings(moments(process, process.operator(), scales, self.spectrum, (8, 8))).filter
-        self._degree = 0 if wiener is None else process.degree_of(wiener)
+        wiener = self.target.scalings(moments(process, process.operator(), scales, white, (8, 8))).filter
+        return 0 if wiener is None else process.degree_of(wiener)
+
+    def settle(self, size: tuple[int, int]) -> dict[str, str]:
+        """The target's choices for the measured spectrum and images of `size` (H, W), by argument; to be stored."""
+        chosen = self.target.settle(self.process, self.spectrum, size)
+        self._degree = self._filter_degree()
+        return chosen
 
     def _predict(
         self, operator: Operator, y_t: Tensor, t: Tensor, context: Context, labels: Tensor | None
@@ -52,6 +65,12 @@ class Denoiser(nn.Module):
         output = self.network(seen, t.to(dtype), labels).to(dtype)
         return c.skip.to(dtype) * z + c.out.to(dtype) * output, c.weight.to(dtype)
 
+    def predict(
+        self, operator: Operator, y_t: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """What the target asks for, at scale t ``(B,)``; pixels or white coordinates, as the target has it."""
+        return self._predict(operator, y_t, t, context, labels)[0]
+
     def clean(self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None) -> Tensor:
         """m_s in white coordinates.
 
@@ -61,7 +80,7 @@ class Denoiser(nn.Module):
             labels: ``(B,)`` int64 or None.
         """
         operator = self.process.operator(context)
-        prediction, _ = self._predict(operator, y_t, t.expand(y_t.shape[0]), context, labels)
+        prediction = self.predict(operator, y_t, t.expand(y_t.shape[0]), context, labels)
         return self.target.clean(self.process, operator, prediction, y_t, t, s)
 
     def loss(
@@ -69,23 +88,28 @@ class Denoiser(nn.Module):
         x_0: Tensor,
         t: Tensor,
         labels: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         context: Context = None,
+        loss_weight: LossWeight | None = None,
     ) -> Tensor:
         """Weighted squared error, averaged over each image: ``(B,)``.
 
         Args:
             x_0: ``(B, C, H, W)`` in the process's value range.
             t: ``(B,)`` in (0, 1].
+            loss_weight: None for the target's own.
         """
         if context is None:
             context = self.process.context(x_0, generator)
         operator = self.process.operator(context)
         t = t.to(torch.float64)
-        noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
+        noise = white_noise(x_0, generator)
         y_t = operator.apply(self.process.signal(t), operator.to_white(x_0))
         y_t = y_t + operator.apply(lambda mu: self.process.noise_scale(t, mu), noise)
         x_t = operator.to_pixels(y_t)
         truth = self.target.truth(self.process, operator, x_0, x_t, noise, t)
         prediction, weight = self._predict(operator, y_t, t, context, labels)
+        if loss_weight is not None:
+            size = (x_0.shape[-2], x_0.shape[-1])
+            weight = loss_weight(self.process, operator, self.target, t, self.spectrum, size).to(x_0.dtype)
         return (weight * (prediction - truth) ** 2).flatten(1).mean(1)

@@ -1,7 +1,7 @@
 """The one exception that means "the user can mend this".
 
 Constructors and readers raise it with a single line: what was seen, what is allowed, what to do. Entry points print
-that line and exit with status 2; everything else is a defect and keeps its traceback.
+that line and exit with its status, 2; everything else is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,10 +12,22 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input whose message is one line fit for a person."""
+    """Bad input whose message is one line fit for a person.
+
+    Attributes:
+        status: that an entry point ends with.
+    """
+
+    status = 2
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class OutOfMemoryError(UserError):
+    """Asked for more than the machine has; another machine might do it."""
+
+    status = 1
 
 
 def suggest(name: str, allowed: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ related by the affine map that sends 0 to lo and 255 to hi. Files appear whole o
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -39,12 +40,18 @@ DECODING_ERRORS = (
     SyntaxError,
     ValueError,
     EOFError,
-    IndexError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    MemoryError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow raises for damaged files, depending on the format."""
+"""What Pillow raises for damaged files, depending on the format and on the damage."""
 
 
 def to_range(images: Tensor, value_range: tuple[float, float], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -128,7 +135,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose a writable place") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space; what was there is as it was" if full else "choose a writable place"
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {hint}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -187,7 +196,8 @@ def load_image(source: str | Path | bytes | BinaryIO, channels: int | None = Non
     except FileNotFoundError:
         raise UserError(f"{name}: no such file") from None
     except DECODING_ERRORS as error:
-        raise UserError(f"{name}: not a readable image ({error}); replace or remove it") from error
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{name}: not a readable image ({reason}); replace or remove it") from error
     return torch.from_numpy(array)
 
 

@@ -1,6 +1,7 @@
 """White noise that depends on a seed, a sample's number and the draw's number alone.
 
-Sampling with it gives the same image for the same (seed, number), in batches of any size and on any number of devices.
+Sampling with it gives the same image for the same (seed, number), in batches of any size and on any number of devices;
+a training image gets the same noise whichever process it falls to.
 A counter-based generator: the state is a counter, hashed by SplitMix64's finaliser (Steele et al. 2014), in integer
 arithmetic that wraps, so every device draws the same bits, and all samples are drawn in one operation.
 """
@@ -21,32 +22,36 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical shift to the right; torch's is arithmetic."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
-    return x ^ _shift(x, 31)
+    x = _shift(x, 30).bitwise_xor_(x).mul_(_MIX_1)
+    x = _shift(x, 27).bitwise_xor_(x).mul_(_MIX_2)
+    return _shift(x, 31).bitwise_xor_(x)
 
 
 class NoiseSource:
-    """Independent noise for the samples numbered `first`, `first + 1`, ... of a seed.
+    """Independent noise for the samples numbered `first`, `first + stride`, ... of a seed.
 
     Args:
         seed: any integer from 0 to 2^63 - 1.
         count: number of samples B, >= 1.
         first: number of the first one, >= 0.
         device: where the noise is made.
+        stride: between numbers, >= 1; the number of processes that share a batch.
 
     Raises: UserError for anything else.
     """
 
-    def __init__(self, seed: int, count: int, first: int = 0, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, seed: int, count: int, first: int = 0, device: torch.device | str | None = None, stride: int = 1
+    ) -> None:
         require(is_whole(seed, 0) and seed < 2**63, f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
         require(is_whole(count, 1), f"a noise source needs at least one sample, got count={count!r}")
         require(is_whole(first, 0), f"samples are numbered from 0, got first={first!r}")
-        numbers = torch.arange(first, first + count, dtype=torch.int64, device=device)
+        require(is_whole(stride, 1), f"numbers of samples must grow, got stride={stride!r}")
+        numbers = torch.arange(first, first + count * stride, stride, dtype=torch.int64, device=device)
         seeded = _mix(torch.full((), seed, dtype=torch.int64, device=device) + _GOLDEN)
         self._keys = _mix(seeded + (numbers + 1) * _GOLDEN)
         self._draws = 0
@@ -56,16 +61,43 @@ class NoiseSource:
 
     def uniform(self, shape: tuple[int, ...] = ()) -> Tensor:
         """``(B, *shape)`` in [0, 1), float64."""
-        self._draws += 1
-        size = math.prod(shape)
-        # the product wraps as a tensor; as a Python number it would leave 64 bits
-        number = torch.full((), self._draws, dtype=torch.int64, device=self.device)
-        streams = _mix(self._keys + number * _GOLDEN)
-        counters = torch.arange(1, size + 1, dtype=torch.int64, device=self.device) * _GOLDEN
-        bits = _shift(_mix(streams[:, None] + counters), 11)
+        bits = _shift(self._bits(math.prod(shape)), 11)
         return (bits.to(torch.float64) * 2.0**-53).reshape(self.count, *shape)
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """``(B, *shape)`` standard normal (Box-Muller, in float64, then cast)."""
         radius = torch.sqrt(-2 * torch.log1p(-self.uniform(shape)))
         return (radius * torch.cos(2 * math.pi * self.uniform(shape))).to(dtype)
+
+    def quick_normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """``(B, *shape)`` standard normal for training, several times faster, at most 6.7.
+
+        64 random bits make two numbers, radius and angle from 32 each (Box-Muller), in float32: devices round apart.
+        """
+        size = math.prod(shape)
+        bits = self._bits((size + 1) // 2)
+        # half a step off zero, whose logarithm there is none of
+        radius = _shift(bits, 32).to(torch.float32).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+        angle = bits.bitwise_and_(0xFFFFFFFF).to(torch.float32).mul_(2 * math.pi * 2.0**-32)
+        pair = torch.cat([torch.cos(angle).mul_(radius), angle.sin_().mul_(radius)], 1)
+        return pair[:, :size].reshape(self.count, *shape).to(dtype)
+
+    def _bits(self, size: int) -> Tensor:
+        """``(B, size)`` of 64 random bits, the next draw."""
+        self._draws += 1
+        # the product wraps as a tensor; as a Python number it would leave 64 bits
+        number = torch.full((), self._draws, dtype=torch.int64, device=self.device)
+        streams = _mix(self._keys + number * _GOLDEN)
+        counters = torch.arange(1, size + 1, dtype=torch.int64, device=self.device) * _GOLDEN
+        return _mix(streams[:, None] + counters)
+
+
+Randomness = torch.Generator | NoiseSource | None
+"""Of a law's draws: torch's own, or by the number of each sample."""
+
+
+def white_noise(like: Tensor, randomness: Randomness) -> Tensor:
+    """Standard normal of shape, type and device of `like` ``(B, ...)``."""
+    if isinstance(randomness, NoiseSource):
+        return randomness.quick_normal(tuple(like.shape[1:]), like.dtype)
+    return torch.randn(like.shape, generator=randomness, dtype=like.dtype, device=like.device)

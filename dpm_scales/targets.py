@@ -52,6 +52,7 @@ _SMALLEST = 1e-12
 _ROUNDING = 1e-4
 #: a step that blurs a frequency by more than this leaves nothing of it to divide by
 MAX_DIVISION = 1e6
+WORTHWHILE = 1.5
 PRECONDITIONINGS = ("auto", "scalar", "wiener", "none")
 
 
@@ -145,8 +146,22 @@ class Target(ABC):
     def check_scales(self, process: Process, scales: Tensor) -> None:  # noqa: B027
         """Raise UserError if a sampler can't go through `scales` (descending to 0) with this target."""
 
+    def settle(self, process: Process, spectrum: DataSpectrum, size: tuple[int, int]) -> dict[str, str]:
+        """Make the choices that wait for the data's spectrum, for images of `size` (H, W); returns them by argument."""
+        return {}
+
     def scalings(self, m: Moments) -> Scalings:
         return _plain(m)
+
+    def noise_errors(self, signal: Tensor, noise: Tensor) -> Tensor:
+        """Squared error of eps that goes with a unit squared error of the prediction, from lambda_t and gamma_t(mu).
+
+        Raises: UserError where the prediction does not say what eps is.
+        """
+        raise UserError(
+            f"a loss weight by the signal-to-noise ratio speaks of the clean image, and the {type(self).__name__} "
+            "target of another; use target=clean, noise or velocity, or weight=target"
+        )
 
     @abstractmethod
     def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -163,8 +178,7 @@ class Clean(Target):
     """The clean image x_0, in pixels.
 
     Args:
-        preconditioning: "scalar" (EDM's), "wiener", "none", or "auto": "wiener" where the noise is constant and only
-            blur tells the scales apart, else "scalar".
+        preconditioning: "scalar" (EDM's), "wiener", "none", or "auto", see `settle`.
         clip: clip the estimate to the process's value range while sampling.
     """
 
@@ -175,6 +189,19 @@ class Clean(Target):
             )
         self.preconditioning, self.clip = preconditioning, clip
 
+    def settle(self, process: Process, spectrum: DataSpectrum, size: tuple[int, int]) -> dict[str, str]:
+        """ "auto" becomes "wiener" where the noise is constant, so that blur alone tells the scales apart, and where
+        estimating each frequency by itself leaves less than 1 / `WORTHWHILE` of the error, in the geometric mean over
+        the scales (a quarter of it for photos under blur, all of it for 8 px digits); else "scalar".
+        """
+        if self.preconditioning == "auto":
+            k = torch.linspace(1, process.num_scales, min(50, process.num_scales), dtype=torch.float64)
+            t = k.round().to(spectrum.std.device) / process.num_scales
+            m = moments(process, process.operator(), t, spectrum, size)
+            gain = (m.residual / m.wiener_residual).log().mean().exp()
+            self.preconditioning = "wiener" if m.constant_noise or bool(gain > WORTHWHILE) else "scalar"
+        return {"preconditioning": self.preconditioning}
+
     def scalings(self, m: Moments) -> Scalings:
         if self.preconditioning == "none":
             return _plain(m)
@@ -182,6 +209,9 @@ class Clean(Target):
             one, residual = torch.ones_like(m.total), m.wiener_residual
             return Scalings(one, residual.sqrt(), m.estimate.rsqrt(), 1 / residual, m.wiener)
         return Scalings(m.cross / m.total, m.residual.sqrt(), m.total.rsqrt(), 1 / m.residual)
+
+    def noise_errors(self, signal: Tensor, noise: Tensor) -> Tensor:
+        return (signal / noise) ** 2
 
     def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return x_0
@@ -210,6 +240,9 @@ class Noise(Target):
         step = Step(process, scales[1:], scales[:-1])
         process.resolve(lambda mu: torch.exp(-step.log_rho(mu)))
 
+    def noise_errors(self, signal: Tensor, noise: Tensor) -> Tensor:
+        return torch.ones_like(signal)
+
     def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise
 
@@ -232,6 +265,9 @@ class Velocity(Target):
     def check_scales(self, process: Process, scales: Tensor) -> None:
         step = Step(process, scales[1:], scales[:-1])
         process.resolve(lambda mu: self._gain(step, mu), lambda mu: self._gain(step, mu) * step.signal_t(mu))
+
+    def noise_errors(self, signal: Tensor, noise: Tensor) -> Tensor:
+        return (signal / (signal**2 + noise**2)) ** 2
 
     def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return operator.combine(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)).save(root / "cut" / "a.jpg")
     data = (root / "cut" / "a.jpg").read_bytes()
     (root / "cut" / "a.jpg").write_bytes(data[: len(data) // 2])
+    for name in ("rotten", "older", "strange"):
+        shutil.copytree(root / "digits", root / name)
+    for path in (root / "rotten" / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes().replace(b"data", b"DATA", 1))
+    shutil.copytree(root / "digits" / "model", root / "flipped")
+    tensors = root / "flipped" / "model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1] + b"x")
+    values = torch.load(root / "older" / "checkpoints" / "last.ckpt", weights_only=True)
+    values["recipe"]["version"] = 2
+    torch.save(values, root / "older" / "checkpoints" / "last.ckpt")
+    (root / "strange" / "overrides.yaml").write_text("[data._target_=os.system]\n")
+    photos(root / "classes" / "cat", 4)
+    (root / "classes" / "eel").mkdir()
+    with zipfile.ZipFile(root / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(2**22))
+    with zipfile.ZipFile(root / "outside.zip", "w") as archive:
+        archive.writestr("../a.png", b"x")
     (root / "empty").mkdir()
     (root / "file").write_text("not a folder")
     (root / "config.yaml").write_text("learning_rate: 3\n")
@@ -120,6 +138,12 @@ TRAIN = {
     "optimizer.betas=3": "optimizer.betas must be two numbers",
     "ema.decay=abc": "ema.decay must be a number >= 0 and <= 1, got 'abc'",
     "checkpoint.every_n_steps=0": "checkpoint.every_n_steps must be a whole number >= 1, got 0",
+    "checkpoint.keep_last=0": "checkpoint.keep_last must be a whole number >= 1, got 0",
+    "checkpoint.keep_last=all": "checkpoint.keep_last must be a whole number >= 1, got 'all'",
+    "checkpoint.keep_best=-1": "checkpoint.keep_best must be a whole number >= 0, got -1",
+    "checkpoint.keep_bets=1": "unknown option 'checkpoint.keep_bets': did you mean 'checkpoint.keep_best'",
+    "check_resume=maybe": "check_resume must be true or false, got 'maybe'",
+    "check_resume=true checkpoint.every_n_steps=6": "checkpoint.every_n_steps=6 must lie below trainer.max_steps=6",
     "samples.num_images=-1": "samples.num_images must be a whole number >= 0, got -1",
     "network.widths=[8,x]": "widths is .8, 'x'.; give a list",
     "conditional=true data.val_fraction=2": "val_fraction=2: allowed is 0 <= val_fraction < 1",
@@ -143,6 +167,10 @@ TRAIN = {
     FOLDER + "data.root=text data.on_error=raise": "text/005.png: cannot identify image file.*set on_error=skip",
     FOLDER + "data.root=cut data.on_error=raise": "cut/a.jpg: .*set on_error=skip",
     FOLDER + "data.root=good data.image_size=0": "image_size=0: allowed is a number of pixels >= 1",
+    FOLDER + "data.root=good data.on_error=ignore": "unknown on_error='ignore': .*raise, skip",
+    FOLDER + "data.root=bomb.zip data.image_size=8": "bomb.zip: a.png unpacks to .* as no image does",
+    FOLDER + "data.root=outside.zip": "outside.zip: unsafe member path '../a.png'",
+    FOLDER + "data.root=classes data.labels=folder data.on_error=raise": "1 class folders hold no readable image: eel",
     FOLDER + "data.root=good data.resize_mode=croop": "unknown resize_mode='croop': did you mean 'crop'",
     FOLDER + "data.root=good conditional=true": "conditional=true needs labels, and this data set has none",
     FOLDER + "data.root=good data.labels=folder": "lies in no class folder",
@@ -151,6 +179,9 @@ TRAIN = {
     "run_dir=file/run": "can't write to file/run: Not a directory; choose another folder",
     "run_dir=file": "can't write to file: .*; choose another folder",
     "run_dir=digits process=heat": "digits was trained with process=VP, and now process is InverseHeat",
+    "run_dir=rotten": "rotten/checkpoints/last.ckpt is damaged: .* the SHA-256 .*; remove .* to start",
+    "run_dir=older": "older/checkpoints/last.ckpt has model format 2; this version reads 3",
+    "run_dir=strange": "strange/overrides.yaml holds the option 'data._target_=os.system' asks for 'os.system'",
     "resume=nowhere": "resume=nowhere: no run there",
     "-m resume=digits process=vp,ve": "resume goes on with one run",
 }
@@ -200,6 +231,9 @@ SAMPLE = {
     "model=good out=out": "no model in good: neither model/model.safetensors nor checkpoints/last.ckpt",
     "model=good/000.png out=out": "good/000.png is not a checkpoint of dpm_scales",
     "model=config.yaml out=out": "config.yaml is not a checkpoint of dpm_scales",
+    "model=flipped out=out": "flipped/model.safetensors is damaged: its bytes do not have the SHA-256",
+    "model=older/checkpoints/last.ckpt out=out": "last.ckpt has model format 2; this version reads 3",
+    "model=rotten/checkpoints/last.ckpt out=out": "last.ckpt is damaged: its bytes do not have the SHA-256",
     "model=foreign.ckpt out=out": "foreign.ckpt is not a checkpoint of dpm_scales",
     "model=digits/model out=out weights=raw": "raw weights are in checkpoints only",
     "model=digits out=out weights=avg": "unknown weights 'avg'",

@@ -31,6 +31,8 @@ from dpm_scales.samplers import Sampler
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule
 from dpm_scales.study import TASKS
 from dpm_scales.targets import Target
+from dpm_scales.training import sample_run
+from dpm_scales.weights import LossWeight
 
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("experiment", "hydra"))
 
@@ -137,10 +139,10 @@ def raw(path: Path) -> dict[str, Any]:
 
 def test_all_groups_are_known() -> None:
     """A new group needs a test here that builds its choices."""
-    groups = {"data", "process", "target", "prior", "network", "sampler", "trainer", "logger", "task"}
+    groups = {"data", "process", "target", "weight", "prior", "network", "sampler", "trainer", "logger", "task", "edit"}
     assert set(GROUPS) == groups
     inner = {path.relative_to(CONFIGS).parent.as_posix() for path in CONFIGS.rglob("*.yaml")}
-    assert inner == {".", *GROUPS, "experiment", "process/noise", "process/blur", "hydra/launcher"}
+    assert inner == {".", *GROUPS, "experiment", "process/noise", "process/blur", "hydra/launcher", "hydra/sweeper"}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.relative_to(CONFIGS).as_posix())
@@ -149,7 +151,7 @@ def test_keys_are_constructor_arguments(path: Path) -> None:
         assert given(config) <= accepted(config), config["_target_"]
 
 
-@pytest.mark.parametrize("group", ["process", "process/noise", "process/blur", "target", "prior", "sampler"])
+@pytest.mark.parametrize("group", ["process", "process/noise", "process/blur", "target", "weight", "prior", "sampler"])
 def test_files_hold_every_argument(group: str) -> None:
     """So that any can be overridden without `+`, and `config.yaml` tells all that a run depended on."""
     for name in choices(group):
@@ -224,6 +226,12 @@ def test_targets(name: str) -> None:
     assert isinstance(instantiate(composed(f"target={name}").target), Target)
 
 
+@pytest.mark.parametrize("name", choices("weight"))
+def test_weights(name: str) -> None:
+    config = composed(f"weight={name}").weight
+    assert config._target_ is None if name == "target" else isinstance(instantiate(config), LossWeight)
+
+
 @pytest.mark.parametrize("name", choices("prior"))
 def test_priors(name: str) -> None:
     prior = instantiate(composed(f"prior={name}").prior)
@@ -234,7 +242,7 @@ def test_priors(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(choices("sampler")) - {"model"}))
-@pytest.mark.parametrize("entry", ["train", "sample"])
+@pytest.mark.parametrize("entry", ["train", "sample", "evaluate"])
 def test_samplers(name: str, entry: str) -> None:
     sampler = instantiate(composed(f"sampler={name}", name=entry).sampler)
     if not isinstance(sampler, Sampler):
@@ -244,7 +252,8 @@ def test_samplers(name: str, entry: str) -> None:
 
 
 def test_sample_takes_the_models_own_sampler_by_default() -> None:
-    assert composed(name="sample").sampler._target_ is None
+    for name in ("sample", "evaluate"):
+        assert composed(name=name).sampler._target_ is None
 
 
 @pytest.mark.parametrize("name", choices("network"))
@@ -311,6 +320,16 @@ def test_tasks(name: str) -> None:
     assert callable(getattr(import_module(module), function))
 
 
+@pytest.mark.parametrize("name", choices("edit"))
+def test_tasks_of_sampling(name: str) -> None:
+    """As for `evolve`; each holds its own keys beside those of every task, and has its function."""
+    config, own = composed(f"edit={name}", name="sample"), raw(CONFIGS / "edit" / f"{name}.yaml")
+    assert choices("edit") == sorted(sample_run.TASKS) and config.task == name
+    assert set(config) == (raw(CONFIGS / "sample.yaml").keys() | own.keys() | {"sampler"}) - {"defaults", "hydra"}
+    module, function = sample_run.TASKS[name]
+    assert callable(getattr(import_module(module), function))
+
+
 @pytest.mark.parametrize("name", choices("process"))
 def test_every_process_evolves(name: str) -> None:
     assert isinstance(instantiate(composed(f"process={name}", name="evolve").process), Process)
@@ -319,6 +338,13 @@ def test_every_process_evolves(name: str) -> None:
 def test_no_process_is_chosen_by_default() -> None:
     config = composed(name="evolve")
     assert config.task == "compare" and config.process is None
+
+
+def test_search_is_composed_without_optuna() -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", overrides=["hydra/sweeper=optuna"], return_hydra_config=True)
+    sweeper = instantiate(config.hydra.sweeper)
+    assert (sweeper.n_trials, sweeper.n_jobs, sweeper.direction, sweeper.seed) == (20, 1, "minimize", 0)
 
 
 @pytest.mark.skipif(find_spec("submitit") is None, reason="the slurm extra is not installed")
@@ -330,6 +356,7 @@ def test_slurm_launcher() -> None:
     params = instantiate(launcher).params
     assert launcher._target_.endswith("SlurmLauncher") and params["max_num_timeout"] > 0
     assert (params["nodes"], params["tasks_per_node"], params["gpus_per_node"]) == (2, 4, 4)
+    assert params["setup"] == ["export SLURM_KILL_BAD_EXIT=1"]
 
 
 @pytest.mark.skipif(find_spec("submitit") is not None, reason="the slurm extra is installed")

@@ -126,6 +126,23 @@ def test_statistics_keep_no_hold_of_the_callers_array() -> None:
     np.testing.assert_allclose(statistics.mean, a.mean(0), atol=1e-13)
 
 
+@pytest.mark.parametrize("number", [4, 30])
+def test_statistics_come_back_from_their_values(number: int) -> None:
+    """Fewer and more images than features; and they go on from there."""
+    a, b = two_sets(number, 50, 8)
+    before = FeatureStatistics().update(a)
+    after = FeatureStatistics.of(before.number, before.mean, torch.from_numpy(before.root))
+    assert (after.number, after.dim) == (number, 8)
+    assert frechet_distance(after, b) == pytest.approx(frechet_distance(a, b), rel=1e-10)
+    after.update(b)
+    np.testing.assert_allclose(after.covariance, np.cov(np.vstack([a, b]), rowvar=False), atol=1e-12)
+    for values in ((1, before.mean, before.root), (number, before.mean[1:], before.root)):
+        with pytest.raises(ValueError, match="no statistics"):
+            FeatureStatistics.of(*values)
+    with pytest.raises(ValueError, match="finite"):
+        FeatureStatistics.of(number, np.full(8, np.nan), before.root)
+
+
 def test_statistics_need_memory_of_the_dimension_alone() -> None:
     statistics = FeatureStatistics()
     for seed in range(30):

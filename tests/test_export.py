@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from shell import assert_equal, call, checkpoint, composed, train
 
 from dpm_scales.errors import UserError
 from dpm_scales.training import Recipe, build_model, draw, load_model, save_model
 from dpm_scales.training.export import PARTS, plain, with_sampler
+from dpm_scales.training.sealed import read_tensors, write_checkpoint, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_malicious_checkpoint_executes_nothing(run: Path, tmp_path: Path, protoc
     values["extra"] = Bomb(tmp_path / "boom")
     path = tmp_path / "bad.ckpt"
     if protocol == "torch":
-        torch.save(values, path)
+        write_checkpoint(path, values)
     else:
         path.write_bytes(pickle.dumps(values))
     outcome = call("sample.py", f"model={path}", f"out={tmp_path / 'out'}", cwd=tmp_path)
@@ -167,7 +168,7 @@ def test_foreign_checkpoints_are_refused(values: Any, tmp_path: Path) -> None:
 def test_tensors_missing_from_a_checkpoint_are_named(run: Path, tmp_path: Path) -> None:
     values = checkpoint(run)
     values["state_dict"] = {k: v for k, v in values["state_dict"].items() if not k.endswith("conv_in.weight")}
-    torch.save(values, tmp_path / "cut.ckpt")
+    write_checkpoint(tmp_path / "cut.ckpt", values)
     with pytest.raises(UserError, match="weights do not fit the config: .*conv_in.weight"):
         load_model(tmp_path / "cut.ckpt")
 
@@ -234,7 +235,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: c["process"].update(num_scales="${oc.env:HOME}"),
         "holds the interpolation '${oc.env:HOME}'",
     ),
-    "version": (lambda c: c.update(version=1), "has model format 1; this version reads 2"),
+    "version": (lambda c: c.update(version=2), "has model format 2; this version reads 3"),
     "format": (lambda c: c.update(format="diffusers"), "is not a dpm_scales model"),
     "no process": (lambda c: c.pop("process"), "incomplete or damaged .KeyError..process"),
     "no image": (lambda c: c.pop("image"), "incomplete or damaged"),
@@ -282,10 +283,9 @@ def test_texts_that_are_no_config(text: str, message: str, model_dir: Path, monk
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors = {name: value.clone() for name, value in tensors.items()}
+    tensors = read_tensors(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    write_tensors(folder / "model.safetensors", tensors)
 
 
 KEY = "denoiser.network.conv_in.weight"
@@ -316,8 +316,8 @@ def test_damaged_safetensors(damage: str, model_dir: Path) -> None:
         path.mkdir()
     else:
         path.write_bytes({"cut": data[: len(data) // 2], "text": b"not a model\n" * 9, "empty": b""}[damage])
-    expected = "no model in" if damage == "folder" else "model.safetensors is not a safetensors file"
-    with pytest.raises(UserError, match=expected):
+    expected = {"folder": "no model in", "cut": "model.safetensors is damaged"}
+    with pytest.raises(UserError, match=expected.get(damage, "model.safetensors is not a safetensors file")):
         load_model(model_dir)
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from shell import FAST, SMALL, assert_equal, attempt, call, checkpoint, files, settings, spawn, table, train
 
 from dpm_scales.data import ImageDataModule
 from dpm_scales.training.callbacks import LoggedSteps, SampleGrid
 from dpm_scales.training.module import DiffusionModule
+from dpm_scales.training.sealed import write_checkpoint
 
 #: nine steps; a checkpoint after four and eight of them, validations after three, six and nine
 RUN = (*FAST, "trainer.max_steps=9", "checkpoint.every_n_steps=4", "optimizer.decay=cosine", "ema.decay=0.9")
@@ -169,7 +169,7 @@ def test_bad_counters_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     values = checkpoint(tmp_path / "run")
     values["bad_steps"] = [3.0, 2.0, 3.0]
-    torch.save(values, path)
+    write_checkpoint(path, values)
     assert call("train.py", f"run_dir={tmp_path / 'run'}", cwd=tmp_path).status == 0
     assert [row["train/bad_steps"] for row in table(tmp_path / "run")[4:]] == ["3"] * 5
 
@@ -242,7 +242,7 @@ def test_export_alone_is_no_run_to_go_on_from(finished: Path, tmp_path: Path) ->
     """A checkpoint without an optimiser would fail deep inside."""
     values = checkpoint(finished)
     del values["optimizer_states"]
-    torch.save(values, finished / "checkpoints" / "last.ckpt")
+    write_checkpoint(finished / "checkpoints" / "last.ckpt", values)
     outcome = call("train.py", f"run_dir={finished}", "trainer.max_steps=20", cwd=tmp_path)
     assert outcome.status == 2 and "holds weights alone" in outcome.err
 

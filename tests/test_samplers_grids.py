@@ -42,6 +42,7 @@ from dpm_scales.samplers import (
     auto_sampler,
     karras_grid,
     logsnr_grid,
+    quadratic_grid,
     uniform_grid,
 )
 from dpm_scales.schedules import (
@@ -130,6 +131,18 @@ def test_logsnr_grid_is_equally_spaced_in_logsnr(twin: Twin) -> None:
     assert np.diff(log_snr) == pytest.approx(np.diff(log_snr).mean(), rel=1e-6)
     with refused("logsnr grid", "grid=uniform"):
         logsnr_grid(InverseHeat(8), 4)
+
+
+def test_quadratic_grid_is_ddims() -> None:
+    """Song et al. 2021, App. D.2: tau_i = c i^2 for scales numbered from 0, here up to the last; then the image."""
+    for num_scales, steps in ((1000, 21), (50, 50), (8, 3)):
+        grid = quadratic_grid(VP(num_scales), steps)
+        tau = [(num_scales - 1) * (i / (steps - 1)) ** 2 for i in range(steps)]
+        close(grid.numpy(), [*((v + 1) / num_scales for v in reversed(tau)), 0.0], 1e-12)
+        assert (grid.diff() < 0).all() and torch.equal(DDIM(0.0, steps, "quadratic").scales(VP(num_scales)), grid)
+    assert quadratic_grid(VP(8), 1).tolist() == [1.0, 0.0]
+    with refused("finer-scale", "grid=uniform"):
+        Ancestral(8, "quadratic").check(of(VP(8), FinerScale()))
 
 
 def test_karras_grid_of_one_step_is_from_noise_to_image() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from oracles import close, coefficients, float64, generator, pixels, refused
 from torch import Tensor
 
 from dpm_scales.operators import HeatOperator
+from dpm_scales.processes import VP, Blurring, InverseHeat, OsmosisDiffusion, Process
 from dpm_scales.spectrum import HIGHEST, KNOTS, LOWEST, DataSpectrum
+from dpm_scales.targets import Clean, Noise
 
 
 def coloured(count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -100,3 +103,32 @@ def test_constant_parts_leave_a_floor_and_nothing_that_is_not_finite() -> None:
 def test_std_must_be_positive(std: float) -> None:
     with refused("data_std must be positive", repr(std)):
         DataSpectrum(std)
+
+
+@pytest.mark.parametrize(("power", "expected"), [(0.0, "scalar"), (1.5, "wiener")])
+@pytest.mark.parametrize("make", [Blurring, OsmosisDiffusion])
+def test_auto_preconditioning_follows_the_datas_spectrum(
+    make: Callable[[], Process], power: float, expected: str
+) -> None:
+    """White data gain nothing from a filter for each frequency, power laws like those of photos do."""
+    height, width = 16, 24
+    mu = HeatOperator().eigenvalues(height, width).numpy()
+    white = torch.randn(200, 1, height, width, generator=generator(2), dtype=torch.float64).numpy()
+    x = torch.from_numpy(pixels(white * (0.05 + mu) ** -power))
+    x = 0.3 * x / x.std()
+    grey = x.mean((-2, -1))
+    process, target = make(), Clean()
+    spectrum = fitted(x, grey)
+    assert target.settle(process, spectrum, (height, width)) == {"preconditioning": expected}
+    assert target.preconditioning == expected
+    for chosen in ("scalar", "wiener", "none"):
+        assert Clean(chosen).settle(process, spectrum, (height, width)) == {"preconditioning": chosen}
+
+
+def test_auto_preconditioning_without_a_spectrum_to_follow() -> None:
+    """Constant noise takes the filter whatever the data; the pixel operator has one eigenvalue, so nothing to tell."""
+    steep = DataSpectrum(0.3)
+    steep.log_factor += torch.linspace(8, -8, KNOTS + 1)
+    assert Clean().settle(InverseHeat(), DataSpectrum(0.3), (8, 8)) == {"preconditioning": "wiener"}
+    assert Clean().settle(VP(), steep, (8, 8)) == {"preconditioning": "scalar"}
+    assert Noise().settle(VP(), steep, (8, 8)) == {}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from shell import FAST, SMALL, call, checkpoint, files, run, settings
+from shell import FAST, SMALL, call, checkpoint, files, run, settings, spawn
 
 from dpm_scales.training import sweep
 
@@ -54,7 +54,7 @@ def test_six_runs_end_in_six_folders_and_one_table(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_joblib_runs_them_side_by_side_with_the_same_results(tmp_path: Path) -> None:
     two = ("process=vp,ve", "trainer.max_steps=4")
-    one_by_one = run("train.py", "-m", *SMALL, *two, "run_dir=one", cwd=tmp_path)
+    one_by_one = call("train.py", "-m", *SMALL, *two, "run_dir=one", cwd=tmp_path)
     joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     together = run("train.py", "-m", *SMALL, *two, *joblib, "run_dir=two", cwd=tmp_path)
     assert one_by_one.status == 0 and together.status == 0, together.err
@@ -63,6 +63,35 @@ def test_joblib_runs_them_side_by_side_with_the_same_results(tmp_path: Path) -> 
     assert [[row[n] for n in names] for row in rows(tmp_path / "one")] == [
         [row[n] for n in names] for row in rows(tmp_path / "two")
     ]
+
+
+@pytest.mark.slow
+def test_sweep_that_is_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """kill -9 in its second run: the first is not repeated, the second resumes, the third starts."""
+    run_options = (*SMALL, "trainer.max_steps=40", "trainer.val_check_interval=40", "checkpoint.every_n_steps=2")
+    options = (*run_options, "seed=1,2,3", "run_dir=sweep")
+    root = tmp_path / "sweep"
+    with spawn("train.py", "-m", *options, cwd=tmp_path) as sweep:
+        until = time.monotonic() + 200
+        while len(list(root.glob("*/checkpoints/last.ckpt"))) < 2 and sweep.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        sweep.kill()
+        sweep.communicate()
+    assert sweep.returncode == -9
+    (finished,) = folders(root)
+    (stopped,) = (path.parents[1] for path in root.glob("*/checkpoints/last.ckpt") if path.parents[1] != finished)
+    before, steps = files(finished), checkpoint(stopped)["global_step"]
+    assert 2 <= steps < 40 and len(rows(root)) == 1
+    again = call("train.py", "-m", *options, cwd=tmp_path)
+    assert again.status == 0, again.err
+    assert again.out.count("is finished (40 steps)") == 1 and again.out.count(", resuming ") == 1
+    assert f"{stopped.name}: " in next(line for line in again.out.splitlines() if ", resuming " in line)
+    assert files(finished) == before | {".lock": files(finished)[".lock"]}
+    assert {settings(folder)["seed"] for folder in folders(root)} == {1, 2, 3} and len(rows(root)) == 3
+    one = tmp_path / "one"  # undisturbed
+    assert call("train.py", *run_options, "seed=2", f"run_dir={one}", cwd=tmp_path).status == 0
+    assert settings(stopped)["seed"] == 2 and files(stopped / "model") == files(one / "model")
 
 
 def test_failing_job_leaves_the_others_results(tmp_path: Path) -> None:

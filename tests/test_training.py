@@ -18,9 +18,10 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError
 from dpm_scales.images import load_image, make_grid, to_range, to_uint8
 from dpm_scales.noise import NoiseSource
+from dpm_scales.scale_sampling import spread_evenly, uniform_scales
 from dpm_scales.training import load_model
 from dpm_scales.training.callbacks import WeightAverage
-from dpm_scales.training.module import BANDS, DiffusionModule, _step_seed, stratified_scales
+from dpm_scales.training.module import BANDS, VALIDATION, DiffusionModule, _step_seed
 
 
 @pytest.fixture
@@ -176,8 +177,9 @@ def test_too_many_nan_in_a_row_end_the_run(number: int, tmp_path: Path, monkeypa
 
 def test_stratified_scales() -> None:
     """Each k / num_scales is as likely as any other, and every batch spreads over all of them."""
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([stratified_scales(16, 10, torch.device("cpu"), generator) for _ in range(4000)])
+    offsets = torch.rand(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    evens = [spread_evenly(torch.arange(16), 16, offset) for offset in offsets.tolist()]
+    draws = torch.stack([uniform_scales(even, 10) for even in evens])
     k = (draws * 10).round()
     assert torch.allclose(draws * 10, k, atol=1e-12) and (int(k.min()), int(k.max())) == (1, 10)
     shares = torch.bincount(k.long().flatten(), minlength=11)[1:] / k.numel()
@@ -187,7 +189,7 @@ def test_stratified_scales() -> None:
 
 
 def test_stratified_scales_of_a_long_chain() -> None:
-    t = stratified_scales(4, 1000, torch.device("cpu"), torch.Generator().manual_seed(1))
+    t = uniform_scales(spread_evenly(torch.arange(4), 4, 0.7), 1000)
     steps = t.diff()
     assert torch.allclose(steps, torch.full_like(steps, 0.25), atol=1e-3)
     assert t.min() > 0 and t.max() <= 1
@@ -207,10 +209,11 @@ def test_validation_loss_per_band_by_hand(tmp_path: Path) -> None:
     for index, (images, _) in enumerate(data.val_dataloader()):
         if index == 2:  # limit_val_batches
             break
-        generator = torch.Generator().manual_seed(_step_seed(1, 0, index))
-        t = stratified_scales(16, 1000, torch.device("cpu"), generator)
+        noise = NoiseSource(_step_seed(0, VALIDATION, 0), 16, index * 16)
+        even = spread_evenly(torch.arange(16), 16, _step_seed(0, VALIDATION, index + 1) / 2**63)
+        t = uniform_scales(even, 1000)
         with torch.no_grad():
-            losses = model.denoiser.loss(to_range(images, (-1, 1)), t, None, generator)
+            losses = model.denoiser.loss(to_range(images, (-1, 1)), t, None, noise)
         for scale, loss in zip(t.tolist(), losses.tolist(), strict=True):
             bands[math.ceil(scale * BANDS) - 1].append(loss)
     (row,) = [row for row in table(run_dir) if row["val/loss"]]

@@ -20,6 +20,19 @@ from dpm_scales.training.run import run_name
 # --- labels, precision, compilation -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [("data=digits", "scalar"), ("data=photos", "wiener")],
+)
+def test_model_holds_what_was_chosen_by_the_datas_spectrum(data: str, expected: str, tmp_path: Path) -> None:
+    """Also in a run that goes on, whose options still say auto."""
+    options = (data, "process=blurring", "process.blur.blur_sigma_max=4", "trainer.limit_val_batches=1")
+    run_dir = train(tmp_path / "run", *options, "trainer.max_steps=2", "samples.num_images=1")
+    assert load_model(run_dir).recipe.parts["target"]["preconditioning"] == expected
+    train(run_dir, *options, "trainer.max_steps=3", "samples.num_images=1")
+    assert load_model(run_dir).recipe.parts["target"]["preconditioning"] == expected
+
+
 def test_labels_reach_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor | None] = []
     embed = UNet._embed

@@ -6,6 +6,7 @@ from dpm_scales.data.base import ImageDataset, ImageSource, TensorImages
 from dpm_scales.data.builders import array_data, bsds500_data, digits_data, folder_data, photos_data, torchvision_data
 from dpm_scales.data.datamodule import ImageDataModule
 from dpm_scales.data.downloads import TorchvisionSource
+from dpm_scales.data.files import listed
 from dpm_scales.data.folder import BSDS500, FileImages, ImageFolder
 from dpm_scales.data.sampler import ShuffledBatches
 from dpm_scales.data.sources import ArraySource, Digits, Photos
@@ -27,6 +28,7 @@ __all__ = [
     "bsds500_data",
     "digits_data",
     "folder_data",
+    "listed",
     "photos_data",
     "torchvision_data",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -107,6 +108,7 @@ class ImageDataModule(pl.LightningDataModule):
             collate_fn=collate,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_ignore_interrupts,
         )
         loader.read_state, loader.write_state = self.state_dict, self.load_state_dict
         return loader
@@ -123,6 +125,7 @@ class ImageDataModule(pl.LightningDataModule):
             collate_fn=collate,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_ignore_interrupts,
         )
 
     def set_start_batch(self, number: int) -> None:
@@ -185,6 +188,11 @@ class ImageDataModule(pl.LightningDataModule):
             "world_size": self._world_size(),
             "num_images": len(self.train_set),
         }
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the training process ends the others, after its last step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class TrainLoader(DataLoader[Any]):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import lzma
 import os
+import stat
+import struct
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -22,16 +26,33 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", "
 MAX_MEMBER_BYTES = 256 * 2**20
 """Largest unpacked image that a zip archive may hold."""
 
+HARMLESS_BYTES, MAX_RATIO = 2**20, 200
+"""An unpacked image above the first may be at most so many times as large as packed: zip bombs are 1000 times."""
+
+ARCHIVE_ERRORS = (OSError, EOFError, ValueError, LookupError, RuntimeError, NotImplementedError, MemoryError) + (
+    *(TypeError, OverflowError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, zipfile.LargeZipFile),
+)
+"""What zipfile raises for damaged archives and members: checksum, password, compression, and its own stumbles."""
+
+LISTED = 10
+"""Number of bad files that a message names."""
+
 _EXIF_ORIENTATION = 274
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
 class ImageStore(ABC):
-    """Image files under one root; names are relative, with slashes, sorted. Workers get a copy by pickling."""
+    """Image files under one root; names are relative, with slashes, sorted. Workers get a copy by pickling.
+
+    Attributes:
+        names: of the files.
+        folders: of the folders, also those without images.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.names: list[str] = []
+        self.folders: list[str] = []
 
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
@@ -54,12 +75,16 @@ class FolderStore(ImageStore):
                 subfolders.clear()
                 continue
             seen.add(real)
+            self.folders += [Path(folder, name).relative_to(root).as_posix() for name in sorted(subfolders)]
             names = [Path(folder, name).relative_to(root).as_posix() for name in files]
             self.names += [name for name in names if _is_image_name(name)]
         self.names.sort()
 
     def open(self, name: str) -> BinaryIO:
-        return (self.root / name).open("rb")
+        path = self.root / name
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for somebody to fill it
+            raise OSError("not a regular file")
+        return path.open("rb")
 
 
 class ZipStore(ImageStore):
@@ -77,20 +102,31 @@ class ZipStore(ImageStore):
             path = PurePosixPath(member.filename.replace("\\", "/"))
             unsafe = path.is_absolute() or ".." in path.parts or ":" in path.parts[0] if path.parts else True
             require(not unsafe, f"{root}: unsafe member path {member.filename!r}; make the archive anew")
+            self.folders += [str(folder) for folder in path.parents if folder.parts]
+            if member.is_dir():
+                self.folders.append(path.as_posix())
             if member.is_dir() or not _is_image_name(member.filename):
                 continue
             require(
                 member.file_size <= MAX_MEMBER_BYTES,
                 f"{root}: {member.filename} unpacks to {member.file_size} bytes; allowed are {MAX_MEMBER_BYTES}",
             )
+            require(
+                member.file_size <= max(HARMLESS_BYTES, MAX_RATIO * member.compress_size),
+                f"{root}: {member.filename} unpacks to {member.file_size} bytes from {member.compress_size}, as no "
+                f"image does; allowed are {MAX_RATIO} times",
+            )
             self.names.append(member.filename)
         self.names.sort()
+        self.folders = sorted(set(self.folders))
 
     def open(self, name: str) -> BinaryIO:
         try:
             return io.BytesIO(self._open_archive().read(name))
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # checksum, password, compression
-            raise OSError(str(error)) from error
+        except UserError:
+            raise
+        except ARCHIVE_ERRORS as error:
+            raise OSError(str(error) or type(error).__name__) from error
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_archive": None, "_pid": -1}
@@ -99,7 +135,7 @@ class ZipStore(ImageStore):
         if self._archive is None or self._pid != os.getpid():  # a forked handle shares its file position
             try:
                 self._archive = zipfile.ZipFile(self.root)
-            except (OSError, zipfile.BadZipFile) as error:
+            except ARCHIVE_ERRORS as error:
                 raise UserError(f"{self.root}: not a readable zip archive ({error})") from error
             self._pid = os.getpid()
         return self._archive
@@ -137,7 +173,7 @@ def inspect_images(
                     images.load_image(file, name=name)
                 return size
         except images.DECODING_ERRORS as error:
-            return str(error)
+            return str(error) or type(error).__name__
 
     sizes: dict[str, tuple[int, int]] = {}
     bad: dict[str, str] = {}
@@ -156,10 +192,18 @@ def _read_header(file: BinaryIO) -> tuple[tuple[int, int], bool]:
         width, height = picture.size
         # asked for EXIF data that it has not met yet, Pillow decodes a whole PNG file
         skip = picture.format == "PNG" and "exif" not in picture.info
+        # of a TIFF file it tells the upright size already
+        skip |= picture.format == "TIFF"
         turned = not skip and picture.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
         mark = _END_MARKS.get(picture.format or "", b"")
         file.seek(-min(16, file.seek(0, io.SEEK_END)), io.SEEK_END)
         return (width, height) if turned else (height, width), mark in file.read()
+
+
+def listed(names: Collection[str]) -> str:
+    """The first names of many, for a message."""
+    first = ", ".join(name for name, _ in zip(names, range(LISTED), strict=False))
+    return first + (", ..." if len(names) > LISTED else "")
 
 
 def _is_image_name(name: str) -> bool:

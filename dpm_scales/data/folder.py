@@ -13,14 +13,12 @@ from torch import Tensor
 
 from dpm_scales import images
 from dpm_scales.data.base import NO_LABEL, ImageDataset, ImageSource, maybe_flip, size_pair, split_indices
-from dpm_scales.data.files import ImageStore, inspect_images, open_store
+from dpm_scales.data.files import LISTED, ImageStore, inspect_images, listed, open_store
 from dpm_scales.errors import UserError, require, suggest
 
 RESIZE_MODES = ("none", "resize", "crop", "resize_crop")
 SPLITS = ("auto", "folder", "fraction")
 VAL_FOLDERS = ("val", "valid", "validation", "test")
-LISTED = 10
-"""Number of bad files that a warning names."""
 
 
 class UnreadableImageError(UserError):
@@ -86,11 +84,7 @@ def _crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator | None)
 
 
 class FileImages(ImageDataset):
-    """Some files of a store. An unreadable one is replaced by the next readable one, or raises, as `on_error` says.
-
-    Attributes:
-        unreadable: names that could not be read so far, in this process.
-    """
+    """Some files of a store. An unreadable one is replaced by the next readable one, or raises, as `on_error` says."""
 
     def __init__(
         self, store: ImageStore, names: Sequence[str], labels: Sequence[int] | None, view: View, on_error: str
@@ -100,7 +94,13 @@ class FileImages(ImageDataset):
         self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         self.view = view
         self.on_error = on_error
-        self.unreadable: set[str] = set()
+        # in shared memory: what a loader's worker finds, all others and the training process know
+        self._bad = torch.zeros(len(self.names), dtype=torch.uint8).share_memory_()
+
+    @property
+    def unreadable(self) -> set[str]:
+        """Names that could not be read so far, in this process and in its loaders' workers."""
+        return {self.names[place] for place in self._bad.nonzero().flatten().tolist()}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -108,9 +108,9 @@ class FileImages(ImageDataset):
     def get(self, index: int, rng: np.random.Generator | None) -> tuple[Tensor, int]:
         for offset in range(len(self)):
             place = (index + offset) % len(self)
-            name = self.names[place]
-            if name in self.unreadable:
+            if self._bad[place]:
                 continue
+            name = self.names[place]
             try:
                 with self.store.open(name) as file:
                     image = images.load_image(file, self.view.channels, name=self.store.describe(name))
@@ -119,8 +119,10 @@ class FileImages(ImageDataset):
                 reason = str(error) if name in str(error) else f"{self.store.describe(name)}: {error}"
                 if self.on_error == "raise":
                     raise UnreadableImageError(reason) from error
-                self.unreadable.add(name)
-                warnings.warn(f"another image stands in for an unreadable one ({reason})", stacklevel=2)
+                self._bad[place] = 1
+                if (number := int(self._bad.count_nonzero())) <= LISTED:
+                    more = "; more are only counted" if number == LISTED else ""
+                    warnings.warn(f"another image stands in for an unreadable one ({reason}){more}", stacklevel=2)
         raise UnreadableImageError(f"{self.store.root}: none of its {len(self)} images can be read")
 
 
@@ -139,12 +141,17 @@ class ImageFolder(ImageSource):
         split: "folder" trains on `train/` and validates on `val/` (or valid, validation, test); "fraction" draws
             `val_fraction` of the images with `split_seed`; "auto" takes the folders if both are there.
         labels: "folder" numbers the folders (below train/ and val/) in alphabetical order; "none".
-        on_error: "skip" leaves unreadable images out with a warning, "raise" stops at the first.
+        on_error: "skip" leaves unreadable images out, and classes without one, with a warning; "raise" stops at the
+            first.
         verify: what is read of each image at the start: "headers" (and the last bytes), "full", or "none", which needs
             image_size.
 
+    Attributes:
+        left_out: the images that were unreadable at the start, and why.
+
     Raises:
-        UserError: nothing to read, sizes that do not fit, an unreadable image with on_error="raise".
+        UserError: nothing to read, sizes that do not fit, an unreadable image or a class without images with
+            on_error="raise".
     """
 
     def __init__(
@@ -181,6 +188,7 @@ class ImageFolder(ImageSource):
         parts = _split_names(self.store, split, val_fraction, split_seed)
         require(verify != "none" or size is not None, "verify=none needs image_size, for example image_size=64")
         self.sizes: dict[str, tuple[int, int]] = {}
+        self.left_out: dict[str, str] = {}
         if verify != "none":
             self.sizes = self._inspect([*parts[0], *parts[1]], on_error, full=verify == "full")
             parts = tuple([name for name in part if name in self.sizes] for part in parts)
@@ -190,6 +198,11 @@ class ImageFolder(ImageSource):
         if classes is not None:
             self.class_names = tuple(sorted(set(classes.values())))
             self.num_classes = len(self.class_names)
+            empty = sorted(_class_folders(self.store) - set(self.class_names))
+            message = f"{root}: {len(empty)} class folders hold no readable image: {listed(empty)}"
+            require(not empty or on_error == "skip", f"{message}; fill or remove them, or set on_error=skip")
+            if empty:
+                warnings.warn(f"{message}; they are no classes", stacklevel=2)
         train_view = View(channels, self.image_size, mode, random_crop, random_flip, rotate_portrait)
         val_view = View(channels, self.image_size, mode, rotate_portrait=rotate_portrait)
         self._train, self._val = (
@@ -217,8 +230,9 @@ class ImageFolder(ImageSource):
             raise UserError(f"{self.store.describe(name)}: {reason}; repair or remove it, or set on_error=skip")
         require(bool(sizes), f"{self.store.root}: none of its {len(names)} images can be read")
         if bad:
-            listed = ", ".join(list(bad)[:LISTED]) + (", ..." if len(bad) > LISTED else "")
-            warnings.warn(f"{self.store.root}: {len(bad)} unreadable images are left out: {listed}", stacklevel=4)
+            self.left_out = bad
+            message = f"{self.store.root}: {len(bad)} unreadable images are left out: {listed(bad)}"
+            warnings.warn(message, stacklevel=4)
         if self.rotate_portrait:
             return {name: (min(size), max(size)) for name, size in sizes.items()}
         return sizes
@@ -318,6 +332,27 @@ def _class_of_names(names: Sequence[str], store: ImageStore) -> dict[str, str]:
         folders = parts[1:-1] if parts[0] in ("train", *VAL_FOLDERS) else parts[:-1]
         require(bool(folders), f"{store.describe(name)}: lies in no class folder; sort it into one or set labels=none")
         classes[name] = folders[0]
+    return classes
+
+
+def _class_folders(store: ImageStore) -> set[str]:
+    """Names of all folders that are at the place of a class, with images or without."""
+    inner = _inner_parts(store.names)
+    shell = len(PurePosixPath(store.names[0]).parts) - len(inner[store.names[0]])
+    prefix = PurePosixPath(store.names[0]).parts[:shell]
+    tops = {parts[0] for parts in inner.values()}
+    divided = tops <= {"train", *VAL_FOLDERS}
+    classes = set()
+    for folder in store.folders:
+        parts = PurePosixPath(folder).parts
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+        if hidden or parts[:shell] != prefix:
+            continue
+        rest = parts[shell:]
+        if divided and rest:
+            rest = rest[1:] if rest[0] in tops else ()
+        if rest:
+            classes.add(rest[0])
     return classes
 
 

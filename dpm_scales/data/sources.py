@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -150,5 +149,6 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             return content["images"], content["labels"] if "labels" in keys else None
     except UserError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a readable .npy or .npz file without pickled objects ({error})") from error
+    except Exception as error:  # NumPy parses headers as Python code: it raises nearly anything for a damaged one
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: not a readable .npy or .npz file without pickled objects ({reason})") from error

@@ -2,6 +2,8 @@
 
 from dpm_scales.metrics.distances import FeatureStatistics, KernelDistance, frechet_distance, kernel_distance
 from dpm_scales.metrics.features import EffLite0Features, FeatureNetwork, InceptionFeatures, pick_features
+from dpm_scales.metrics.figures import MEASURES, FeatureSet, Measure, compare, gather
+from dpm_scales.metrics.overlap import Manifolds, manifolds
 from dpm_scales.metrics.scale_space import (
     average_grey,
     entropy_increments,
@@ -12,16 +14,23 @@ from dpm_scales.metrics.scale_space import (
 )
 
 __all__ = [
+    "MEASURES",
     "EffLite0Features",
     "FeatureNetwork",
+    "FeatureSet",
     "FeatureStatistics",
     "InceptionFeatures",
     "KernelDistance",
+    "Manifolds",
+    "Measure",
     "average_grey",
+    "compare",
     "entropy_increments",
     "frechet_distance",
+    "gather",
     "image_variance",
     "kernel_distance",
+    "manifolds",
     "pick_features",
     "relative_entropy",
     "reverse_entropy_bounds",

@@ -45,15 +45,29 @@ class FeatureStatistics:
         self._factor: Array = np.zeros((0, 0))
         self._waiting: list[Array] = []
 
+    @staticmethod
+    def of(number: int, mean: Array | Tensor, root: Array | Tensor) -> FeatureStatistics:
+        """Statistics from their three values, number >= 2, mean (d,) and root (r, d), as the attributes give them.
+
+        Raises: ValueError for shapes that do not fit, or values that are not finite.
+        """
+        middle, factor = feature_rows(mean[None])[0], feature_rows(root)
+        if number < 2 or middle.shape != factor.shape[1:]:
+            raise ValueError(f"no statistics: number {number}, mean {middle.shape}, root {factor.shape}")
+        statistics = FeatureStatistics()
+        statistics._number, statistics._mean = number, middle
+        statistics._factor = factor * np.sqrt(number - 1)
+        return statistics
+
     def update(self, features: Array | Tensor) -> FeatureStatistics:
         """Take in features (n, d), n >= 0, of any float dtype; returns itself.
 
         Raises: ValueError for another shape, another d than before, or values that are not finite.
         """
-        rows = _rows(features)
+        rows = feature_rows(features)
         if self.number == 0 and not self._waiting:
             self._mean, self._factor = np.zeros(rows.shape[1]), np.zeros((0, rows.shape[1]))
-        _check_same_dimension(rows.shape[1], self.dim)
+        check_same_dimension(rows.shape[1], self.dim)
         self._waiting.append(rows)
         if sum(map(len, self._waiting)) >= max(FOLD_ROWS, self.dim):
             self._fold()
@@ -121,7 +135,7 @@ def frechet_distance(a: Array | Tensor | FeatureStatistics, b: Array | Tensor | 
         ValueError: features of another shape or of two dimensions, or not finite.
     """
     first, second = (x if isinstance(x, FeatureStatistics) else FeatureStatistics().update(x) for x in (a, b))
-    _check_same_dimension(first.dim, second.dim)
+    check_same_dimension(first.dim, second.dim)
     roots = first.root, second.root
     cross = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
     traces = sum(float((root**2).sum()) for root in roots)
@@ -159,8 +173,8 @@ def kernel_distance(
     """
     require_number("subsets", subsets, 1, whole=True)
     require_number("subset_size", subset_size, 2, whole=True)
-    first, second = _rows(a), _rows(b)
-    _check_same_dimension(first.shape[1], second.shape[1])
+    first, second = feature_rows(a), feature_rows(b)
+    check_same_dimension(first.shape[1], second.shape[1])
     number_a, number_b = len(first), len(second)
     size = min(number_a, number_b, subset_size)
     if size < 2:
@@ -195,8 +209,11 @@ def _kernel(x: Array, y: Array) -> Array:
     return np.asarray(base * base * base)
 
 
-def _rows(features: Array | Tensor) -> Array:
-    """A copy of features as float64 (n, d) in the memory of the host."""
+def feature_rows(features: Array | Tensor) -> Array:
+    """A copy of features as float64 (n, d) in the memory of the host.
+
+    Raises: ValueError for another shape, or values that are not finite.
+    """
     values = features.detach().cpu().double().numpy() if isinstance(features, Tensor) else features
     rows = np.array(values, dtype=np.float64)
     if rows.ndim != 2 or rows.shape[1] == 0:
@@ -206,6 +223,7 @@ def _rows(features: Array | Tensor) -> Array:
     return rows
 
 
-def _check_same_dimension(first: int, second: int) -> None:
+def check_same_dimension(first: int, second: int) -> None:
+    """Raises: ValueError unless two sets have features of one dimension."""
     if first != second:
         raise ValueError(f"expected features of one dimension, got {first} and {second}")

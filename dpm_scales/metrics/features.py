@@ -88,6 +88,11 @@ class FeatureNetwork(nn.Module, ABC):
         pixels = functional.interpolate(images.float(), size=size, mode="bicubic", antialias=True)
         return pixels.clamp(0, 255).expand(-1, 3, -1, -1)
 
+    @property
+    def resizing(self) -> str:
+        """What `stretch` does, in words; figures compare only where it is the same."""
+        return f"bicubic with antialiasing to {self.input_side} x {self.input_side}, floating point"
+
     def train(self, mode: bool = True) -> FeatureNetwork:
         """Stays in evaluation mode, also as a part of a model that is trained: its batch norms must not drift."""
         return super().train(False)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_scales.errors import UserError, is_whole, require
+from dpm_scales.noise import Randomness
 from dpm_scales.operators import Decay, Operator, SpectralFunction, batch_view
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule, is_number
 
@@ -103,7 +104,7 @@ class Process(nn.Module):
 
     # --- context and operator -----------------------------------------------------------------------------------------
 
-    def context(self, x_0: Tensor, generator: torch.Generator | None = None) -> Context:
+    def context(self, x_0: Tensor, generator: Randomness = None) -> Context:
         """What a sample carries besides its pixels, drawn once per sample; None where there is nothing."""
         return None
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.noise import Randomness, white_noise
 from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator, SpectralFunction, chebyshev_degree, heat_blur
 from dpm_scales.processes.law import Context, Process
 from dpm_scales.schedules import (
@@ -116,9 +117,9 @@ class Osmosis(Process):
         """Raises UserError where no degree is enough."""
         return chebyshev_degree(functions, self.tolerance)
 
-    def context(self, x_0: Tensor, generator: torch.Generator | None = None) -> Context:
+    def context(self, x_0: Tensor, generator: Randomness = None) -> Context:
         """A guidance image around each image's mean grey value: ``(B, C, H, W)``."""
-        white = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
+        white = white_noise(x_0, generator)
         relief = self.relief(x_0)
         if relief is not None and self.guidance_image == "other":
             relief = relief.roll(1, 0)

@@ -8,6 +8,7 @@ r"""One loop over pairs of scales (t, s), from 1 to 0, for every process.
 | DDIM(eta) | gamma_s sqrt(1 - eta^2 tau) / gamma_t | eta gamma_s sqrt(tau) | Song et al. 2021, Eq. (16) |
 | Heun | gamma_s / gamma_t, then a second evaluation at s | 0 | Karras et al. 2022, Algorithm 1 |
 | DPMSolver | as DDIM, with m_s extrapolated from the last two estimates | as DDIM | Lu et al. 2022, DPM-Solver++(2M) |
+| UniPC | as DPMSolver at eta 0, and each step repeated with the estimate at its end | 0 | Zhao et al. 2023 |
 | Dissipation | 0 | delta | Rissanen et al. 2023, Algorithm 2 |
 | Cold | 1 | 0 | Bansal et al. 2022, Algorithm 2 |
 
@@ -18,9 +19,9 @@ from __future__ import annotations
 
 from dpm_scales.operators import PixelOperator
 from dpm_scales.processes import Process
-from dpm_scales.samplers.grids import GRIDS, karras_grid, logsnr_grid, uniform_grid
+from dpm_scales.samplers.grids import GRIDS, karras_grid, logsnr_grid, quadratic_grid, uniform_grid
 from dpm_scales.samplers.loop import OnStep, Sampler
-from dpm_scales.samplers.multistep import DPMSolver
+from dpm_scales.samplers.multistep import DPMSolver, UniPC
 from dpm_scales.samplers.one_step import DDIM, Ancestral, Cold, Dissipation, Heun
 
 __all__ = [
@@ -33,9 +34,11 @@ __all__ = [
     "Heun",
     "OnStep",
     "Sampler",
+    "UniPC",
     "auto_sampler",
     "karras_grid",
     "logsnr_grid",
+    "quadratic_grid",
     "uniform_grid",
 ]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from dpm_scales.errors import UserError
 from dpm_scales.processes import Process
 
-GRIDS = ("uniform", "karras", "logsnr")
+GRIDS = ("uniform", "quadratic", "karras", "logsnr")
 
 
 def tables_of(process: Process) -> torch.device | None:
@@ -20,6 +22,16 @@ def uniform_grid(process: Process, steps: int, device: torch.device | str | None
     """``steps + 1`` scales from 1 to 0, equally spaced, each a multiple of 1 / num_scales; float64."""
     k = torch.linspace(process.num_scales, 0, steps + 1, dtype=torch.float64, device=device)
     return k.round() / process.num_scales
+
+
+def quadratic_grid(process: Process, steps: int, device: torch.device | str | None = None) -> Tensor:
+    """sqrt(k - 1) equally spaced from t = 1 to k = 1, then 0: more of the steps near the image.
+
+    (Song et al. 2021, DDIM, App. D.2, who count the scales from 0 and take tau_i = c i^2.)
+    """
+    full = torch.linspace(1, 0, steps, dtype=torch.float64, device=device)
+    ts = (1 + (process.num_scales - 1) * full**2) / process.num_scales
+    return torch.cat([ts, torch.zeros_like(ts[:1])])
 
 
 def karras_grid(process: Process, steps: int, rho: float = 7.0, device: torch.device | str | None = None) -> Tensor:
@@ -47,7 +59,7 @@ def _progress(like: Tensor, steps: int) -> Tensor:
     return full if steps > 1 else torch.zeros_like(full)
 
 
-def _level(process: Process, t: Tensor) -> Tensor:
+def noise_level(process: Process, t: Tensor) -> Tensor:
     """gamma / lambda of the eigenvalue 0."""
     mu = torch.zeros((), dtype=torch.float64, device=t.device)
     return torch.exp(-0.5 * process.log_snr(t, mu)).reshape(t.shape)
@@ -56,7 +68,7 @@ def _level(process: Process, t: Tensor) -> Tensor:
 def _ends(process: Process, name: str) -> tuple[Tensor, Tensor]:
     """gamma / lambda at k = 1 and at t = 1."""
     ends = torch.tensor([1 / process.num_scales, 1.0], dtype=torch.float64, device=tables_of(process))
-    smallest, largest = _level(process, ends)
+    smallest, largest = noise_level(process, ends)
     if not bool(largest > smallest * (1 + 1e-6)) or not bool(torch.isfinite(largest)):
         raise UserError(
             f"the {name} grid needs noise that grows with t, and that of {type(process).__name__} does not; "
@@ -67,12 +79,16 @@ def _ends(process: Process, name: str) -> tuple[Tensor, Tensor]:
 
 def _at_levels(process: Process, wanted: Tensor, device: torch.device | str | None) -> Tensor:
     """The scales of these levels, the first 1, and 0 at the end."""
-    low = torch.full_like(wanted, 1 / process.num_scales)
-    high = torch.ones_like(low)
-    for _ in range(60):  # bisection: to the last bit of a float64
-        middle = (low + high) / 2
-        above = _level(process, middle) > wanted
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    ts = (low + high) / 2
+    ts = scales_at(lambda t: noise_level(process, t), wanted, 1 / process.num_scales)
     ts[0] = 1.0
     return torch.cat([ts, torch.zeros_like(ts[:1])]).to(device)
+
+
+def scales_at(level: Callable[[Tensor], Tensor], wanted: Tensor, smallest: float) -> Tensor:
+    """The t in [smallest, 1] at which a level that grows with t is what is wanted; the nearer end where none is."""
+    low, high = torch.full_like(wanted, smallest), torch.ones_like(wanted)
+    for _ in range(60):  # bisection: to the last bit of a float64
+        middle = (low + high) / 2
+        above = level(middle) > wanted
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return (low + high) / 2

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,11 +14,28 @@ from dpm_scales.errors import UserError, is_whole, require, suggest
 from dpm_scales.noise import NoiseSource
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Context, Process
-from dpm_scales.samplers.grids import GRIDS, karras_grid, logsnr_grid, tables_of, uniform_grid
+from dpm_scales.samplers.grids import (
+    GRIDS,
+    karras_grid,
+    logsnr_grid,
+    quadratic_grid,
+    tables_of,
+    uniform_grid,
+)
 from dpm_scales.schedules import require_positive
 from dpm_scales.targets import FinerScale
 
 OnStep = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Past:
+    """A finished step: y at t, from where it started, and m = lambda_s y_0-hat, by the estimate at t."""
+
+    t: Tensor
+    s: Tensor
+    y: Tensor
+    m: Tensor
 
 
 class Sampler:
@@ -25,12 +43,14 @@ class Sampler:
 
     Args:
         steps: number of steps, at most the process's num_scales; None for all of them.
-        grid: "uniform" in t, "karras" (EDM's, in the noise level) or "logsnr" (uniform in it).
+        grid: "uniform" in t, "quadratic" (in its root), "karras" (EDM's, in the noise level), "logsnr" (uniform in it).
         rho: exponent of the karras grid.
     """
 
     #: may be used where the network knows only the next finer scale
     one_scale_at_a_time = True
+    #: number of finished steps that a step looks back on
+    memory = 0
 
     def __init__(self, steps: int | None = None, grid: str = "uniform", rho: float = 7.0) -> None:
         require(steps is None or is_whole(steps, 1), f"steps must be a whole number >= 1 or null, got {steps!r}")
@@ -50,6 +70,8 @@ class Sampler:
             return karras_grid(process, steps, self.rho, device)
         if self.grid == "logsnr":
             return logsnr_grid(process, steps, device)
+        if self.grid == "quadratic":
+            return quadratic_grid(process, steps, device)
         return uniform_grid(process, steps, device)
 
     def check(self, denoiser: Denoiser) -> None:
@@ -108,27 +130,60 @@ class Sampler:
         operator = denoiser.process.operator(context)
         if scales is None:
             scales = self.scales(denoiser.process, y.device)
-        last, before = len(scales) - 2, None
+        starts = self.starts(denoiser.process, scales)
+        last = len(scales) - 2
+        past: tuple[Past, ...] = ()
         for i in range(last + 1):
             t, s = scales[i], scales[i + 1]
+            if starts is not None:
+                y, t = self.raised(denoiser.process, y, t, starts[i], noise, context), starts[i]
             m = denoiser.clean(y, t, s, context, labels)
             if i < last:
-                estimate = m if before is None else self.continued(denoiser, m, before, scales[i - 1], t, s, context)
-                y, before = self.step(denoiser, y, estimate, t, s, noise, context, labels), m
+                y = self.corrected(denoiser, y, m, past, t, s, noise, context, labels)
+                estimate = self.continued(denoiser, m, past, t, s, last - i, context)
+                before = Past(t, s, y, m)
+                y = self.step(denoiser, y, estimate, t, s, noise, context, labels)
+                past = (before, *past)[: self.memory]
             else:
                 y = m
             if on_step is not None:
                 on_step(i, operator.to_pixels(y))
         return operator.to_pixels(y)
 
-    def continued(
-        self, denoiser: Denoiser, m: Tensor, before: Tensor, r: Tensor, t: Tensor, s: Tensor, context: Context
+    def starts(self, process: Process, scales: Tensor) -> Tensor | None:
+        """``(steps,)``: the coarser scale that each step goes to before it starts; None for none."""
+        return None
+
+    def raised(
+        self, process: Process, y: Tensor, t: Tensor, higher: Tensor, noise: NoiseSource, context: Context
     ) -> Tensor:
-        """What `step` takes for m_s, from the second step on.
+        """y at `higher` from y at t, for samplers that have `starts`."""
+        return y
+
+    def corrected(
+        self,
+        denoiser: Denoiser,
+        y: Tensor,
+        m: Tensor,
+        past: Sequence[Past],
+        t: Tensor,
+        s: Tensor,
+        noise: NoiseSource,
+        context: Context,
+        labels: Tensor | None,
+    ) -> Tensor:
+        """y at t once more, now that m_s is known from the estimate there."""
+        return y
+
+    def continued(
+        self, denoiser: Denoiser, m: Tensor, past: Sequence[Past], t: Tensor, s: Tensor, left: int, context: Context
+    ) -> Tensor:
+        """What `step` takes for m_s.
 
         Args:
             m: m_s by the estimate at t.
-            before: m_t by the estimate at r, the scale before t.
+            past: the last finished steps, the newest first, at most `memory`.
+            left: number of steps still to come after this one.
         """
         return m
 

@@ -1,67 +1,239 @@
-r"""DPM-Solver++(2M), and its stochastic variant, for any operator (Lu et al. 2022, Algorithm 2).
+r"""Multistep samplers for any operator: DPM-Solver++ (Lu et al. 2022) and UniPC (Zhao et al. 2023).
 
 With h = (l_s - l_t) / 2 the exact step of the probability-flow ODE is, for each eigenvalue,
 
     y_s = gamma_s / gamma_t y_t + lambda_s int exp(-(h - x)) y_0-hat(x) dx,      x from 0 to h in half the logSNR
 
-A DDIM step takes y_0-hat for constant. Here it is continued in a straight line through the last two estimates,
+A DDIM step takes y_0-hat for constant. Here it is continued by the polynomial through the last estimates. Let
+r_k = (l_k - l_t) / (2 h) be where the estimate k lies, in steps: r < 0 for those before, r = 1 for the one at the end.
+A DDIM step then takes, instead of m_s,
 
-    y_0-hat + h / (2 h') (y_0-hat - y_0-hat'),        h' the length of the step before.
+    m_s + sum_k c_k lambda_s (y_0-hat_k - y_0-hat),      sum_k c_k r_k^j = b_j = j! phi_{j+1}(-h) / phi_1(-h),
 
-h is a function of mu: under blur each frequency has its own logSNR, and its own h and h'. Where a step leaves less than
-a thousandth of a frequency, what the estimate before says of it is not brought back, and the step fades into DDIM's.
+with phi_1(z) = (exp(z) - 1) / z, phi_{j+1} = (phi_j - 1 / j!) / z; one estimate alone has b_1 = 1/2 (for both: Zhao et
+al. 2023, Eq. (8) with B(h) = exp(h) - 1, "bh2"; for the second order also Lu et al. 2022, Algorithm 2).
+
+h is a function of mu: under blur each frequency has its own logSNR, and its own h and r. Where the steps since an
+estimate leave less than a thousandth of a frequency, what it says of that is not brought back, and the order falls by
+one. Without blur lambda_s / lambda_t is one number, and the methods are the published ones.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dpm_scales.denoisers import Denoiser
+from dpm_scales.errors import is_whole, require
+from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import SpectralFunction
 from dpm_scales.processes import Context, Process, Step
 from dpm_scales.samplers.grids import tables_of
+from dpm_scales.samplers.loop import Past
 from dpm_scales.samplers.one_step import DDIM
 
 _FAINT = 1e-3
+_SHORTEST = 1e-12  # steps that a frequency does not notice
+_SERIES = 0.3  # below it phi by its series of `_TERMS` terms: the closed forms cancel
+_TERMS = 12
 
 
 class DPMSolver(DDIM):
-    """Second order with one evaluation a step.
+    """DPM-Solver++(2M), second order with one evaluation a step, and its stochastic variant.
 
     Args:
         eta: 0 for the probability-flow ODE, DPM-Solver++(2M); 1 for its SDE, SDE-DPM-Solver++(2M).
         steps: number of steps and of evaluations.
         grid, rho: as for `Sampler`; "logsnr" is the authors' own.
+        order: 2, or 1 for DPM-Solver++(1), which is `DDIM`.
     """
 
     one_scale_at_a_time = False
+    highest = 2
 
-    def __init__(self, eta: float = 0.0, steps: int | None = 20, grid: str = "logsnr", rho: float = 7.0) -> None:
+    def __init__(
+        self, eta: float = 0.0, steps: int | None = 20, grid: str = "logsnr", rho: float = 7.0, order: int = 2
+    ) -> None:
         super().__init__(eta, steps, grid, rho)
+        ok = is_whole(order, 1) and order <= self.highest
+        require(ok, f"order must be a whole number from 1 to {self.highest}, got {order!r}")
+        self.order = order
+        self.memory = order - 1
 
     def check(self, denoiser: Denoiser) -> None:
         super().check(denoiser)
-        scales = self.scales(denoiser.process, tables_of(denoiser.process))
-        if len(scales) > 3:
-            denoiser.process.resolve(*_weights(denoiser.process, scales[:-3], scales[1:-2], scales[2:-1]))
+        process = denoiser.process
+        for count in range(1, self.order):
+            _resolve(process, self.scales(process, tables_of(process)), count, end=False)
 
     def continued(
-        self, denoiser: Denoiser, m: Tensor, before: Tensor, r: Tensor, t: Tensor, s: Tensor, context: Context
+        self, denoiser: Denoiser, m: Tensor, past: Sequence[Past], t: Tensor, s: Tensor, left: int, context: Context
     ) -> Tensor:
-        """lambda_s of the continued estimate, from m = lambda_s y_0-hat and `before` = lambda_t y_0-hat'."""
-        own, past = _weights(denoiser.process, r, t, s)
-        return denoiser.process.operator(context).combine((own, m), (past, before))
+        used = past[: min(self.order, left + 1) - 1]
+        if not used:
+            return m
+        own, weights = _Continuation(denoiser.process, t, s, [p.t for p in used], [p.s for p in used]).weights()
+        terms = zip(weights, [p.m for p in used], strict=True)
+        return denoiser.process.operator(context).combine((own, m), *terms)
 
 
-def _weights(process: Process, r: Tensor, t: Tensor, s: Tensor) -> tuple[SpectralFunction, SpectralFunction]:
-    """Of m and of the estimate before, for the step from t to s after one from r to t."""
-    step, past = Step(process, s, t), Step(process, t, r)
+class UniPC(DPMSolver):
+    """UniPC: each estimate serves twice, to correct the step that led to it and to predict the next one.
 
-    def slope(mu: Tensor) -> Tensor:
-        h, h_before, rho = step.half_log_snr_gain(mu), past.half_log_snr_gain(mu), step.rho(mu)
-        usable = (h_before > 1e-12) & torch.isfinite(h) & torch.isfinite(h_before)
-        ratio = torch.where(usable, h, 0.0) / (2 * torch.where(usable, h_before, 1.0))
-        return ratio * rho**2 / (rho**2 + _FAINT**2)
+    The predictor of order 2 is DPM-Solver++(2M)'s; the corrector, which costs no evaluation, raises the order by one.
+    The probability-flow ODE only; the last steps fall back to what the scales left allow, as published.
 
-    return lambda mu: 1 + slope(mu), lambda mu: -slope(mu) / step.rho(mu).clamp(min=1e-30)
+    Args:
+        order: of the predictor, 1 to 3; the method is then of order 2 to 4 where nothing is faint.
+        steps: number of steps and of evaluations.
+        grid, rho: as for `Sampler`.
+    """
+
+    highest = 3
+
+    def __init__(self, order: int = 2, steps: int | None = 20, grid: str = "logsnr", rho: float = 7.0) -> None:
+        super().__init__(0.0, steps, grid, rho, order)
+        self.memory = order
+
+    def check(self, denoiser: Denoiser) -> None:
+        super().check(denoiser)
+        process = denoiser.process
+        for count in range(self.order):
+            _resolve(process, self.scales(process, tables_of(process)), count, end=True)
+
+    def corrected(
+        self,
+        denoiser: Denoiser,
+        y: Tensor,
+        m: Tensor,
+        past: Sequence[Past],
+        t: Tensor,
+        s: Tensor,
+        noise: NoiseSource,
+        context: Context,
+        labels: Tensor | None,
+    ) -> Tensor:
+        """The step that led to t once more, its polynomial now through the estimate at t as well."""
+        if not past:
+            return y
+        last, *older = past[: self.order]
+        process, further = denoiser.process, Step(denoiser.process, s, t)
+        line = _Continuation(process, last.t, t, [p.t for p in older], [p.s for p in older], end=True)
+        own, (*weights, ending) = line.weights()
+        terms = [(own, last.m), *zip(weights, [p.m for p in older], strict=True)]
+        terms.append((lambda mu: ending(mu) * further.rho(mu), m))
+        estimate = process.operator(context).combine(*terms)
+        return self.step(denoiser, last.y, estimate, last.t, t, noise, context, labels)
+
+
+@dataclass(frozen=True)
+class _Continuation:
+    """c_k for the step from t to s, as functions of mu.
+
+    Args:
+        knots: the scales of the estimates before, the newest first.
+        kept: the scales at which those are known: lambda(L) y_0-hat.
+        end: whether the estimate at s is known too, and its c the last one.
+    """
+
+    process: Process
+    t: Tensor
+    s: Tensor
+    knots: Sequence[Tensor]
+    kept: Sequence[Tensor]
+    end: bool = False
+    _last: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)
+
+    def weights(self) -> tuple[SpectralFunction, list[SpectralFunction]]:
+        """Of lambda_s y_0-hat, and of each further estimate where it is kept."""
+        shrink = [Step(self.process, self.s, kept).rho for kept in self.kept]
+
+        def of(k: int) -> SpectralFunction:
+            if k == len(shrink):
+                return lambda mu: self._at(mu)[k]
+            return lambda mu: self._at(mu)[k] / shrink[k](mu).clamp(min=1e-30)
+
+        return lambda mu: 1 - torch.stack(self._at(mu)).sum(0), [of(k) for k in range(len(shrink) + self.end)]
+
+    def _at(self, mu: Tensor) -> list[Tensor]:
+        """c_k, computed once where all weights are asked for the same mu, or nothing depends on it."""
+        if not self._last or (self._last[0][0] is not mu and self.process.blur is not None):
+            self._last[:] = [(mu, self._coefficients(mu))]
+        return self._last[0][1]
+
+    def _coefficients(self, mu: Tensor) -> list[Tensor]:
+        """c_k, those that are not trusted replaced by what a lower order gives."""
+        number = len(self.knots)
+        h = Step(self.process, self.s, self.t).half_log_snr_gain(mu)
+        noticed = (h > _SHORTEST) & torch.isfinite(h)
+        h = torch.where(noticed, h, 1.0)
+        asked = number + self.end
+        moments = [torch.full_like(h, 0.5)] if asked == 1 else _moments(h, asked)
+        ends = [torch.ones_like(h)] if self.end else []
+        found = [torch.zeros_like(h)] * number + [noticed * c for c in _lagrange(ends, moments)]
+        places: list[Tensor] = []
+        coarser, covered = self.t, torch.zeros_like(h)
+        for k in range(number):
+            length = Step(self.process, coarser, self.knots[k]).half_log_snr_gain(mu)
+            noticed = noticed & (length > _SHORTEST) & torch.isfinite(length)
+            coarser, covered = self.knots[k], covered + torch.where(noticed, length, 1.0)
+            places.append(-covered / h)
+            exact = _lagrange(places + ends, moments)
+            padded = exact[: k + 1] + [torch.zeros_like(h)] * (number - k - 1) + exact[k + 1 :]
+            trust = noticed.to(h.dtype)
+            if self.process.blur is not None:
+                left = Step(self.process, self.s, self.kept[k]).rho(mu)
+                trust = trust * left**2 / (left**2 + _FAINT**2)
+            found = [torch.lerp(low, high, trust) for low, high in zip(found, padded, strict=True)]
+        return found
+
+
+def _moments(h: Tensor, number: int) -> list[Tensor]:
+    """b_1, b_2, ... = j! phi_{j+1}(-h) / phi_1(-h)."""
+    small = h < _SERIES
+    near, far = torch.where(small, h, 0.0), torch.where(small, 1.0, h)
+    phi = -torch.expm1(-far) / far
+    first = torch.where(small, _series(near, 1), phi)
+    moments = []
+    for j in range(1, number + 1):
+        phi = (1 / math.factorial(j) - phi) / far
+        moments.append(math.factorial(j) * torch.where(small, _series(near, j + 1), phi) / first)
+    return moments
+
+
+def _series(h: Tensor, k: int) -> Tensor:
+    """phi_k(-h) = sum_m (-h)^m / (m + k)!"""
+    total = torch.zeros_like(h)
+    for m in reversed(range(_TERMS)):
+        total = total * -h + 1 / math.factorial(m + k)
+    return total
+
+
+def _lagrange(places: Sequence[Tensor], moments: Sequence[Tensor]) -> list[Tensor]:
+    """The c_k with sum_k c_k r_k^j = b_j: the moments of the polynomials that are 1 at r_k, 0 at 0 and the others."""
+    found = []
+    for k, place in enumerate(places):
+        polynomial, value = [torch.ones_like(place)], place
+        for i, other in enumerate(places):
+            if i != k:
+                shifted = [torch.zeros_like(place), *polynomial]
+                polynomial = [
+                    a - other * b for a, b in zip(shifted, [*polynomial, torch.zeros_like(place)], strict=True)
+                ]
+                value = value * (place - other)
+        found.append(sum((a * b for a, b in zip(polynomial, moments, strict=False)), torch.zeros_like(place)) / value)
+    return found
+
+
+def _resolve(process: Process, scales: Tensor, count: int, end: bool) -> None:
+    """Announce the weights of all steps that look back on `count` estimates; the last step of a grid is none."""
+    number = len(scales) - 2
+    if number > count:
+        at = [scales[count - k : number - k] for k in range(-1, count + 1)]  # s, t, and the scales before
+        s, t, *knots = at
+        own, weights = _Continuation(process, t, s, knots, at[1:-1], end).weights()
+        process.resolve(own, *weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.noise import NoiseSource
 from dpm_scales.processes import Context, Process, Step
-from dpm_scales.samplers.grids import tables_of
+from dpm_scales.samplers.grids import noise_level, scales_at, tables_of
 from dpm_scales.samplers.loop import Sampler
 from dpm_scales.schedules import is_number
 from dpm_scales.targets import MAX_DIVISION, steepest_blur
@@ -59,7 +60,7 @@ class Ancestral(DDIM):
 
 
 class Heun(DDIM):
-    """Second order on the probability-flow ODE: a DDIM step, then a correction with the clean image seen at its end.
+    r"""Second order on the probability-flow ODE: a DDIM step, then a correction with the clean image seen at its end.
 
     y_s += w(h) (m_s(y_s) - m_s(y_t)), h = (l_s - l_t) / 2, with 2 steps - 1 evaluations in all and
 
@@ -69,29 +70,96 @@ class Heun(DDIM):
     - variable=None: "noise" where nothing blurs, else "logsnr".
 
     Where scale s has no noise there is nothing left to correct in "noise", as in EDM's last step.
+
+    Churn (Karras et al. 2022, Algorithm 2) lets errors of earlier steps be forgotten: before each step the image is
+    made coarser again, and the step starts from there. Going from t to a coarser scale t_hat is what the forward
+    process does, and its Markov transition does it exactly: if y_t has the law of scale t, y_t_hat has that of t_hat,
+
+        y_t_hat = rho(L) y_t + s_noise beta(L) eps,   rho = lambda_t_hat / lambda_t,
+        beta^2 = gamma_t_hat^2 - rho^2 gamma_t^2      at every eigenvalue.
+
+    Under blur that blurs on, by exp(-mu (T_t_hat - T_t)), and adds the noise that the coarser scale has more, plus what
+    the blur took from the noise that was there. Where nothing blurs and a = 1 (VE), rho = 1 and
+    beta^2 = gamma_t_hat^2 - gamma_t^2: EDM's.
+
+    t_hat is where the level is (1 + min(s_churn / steps, sqrt(2) - 1)) times that of t, but at most t = 1, since the
+    process ends there. The level is gamma / lambda of the eigenvalue 0, EDM's sigma; where the noise is constant and
+    only blur tells the scales apart it is the blur's standard deviation in pixels.
+
+    Args:
+        s_churn: EDM's S_churn, >= 0; 0 for none, and nothing is drawn.
+        s_min, s_max: levels between which steps are churned; s_max null for no bound.
+        s_noise: factor of the noise that is added, published 1.003 to 1.007.
     """
 
     one_scale_at_a_time = False
     variables = ("noise", "logsnr")
 
     def __init__(
-        self, steps: int | None = 18, grid: str = "karras", rho: float = 7.0, variable: str | None = None
+        self,
+        steps: int | None = 18,
+        grid: str = "karras",
+        rho: float = 7.0,
+        variable: str | None = None,
+        s_churn: float = 0.0,
+        s_min: float = 0.0,
+        s_max: float | None = None,
+        s_noise: float = 1.0,
     ) -> None:
         super().__init__(0.0, steps, grid, rho)
         if variable is not None and variable not in self.variables:
             raise UserError(f"unknown variable {variable!r}: {suggest(str(variable), self.variables)}, or null")
+        for name, value in {"s_churn": s_churn, "s_min": s_min, "s_noise": s_noise}.items():
+            require(is_number(value) and value >= 0, f"{name} must be a number >= 0, got {value!r}")
+        ok = s_max is None or (is_number(s_max) and s_max >= s_min)
+        require(ok, f"s_max must be a number >= s_min={s_min:g} or null, got {s_max!r}")
         self.variable = variable
+        self.s_churn, self.s_min, self.s_noise = float(s_churn), float(s_min), float(s_noise)
+        self.s_max = math.inf if s_max is None else float(s_max)
 
     def check(self, denoiser: Denoiser) -> None:
         super().check(denoiser)
         process = denoiser.process
+        scales = self.scales(process, tables_of(process))
+        starts = self.starts(process, scales)
+        if starts is not None:
+            require(
+                process.has_noise(),
+                f"churn adds noise, and {type(process).__name__} has none; set sampler.s_churn=0",
+            )
+            back, down = Step(process, scales[:-1], starts), Step(process, scales[1:-1], starts[:-1])
+            process.resolve(back.rho)
+            if len(scales) > 2:
+                process.resolve(down.rho, down.keep, down.pull)
+            # the way that is gone: up to t_hat, which divides by nothing, and down to s
+            scales = torch.stack([starts, scales[1:]], 1).flatten()
+            denoiser.target.check_scales(process, scales)
         if self._in_noise(process):
-            blur = steepest_blur(process, self.scales(process, tables_of(process)))
+            blur = steepest_blur(process, scales)
             require(
                 blur <= math.log(MAX_DIVISION),
                 f"Heun in the noise level amplifies what a step of {type(process).__name__} has blurred away, here by "
                 f"1e{blur / math.log(10):.0f}; set sampler.variable=logsnr (or null)",
             )
+
+    def starts(self, process: Process, scales: Tensor) -> Tensor | None:
+        """t_hat of every step."""
+        if self.s_churn == 0:
+            return None
+        ts = scales[:-1]
+        level = _level(process)
+        now = level(ts)
+        factor = 1 + min(self.s_churn / len(ts), math.sqrt(2) - 1)
+        higher = scales_at(level, factor * now, 1 / process.num_scales)
+        return torch.where((now >= self.s_min) & (now <= self.s_max), torch.maximum(higher, ts), ts)
+
+    def raised(
+        self, process: Process, y: Tensor, t: Tensor, higher: Tensor, noise: NoiseSource, context: Context
+    ) -> Tensor:
+        """A draw from the transition from t to `higher`, its noise times s_noise."""
+        step, white = Step(process, t, higher), noise.normal(tuple(y.shape[1:]), y.dtype)
+        spread = (lambda mu: self.s_noise * step.transition_std(mu), white)
+        return process.operator(context).combine((step.rho, y), spread)
 
     def _in_noise(self, process: Process) -> bool:
         return self.variable == "noise" or (self.variable is None and process.blur is None)
@@ -120,6 +188,14 @@ class Heun(DDIM):
 
         change = denoiser.clean(first, s, s, context, labels) - m
         return first + denoiser.process.operator(context).apply(weight, change)
+
+
+def _level(process: Process) -> Callable[[Tensor], Tensor]:
+    """What grows with t: gamma / lambda, or where the noise is constant the blur's standard deviation in px."""
+    blur = process.blur
+    if process.has_constant_noise() and blur is not None:
+        return lambda t: (2 * blur(t)).sqrt()
+    return lambda t: noise_level(process, t)
 
 
 class Dissipation(Sampler):

@@ -1,10 +1,9 @@
-"""Callbacks: average of the weights, checkpoints, sample grids, metrics.csv."""
+"""Callbacks: average of the weights, sample grids, the progress bar, metrics.csv."""
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 import time
 from datetime import timedelta
@@ -13,19 +12,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ProgressBar, WeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from dpm_scales.errors import UserError, require_number
-from dpm_scales.images import atomic_write, make_grid, save_png, to_uint8, write_text
+from dpm_scales.images import make_grid, save_png, to_uint8, write_text
 from dpm_scales.noise import NoiseSource
-from dpm_scales.training.export import read_checkpoint
 from dpm_scales.training.module import DiffusionModule
 
 LOSS_EVERY = 50  # steps between two readings of the loss by the progress bar
@@ -51,87 +47,6 @@ class WeightAverage(WeightAveraging):
         n = torch.as_tensor(count, dtype=torch.float32, device=average.device)
         decay = torch.clamp((1 + n) / (10 + n), max=self.decay)
         return torch.lerp(current, average, decay.to(average.dtype))
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that appear whole or not at all, and are read without unpickling."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        with atomic_write(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
-
-
-def best_checkpoint(folder: Path) -> Callback:
-    """`best.ckpt` by validation loss."""
-    return ModelCheckpoint(
-        folder,
-        filename="best",
-        monitor="val/loss",
-        save_top_k=1,
-        enable_version_counter=False,
-        save_on_train_epoch_end=False,
-    )
-
-
-class LastCheckpoint(Callback):
-    """`last.ckpt` every n steps, and after the step in which SIGTERM came, as clusters send it before they take away.
-
-    Where a validation follows the step, the checkpoint waits for its end: a run that went on from between would leave
-    it out. Must come after `WeightAverage`, which averages after every step.
-    """
-
-    def __init__(self, path: Path, every_n_steps: int) -> None:
-        require_number("checkpoint.every_n_steps", every_n_steps, 1, whole=True)
-        self.path, self.every_n_steps = path, every_n_steps
-        self._step = self._saved = 0  # the last one seen, and the last one in a checkpoint
-        self._waits = False
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = self._saved = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self._step:  # gradients are being accumulated, and no checkpoint holds them
-            return
-        self._step = trainer.global_step
-        if self._step % self.every_n_steps == 0 or trainer.received_sigterm:
-            batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-            self._waits = trainer.enable_validation and batches % (trainer.val_check_batch or math.inf) == 0
-            if not self._waits:
-                # Lightning logs the step only after this hook: a kill between the two would lose its row
-                trainer._logger_connector.update_train_step_metrics()
-                self._save(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._waits:
-            self._waits = False
-            self._save(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # SIGTERM may also come after the hook above; Lightning then stops between two steps, or in a validation
-        between = not trainer.validating and not trainer.fit_loop.epoch_loop._should_accumulate()
-        if isinstance(exception, SIGTERMException) and between and self._saved < trainer.global_step == self._step:
-            self._save(trainer)
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(self.path)
-        self._saved = self._step
-
-
-class FinalCheckpoint(Callback):
-    """`last.ckpt` at the end of training too. Must come before `WeightAverage`, which then replaces the raw weights."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.save_checkpoint(self.path)
 
 
 class LoggedSteps(Callback):
@@ -268,10 +183,13 @@ class MetricsFile(Logger):
         self._rows: list[dict[str, str]] = []
         self._columns: list[str] = ["step", "epoch"]
         if path.is_file():
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                self._rows = list(reader)
-                self._columns = list(reader.fieldnames or self._columns)
+            try:
+                with path.open(newline="") as file:
+                    reader = csv.DictReader(file, strict=True)
+                    self._rows = [row for row in reader if int(row["step"]) >= 0]
+                    self._columns = list(reader.fieldnames or self._columns)
+            except (csv.Error, KeyError, TypeError, ValueError, OSError) as error:
+                raise UserError(f"{path} is damaged ({error!r}); remove it: the run begins a new one") from error
 
     @property
     def name(self) -> str:

@@ -26,10 +26,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.training.stored import key_of, stored_overrides
 
 Result = TypeVar("Result")
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+TRAIN = CONFIGS.with_name("train.py")
 TRACEBACK = "HYDRA_FULL_ERROR"
 #: the user's own wish for tracebacks; Hydra's variable is set in any case, or Hydra would not hand us its exceptions
 WISH = "DPM_SCALES_TRACEBACK"
@@ -37,10 +39,14 @@ SWEEP_FLAGS = ("-m", "--multirun")
 #: options whose values are paths: they may hold what Hydra's grammar wants in quotes (run folders hold = and ,)
 PATHS = (
     *("run_dir", "resume", "model", "out", "reference", "inception", "folder", "data.root", "data.path"),
-    *("image", "mask", "background", "foreground"),
+    *("image", "mask", "background", "foreground", "start", "end", "samples", "yardstick"),
 )
+#: options that are lists, which may be given without their brackets
+LISTS = ("labels", "guidance_interval")
 #: options of an entry point that Hydra would take for one of the config groups
-ALIASES = {"evolve": {"data": "folder"}}
+ALIASES = {"evolve": {"data": "folder"}, "sample": {"task": "edit"}}
+#: config groups whose choices are tasks
+TASK_GROUPS = ("task", "edit")
 PLAIN_VALUE = re.compile(r"""null|\$\{.*|".*"|'.*'|[A-Za-z_./][A-Za-z0-9_./+-]*""", re.DOTALL)
 
 
@@ -64,7 +70,7 @@ def job(function: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Resu
             if line is None or os.environ.get(WISH) == "1":
                 raise
             if not is_sweep():
-                _fail(line)
+                _fail(line, error)
             print(f"failed: {' '.join(HydraConfig.get().overrides.task)}: {line}", file=sys.stderr, flush=True)
             raise UserError(line) from None
 
@@ -87,13 +93,14 @@ def main(entry: Callable[[], None], config_name: str) -> None:
         line = one_line(error, config_name)
         if line is None or os.environ[WISH] == "1":
             raise
-        _fail(line)
+        _fail(line, error)
 
 
 def tidy(argv: list[str]) -> list[str]:
     """Arguments as Hydra wants them.
 
-    Flags first; quotes around the paths that need them; and an object in place of another, `KEY={_target_:…}`, which
+    Flags first; quotes around the paths that need them; brackets around lists, where no sweep goes through them; and an
+    object in place of another, `KEY={_target_:…}`, which
     Hydra would merge with the one that is there, as removal and addition.
     """
     sweep = bool(set(SWEEP_FLAGS) & set(argv))
@@ -103,9 +110,12 @@ def tidy(argv: list[str]) -> list[str]:
         key, equals, value = argument.partition("=")
         if argument in SWEEP_FLAGS:
             continue
-        if key in PATHS and equals and not PLAIN_VALUE.fullmatch(value) and not (sweep and "," in value):
+        several = value.startswith("{") or (sweep and "," in value)
+        if key in PATHS and equals and not PLAIN_VALUE.fullmatch(value) and not several:
             mark = '"' if "'" in value else "'"
             options.append(f"{key}={mark}{value}{mark}")
+        elif key in LISTS and "," in value and value[0] not in "[{'\"" and not sweep:
+            options.append(f"{key}=[{value}]")
         elif value.startswith("{") and "_target_" in value and key[0] not in "+~":
             options += [f"~{key}", f"+{key}={value}"]
         else:
@@ -119,9 +129,9 @@ def _split(argument: str) -> tuple[str, str]:
     return key, equals + value
 
 
-def _fail(line: str) -> NoReturn:
+def _fail(line: str, error: BaseException) -> NoReturn:
     print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(next((link.status for link in _causes(error) if isinstance(link, UserError)), 2))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -141,6 +151,7 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
         if isinstance(link, MissingConfigException) and link.options:
             name = str(link.missing_cfg_file or "").removesuffix(".yaml")
             group, _, choice = name.rpartition("/")
+            group = "task" if group in TASK_GROUPS else group
             return f"unknown {group or 'config'} {choice!r}: {suggest(choice, link.options)}"
         if isinstance(link, OverrideParseException):
             return f"{link.override!r} is not an option: write KEY=VALUE, and quote values with spaces or brackets"
@@ -181,8 +192,8 @@ def _groups(config_name: str) -> list[str]:
 
 def _unknown(config_name: str, full: str) -> str:
     """The line for an option that is not there, with the nearest one that is."""
-    if "task" in _groups(config_name):
-        tasks = [path for path in sorted((CONFIGS / "task").glob("*.yaml")) if full in yaml.safe_load(path.read_text())]
+    for group in set(TASK_GROUPS) & set(_groups(config_name)):
+        tasks = [path for path in sorted((CONFIGS / group).glob("*.yaml")) if full in yaml.safe_load(path.read_text())]
         if tasks:
             return f"unknown option {full!r}: it belongs to {' and '.join(f'task={path.stem}' for path in tasks)}"
     return f"unknown option {full!r}: {suggest(full, _known_keys(config_name, full))}"
@@ -225,7 +236,7 @@ def _instantiation(error: InstantiationException, root: BaseException) -> str | 
 def with_stored_overrides(argv: list[str]) -> list[str]:
     """A resumed run's own overrides, followed by those given now, so that `run_dir=DIR` alone goes on with DIR.
 
-    Raises: UserError if `resume` names a folder without a run.
+    Raises: UserError if `resume` names a folder without a run, or if its options are damaged or could do harm.
     """
     sweep = bool(set(SWEEP_FLAGS) & set(argv))
     resume = _path_option(argv, "resume")
@@ -239,12 +250,8 @@ def with_stored_overrides(argv: list[str]) -> list[str]:
     stored_file = Path(folder) / "overrides.yaml"
     if not stored_file.is_file():
         return argv
-    try:
-        stored = [str(o) for o in yaml.safe_load(stored_file.read_text())]
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"{stored_file} is damaged; remove it and give the run's options again") from error
-    keys = {a.split("=", 1)[0] for a in argv} | {"run_dir", "resume"}
-    return [o for o in stored if o.split("=", 1)[0] not in keys] + argv
+    keys = {key_of(a) for a in argv} | {"run_dir", "resume"}
+    return [*stored_overrides(stored_file, keys, PATHS), *argv]
 
 
 def _path_option(argv: list[str], key: str) -> str | None:

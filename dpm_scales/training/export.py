@@ -6,31 +6,37 @@ against `dpm_scales.` before anything is built from it.
 
 from __future__ import annotations
 
-import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import torch
 import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, require, suggest
-from dpm_scales.images import write_bytes, write_text
+from dpm_scales.images import write_text
 from dpm_scales.priors import Prior
 from dpm_scales.samplers import Sampler
+from dpm_scales.training.sealed import (
+    FORMAT,
+    VERSION,
+    DamagedFileError,
+    checkpoint_step,
+    read_checkpoint,
+    read_tensors,
+    write_tensors,
+)
 
-FORMAT = "dpm_scales model"
-VERSION = 2
 WEIGHTS = ("averaged", "raw")
 #: parts of a model; each is a config with a `_target_` of this package
 PARTS = ("process", "target", "network", "prior", "sampler")
+MAX_CONFIG_BYTES, MAX_NODES, MAX_DEPTH, MAX_SIDE = 2**20, 10**5, 50, 2**20
 ROOMS = ("processes", "schedules", "targets", "networks", "priors", "samplers")
 
 
@@ -42,6 +48,7 @@ class Recipe:
         parts: configs of process, target, network, prior and sampler.
         channels, image_size: of the training images.
         num_classes: labels that the network was trained with, or None.
+        label_dropout: share of the labels that training left out, so that the network knows "no label" too.
     """
 
     parts: dict[str, Any]
@@ -49,11 +56,14 @@ class Recipe:
     image_size: tuple[int, int]
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
+    label_dropout: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         image = {"channels": self.channels, "height": self.image_size[0], "width": self.image_size[1]}
         names = list(self.class_names) if self.class_names else None
-        labels = {"num_classes": self.num_classes, "class_names": names}
+        labels: dict[str, Any] = {"num_classes": self.num_classes, "class_names": names}
+        if self.label_dropout > 0:  # files without it are of models trained without
+            labels["label_dropout"] = self.label_dropout
         return {"format": FORMAT, "version": VERSION, "image": image, "labels": labels, **self.parts}
 
     @staticmethod
@@ -63,15 +73,18 @@ class Recipe:
             raise UserError(f"{source} is not a dpm_scales model; give a run folder, its model/ folder or a checkpoint")
         if values.get("version") != VERSION:
             raise UserError(f"{source} has model format {values.get('version')!r}; this version reads {VERSION}")
+        _check_targets(values, source)
         try:
             image, labels = values["image"], values["labels"]
             parts = {name: values[name] for name in PARTS}
             size = (int(image["height"]), int(image["width"]))
             names = labels["class_names"]
-            recipe = Recipe(parts, int(image["channels"]), size, labels["num_classes"], tuple(names) if names else None)
+            names, dropout = tuple(names) if names else None, float(labels.get("label_dropout", 0.0))
+            recipe = Recipe(parts, int(image["channels"]), size, labels["num_classes"], names, dropout)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{source}: the model's config is incomplete or damaged ({error!r})") from error
-        _check_targets(parts, source)
+        sides = (recipe.channels, *recipe.image_size)
+        require(all(0 < side <= MAX_SIDE for side in sides), f"{source}: the model's images can't be {sides}")
         return recipe
 
 
@@ -114,8 +127,7 @@ def save_model(folder: Path, model: Model, state: dict[str, Tensor] | None = Non
     state = model.modules().state_dict() if state is None else state
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    # one entry: several come in any order, and the same model should be the same bytes
-    write_bytes(folder / "model.safetensors", save(tensors, metadata={"format": f"{FORMAT} {VERSION}"}))
+    write_tensors(folder / "model.safetensors", tensors)
     write_text(folder / "config.yaml", yaml.safe_dump(model.recipe.to_dict(), sort_keys=False))
 
 
@@ -147,32 +159,55 @@ def load_model(path: str | Path, weights: str = "averaged") -> Model:
 def _load_export(tensors: Path) -> Model:
     config = tensors.with_name("config.yaml")
     require(config.is_file(), f"{tensors} has no config.yaml beside it")
-    try:
-        values = yaml.safe_load(config.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{config} is not YAML: {error}") from error
-    try:
-        state = load_file(tensors)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{tensors} is not a safetensors file: {error}") from error
-    return _with_weights(Recipe.from_dict(values, str(config)), state, str(tensors))
+    recipe = Recipe.from_dict(read_yaml(config), str(config))
+    with _offering(tensors.parent.parent / "checkpoints"):
+        state = read_tensors(tensors)
+    return _with_weights(recipe, state, str(tensors))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's plain containers and tensors; whatever else is in it is refused, never executed."""
+def read_yaml(path: Path) -> Any:
+    """Plain values of a YAML file, which constructs nothing. Raises UserError for anything else."""
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a checkpoint of dpm_scales (it is damaged or holds foreign objects)") from error
-    states = [values.get(key, {}) for key in ("state_dict", "current_model_state")] if isinstance(values, dict) else []
-    plain_states = all(isinstance(state, dict) and all(isinstance(name, str) for name in state) for state in states)
-    if not states or not plain_states or not {"state_dict", "recipe"} <= values.keys():
-        raise UserError(f"{path} is not a checkpoint of dpm_scales")
-    return values
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        require(len(text) <= MAX_CONFIG_BYTES, f"{path} is larger than {MAX_CONFIG_BYTES} bytes: no config of ours")
+        return yaml.safe_load(text.decode())
+    except (yaml.YAMLError, ValueError, RecursionError, OSError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not YAML: {error or type(error).__name__}") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints in a folder: `last.ckpt`, then the others, later steps first; empty if there are none."""
+    others = [path for path in folder.glob("*.ckpt") if path.name != "last.ckpt" and not path.name.startswith(".")]
+    others.sort(key=lambda path: (-(checkpoint_step(path) or 0), path.name))
+    return [path for path in (folder / "last.ckpt", *others) if path.is_file()]
+
+
+@contextmanager
+def _offering(folder: Path) -> Iterator[None]:
+    """The message about a damaged file names a checkpoint in `folder` that is whole, if there is one."""
+    try:
+        yield
+    except DamagedFileError as error:
+        whole = next((path for path in checkpoints(folder) if _is_whole(path)), None)
+        if whole is None:
+            raise
+        raise DamagedFileError(f"{error}; {whole} (step {checkpoint_step(whole)}) is whole") from error
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_checkpoint(path)
+    except UserError:
+        return False
+    return True
 
 
 def _load_checkpoint(path: Path, weights: str) -> Model:
-    values = read_checkpoint(path)
+    with _offering(path.parent):
+        values = read_checkpoint(path)
     # with weight averaging, `state_dict` is the average and the raw weights lie apart
     state = values.get("current_model_state", values["state_dict"]) if weights == "raw" else values["state_dict"]
     state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
@@ -195,23 +230,35 @@ def _with_weights(recipe: Recipe, state: dict[str, Tensor], source: str) -> Mode
     return model
 
 
+def nodes(value: Any, source: str) -> Iterator[Any]:
+    """All values in nested containers, parents first. Refuses a tree that refers to itself, or is absurdly large."""
+    stack, number = [(value, 0)], 0
+    while stack:
+        node, depth = stack.pop()
+        number += 1
+        require(number <= MAX_NODES and depth <= MAX_DEPTH, f"{source}: the model's config is too large or too deep")
+        yield node
+        if isinstance(node, dict | list | tuple):
+            children = node.values() if isinstance(node, dict) else node
+            stack += [(child, depth + 1) for child in children]
+
+
 def _check_targets(value: Any, source: str) -> None:
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            if key == "_target_":
-                _check_target(entry, source)
-            elif str(key).startswith("_") and key != "_partial_":
-                raise UserError(f"{source} holds the key {key!r}, which a model's config may not")
-            else:
-                _check_targets(entry, source)
-    elif isinstance(value, list):
-        for entry in value:
-            _check_targets(entry, source)
-    elif isinstance(value, str) and "${" in value:
-        raise UserError(f"{source} holds the interpolation {value!r}; a model's config must be resolved")
+    """Raise UserError unless a config is plain, resolved, and names classes of the core alone."""
+    for node in nodes(value, source):
+        if isinstance(node, dict):
+            for key, entry in node.items():
+                if key == "_target_":
+                    check_target(entry, source)
+                elif str(key).startswith("_") and key != "_partial_":
+                    raise UserError(f"{source} holds the key {key!r}, which a model's config may not")
+        elif isinstance(node, str) and "${" in node:
+            raise UserError(f"{source} holds the interpolation {node!r}; a model's config must be resolved")
+        elif not isinstance(node, str | int | float | bool | list | tuple | None):
+            raise UserError(f"{source} holds a {type(node).__name__}, which a model's config may not")
 
 
-def _check_target(name: Any, source: str) -> None:
+def check_target(name: Any, source: str) -> None:
     """Only what a room of the core itself defines: no import of others, nothing that a room imports from elsewhere."""
     parts = name.split(".") if isinstance(name, str) else []
     ours = len(parts) == 3 and parts[0] == "dpm_scales" and parts[1] in ROOMS

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from dpm_scales.data import ImageDataModule
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import to_range
+from dpm_scales.noise import NoiseSource
+from dpm_scales.scale_sampling import SCALE_SAMPLINGS, ImportanceScales, spread_evenly, uniform_scales
 from dpm_scales.training.export import Model
+from dpm_scales.weights import LossWeight
 
 DECAYS = ("cosine", "constant")
 BANDS = 4
 BETAS = "optimizer.betas must be two numbers in [0, 1)"
 SPECTRUM_IMAGES = 2000  # enough for a curve of 26 numbers
 HEALTH_CHECK_STEPS = 50  # the host waits for the device only this often
-
-
-def stratified_scales(
-    count: int, num_scales: int, device: torch.device, generator: torch.Generator | None = None
-) -> Tensor:
-    """``(count,)`` scales k / num_scales, k uniform on 1..num_scales, spread evenly over the batch (VDM, App. I)."""
-    offset = torch.rand((), generator=generator, device=device, dtype=torch.float64)
-    even = (torch.arange(count, device=device, dtype=torch.float64) + offset) / count
-    return (torch.floor(even * num_scales).clamp(max=num_scales - 1) + 1) / num_scales
+TRAINING, VALIDATION, LABELS = (
+    2**32,
+    2**32 + 1,
+    2**32 + 2,
+)  # streams of random numbers; those below are the processes' own
 
 
 class DiffusionModule(pl.LightningModule):
@@ -41,8 +41,11 @@ class DiffusionModule(pl.LightningModule):
         decay: "cosine" to zero at the trainer's max_steps, or "constant".
         betas, weight_decay: AdamW's.
         max_bad_steps: non-finite steps in a row before training ends with an error.
-        conditional: give the labels to the network.
-        seed: of scales and noise; every step has its own, so a resumed run draws what an undisturbed one draws.
+        conditional: give the labels to the network, but for the recipe's share of them that is dropped in training.
+        scale_sampling: "uniform", or "importance": scales whose loss varies more come more often and count less.
+        loss_weight: of a scale in the training loss, None for the target's own, which validation keeps.
+        seed: of scales and noise; every step has its own, so a resumed run draws what an undisturbed one draws, and
+            every image too, so that it does not matter how many processes share a batch. Dropout is each process's own.
         compile_network: torch.compile the network.
     """
 
@@ -58,6 +61,8 @@ class DiffusionModule(pl.LightningModule):
         conditional: bool = False,
         seed: int = 0,
         compile_network: bool = False,
+        scale_sampling: str = "uniform",
+        loss_weight: LossWeight | None = None,
     ) -> None:
         super().__init__()
         require_number("optimizer.learning_rate", learning_rate, 0)
@@ -67,11 +72,16 @@ class DiffusionModule(pl.LightningModule):
         require(pair and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas), BETAS + f", got {betas!r}")
         require_number("optimizer.weight_decay", weight_decay, 0)
         require_number("optimizer.max_bad_steps", max_bad_steps, 1, whole=True)
+        known = suggest(str(scale_sampling), SCALE_SAMPLINGS)
+        require(scale_sampling in SCALE_SAMPLINGS, f"unknown scale_sampling {scale_sampling!r}: {known}")
+        if loss_weight is not None:
+            loss_weight.check(model.denoiser.process, model.denoiser.target)
         self.parts = model
         self.model = model.modules()
         self.learning_rate, self.warmup_steps, self.decay = learning_rate, warmup_steps, decay
         self.betas, self.weight_decay = (betas[0], betas[1]), weight_decay
         self.max_bad_steps, self.conditional, self.seed = max_bad_steps, conditional, seed
+        self.loss_weight = loss_weight
         if compile_network:
             model.denoiser.network.compile(fullgraph=True)
 
@@ -79,19 +89,48 @@ class DiffusionModule(pl.LightningModule):
         #: steps skipped for non-finite gradients: in all, in a row until now, and the longest row
         self.bad_steps = torch.zeros(3)
         self._band_sums = torch.zeros(2, BANDS, dtype=torch.float64)
+        num_scales = model.denoiser.process.num_scales
+        self._importance = ImportanceScales(num_scales) if scale_sampling == "importance" else None
 
     # --- training -----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
         self.bad_steps = self.bad_steps.to(self.device)
+        if self._importance is not None:
+            self._importance.state = self._importance.state.to(self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        self._seed_step()
+        number = int(getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed", 0))
+        torch.manual_seed(_step_seed(self.seed, self.global_rank, number))
         x_0, labels = self._images(batch)
-        t = stratified_scales(x_0.shape[0], self.parts.denoiser.process.num_scales, x_0.device)
-        loss = self.parts.denoiser.loss(x_0, t, labels).mean()
-        self.log("train/loss", loss, prog_bar=True, on_step=True)
+        count = x_0.shape[0] * self.trainer.world_size
+        noise = self._noise(TRAINING, x_0, number * count)
+        even = self._even(TRAINING, noise.numbers - number * count, count, number)
+        labels = self._dropped(labels, x_0, number * count)
+        loss = self._loss(x_0, even, labels, noise)
+        self.log("train/loss", loss, prog_bar=True, on_step=True, sync_dist=True)
         return loss
+
+    def _loss(self, x_0: Tensor, even: Tensor, labels: Tensor | None, noise: NoiseSource) -> Tensor:
+        """The training loss at scales drawn from the uniform numbers `even` ``(B,)``."""
+        denoiser, weight = self.parts.denoiser, self.loss_weight
+        if self._importance is None:
+            t = uniform_scales(even, denoiser.process.num_scales)
+            return denoiser.loss(x_0, t, labels, noise, loss_weight=weight).mean()
+        t, importance = self._importance.draw(even)
+        losses = denoiser.loss(x_0, t, labels, noise, loss_weight=weight)
+        observed = self._importance.observe(t, losses)
+        # the sums of all processes, so that all go on with the same density
+        self._importance.update(cast(Tensor, self.trainer.strategy.reduce(observed, reduce_op="sum")))
+        return (importance.to(losses.dtype) * losses).mean()
+
+    def _dropped(self, labels: Tensor | None, x_0: Tensor, first: int) -> Tensor | None:
+        """Labels, the recipe's share of them replaced by "no label"; whose depends on the image's number alone."""
+        recipe = self.parts.recipe
+        if labels is None or recipe.num_classes is None or recipe.label_dropout == 0:
+            return labels
+        dropped = self._noise(LABELS, x_0, first).uniform() < recipe.label_dropout
+        return torch.where(dropped, recipe.num_classes, labels)
 
     def configure_optimizers(self) -> Any:
         # fused: one kernel, and it skips a step on the device when told so (see below)
@@ -147,19 +186,23 @@ class DiffusionModule(pl.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """The same scales and noise at every validation, so that curves can be compared."""
         x_0, labels = self._images(batch)
-        generator = torch.Generator(x_0.device)
-        generator.manual_seed(_step_seed(self.seed + 1, self.global_rank, batch_idx))
-        t = stratified_scales(x_0.shape[0], self.parts.denoiser.process.num_scales, x_0.device, generator)
-        loss = self.parts.denoiser.loss(x_0, t, labels, generator).to(torch.float64)
+        loader = cast(DataLoader[Any], self.trainer.val_dataloaders)
+        size = cast(int, loader.batch_size) * self.trainer.world_size
+        first, images = batch_idx * size, len(cast(Sized, loader.dataset))
+        noise = self._noise(VALIDATION, x_0, first)
+        even = self._even(VALIDATION, noise.numbers - first, min(size, images - first), batch_idx)
+        t = uniform_scales(even, self.parts.denoiser.process.num_scales)
+        # with several processes some images come twice, to fill the last batch up
+        counts = (noise.numbers < images).to(torch.float64)
+        loss = self.parts.denoiser.loss(x_0, t, labels, noise) * counts
         band = ((t * BANDS).ceil() - 1).clamp(0, BANDS - 1).long()
         self._band_sums[0].index_add_(0, band, loss)
-        self._band_sums[1].index_add_(0, band, torch.ones_like(loss))
+        self._band_sums[1].index_add_(0, band, counts)
 
     def on_validation_epoch_end(self) -> None:
-        gathered = cast(Tensor, self.all_gather(self._band_sums))
-        sums, counts = gathered.reshape(-1, 2, BANDS).sum(0)
+        sums, counts = cast(Tensor, self.trainer.strategy.reduce(self._band_sums, reduce_op="sum"))
         values = sums / counts.clamp(min=1)
-        # gathered, so the same everywhere; `sync_dist` spares Lightning's advice to use it
+        # summed, so the same everywhere; `sync_dist` spares Lightning's advice to use it
         self.log("val/loss", sums.sum() / counts.sum().clamp(min=1), prog_bar=True, sync_dist=True)
         for i in range(BANDS):
             self.log(f"val/loss_t{(i + 1) / BANDS:.2f}", values[i], sync_dist=True)
@@ -169,10 +212,14 @@ class DiffusionModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.parts.recipe.to_dict()
         checkpoint["bad_steps"] = self.bad_steps.tolist()
+        if self._importance is not None:
+            checkpoint["importance"] = self._importance.state.tolist()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         total, row, _ = checkpoint["bad_steps"]
         self.bad_steps = torch.tensor([total, row, row])  # a longer row before was a matter of the run before
+        if self._importance is not None and "importance" in checkpoint:
+            self._importance.load(checkpoint["importance"])
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
@@ -181,22 +228,26 @@ class DiffusionModule(pl.LightningModule):
         x_0 = to_range(images, self.parts.denoiser.process.value_range)
         return x_0, labels if self.conditional else None
 
-    def _seed_step(self) -> None:
-        """Everything random in a step follows from (seed, rank, number of the batch)."""
-        number = int(getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed", 0))
-        torch.manual_seed(_step_seed(self.seed, self.global_rank, number))
+    def _noise(self, purpose: int, x_0: Tensor, first: int) -> NoiseSource:
+        """Noise of this process's images, every `world_size`-th of those numbered from `first`."""
+        seed, world_size = _step_seed(self.seed, purpose, 0), self.trainer.world_size
+        return NoiseSource(seed, x_0.shape[0], first + self.global_rank, x_0.device, world_size)
+
+    def _even(self, purpose: int, places: Tensor, count: int, number: int) -> Tensor:
+        """Uniform numbers for the images at these places of batch `number`, which has `count` in all processes."""
+        return spread_evenly(places, count, _step_seed(self.seed, purpose, number + 1) / 2**63)
 
 
-def _step_seed(seed: int, rank: int, number: int) -> int:
+def _step_seed(seed: int, stream: int, number: int) -> int:
     """Well-mixed 63 bits (SplitMix64's finaliser), so that neighbouring steps share nothing."""
-    x = (seed * 0x9E3779B97F4A7C15 + rank * 0xD1B54A32D192ED03 + (number + 1) * 0x8CB92BA72F3D8DD7) % 2**64
+    x = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + (number + 1) * 0x8CB92BA72F3D8DD7) % 2**64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
     return (x ^ (x >> 31)) >> 1
 
 
 def fit_to_data(model: Model, data: ImageDataModule) -> None:
-    """Measure the data's spectrum, and hand training images to a prior that starts from them."""
+    """Measure the data's spectrum, settle what depends on it, and hand training images to a prior that starts there."""
     process, spectrum = model.denoiser.process, model.denoiser.spectrum
     low, high = process.value_range
     std = data.statistics()["std"] * (high - low)
@@ -219,5 +270,6 @@ def fit_to_data(model: Model, data: ImageDataModule) -> None:
             yield process.operator(context).to_white(x - process.steady_state(grey, context)), grey
 
     spectrum.fit(white_batches())
+    model.recipe.parts["target"].update(model.denoiser.settle(model.recipe.image_size))
     if model.prior.max_images > 0:
         model.prior.fit(loaded(spread(model.prior.max_images)), process)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
+import secrets
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +28,35 @@ from dpm_scales.data import ImageDataModule, ShuffledBatches
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import write_text
 from dpm_scales.training.callbacks import (
-    AtomicCheckpointIO,
-    FinalCheckpoint,
-    LastCheckpoint,
     LastValidation,
     LoggedSteps,
     MetricsFile,
     SampleGrid,
     StepBar,
     WeightAverage,
-    best_checkpoint,
     check_writable,
 )
-from dpm_scales.training.cli import CONFIGS, tidy
-from dpm_scales.training.export import PARTS, Recipe, build_model, plain, read_checkpoint, save_model
+from dpm_scales.training.checkpoints import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    CheckpointFolder,
+    FinalCheckpoint,
+    LastCheckpoint,
+    find_checkpoint,
+    restore_last,
+)
+from dpm_scales.training.cli import CONFIGS, TRAIN, tidy
+from dpm_scales.training.cluster import StopTogether, follow_environment, only_run, requeue
+from dpm_scales.training.evaluation import periodic_evaluation
+from dpm_scales.training.export import PARTS, Model, Recipe, build_model, plain, save_model
+from dpm_scales.training.failures import UnreadableImages, told_in_one_line
 from dpm_scales.training.module import DiffusionModule, fit_to_data
 
 #: overrides that say where or on what to run, not what: they do not name a run
-UNNAMED = ("run_dir", "resume", "trainer.devices", "trainer.accelerator", "trainer.enable_progress_bar", "hydra")
-
+UNNAMED = (
+    *("run_dir", "resume", "trainer.devices", "trainer.num_nodes", "trainer.accelerator"),
+    *("trainer.enable_progress_bar", "hydra"),
+)
 
 #: half precision overflows, and 64 bits are for the curves of a process, which have them anyway
 PRECISIONS = {"32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
@@ -70,14 +82,17 @@ def _recipe(cfg: DictConfig, data: ImageDataModule) -> Recipe:
     if cfg.conditional and classes is None:
         raise UserError("conditional=true needs labels, and this data set has none; choose another or set data.labels")
     names = tuple(getattr(data.source, "class_names", None) or ()) if classes else ()
-    return Recipe(parts, data.channels, data.image_size, classes, names or None)
+    require_number("label_dropout", cfg.label_dropout, 0, 1)
+    require(cfg.label_dropout < 1, "label_dropout=1 leaves no label to learn from; choose less")
+    dropout = float(cfg.label_dropout) if classes else 0.0
+    return Recipe(parts, data.channels, data.image_size, classes, names or None, dropout)
 
 
 def _check_keys(cfg: DictConfig) -> None:
     """Refuse keys that nothing reads: Hydra lets an experiment file add any."""
     known = yaml.safe_load((CONFIGS / "train.yaml").read_text())
-    read = {"": [*PARTS, "data", "trainer", "logger", *known]}
-    read |= {section: list(known[section]) for section in ("optimizer", "ema", "checkpoint", "samples")}
+    read = {"": [*PARTS, "data", "weight", "trainer", "logger", *known]}
+    read |= {section: list(known[section]) for section in ("optimizer", "ema", "checkpoint", "samples", "evaluation")}
     for section, names in read.items():
         for key in cfg[section] if section else cfg:
             if key not in names:
@@ -98,6 +113,11 @@ def _check_numbers(cfg: DictConfig) -> None:
     require_number("trainer.val_check_interval", trainer.val_check_interval, 1, whole=True)
     require_number("trainer.log_every_n_steps", trainer.log_every_n_steps, 1, whole=True)
     require_number("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1, whole=True)
+    strategy = str(trainer.strategy)
+    require(
+        strategy == "auto" or strategy.startswith("ddp"),
+        f"trainer.strategy={strategy}: allowed are auto and ddp; every process keeps an average of all weights",
+    )
     if trainer.gradient_clip_val is not None:
         require_number("trainer.gradient_clip_val", trainer.gradient_clip_val, 0)
         require(trainer.gradient_clip_val > 0, "trainer.gradient_clip_val=0 stops all learning; null clips nothing")
@@ -113,23 +133,26 @@ def _precision(cfg: DictConfig) -> str:
 
 
 def _trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback]) -> pl.Trainer:
+    environment = follow_environment(cfg)
     return instantiate(
         cfg.trainer,
         precision=_precision(cfg),
         callbacks=callbacks,
         logger=False,  # they come when the run folder is there
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), environment],
         default_root_dir=str(run_dir),
         num_sanity_val_steps=0,
         check_val_every_n_epoch=None,
         enable_model_summary=False,
+        enable_checkpointing=False,  # the callbacks of ours do it
         _convert_="all",
     )
 
 
 def _quiet() -> None:
     """Lightning's advertisements and what is true of every short run; our own first line says the rest."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*LeafSpec.*",
         ".*number of training batches.*",
@@ -162,8 +185,11 @@ def _steps_done(run_dir: Path, max_steps: int) -> dict[str, Any] | None:
     done = run_dir / "result.json"
     if not done.is_file():
         return None
-    result: dict[str, Any] = json.loads(done.read_text())
-    return result if 0 < max_steps <= result["steps"] else None
+    try:
+        result: dict[str, Any] = json.loads(done.read_text())
+        return result if 0 < max_steps <= int(result["steps"]) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{done} is damaged ({error!r}); remove it: the run writes it anew") from error
 
 
 def _prepare_folder(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> None:
@@ -182,12 +208,15 @@ def _children(overrides: list[str], run_dir: Path) -> Iterator[None]:
     They repeat this process's command line, so theirs is this run's; and afterwards nothing is left of their group that
     the next run would take for its own.
     """
-    argv, environment = sys.argv[1:], dict(os.environ)
-    sys.argv[1:] = tidy([*(o for o in overrides if not o.startswith("run_dir=")), f"run_dir={run_dir}"])
+    argv, environment = sys.argv, dict(os.environ)
+    options = tidy([*(o for o in overrides if not o.startswith("run_dir=")), f"run_dir={run_dir}"])
+    program = sys.modules["__main__"]
+    spec = getattr(program, "__spec__", None)
+    sys.argv, program.__spec__ = [str(TRAIN), *options], None  # the program may be joblib's, or submitit's
     try:
         yield
     finally:
-        sys.argv[1:] = argv
+        sys.argv, program.__spec__ = argv, spec
         if "LOCAL_RANK" not in environment and "LOCAL_RANK" in os.environ and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -213,21 +242,26 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
         conditional=bool(cfg.conditional),
         seed=cfg.seed,
         compile_network=bool(cfg.compile),
+        scale_sampling=cfg.scale_sampling,
+        loss_weight=None if cfg.weight.get("_target_") is None else instantiate(cfg.weight),
         **plain(cfg.optimizer),
     )
     if cfg.channels_last:
         module.to(memory_format=torch.channels_last)
-    last = run_dir / "checkpoints" / "last.ckpt"
-    average = WeightAverage(cfg.ema.decay)
+    kept = CheckpointFolder(run_dir / "checkpoints", cfg.checkpoint.keep_last, cfg.checkpoint.keep_best)
+    average, stop = WeightAverage(cfg.ema.decay), StopTogether()
     callbacks: list[Callback] = [
         LoggedSteps(),
-        FinalCheckpoint(last),
+        stop,
+        FinalCheckpoint(kept),
         SampleGrid(run_dir / "samples", cfg.samples.num_images, cfg.seed),
         average,
+        *periodic_evaluation(average, data, cfg.seed, cfg.evaluation),
         LastValidation(),
-        LastCheckpoint(last, cfg.checkpoint.every_n_steps),
+        BestCheckpoint(kept),
+        LastCheckpoint(kept, cfg.checkpoint.every_n_steps),
         LearningRateMonitor("step"),
-        best_checkpoint(last.parent),
+        UnreadableImages(data, run_dir / "unreadable.txt"),
     ]
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepBar())
@@ -236,47 +270,67 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     ShuffledBatches(len(data.train_set), data.batch_size, 0, int, data.drop_last, world_size=trainer.world_size)
     fit_to_data(model, data)
 
-    resume = last if last.is_file() else None
-    steps = 0
-    if resume is not None:
-        checkpoint = read_checkpoint(resume)
-        require("optimizer_states" in checkpoint, f"{resume} holds weights alone; a run can't go on from it")
-        _check_same(checkpoint["recipe"], recipe.to_dict(), run_dir)
+    if trainer.is_global_zero and not run_dir.is_dir():
+        check_writable(run_dir)
+    with only_run(run_dir) if trainer.is_global_zero else nullcontext():
+        return _go_on(cfg, run_dir, overrides, trainer, module, data, average, stop)
+
+
+def _go_on(
+    cfg: DictConfig,
+    run_dir: Path,
+    overrides: list[str],
+    trainer: pl.Trainer,
+    module: DiffusionModule,
+    data: ImageDataModule,
+    average: WeightAverage,
+    stop: StopTogether,
+) -> dict[str, Any]:
+    """Train from where the run folder stands; returns and saves the result."""
+    model, main = module.parts, trainer.is_global_zero
+    resume, steps = None, 0
+    found = find_checkpoint(run_dir / "checkpoints")
+    if found is not None:
+        resume, checkpoint = found
+        _check_same(checkpoint["recipe"], model.recipe.to_dict(), run_dir)
         steps = int(checkpoint["global_step"])
     finished = _steps_done(run_dir, cfg.trainer.max_steps)
     if finished is not None:
-        print(f"{run_dir} is finished ({finished['steps']} steps); raise trainer.max_steps or choose another run_dir")
+        if main:
+            more = "raise trainer.max_steps or choose another run_dir"
+            print(f"{run_dir} is finished ({finished['steps']} steps); {more}")
         return finished
 
-    if trainer.is_global_zero:
+    if main:
         _prepare_folder(cfg, run_dir, overrides)
-        count = sum(p.numel() for p in model.denoiser.network.parameters())
-        print(
-            f"{run_dir}: {type(model.denoiser.process).__name__}, {count / 1e6:.2f} M parameters, "
-            f"{len(data.train_set)} images of {recipe.image_size[0]}x{recipe.image_size[1]}x{recipe.channels}, "
-            f"batch {data.batch_size} x {trainer.world_size}, steps {cfg.trainer.max_steps}, "
-            f"{trainer.strategy.root_device}, {trainer.precision}" + (f", resuming {resume}" if resume else "")
-        )
+        if resume is not None:
+            restore_last(resume)
+        print(_first_line(cfg, run_dir, trainer, model, data) + (f", resuming {resume}" if resume else ""))
     metrics = MetricsFile(run_dir / "metrics.csv")
     metrics.forget_from(steps)
-    trainer.loggers = [metrics, *_loggers(cfg, run_dir)]
+    trainer.loggers = [metrics, *_loggers(cfg, run_dir, main)]
     start = time.perf_counter()
     with _children(overrides, run_dir):
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+            with told_in_one_line(data.batch_size, model.recipe.image_size, data.num_workers):
+                trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         except SystemExit:
-            # Lightning's end after Ctrl-C or SIGTERM
+            # Lightning's end after Ctrl-C or a signal of SIGNALS
+            if not main:
+                raise SystemExit(0) from None  # a status of its own would let Lightning kill the others
             stopped = f"stopped at step {trainer.global_step}; go on with: python train.py run_dir={run_dir}"
             print(stopped, file=sys.stderr)
-            raise SystemExit(143 if trainer.received_sigterm else 130) from None
+            requeue(stop.received)
+            raise SystemExit(128 + (stop.received or 15) if trainer.received_sigterm else 130) from None
         seconds = time.perf_counter() - start
         result = {
             "overrides": overrides,
             "steps": trainer.global_step,
             "seconds": round(seconds, 1),
             **metrics.last("val/"),
+            **metrics.last("eval/"),
         }
-        if trainer.is_global_zero:
+        if main:
             save_model(run_dir / "model", model, average.averaged())
             write_text(run_dir / "result.json", json.dumps(result, indent=1))
         for logger in trainer.loggers:
@@ -285,15 +339,28 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
         return result
 
 
-def _loggers(cfg: DictConfig, run_dir: Path) -> list[Any]:
+def _first_line(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, model: Model, data: ImageDataModule) -> str:
+    """What is trained on what; the batch is that of one process, times processes, times accumulated ones."""
+    height, width = model.recipe.image_size
+    parts = [data.batch_size, trainer.world_size, *([n] if (n := trainer.accumulate_grad_batches) > 1 else [])]
+    return (
+        f"{run_dir}: {type(model.denoiser.process).__name__}, "
+        f"{sum(p.numel() for p in model.denoiser.network.parameters()) / 1e6:.2f} M parameters, "
+        f"{len(data.train_set)} images of {height}x{width}x{model.recipe.channels}, "
+        f"batch {' x '.join(map(str, parts))} = {math.prod(parts)}, learning rate {cfg.optimizer.learning_rate:g}, "
+        f"steps {cfg.trainer.max_steps}, {trainer.strategy.root_device}, {trainer.precision}"
+    )
+
+
+def _loggers(cfg: DictConfig, run_dir: Path, main: bool) -> list[Any]:
     """The loggers beside metrics.csv."""
     if cfg.logger.get("_target_") is None:
         return []
     settings = plain(cfg.logger)
-    if settings["_target_"].endswith("WandbLogger"):
+    if settings["_target_"].endswith("WandbLogger") and main:  # the others log nothing
         # the id is kept, so that a resumed run goes on in the same one
         kept = run_dir / "wandb_id"
-        settings["id"] = kept.read_text() if kept.is_file() else hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
-        write_text(kept, settings["id"])
-        settings["resume"] = "allow"
+        if not kept.is_file():
+            write_text(kept, secrets.token_hex(4))
+        settings |= {"id": kept.read_text(), "resume": "allow"}
     return [instantiate(settings)]

@@ -1,22 +1,62 @@
-"""What `sample.py` does: numbered images, a grid, on request the trajectory."""
+"""What `sample.py` does: one function of the config for each task of configs/edit, and the first of them, `sample`."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 from dpm_scales.errors import require, require_number
-from dpm_scales.images import make_grid, save_gif, save_png, to_uint8
+from dpm_scales.images import load_image, make_grid, save_gif, save_png, to_uint8
 from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import Model, load_model, plain, with_sampler
-from dpm_scales.training.sampling import draw, pick_device, pick_labels
+from dpm_scales.training.sampling import draw, pick_device, pick_labels, with_guidance
+from dpm_scales.training.shards import leave, meet, own_device
+
+TASKS = {
+    "draw": ("dpm_scales.training.sample_run", "sample"),
+    "inpaint": ("dpm_scales.training.edit_run", "inpaint"),
+    "deblur": ("dpm_scales.training.edit_run", "deblur"),
+    "superres": ("dpm_scales.training.edit_run", "superres"),
+    "interpolate": ("dpm_scales.training.edit_run", "interpolate"),
+    "vary": ("dpm_scales.training.edit_run", "vary"),
+    "coarse": ("dpm_scales.training.edit_run", "coarse"),
+}
+"""Module and function of each task; a module is imported when its task is called."""
 
 GRID_IMAGES = 100  # more than that can't be told apart on a page
 TRAJECTORY_ROWS, TRAJECTORY_COLUMNS = 6, 10
+
+
+def run(cfg: DictConfig) -> None:
+    """Do the task that the config names. Raises UserError for a user's mistakes."""
+    module, function = TASKS[cfg.task]
+    getattr(import_module(module), function)(cfg)
+
+
+def step_bar(shown: bool = True) -> Progress:
+    """The bar of a run of samplers: steps, share, rate, time passed and time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(show_speed=True),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        disable=not shown,
+    )
 
 
 def choose_sampler(model: Model, cfg: DictConfig) -> Model:
@@ -29,14 +69,35 @@ def choose_sampler(model: Model, cfg: DictConfig) -> Model:
     return with_sampler(model, OmegaConf.create(settings))
 
 
-def _check(cfg: DictConfig, out: Path) -> tuple[int, int] | None:
-    """The images' size that the config asks for, if it does. Raises UserError for values that can't be meant."""
+def choose_model(cfg: DictConfig) -> Model:
+    """The model that the config names, with all that it asks for."""
+    model = choose_sampler(load_model(str(cfg.model), cfg.weights), cfg)
+    return with_guidance(model, cfg.guidance, plain(cfg.guidance_interval), cfg.guidance_variable)
+
+
+def check_counts(cfg: DictConfig) -> None:
+    """Raises UserError for values of the keys of all tasks that can't be meant."""
     require_number("num_samples", cfg.num_samples, 1, whole=True)
     require_number("batch_size", cfg.batch_size, 1, whole=True)
     require_number("seed", cfg.seed, 0, whole=True)
+
+
+def check_older(out: Path, count: int, reason: str) -> None:
+    """Raises UserError where `out` holds numbered images beyond those that will be written."""
+    older = [path for path in out.glob("[0-9]*.png") if path.stem.isdigit() and int(path.stem) >= count]
+    require(not older, f"{out} holds more images than {reason} already; choose another out")
+
+
+def _check(cfg: DictConfig, out: Path) -> tuple[int, int] | None:
+    """The images' size that the config asks for, if it does. Raises UserError for values that can't be meant."""
+    check_counts(cfg)
     require(isinstance(cfg.trajectory, bool), f"trajectory must be true or false, got {cfg.trajectory!r}")
-    older = [path for path in out.glob("[0-9]*.png") if path.stem.isdigit() and int(path.stem) >= cfg.num_samples]
-    require(not older, f"{out} holds more images than num_samples={cfg.num_samples} already; choose another out")
+    check_older(out, cfg.num_samples, f"num_samples={cfg.num_samples}")
+    return image_size(cfg)
+
+
+def image_size(cfg: DictConfig) -> tuple[int, int] | None:
+    """H, W that the config asks for, if it does. Raises UserError for values that can't be meant."""
     size = plain(cfg.size)
     if size is None:
         return None
@@ -50,42 +111,41 @@ def sample(cfg: DictConfig) -> None:
     """Everything is checked before the first image is drawn."""
     out = Path(str(cfg.out))
     size = _check(cfg, out)
-    device = pick_device(str(cfg.device))
-    model = choose_sampler(load_model(str(cfg.model), cfg.weights), cfg)
+    shard = meet()
+    numbers = shard.part(cfg.num_samples)
+    device = own_device(pick_device(str(cfg.device)), shard)
+    model = choose_model(cfg)
     labels = pick_labels(model, plain(cfg.labels), cfg.num_samples)
+    labels = None if labels is None else labels[numbers.start : numbers.stop]
     model.prior.check_size(size or model.recipe.image_size)
     check_writable(out)
 
     value_range = model.denoiser.process.value_range
     steps = len(model.sampler.scales(model.denoiser.process)) - 1
-    batches = -(-cfg.num_samples // cfg.batch_size)
+    batches = -(-len(numbers) // cfg.batch_size)
     frames: list[Tensor] = []
-    shown: list[Tensor] = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
+    first = numbers.start
+    with step_bar(shard.is_main) as progress:
         task = progress.add_task("sampling", total=steps * batches)
-        first = 0
 
         def on_step(index: int, x: Tensor) -> None:
             progress.advance(task)
             if cfg.trajectory and first == 0:
                 frames.append(to_uint8(x[:TRAJECTORY_ROWS], value_range).cpu())
 
-        for images in draw(model, cfg.num_samples, cfg.seed, cfg.batch_size, size, labels, device, on_step):
+        settings = (cfg.seed, cfg.batch_size, size, labels, device, on_step, first)
+        for images in draw(model, len(numbers), *settings) if numbers else ():
             for i, image in enumerate(images, start=first):
                 save_png(out / f"{i:06d}.png", image)
-            shown.append(images[: max(0, GRID_IMAGES - first)])
             first += len(images)
-    save_png(out / "grid.png", make_grid(torch.cat(shown)))
+    leave()  # once all images are there
+    if not shard.is_main:
+        return
+    shown = [load_image(out / f"{i:06d}.png") for i in range(min(cfg.num_samples, GRID_IMAGES))]
+    save_png(out / "grid.png", make_grid(torch.stack(shown)))
     if frames:
         save_trajectory(out, frames)
-    print(f"{first} images in {out}, sampler {type(model.sampler).__name__}, {steps} steps, seed {cfg.seed}")
+    print(f"{cfg.num_samples} images in {out}, sampler {type(model.sampler).__name__}, {steps} steps, seed {cfg.seed}")
 
 
 def save_trajectory(out: Path, frames: list[Tensor]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from dpm_scales.conditioning import Guided
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import to_uint8
 from dpm_scales.noise import NoiseSource
@@ -48,6 +50,25 @@ def pick_labels(model: Model, labels: int | str | Sequence[int | str] | None, co
     return torch.tensor(numbers, dtype=torch.int64)[torch.arange(count) % len(numbers)]
 
 
+def with_guidance(model: Model, scale: float, interval: Sequence[float] | None = None, variable: str = "t") -> Model:
+    """The model guided by its labels, see `dpm_scales.conditioning`; as it is for a scale of 1.
+
+    Raises: UserError for values that can't be meant, and for models that have not learnt to do without labels.
+    """
+    require_number("guidance", scale, 0)
+    if scale == 1:
+        return model
+    classes = model.recipe.num_classes
+    if classes is None:
+        raise UserError(f"guidance={scale:g} needs labels, and this model was trained without; drop guidance=")
+    require(
+        model.recipe.label_dropout > 0,
+        f"guidance={scale:g} needs a model that also knows images without labels, and this one was trained with all of "
+        "them; drop guidance=, or train with label_dropout=0.1",
+    )
+    return replace(model, denoiser=Guided(model.denoiser, classes, scale, interval, variable))
+
+
 def draw(
     model: Model,
     num_samples: int,
@@ -57,11 +78,12 @@ def draw(
     labels: Tensor | None = None,
     device: torch.device | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
+    first: int = 0,
 ) -> Iterator[Tensor]:
-    """Batches of samples, uint8 ``(b, C, H, W)`` on the CPU, `num_samples` in all.
+    """Batches of samples, uint8 ``(b, C, H, W)`` on the CPU, `num_samples` in all, numbered from `first`.
 
-    Sample i depends on (seed, i) alone. `on_step` is called with the step's index and the batch there, in pixels of the
-    process's value range, on the device.
+    Sample i depends on (seed, i) and its label ``labels[i - first]`` alone. `on_step` is called with the step's index
+    and the batch there, in pixels of the process's value range, on the device.
     """
     require_number("num_samples", num_samples, 1, whole=True)
     require_number("batch_size", batch_size, 1, whole=True)
@@ -71,10 +93,10 @@ def draw(
     height, width = size or model.recipe.image_size
     model.prior.check_size((height, width))
     scales = model.sampler.scales(process).to(device)
-    for first in range(0, num_samples, batch_size):
-        count = min(batch_size, num_samples - first)
-        noise = NoiseSource(seed, count, first, device)
-        batch_labels = None if labels is None else labels[first : first + count].to(device)
+    for start in range(0, num_samples, batch_size):
+        count = min(batch_size, num_samples - start)
+        noise = NoiseSource(seed, count, first + start, device)
+        batch_labels = None if labels is None else labels[start : start + count].to(device)
         shape = (model.recipe.channels, height, width)
         x = model.sampler.sample(model.denoiser, model.prior, noise, shape, batch_labels, scales, on_step)
         yield to_uint8(x, process.value_range).cpu()

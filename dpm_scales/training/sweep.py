@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpm_scales.images import write_text
+from dpm_scales.training.shards import this_shard
 
 Row = dict[str, Any]
 
@@ -64,6 +65,8 @@ class SweepTable(Callback):
             config.hydra.sweep.dir = str(sweep_root(config))  # for Hydra's multirun.yaml
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if not this_shard().is_main:
+            return
         root = sweep_root(config)
         varied, rows = write_table(root)
         columns = [*(varied or ["run"]), "steps", "seconds", "val/loss"]

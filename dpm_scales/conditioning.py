@@ -1,0 +1,98 @@
+r"""Classifier-free guidance (Ho & Salimans 2021), as a denoiser: samplers know nothing of it.
+
+A network that was trained with labels, some of them dropped, knows two answers, with the label and without. Guidance
+goes on beyond the first in the direction from the second,
+
+    prediction = D(y_t) + scale (D(y_t | label) - D(y_t)),
+
+0 is the answer without the label, 1 that with it, more than 1 exaggerates what the label says (the paper's w is
+scale - 1). All targets' m_s are affine in the prediction, so the same holds for the estimates of the clean image; they
+are clipped to the value range once, after guidance.
+
+An interval keeps guidance to the scales where it helps (Kynkäänniemi et al. 2024); outside it the answer is the one
+with the label. Both answers come from one call of the network, with twice the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dpm_scales.denoisers import Denoiser
+from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.operators import Operator
+from dpm_scales.processes import Context
+from dpm_scales.schedules import is_number
+
+VARIABLES = ("t", "logsnr")
+
+
+class Guided(Denoiser):
+    """A denoiser with guidance; it shares network, process, target and spectrum with the one it is made from.
+
+    Args:
+        denoiser: trained with label dropout; nothing here can tell.
+        null_label: what the network takes for "no label".
+        scale: >= 0.
+        interval: (low, high), the scales that are guided; None for all.
+        variable: what the interval speaks of: "t", or "logsnr", log(lambda_t^2 / gamma_t^2) of the eigenvalue 0.
+
+    Raises: UserError for values out of range, and for an interval in logSNR where the process keeps that constant.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        null_label: int,
+        scale: float,
+        interval: Sequence[float] | None = None,
+        variable: str = "t",
+    ) -> None:
+        nn.Module.__init__(self)
+        require(is_number(scale) and scale >= 0, f"guidance must be a number >= 0, got {scale!r}")
+        if variable not in VARIABLES:
+            raise UserError(f"unknown guidance_variable {variable!r}: {suggest(str(variable), VARIABLES)}")
+        low, high = _interval(interval)
+        require(
+            variable == "t" or interval is None or not denoiser.process.has_constant_noise(),
+            f"the logSNR of {type(denoiser.process).__name__} is the same at all scales; set guidance_variable=t",
+        )
+        self.network, self.process, self.target = denoiser.network, denoiser.process, denoiser.target
+        self.spectrum, self._degree = denoiser.spectrum, denoiser._degree
+        self.null_label, self.scale, self.low, self.high = null_label, float(scale), low, high
+        self.variable = variable
+
+    def predict(
+        self, operator: Operator, y_t: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None
+    ) -> Tensor:
+        null = torch.full((y_t.shape[0],), self.null_label, dtype=torch.int64, device=y_t.device)
+        everywhere = self.low == -math.inf and self.high == math.inf
+        if labels is None or (self.scale == 0 and everywhere):
+            return super().predict(operator, y_t, t, context, null)
+        if self.scale == 1:
+            return super().predict(operator, y_t, t, context, labels)
+        both = None if context is None else torch.cat([context, context])
+        twice = super().predict(
+            self.process.operator(both), torch.cat([y_t, y_t]), torch.cat([t, t]), both, torch.cat([labels, null])
+        )
+        labelled, plain = twice.chunk(2)
+        guided = torch.lerp(plain, labelled, self.scale)
+        return guided if everywhere else torch.where(self._inside(t)[:, None, None, None], guided, labelled)
+
+    def _inside(self, t: Tensor) -> Tensor:
+        """Which of the scales ``(B,)`` are guided."""
+        place = t
+        if self.variable == "logsnr":
+            place = self.process.log_snr(t, torch.zeros(1, dtype=torch.float64, device=t.device)).reshape(t.shape)
+        return (place >= self.low) & (place <= self.high)
+
+
+def _interval(interval: Sequence[float] | None) -> tuple[float, float]:
+    if interval is None:
+        return -math.inf, math.inf
+    ok = isinstance(interval, Sequence) and len(interval) == 2 and all(is_number(v) for v in interval)
+    require(ok and interval[0] <= interval[1], f"guidance_interval must be [low,high] or null, got {interval!r}")
+    return float(interval[0]), float(interval[1])

@@ -1,0 +1,197 @@
+r"""A denoiser that knows a degraded image: y = A x_0 + sigma eps.
+
+What the network makes of x_t is E[x_0 | x_t]. Were p(x_0 | x_t) Gaussian with the covariance C_t, then
+
+    E[x_0 | x_t, y] = x_0-hat + C_t A' (A C_t A' + sigma^2)^-1 (y - A x_0-hat),      x_0-hat = E[x_0 | x_t]
+
+and the reverse process with that estimate would end in p(x_0 | y). For C_t serves what it is for Gaussian data with the
+spectrum P(mu) that was measured from the training images (`spectrum`),
+
+    C_t = P gamma_t^2 / (lambda_t^2 P + gamma_t^2)
+
+"spectrum": a known pixel tells of its neighbours as far as images are smooth and x_t does not say more. "white": P is
+one number, C_t a multiple of 1, and the estimate is x_0-hat with the known part replaced (DDNM, Wang et al. 2023; PiGDM
+with the identity for a covariance, Song et al. 2023). Both are exact where their P is that of Gaussian data; for
+osmosis C_t is that of its heat process (v = 1). Without sigma A x_0-hat = y is then made to hold to rounding.
+
+Every sampler works with it: it is a denoiser. `Resampling` adds RePaint's steps back (Lugmayr et al. 2022).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dpm_scales.denoisers import Denoiser
+from dpm_scales.editing.degradations import HEAT, Degradation
+from dpm_scales.editing.latents import context_of, noised
+from dpm_scales.errors import UserError, is_whole, require, suggest
+from dpm_scales.noise import NoiseSource
+from dpm_scales.operators import HeatOperator, SpectralFunction
+from dpm_scales.processes import Context, Process, Step
+from dpm_scales.samplers import OnStep, Sampler
+from dpm_scales.targets import FinerScale
+
+COVARIANCES = ("spectrum", "white")
+# What stands for the noise of a process without any, as a share of the data's variance.
+_ROUNDING = 1e-4
+
+
+class Consistent(Denoiser):
+    """The denoiser's estimates, conditioned on a degraded image.
+
+    Args:
+        denoiser: what knows nothing of it.
+        degradation: A.
+        observed: y, in the process's value range, as A gives it: ``(B, C, h, w)``.
+        noise_std: sigma >= 0, in units of the value range; 0 makes A x = y exact.
+        covariance: "spectrum" or "white", or P(mu) as a function of its own.
+
+    Raises: UserError for another covariance, and where the network's answer does not tell x_0.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        degradation: Degradation,
+        observed: Tensor,
+        noise_std: float = 0.0,
+        covariance: str | SpectralFunction = "spectrum",
+    ) -> None:
+        nn.Module.__init__(self)  # a denoiser around another, without a network of its own
+        check_estimates(denoiser)
+        self.inner, self.process, self.target, self.spectrum = (
+            denoiser,
+            denoiser.process,
+            denoiser.target,
+            denoiser.spectrum,
+        )
+        self.degradation, self.observed, self.noise_std = degradation, observed, float(noise_std)
+        if isinstance(covariance, str):
+            require(covariance in COVARIANCES, f"unknown covariance {covariance!r}: {suggest(covariance, COVARIANCES)}")
+            self.power: SpectralFunction = denoiser.spectrum if covariance == "spectrum" else self._white
+        else:
+            self.power = covariance
+
+    def _white(self, mu: Tensor) -> Tensor:
+        return self.spectrum.variance.expand(mu.shape)
+
+    def clean(self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None) -> Tensor:
+        """m_s in white coordinates; see `Denoiser.clean`."""
+        operator = self.process.operator(context)
+        m_0 = self.inner.clean(y_t, t, torch.zeros_like(t), context, labels)
+        x = operator.to_pixels(m_0) / finest_signal(self.process, t).to(m_0.dtype)
+        return operator.apply(self.process.signal(s), operator.to_white(self.conditioned(x, t)))
+
+    def conditioned(self, x: Tensor, t: Tensor) -> Tensor:
+        """E[x_0 | x_t, y] from x = E[x_0 | x_t], in pixels."""
+        residual = self.observed - self.degradation.forward(x)
+        x = x + self.degradation.gain(self.uncertainty(t, x), self.noise_std, residual)
+        return x if self.noise_std > 0 else self.degradation.project(x, self.observed)
+
+    def uncertainty(self, t: Tensor, like: Tensor) -> Tensor:
+        """C_t of each DCT coefficient, float64 ``(H, W)`` or ``(B, 1, H, W)``."""
+        mu = _eigenvalues(self.process, like)
+        power, signal = self.power(mu), self.process.signal_scale(t, mu)
+        noise = self.process.noise_scale(t, mu) ** 2
+        noise = torch.where(noise > 0, noise, _ROUNDING * self.spectrum.variance)
+        return power * noise / (signal**2 * power + noise)
+
+    def first_guess(self, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """An image that the Gaussian model believes after y, drawn by Matheron's rule: x + G (y - A x - sigma eps).
+
+        Args:
+            size: (C, H, W).
+
+        Returns: ``(B, C, H, W)`` in pixels.
+        """
+        white = noise.normal(size, dtype)
+        power = self.power(_eigenvalues(self.process, white)).expand(size[1:])
+        x = self.degradation.level(self.observed) + HEAT.synthesis(power.sqrt().to(dtype) * HEAT.analysis(white))
+        residual = self.observed - self.degradation.forward(x)
+        if self.noise_std > 0:
+            residual = residual - self.noise_std * noise.normal(tuple(residual.shape[1:]), dtype)
+        return x + self.degradation.gain(power, self.noise_std, residual)
+
+
+@torch.no_grad()
+def restore(
+    denoiser: Consistent,
+    sampler: Sampler,
+    scales: Tensor,
+    noise: NoiseSource,
+    size: tuple[int, int, int],
+    labels: Tensor | None = None,
+    on_step: OnStep | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Images that could have been degraded to what the denoiser knows: ``(B, C, H, W)`` in pixels.
+
+    The Gaussian model's first guess is noised to ``scales[0]``, and the sampler goes down from there.
+    """
+    process = denoiser.process
+    guess = denoiser.first_guess(noise, size, dtype)
+    context = context_of(process, guess, noise)
+    y = noised(process, guess, scales[0], noise, context)
+    x = sampler.reverse(denoiser, y, noise, context, labels, scales, on_step)
+    return x / finest_signal(process, scales[0]).to(dtype)
+
+
+class Resampling(Sampler):
+    """A sampler that goes back and forth: after each step to s once more to t by the process itself, and down again.
+
+    What was known at s is so mixed with what was guessed (RePaint, Lugmayr et al. 2022, with jumps of one step).
+
+    Args:
+        sampler: whose steps are taken.
+        repeats: how often each step is repeated, >= 0.
+    """
+
+    def __init__(self, sampler: Sampler, repeats: int) -> None:
+        require(is_whole(repeats, 0), f"resample must be a whole number >= 0, got {repeats!r}")
+        super().__init__(sampler.steps, sampler.grid, sampler.rho)
+        self.sampler, self.repeats = sampler, repeats
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        y: Tensor,
+        m: Tensor,
+        t: Tensor,
+        s: Tensor,
+        noise: NoiseSource,
+        context: Context,
+        labels: Tensor | None,
+    ) -> Tensor:
+        operator, step = denoiser.process.operator(context), Step(denoiser.process, s, t)
+        y = self.sampler.step(denoiser, y, m, t, s, noise, context, labels)
+        for _ in range(self.repeats):
+            white = noise.normal(tuple(y.shape[1:]), y.dtype)
+            y = operator.combine((step.rho, y), (step.transition_std, white))
+            m = denoiser.clean(y, t, s, context, labels)
+            y = self.sampler.step(denoiser, y, m, t, s, noise, context, labels)
+        return y
+
+
+def check_estimates(denoiser: Denoiser) -> None:
+    """Raise UserError unless the network's answer at any scale tells x_0-hat."""
+    if isinstance(denoiser.target, FinerScale):
+        raise UserError(
+            "this task needs an estimate of the clean image at each scale, and a model trained with target=finer "
+            "knows the next scale only; train with target=clean"
+        )
+    ends = torch.tensor([1.0, 0.0], dtype=torch.float64, device=denoiser.spectrum.std.device)
+    denoiser.target.check_scales(denoiser.process, ends)
+
+
+def finest_signal(process: Process, like: Tensor) -> Tensor:
+    """lambda_0, ``()``: 1, or nearly: schedules of the logSNR end where it is largest. Nothing is blurred there."""
+    zero = torch.zeros((), dtype=torch.float64, device=like.device)
+    return torch.exp(process.signal(zero).log_scale)
+
+
+def _eigenvalues(process: Process, like: Tensor) -> Tensor:
+    """mu of the DCT coefficients, as the process counts them."""
+    operator = process.operator()
+    heat = operator if isinstance(operator, HeatOperator) else HEAT
+    return heat.eigenvalues(like.shape[-2], like.shape[-1], like.device)

@@ -1,0 +1,178 @@
+r"""From images into the scales and back: where edits start.
+
+    marginal     y_t = lambda_t(L) y_0 + gamma_t(L) eps                      SDEdit (Meng et al. 2022), at any scale
+    flow         the probability-flow ODE from y_0 up to y_t                 DDIM's inversion (Song et al. 2021)
+
+A DDIM step from t to s is y_s = r y_t + (1 - r rho) m_s(y_t), r = gamma_s / gamma_t. Upwards y_t is not known yet:
+
+    y_t = y_s / r + (rho - 1 / r) m_s,
+
+with m_s first from the estimate at s, then from the y_t just found, again and again: the fixed point is the very y_t
+that the step takes to y_s. The last step, to s = 0, is y_0 = m_0(y_t); its inverse is found likewise, by adding
+lambda_t (y_0 - m_0(y_t)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dpm_scales.denoisers import Denoiser
+from dpm_scales.errors import UserError
+from dpm_scales.noise import NoiseSource
+from dpm_scales.processes import Context, Osmosis, Process, Step
+from dpm_scales.samplers import OnStep, Sampler
+from dpm_scales.samplers.grids import tables_of
+
+
+def context_of(process: Process, x: Tensor, noise: NoiseSource) -> Context:
+    """The context that the process draws for images ``(B, C, H, W)`` in pixels; None where there is none.
+
+    Raises: UserError for a process whose guidance comes from images other than x.
+    """
+    if not isinstance(process, Osmosis):
+        return None
+    if process.guidance_image == "other":
+        raise UserError("a process with guidance_image=other leads to an image of its own; there is nothing to edit")
+    white = noise.normal(tuple(x.shape[1:]), x.dtype)
+    return process.guidance(x.mean((-2, -1)), white, process.relief(x))
+
+
+def noised(process: Process, x: Tensor, t: Tensor, noise: NoiseSource, context: Context = None) -> Tensor:
+    """y_t from the marginal q(x_t | x), in white coordinates; t is ``()``."""
+    operator, white = process.operator(context), noise.normal(tuple(x.shape[1:]), x.dtype)
+    mean = operator.apply(process.signal(t), operator.to_white(x))
+    return mean + operator.apply(lambda mu: process.noise_scale(t, mu), white)
+
+
+def scales_from(sampler: Sampler, process: Process, start: float) -> Tensor:
+    """The sampler's scales below `start`, with `start` itself (to the nearest k / num_scales, k >= 1) before them."""
+    device = tables_of(process)
+    scales = sampler.scales(process, device)
+    first = max(1, round(start * process.num_scales)) / process.num_scales
+    return torch.cat([torch.full_like(scales[:1], first), scales[scales < first - 1e-9]])
+
+
+def nearest_blur(process: Process, blur_sigma: float) -> tuple[float, float]:
+    """The scale k / num_scales, k >= 1, whose blur is nearest to `blur_sigma`, and that blur, in px.
+
+    Raises: UserError for a process that does not blur.
+    """
+    if process.blur is None:
+        raise UserError(f"{type(process).__name__} does not blur, so no scale of it is the blurred image")
+    ts = torch.arange(1, process.num_scales + 1, dtype=torch.float64, device=tables_of(process)) / process.num_scales
+    sigmas = (2 * process.blur(ts)).sqrt()
+    best = int((sigmas - blur_sigma).abs().argmin())
+    return (best + 1) / process.num_scales, float(sigmas[best])
+
+
+@torch.no_grad()
+def encode(
+    denoiser: Denoiser,
+    x: Tensor,
+    scales: Tensor,
+    context: Context = None,
+    labels: Tensor | None = None,
+    refine: int = 3,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """y at ``scales[0]`` from which DDIM (eta = 0) along `scales` comes to x.
+
+    Args:
+        x: ``(B, C, H, W)`` in pixels.
+        scales: descending to 0, as samplers take them.
+        refine: fixed-point steps at each scale; 0 is the usual, explicit inversion.
+        on_step: called with the index of each finished step, counted as a sampler does, and the image there (pixels).
+    """
+    process = denoiser.process
+    operator = process.operator(context)
+    y_0 = y = operator.to_white(x)
+    for i in range(len(scales) - 1, 0, -1):
+        s, t = scales[i], scales[i - 1]
+        step = Step(process, s, t)
+        if i == len(scales) - 1:
+            y = operator.apply(process.signal(t), y_0)
+            for _ in range(refine):
+                y = y + operator.apply(process.signal(t), y_0 - denoiser.clean(y, t, s, context, labels))
+        else:
+            below, m = y, denoiser.clean(y, s, s, context, labels)
+            for again in range(refine + 1):
+                if again > 0:
+                    m = denoiser.clean(y, t, s, context, labels)
+                y = operator.combine((_inverse_ratio(step), below), (_inverse_pull(step), m))
+        if on_step is not None:
+            on_step(i - 1, operator.to_pixels(y))
+    return y
+
+
+def _inverse_ratio(step: Step) -> Callable[[Tensor], Tensor]:
+    return lambda mu: 1 / step.noise_ratio(mu)
+
+
+def _inverse_pull(step: Step) -> Callable[[Tensor], Tensor]:
+    return lambda mu: step.rho(mu) - 1 / step.noise_ratio(mu)
+
+
+def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """From a (weight 0) to b (weight 1) on the arc between them, image by image; straight where they are parallel.
+
+    Args:
+        a, b: ``(B, C, H, W)``.
+        weight: ``(B,)`` in [0, 1].
+    """
+    w = weight.to(a.dtype)[:, None, None, None]
+    dims = (-3, -2, -1)
+    norms = torch.linalg.vector_norm(a, dim=dims, keepdim=True) * torch.linalg.vector_norm(b, dim=dims, keepdim=True)
+    cosine = (a * b).sum(dims, keepdim=True) / norms.clamp(min=torch.finfo(a.dtype).tiny)
+    angle = torch.acos(cosine.clamp(-1, 1))
+    straight = torch.sin(angle) < 1e-4
+    safe = torch.where(straight, torch.ones_like(angle), angle)
+    of_a = torch.where(straight, 1 - w, torch.sin((1 - w) * safe) / torch.sin(safe))
+    of_b = torch.where(straight, w, torch.sin(w * safe) / torch.sin(safe))
+    return of_a * a + of_b * b
+
+
+def between(
+    process: Process,
+    ends: tuple[Tensor, Tensor],
+    latents: tuple[Tensor, Tensor],
+    t: Tensor,
+    weight: Tensor,
+    context: Context,
+) -> Tensor:
+    """y_t between two images: straight in what is left of them, on the arc in their noise.
+
+    Args:
+        ends: both images in pixels, ``(B, C, H, W)``.
+        latents: y_t of both.
+        weight: ``(B,)`` in [0, 1].
+    """
+    operator = process.operator(context)
+    means = [operator.apply(process.signal(t), operator.to_white(x)) for x in ends]
+    noises = [y - mean for y, mean in zip(latents, means, strict=True)]
+    w = weight.to(means[0].dtype)[:, None, None, None]
+    return (1 - w) * means[0] + w * means[1] + slerp(noises[0], noises[1], weight)
+
+
+class BranchingNoise(NoiseSource):
+    """Noise that the samples of a group share until `shared` is made false, and then have each of its own.
+
+    Sample i belongs to group i // group. Both streams count every draw, so no draw serves twice.
+
+    Args:
+        seed, count, first, device: as for `NoiseSource`.
+        group: samples in a group, >= 1.
+    """
+
+    def __init__(self, seed: int, count: int, first: int, group: int, device: torch.device | str | None = None) -> None:
+        super().__init__(seed, count, first, device)
+        groups = torch.arange(first, first + count, dtype=torch.int64, device=self.device) // group - first // group
+        self._common = NoiseSource(seed, (first + count - 1) // group - first // group + 1, first // group, device)
+        self._groups = groups
+        self.shared = True
+
+    def uniform(self, shape: tuple[int, ...] = ()) -> Tensor:
+        common, own = self._common.uniform(shape), super().uniform(shape)
+        return common.index_select(0, self._groups) if self.shared else own

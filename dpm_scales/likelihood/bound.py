@@ -1,0 +1,239 @@
+r"""The variational bound on -log P(x_0), for every process with noise.
+
+Scales 1 = t_n > ... > t_1 > 0 are the latent variables of a chain from the prior to the image. With two reverse chains,
+
+    ancestral      p(y_s | y_t) = q(y_s | y_t, y_0-hat(y_t)), the posterior with the estimate in place of the image;
+                   inference is the process itself, one Markov chain           Ho et al. 2020, Eq. (5)
+    dissipation    p(y_s | y_t) = N(m_s(y_t), r^2 gamma_s^2); inference draws every scale by itself, q(y_s | x_0)
+                                                                               Rissanen et al. 2023, Eq. (8)
+
+the bound is, in nats and on average over x_0's latent variables,
+
+    -log P(x_0) <= context + prior + sum over steps (t, s > 0) of KL_ts  -  log P(x_0 | y_{t_1}),
+
+    ancestral      KL_ts = 1/2 < d, (tau / gamma_s^2)(L) d >                   d = lambda_s(L) y_0 - m_s(y_t)
+    dissipation    KL_ts = 1/2 < d, (r gamma_s)^{-2}(L) d > + n/2 (1 / r^2 - 1 + log r^2)
+
+since the covariances of both are functions of L; tau / gamma_s^2 = (SNR_s - SNR_t) / lambda_s^2. That is a smooth one,
+unlike the posterior's standard deviation, whose root at mu = 0 an expansion would miss. Each chain's bound is that of
+what the sampler of its name draws, with the decoder's noise at the end; other samplers have other likelihoods.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpm_scales.denoisers import Denoiser
+from dpm_scales.errors import UserError, is_whole, require, require_number, suggest
+from dpm_scales.likelihood.decoder import check_decoder, decode
+from dpm_scales.likelihood.start import start_law
+from dpm_scales.noise import NoiseSource
+from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator, SpectralFunction
+from dpm_scales.priors import Prior
+from dpm_scales.processes import Osmosis, Process, Step
+from dpm_scales.samplers.grids import tables_of, uniform_grid
+
+REVERSE = ("ancestral", "dissipation")
+
+OnStep = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Terms of (a bound on) -log P(x_0) for each image, float64, in nats; they add up."""
+
+    #: ``(B,)``, 0 without a context
+    context: Tensor
+    #: ``(B,)``, from scale 1
+    prior: Tensor
+    #: ``(B, n)``, between neighbours of `scales`
+    steps: Tensor
+    #: ``(B,)``, from the finest scale to the image
+    decoder: Tensor
+    #: ``(n + 1,)``, from 1 down to the finest scale
+    scales: Tensor
+    #: ``(B, n, bands)``, `steps` by bands of frequency, where they were asked for and the operator is diagonal
+    bands: Tensor | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """Their sum, ``(B,)``."""
+        return self.context + self.prior + self.steps.sum(1) + self.decoder
+
+
+def check_noise(process: Process, finest: Tensor) -> None:
+    """Raise UserError where there is no likelihood: latent variables need a density, down to the finest scale."""
+    name = type(process).__name__
+    mu = process.operator().eigenvalues(64, 64, finest.device).flatten()
+    require(
+        process.has_noise() and bool(torch.isfinite(process.log_noise_scale(finest, mu)).all()),
+        f"{name} has no noise at scale t={float(finest):.4g}: what it makes of an image has no density, so there is no "
+        "likelihood; take a process with noise (heat for homogeneous, inverse_osmosis for osmosis)",
+    )
+
+
+class VariationalBound:
+    """The bound, image by image.
+
+    Args:
+        denoiser, prior: the model.
+        steps: of the chain, equally spaced scales; None for all of the process.
+        draws: look at that many steps of each image only: the same expectation, more spread; None for all. A step is
+            drawn in proportion to the term that linear filtering would leave, the draws evenly spread over the chain.
+        reverse: "ancestral" or "dissipation".
+        noise_ratio: r of the dissipation.
+        decoder_std: of the decoder, in white coordinates and units of the value range; None for `wiener_std`.
+        levels: number of values a pixel can have, see `negative_log_likelihood`.
+        num_bands: split the steps' terms by that many bands of frequency, equally wide in sqrt(mu).
+
+    Raises: UserError for a process without noise, and for arguments that do not fit.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        prior: Prior,
+        steps: int | None = None,
+        draws: int | None = None,
+        reverse: str = "ancestral",
+        noise_ratio: float = 1.25,
+        decoder_std: float | None = None,
+        levels: int | None = 256,
+        num_bands: int = 0,
+    ) -> None:
+        process = denoiser.process
+        count = process.num_scales if steps is None else steps
+        ok = is_whole(count, 1) and count <= process.num_scales
+        require(
+            ok, f"likelihood: steps must be whole, from 1 to num_scales={process.num_scales}, or null, got {steps!r}"
+        )
+        ok = draws is None or is_whole(draws, 1)
+        require(ok, f"likelihood: draws must be a whole number >= 1 or null, got {draws!r}")
+        require(is_whole(num_bands, 0), f"likelihood: num_bands must be a whole number >= 0, got {num_bands!r}")
+        if reverse not in REVERSE:
+            raise UserError(f"likelihood: unknown reverse chain {reverse!r}: {suggest(str(reverse), REVERSE)}")
+        require_number("likelihood: noise_ratio", noise_ratio, 1e-6)
+        check_decoder(decoder_std, levels)
+        self.scales = uniform_grid(process, count, tables_of(process))
+        check_noise(process, self.scales[-2])
+        denoiser.target.check_scales(process, self.scales)
+        self.denoiser, self.prior, self.draws, self.num_bands = denoiser, prior, draws, num_bands
+        self.decoder_std, self.levels = decoder_std, levels
+        self._weight = _Weight(process, reverse, noise_ratio)
+        self._degree = 0
+        if isinstance(process, Osmosis) and count > 1:
+            self._degree = process.degree_of(self._weight.function(Step(process, self.scales[1:-1], self.scales[:-2])))
+
+    @torch.no_grad()
+    def __call__(
+        self, x_0: Tensor, noise: NoiseSource, labels: Tensor | None = None, on_step: OnStep = lambda number: None
+    ) -> Likelihood:
+        """One draw of the bound for each image; its expectation bounds -log P(x_0).
+
+        Args:
+            x_0: images ``(B, C, H, W)`` in the process's value range.
+            noise: one stream for each image; what an image gets does not depend on the batch it is in.
+            labels: ``(B,)`` int64 or None.
+            on_step: called with the number of each finished evaluation.
+
+        Raises: UserError for a prior whose density is not known, and for images that do not fit it.
+        """
+        denoiser, process, weight = self.denoiser, self.denoiser.process, self._weight
+        start, context = start_law(self.prior, process, x_0, noise)
+        operator = start.operator.at_degree(self._degree)
+        diagonal = not isinstance(operator, OsmosisOperator)
+        bands = _band_matrix(x_0, self.num_bands) if self.num_bands and diagonal else None
+        scales = self.scales.to(x_0.device)
+        y_0, size, count = operator.to_white(x_0), tuple(x_0.shape[1:]), len(scales) - 2
+
+        def at(t: Tensor) -> Tensor:
+            white = noise.normal(size, x_0.dtype)
+            return operator.combine((process.signal(t), y_0), (lambda mu: process.noise_scale(t, mu), white))
+
+        def term(t: Tensor, s: Tensor) -> Tensor:
+            m = denoiser.clean(at(t), t, s, context, labels)
+            difference = operator.apply(process.signal(s), y_0) - m
+            return weight.divergence(operator, Step(process, s, t), difference, bands)
+
+        prior_term = start.divergence(operator.apply(process.signal(scales[0]), y_0))
+        width = 1 if bands is None else self.num_bands
+        terms = torch.zeros(len(x_0), count, width, dtype=torch.float64, device=x_0.device)
+        if self.draws is None or self.draws >= count:
+            for i in range(count):
+                terms[:, i] = term(scales[i], scales[i + 1])
+                on_step(i)
+        else:
+            shares = _shares(denoiser, weight, scales, x_0)
+            for i in range(self.draws):
+                place = (i + noise.uniform()) / self.draws
+                index = torch.searchsorted(shares.cumsum(0), place).clamp(max=count - 1)
+                share = self.draws * shares.take(index)
+                values = term(scales.take(index), scales.take(index + 1)) / share[:, None]
+                terms.scatter_add_(1, index[:, None, None].expand(-1, 1, width), values[:, None])
+                on_step(i)
+        finest = scales[-2]
+        return Likelihood(
+            context=start.context_cost,
+            prior=prior_term,
+            steps=terms.sum(2),
+            decoder=decode(denoiser, operator, at(finest), finest, x_0, context, labels, self.decoder_std, self.levels),
+            scales=scales[:-1],
+            bands=None if bands is None else terms,
+        )
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """The function of L between two scales, and the number that is added."""
+
+    process: Process
+    reverse: str
+    ratio: float
+
+    def function(self, step: Step) -> SpectralFunction:
+        if self.reverse == "ancestral":
+            return lambda mu: step.tau(mu) * torch.exp(-2 * self.process.log_noise_scale(step.s, mu))
+        return lambda mu: torch.exp(-2 * self.process.log_noise_scale(step.s, mu)) / self.ratio**2
+
+    @property
+    def excess(self) -> float:
+        """What noise that is not the posterior's costs, nats per pixel."""
+        return 0.0 if self.reverse == "ancestral" else 0.5 * (1 / self.ratio**2 - 1 + 2 * math.log(self.ratio))
+
+    def divergence(self, operator: Operator, step: Step, difference: Tensor, bands: Tensor | None) -> Tensor:
+        """KL_ts by bands, ``(B, bands)``; one band if there are none."""
+        f, number = self.function(step), difference[0].numel()
+        if bands is None:
+            # float64: the weight spans many orders, and what little is left of d is multiplied by it
+            d = difference.to(torch.float64)
+            return 0.5 * (d * operator.apply(f, d)).flatten(1).sum(1, keepdim=True) + number * self.excess
+        basis = operator if isinstance(operator, HeatOperator) else HeatOperator()
+        u = basis.analysis(difference.to(torch.float64))
+        mu = operator.eigenvalues(u.shape[-2], u.shape[-1], u.device)
+        terms = (0.5 * f(mu) * u**2 + self.excess).sum(1)
+        return terms.flatten(1) @ bands
+
+
+def _shares(denoiser: Denoiser, weight: _Weight, scales: Tensor, like: Tensor) -> Tensor:
+    """With what probability a draw looks at each step, ``(n,)``: its share of what linear filtering would leave."""
+    process = denoiser.process
+    mu = process.operator().eigenvalues(like.shape[-2], like.shape[-1], scales.device)
+    step = Step(process, scales[1:-1], scales[:-2])
+    power, noise = denoiser.spectrum.on(mu), step.noise_t(mu) ** 2
+    uncertain = power * noise / (step.signal_t(mu) ** 2 * power + noise)
+    left = weight.function(step)(mu) * step.signal_s(mu) ** 2 * uncertain
+    terms = 0.5 * left.expand(len(step.s), 1, *mu.shape).mean((-3, -2, -1)) + weight.excess
+    return 0.9 * terms / terms.sum() + 0.1 / len(terms)  # none is left out, however wrong the spectrum
+
+
+def _band_matrix(like: Tensor, number: int) -> Tensor:
+    """``(H * W, number)`` of zeros and ones: the band of each DCT coefficient, float64."""
+    mu = HeatOperator().eigenvalues(like.shape[-2], like.shape[-1], like.device).flatten()
+    largest = mu.max().clamp(min=1e-30)
+    band = ((mu / largest).sqrt() * number).long().clamp(max=number - 1)
+    return torch.nn.functional.one_hot(band, number).to(torch.float64)

@@ -1,0 +1,133 @@
+"""Two sets of images, measured in the features of one network, by the names of its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.metrics.distances import FeatureStatistics, frechet_distance, kernel_distance
+from dpm_scales.metrics.features import FeatureNetwork
+from dpm_scales.metrics.overlap import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, manifolds
+
+Array = NDArray[Any]
+
+MEASURES = ("frechet", "kernel", "manifolds")
+"""Kinds of measures; all but the first need the features of all images at once."""
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of a set of images.
+
+    Attributes:
+        statistics: their number, mean and covariance.
+        rows: float32 (n, d), or None where they were not kept.
+    """
+
+    statistics: FeatureStatistics
+    rows: Array | None
+
+    @property
+    def number(self) -> int:
+        """Images."""
+        return self.statistics.number
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure.
+
+    Attributes:
+        value: the figure.
+        std_error: its standard error, where it is known.
+        neighbours: k of the figures of nearest neighbours.
+        better: "lower" or "higher".
+    """
+
+    value: float
+    better: str
+    std_error: float | None = None
+    neighbours: int | None = None
+
+
+def check_measures(measures: Any) -> tuple[str, ...]:
+    """A list of `MEASURES`. Raises UserError for anything else."""
+    require(isinstance(measures, list | tuple) and len(measures) > 0, f"measures must be a list of {MEASURES}")
+    for name in measures:
+        require(name in MEASURES, f"unknown measure {name!r}: {suggest(str(name), MEASURES)}")
+    return tuple(measures)
+
+
+def check_numbers(measures: Sequence[str], *numbers: int) -> None:
+    """Raises UserError for sets of images that are too small for these measures."""
+    needed = 1 + max(PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS)
+    if "manifolds" in measures and min(numbers) < needed:
+        found = " and ".join(map(str, numbers))
+        raise UserError(
+            f"nearest neighbours need {needed} images or more in each set, got {found}; give more, or leave manifolds "
+            "out of measures"
+        )
+
+
+def needs_rows(measures: Sequence[str]) -> bool:
+    """Whether these measures need more of a set than its statistics."""
+    return any(name != "frechet" for name in measures)
+
+
+def gather(
+    network: FeatureNetwork,
+    batches: Iterable[Tensor],
+    keep_rows: bool = True,
+    on_images: Callable[[int], None] | None = None,
+) -> FeatureSet:
+    """Features of uint8 images (B, 1 or 3, H, W) that come in batches.
+
+    Args:
+        keep_rows: keep all of them; without, memory is of order d^2 whatever the number of images.
+        on_images: called with the number of images of each batch.
+    """
+    statistics = FeatureStatistics()
+    rows: list[Array] = []
+    for images in batches:
+        features = network(images).cpu()
+        statistics.update(features)
+        if keep_rows:
+            rows.append(features.numpy())
+        if on_images is not None:
+            on_images(len(images))
+    return FeatureSet(statistics, np.concatenate(rows) if rows else None)
+
+
+def compare(
+    real: FeatureSet, fake: FeatureSet, network: FeatureNetwork, measures: Sequence[str] = MEASURES
+) -> dict[str, Measure]:
+    """The figures of two sets by name.
+
+    Args:
+        real, fake: features by `network`; with `rows` unless `measures` is ("frechet",).
+
+    Raises: UserError for too few images, or an unknown measure.
+    """
+    measures = check_measures(measures)
+    figures: dict[str, Measure] = {}
+    if "frechet" in measures:
+        figures[network.distance_name] = Measure(frechet_distance(real.statistics, fake.statistics), "lower")
+    if not needs_rows(measures):
+        return figures
+    if real.rows is None or fake.rows is None:
+        raise ValueError("measures other than frechet need the features of all images")
+    if "kernel" in measures:
+        value, error = kernel_distance(fake.rows, real.rows)
+        figures[network.kernel_name] = Measure(value, "lower", std_error=error)
+    if "manifolds" in measures:
+        overlap = manifolds(real.rows, fake.rows)
+        for name, value in overlap._asdict().items():
+            k = PRECISION_NEIGHBOURS if name in ("precision", "recall") else DENSITY_NEIGHBOURS
+            figures[name] = Measure(value, "higher", neighbours=k)
+    return figures

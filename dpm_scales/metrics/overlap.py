@@ -1,0 +1,120 @@
+r"""How much of two sets of images overlaps, judged by balls around each image's features.
+
+With r_k(x) the distance of x to its k-th nearest neighbour in its own set (itself left out), real features x_i of N
+images and fake ones y_j of M
+
+    precision   share of the y_j with |y_j - x_i| <= r_k(x_i) for some i       (Kynkäänniemi et al. 2019, Eq. (1), (2))
+    recall      share of the x_i with |x_i - y_j| <= r_k(y_j) for some j
+    density     number of pairs with |y_j - x_i| < r_k(x_i), over k M          (Naeem et al. 2020, Eq. (3))
+    coverage    share of the x_i with |y_j - x_i| < r_k(x_i) for some j        (Eq. (4))
+
+The strict signs are those of the authors' code: a set against itself has density 1. All but density lie in [0, 1].
+
+Squares are float64 products of centred features; those closer than `TIE` of their size count as equal, so that a copy
+is at distance 0 and the figures do not hang on the order in which a product is summed. Tables are made in parts: the
+memory is of order `TABLE_CELLS`, whatever the number of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpm_scales.errors import UserError, require_number
+from dpm_scales.metrics.distances import check_same_dimension, feature_rows
+
+Array = NDArray[Any]
+
+PRECISION_NEIGHBOURS = 3
+"""k of precision and recall in Kynkäänniemi et al. 2019."""
+
+DENSITY_NEIGHBOURS = 5
+"""k of density and coverage in Naeem et al. 2020."""
+
+TABLE_CELLS = 2**22
+"""Squared distances that are held at once: 32 MiB."""
+
+TIE = 1e-11
+"""Relative difference of squares below which they are equal."""
+
+
+class Manifolds(NamedTuple):
+    """Overlap of two sets; see the module."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def manifolds(
+    real: Array | Tensor,
+    fake: Array | Tensor,
+    precision_neighbours: int = PRECISION_NEIGHBOURS,
+    density_neighbours: int = DENSITY_NEIGHBOURS,
+) -> Manifolds:
+    """Overlap of features (N, d) of real images and (M, d) of fake ones.
+
+    Args:
+        precision_neighbours: k of precision and recall, >= 1.
+        density_neighbours: k of density and coverage, >= 1.
+
+    Raises:
+        UserError: a set with no more images than neighbours, or k < 1.
+        ValueError: features of another shape or of two dimensions, or not finite.
+    """
+    require_number("precision_neighbours", precision_neighbours, 1, whole=True)
+    require_number("density_neighbours", density_neighbours, 1, whole=True)
+    x, y = feature_rows(real), feature_rows(fake)
+    check_same_dimension(x.shape[1], y.shape[1])
+    needed = 1 + max(precision_neighbours, density_neighbours)
+    if min(len(x), len(y)) < needed:
+        raise UserError(f"nearest neighbours need {needed} images or more in each set, got {len(x)} and {len(y)}")
+    middle = x.mean(axis=0)
+    x -= middle
+    y -= middle
+    real_wide, real_narrow = _radii(x, (precision_neighbours, density_neighbours))
+    (fake_wide,) = _radii(y, (precision_neighbours,))
+    real_wide, fake_wide, real_narrow = real_wide * (1 + TIE), fake_wide * (1 + TIE), real_narrow * (1 - TIE)
+
+    fakes_inside = pairs = 0
+    held = np.zeros(len(x), dtype=bool)  # by a ball around a fake image
+    covered = np.zeros(len(x), dtype=bool)
+    for rows, table in _tables(y, x):
+        fakes_inside += int((table <= real_wide).any(axis=1).sum())
+        held |= (table <= fake_wide[rows, None]).any(axis=0)
+        near = table < real_narrow
+        covered |= near.any(axis=0)
+        pairs += int(near.sum())
+    return Manifolds(
+        precision=fakes_inside / len(y),
+        recall=float(held.mean()),
+        density=pairs / (density_neighbours * len(y)),
+        coverage=float(covered.mean()),
+    )
+
+
+def _radii(points: Array, neighbours: tuple[int, ...]) -> tuple[Array, ...]:
+    """Squared distances (n,) of each point to its k-th nearest other one, for each k."""
+    parts = []
+    for rows, table in _tables(points, points):
+        table[np.arange(len(table)), np.arange(rows.start, rows.stop)] = np.inf
+        places = [k - 1 for k in neighbours]
+        parts.append(np.partition(table, places, axis=1)[:, places])
+    return tuple(np.concatenate(parts).T)
+
+
+def _tables(a: Array, b: Array) -> Iterator[tuple[slice, Array]]:
+    """Squared distances of some rows of a (n, d) to all of b (m, d), and which rows they are."""
+    squares_a, squares_b = (a**2).sum(axis=1), (b**2).sum(axis=1)
+    step = max(1, TABLE_CELLS // len(b))
+    for start in range(0, len(a), step):
+        rows = slice(start, min(start + step, len(a)))
+        sizes = squares_a[rows, None] + squares_b
+        table = sizes - 2 * a[rows] @ b.T
+        table[table <= TIE * sizes] = 0
+        yield rows, table

@@ -1,0 +1,256 @@
+"""Checkpoints of a run: written whole, with a checksum, the last few and the best few kept, and found again.
+
+`last.ckpt` is the newest, `best.ckpt` the one with the lowest validation loss. What they replace is kept as
+`step-N.ckpt` (`checkpoint.keep_last`) and `best-step-N.ckpt` (`checkpoint.keep_best`): links to the same file, made
+before the new one takes the name, so that there is always a `last.ckpt` and never a half-written one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import uuid
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from dpm_scales.errors import UserError, require_number
+from dpm_scales.images import atomic_write
+from dpm_scales.training.export import checkpoints
+from dpm_scales.training.sealed import DamagedFileError, checkpoint_step, read_checkpoint, write_checkpoint
+
+STOPPING = "stopping after this step, with a checkpoint; Ctrl-C once more stops at once"
+#: what a run needs to go on, beside its weights
+NEEDED = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "averaging_state", "bad_steps", "global_step")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all, with a checksum, and are read without unpickling."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        write_checkpoint(Path(path), checkpoint)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path), map_location)
+
+
+class CheckpointFolder:
+    """Names of a run's checkpoints, and which of them are kept.
+
+    Args:
+        folder: made at the first checkpoint.
+        keep_last: newest checkpoints kept, `last.ckpt` included; >= 1.
+        keep_best: best checkpoints kept, `best.ckpt` included; 0 for none.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2, keep_best: int = 1) -> None:
+        require_number("checkpoint.keep_last", keep_last, 1, whole=True)
+        require_number("checkpoint.keep_best", keep_best, 0, whole=True)
+        self.folder, self.keep_last, self.keep_best = folder, keep_last, keep_best
+        self.last, self.best = folder / "last.ckpt", folder / "best.ckpt"
+
+    def save_last(self, trainer: pl.Trainer) -> None:
+        """Write `last.ckpt`; the one before stays as `step-N.ckpt`."""
+        if trainer.is_global_zero and self.keep_last > 1:
+            self._keep(self.last, "step", trainer.global_step)
+        trainer.save_checkpoint(self.last)
+        if trainer.is_global_zero:
+            steps = sorted(step for step in self._steps("step") if step < trainer.global_step)
+            self._prune("step", steps[-(self.keep_last - 1) :] if self.keep_last > 1 else [])
+
+    def save_best(self, trainer: pl.Trainer, ranked: list[int]) -> None:
+        """Write this step's checkpoint at its place among the best, whose steps `ranked` names, best first."""
+        step = trainer.global_step
+        if trainer.is_global_zero and ranked[0] == step and self.keep_best > 1:
+            self._keep(self.best, "best-step", step)
+        trainer.save_checkpoint(self.best if ranked[0] == step else self._name("best-step", step))
+        if trainer.is_global_zero:
+            self._prune("best-step", ranked[1:])
+
+    def _name(self, kind: str, step: int) -> Path:
+        return self.folder / f"{kind}-{step:06d}.ckpt"
+
+    def _steps(self, kind: str) -> list[int]:
+        names = [path.stem.removeprefix(f"{kind}-") for path in self.folder.glob(f"{kind}-*.ckpt")]
+        return [int(name) for name in names if name.isdecimal()]
+
+    def _keep(self, path: Path, kind: str, now: int) -> None:
+        step = checkpoint_step(path)
+        if step is not None and step != now:
+            link(path, self._name(kind, step))
+
+    def _prune(self, kind: str, kept: list[int]) -> None:
+        for step in set(self._steps(kind)) - set(kept):
+            self._name(kind, step).unlink(missing_ok=True)
+
+
+def link(source: Path, target: Path) -> None:
+    """Let `target` be the file `source` too, at once: a hard link, or a copy where the file system has none."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        os.link(source, temporary)
+        temporary.replace(target)
+    except OSError:
+        with atomic_write(target) as copied:
+            shutil.copyfile(source, copied)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()  # still there if both names were one file already
+
+
+def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, and what is in it; None if there are none.
+
+    It is `last.ckpt`. If that is damaged it is the whole one with the most steps, with a warning that says so.
+
+    Raises: UserError if none can be read, or if another version wrote `last.ckpt`.
+    """
+    damaged: list[DamagedFileError] = []
+    last = folder / "last.ckpt"
+    found = checkpoints(folder)
+    for path in found:
+        try:
+            values = read_checkpoint(path)
+        except DamagedFileError as error:
+            damaged.append(error)
+            continue
+        missing = [key for key in NEEDED if key not in values]
+        if missing:
+            raise UserError(f"{path} holds weights alone; a run can't go on from it ({missing[0]} is missing)")
+        if path != last:
+            reason = str(damaged[0]) if last.is_file() else f"{last} is missing"
+            warnings.warn(f"{reason}; going on from {path}, step {values['global_step']}", stacklevel=2)
+        return path, values
+    if damaged:
+        hint = "" if len(found) == 1 else f" (nor can the {len(found) - 1} others there)"
+        raise UserError(f"{damaged[0]}{hint}; remove {folder} to start again, or choose another run_dir")
+    return None
+
+
+def restore_last(good: Path) -> None:
+    """Let `last.ckpt` be `good`; the damaged one is kept as `last.damaged`, and no moment is without a `last.ckpt`."""
+    last = good.with_name("last.ckpt")
+    if good != last:
+        if last.is_file():
+            link(last, last.with_name("last.damaged"))
+        link(good, last)
+
+
+class LastCheckpoint(Callback):
+    """`last.ckpt` every n steps, and after the step in which SIGTERM or Ctrl-C came.
+
+    Clusters send SIGTERM before they take the machine away. A first Ctrl-C ends the run after the step, a second at
+    once; on several devices, which would stop at different steps, the first does. Where a validation follows the step,
+    the checkpoint waits for its end: a run that went on from between would leave it out. Must come after
+    `WeightAverage`, which averages after every step.
+    """
+
+    def __init__(self, folder: CheckpointFolder, every_n_steps: int) -> None:
+        require_number("checkpoint.every_n_steps", every_n_steps, 1, whole=True)
+        self.folder, self.every_n_steps = folder, every_n_steps
+        self._step = self._saved = 0  # the last one seen, and the last one in a checkpoint
+        self._waits = self._interrupted = False
+        self._handler: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = self._saved = trainer.global_step
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:  # gradients are being accumulated, and no checkpoint holds them
+            return
+        self._step = trainer.global_step
+        if self._step % self.every_n_steps == 0 or trainer.received_sigterm or self._interrupted:
+            batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+            self._waits = trainer.enable_validation and batches % (trainer.val_check_batch or math.inf) == 0
+            if not self._waits:
+                # Lightning logs the step only after this hook: a kill between the two would lose its row
+                trainer._logger_connector.update_train_step_metrics()
+                self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._waits:
+            self._waits = False
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._release()
+        # SIGTERM may also come after the hook above; Lightning then stops between two steps, or in a validation
+        between = not trainer.validating and not trainer.fit_loop.epoch_loop._should_accumulate()
+        if isinstance(exception, SIGTERMException) and between and self._saved < trainer.global_step == self._step:
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        self.folder.save_last(trainer)
+        self._saved = self._step
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print(STOPPING, file=sys.stderr, flush=True)
+
+    def _release(self) -> None:
+        """Give Ctrl-C back to whoever had it. Lightning's own shutdown ignores it, and still may."""
+        if self._handler is not None and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._handler)
+        self._handler = None
+
+
+class FinalCheckpoint(Callback):
+    """`last.ckpt` at the end of training too. Must come before `WeightAverage`, which then replaces the raw weights."""
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.folder.save_last(trainer)
+
+
+class BestCheckpoint(Callback):
+    """`best.ckpt` by validation loss, and the next best. Must come before `LastCheckpoint`, which stores the ranking.
+
+    Of equal losses the earlier one is the better.
+    """
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        self.folder = folder
+        self._ranked: list[tuple[float, int]] = []  # (loss, step), best first
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loss = trainer.callback_metrics.get("val/loss")
+        if trainer.sanity_checking or loss is None or not math.isfinite(float(loss)):
+            return
+        step = trainer.global_step
+        # a run that went on from an earlier checkpoint meets its own steps again
+        earlier = [(value, done) for value, done in self._ranked if done < step]
+        self._ranked = sorted([*earlier, (float(loss), step)])[: self.folder.keep_best]
+        ranked = [done for _, done in self._ranked]
+        if step in ranked:
+            self.folder.save_best(trainer, ranked)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ranked": [list(entry) for entry in self._ranked]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._ranked = [(float(loss), int(step)) for loss, step in state_dict["ranked"]]

@@ -1,0 +1,180 @@
+"""A run on a cluster: as many processes as were started, one stop for all of them, one run in a folder.
+
+Schedulers send a signal before they take a machine away: SIGUSR1 or SIGUSR2 (`sbatch --signal`) before the time is up,
+SIGTERM on preemption. It may reach one process or all of them, at different steps; they end after the same step, with a
+checkpoint. After SIGUSR1 and SIGUSR2 the job is queued again: by submitit if it started the job, else by `scontrol
+requeue`. After SIGTERM that is for the scheduler to decide. Lightning's own requeueing, which saves in the middle of a
+step, is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig
+from torch import distributed
+
+from dpm_scales.errors import UserError
+from dpm_scales.training.shards import meet
+
+REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (*REQUEUE, signal.SIGTERM)
+
+
+def follow_environment(cfg: DictConfig) -> ClusterEnvironment:
+    """How processes are started; where torchrun or srun did, the trainer takes the devices and machines that they gave.
+
+    So one command line serves one process and many, and Lightning guesses nothing: inside a batch script it would wait
+    for processes that nobody starts.
+    """
+    shard = meet()
+    if shard.world_size == 1:
+        return LightningEnvironment()
+    cfg.trainer.devices, cfg.trainer.num_nodes = shard.local_world_size, shard.num_nodes
+    if cfg.trainer.strategy == "auto":
+        cfg.trainer.strategy = "ddp"
+    return TorchElasticEnvironment()
+
+
+class StopTogether(Callback):
+    """After a signal to any process, all of them end after the same step, which `LastCheckpoint` then saves.
+
+    Must come before `LastCheckpoint`. Processes agree once a step, on the CPU: the device is not waited for.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._step = 0
+        self._group: Any = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.received = 0
+        if trainer.world_size > 1:
+            # Lightning's handler sends a tensor in the middle of whatever the others do, and its loop waits for the
+            # device in every step
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+            self._group = distributed.new_group(backend="gloo")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:  # after Lightning's, which puts back what was there before
+                signal.signal(number, self._note)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # no checkpoint holds gradients that are being accumulated; and after the last step the run ends anyway
+        if trainer.global_step != self._step and not 0 < trainer.max_steps <= trainer.global_step:
+            self._step = trainer.global_step
+            self._agree(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not 0 < trainer.max_steps <= trainer.global_step:
+            self._agree(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._group is not None:
+            distributed.destroy_process_group(self._group)
+            self._group = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def _agree(self, trainer: pl.Trainer) -> None:
+        if self._group is not None:
+            flag = torch.tensor(self.received)
+            distributed.all_reduce(flag, distributed.ReduceOp.MAX, self._group)
+            self.received = int(flag)
+        if self.received:
+            trainer._signal_connector.received_sigterm = True
+
+
+def requeue(number: int) -> None:
+    """Let the job be queued again after signal `number`, if one of `REQUEUE`; does not return under submitit.
+
+    For the first process. Outside of a job nothing happens.
+    """
+    if number not in REQUEUE:
+        return
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        for handler in map(signal.getsignal, REQUEUE):
+            if callable(handler):
+                handler(number, None)  # submitit's, in whose place that of `StopTogether` was
+                return
+    if "SLURM_JOB_ID" in os.environ and shutil.which("scontrol"):
+        array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+        job = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+        if subprocess.run(["scontrol", "requeue", job], check=False).returncode:
+            print(f"scontrol can't queue job {job} again; submit it again, and it goes on", file=sys.stderr)
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Keep other processes, also on other machines, from training in the same folder meanwhile.
+
+    The lock is the operating system's, so that it ends with this process, however that ends; a file system without
+    locks keeps nobody out.
+
+    Raises: UserError if another process holds it.
+    """
+    file = _locked(folder / ".lock")
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _locked(path: Path) -> TextIO | None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        file = path.open("a+")
+    except OSError:  # a finished run in a folder that nobody may write to
+        return None
+    try:
+        # not flock, whose locks loading processes would inherit, and hold on to after this one is killed
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise UserError(
+            f"{path.parent} is being trained by {holder}; wait for it, or choose another run_dir"
+        ) from error
+    except OSError:
+        file.close()
+        return None
+    file.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job}" if job else ""))
+    file.flush()
+    return file

@@ -1,0 +1,194 @@
+"""What the editing tasks of `sample.py` share: reading images, checking all before work begins, results in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from dpm_scales.data.files import open_store
+from dpm_scales.denoisers import Denoiser
+from dpm_scales.errors import UserError, require, require_number
+from dpm_scales.images import LEVELS, load_image, make_grid, save_png, to_range, to_uint8
+from dpm_scales.noise import NoiseSource
+from dpm_scales.processes import Process
+from dpm_scales.samplers import OnStep
+from dpm_scales.training.callbacks import check_writable
+from dpm_scales.training.export import Model, plain
+from dpm_scales.training.sample_run import check_counts, check_older, choose_model, step_bar
+from dpm_scales.training.sampling import pick_device, pick_labels
+
+SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_SIDE = 8, 10, 64
+"""Of comparison.png: rows, results in a row, and the side in pixels that its cells have at least."""
+
+Make = Callable[[Tensor, NoiseSource, "Tensor | None", OnStep], Tensor]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model and where its results go; all checked."""
+
+    model: Model
+    device: torch.device
+    out: Path
+    cfg: DictConfig
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return self.model.denoiser
+
+    @property
+    def process(self) -> Process:
+        return self.model.denoiser.process
+
+    def images(self, key: str) -> Tensor:
+        """uint8 ``(N, C, H, W)``, the images that the config's `key` names; see `read_images`."""
+        return read_images(str(self.cfg[key]), self.model.recipe.channels)
+
+    def floats(self, images: Tensor) -> Tensor:
+        """uint8 images in the process's value range, on the device."""
+        return to_range(images.to(self.device), self.process.value_range)
+
+
+def prepare(cfg: DictConfig) -> Setup:
+    """Model, sampler and device, checked; nothing is written yet."""
+    check_counts(cfg)
+    device = pick_device(str(cfg.device))
+    model = choose_model(cfg)
+    model.modules().to(device)
+    needs_labels = model.recipe.num_classes is not None and plain(cfg.labels) is None
+    require(
+        not needs_labels, f"this model was trained with labels; say for task={cfg.task} what it shows: labels=CLASS"
+    )
+    return Setup(model, device, Path(str(cfg.out)), cfg)
+
+
+def read_images(place: str, channels: int) -> Tensor:
+    """uint8 ``(N, C, H, W)`` from a file, or from all images of a folder or .zip file in the order of their names.
+
+    Raises: UserError for unreadable files, other channels and mixed sizes; it names the file.
+    """
+    path = Path(place)
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        store = open_store(place)
+        named = [(store.describe(name), store.open(name)) for name in store.names]
+        images = []
+        for name, file in named:
+            with file:
+                images.append((name, load_image(file, name=name)))
+    else:
+        images = [(place, load_image(place))]
+    kinds, (first, like) = {1: "grey", 3: "RGB"}, images[0]
+    for name, image in images:
+        require(
+            len(image) == channels,
+            f"{name} is {kinds[len(image)]}, and this model draws {kinds[channels]} images; convert it",
+        )
+        require(
+            image.shape == like.shape,
+            f"{name} has {size_of(image)} pixels, {first} {size_of(like)} (height x width); one run takes one size",
+        )
+    return torch.stack([image for _, image in images])
+
+
+def read_mask(place: str, like: Tensor, name: str) -> Tensor:
+    """Bool ``(H, W)``, white from half on. Raises UserError for another size, and for one colour alone."""
+    grey = load_image(place, channels=1)[0]
+    require(
+        grey.shape == like.shape[-2:],
+        f"{place} has {size_of(grey)} pixels, {name} {size_of(like)} (height x width); a mask needs the same size",
+    )
+    mask = grey > LEVELS // 2
+    require(bool(mask.any()), f"{place} is black everywhere; a mask is white where the image is to be invented")
+    require(not bool(mask.all()), f"{place} is white everywhere; nothing of the image would be left")
+    return mask
+
+
+def size_of(image: Tensor) -> str:
+    return f"{image.shape[-2]}x{image.shape[-1]}"
+
+
+def check_scale(name: str, value: object) -> float:
+    """Raises UserError unless 0 < value <= 1."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+    require(fits, f"{name} must be a scale in (0, 1], got {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def check_noise_std(setup: Setup) -> float:
+    """noise_std of the config in units of the value range. Raises UserError for another number than 0 to 1."""
+    require_number("noise_std", setup.cfg.noise_std, 0, 1)
+    low, high = setup.process.value_range
+    return float(setup.cfg.noise_std) * (high - low)
+
+
+def produce(
+    setup: Setup,
+    inputs: int,
+    per_input: int,
+    steps: int,
+    make: Make,
+    noise_of: Callable[[int, int], NoiseSource] | None = None,
+    together: int = 1,
+) -> list[Tensor]:
+    """Write `per_input` numbered results for each of `inputs`; returns those of the first rows, uint8 on the CPU.
+
+    Args:
+        steps: calls of `on_step` that a batch makes.
+        make: results in pixels ``(B, C, H, W)`` from numbers of inputs ``(B,)``, noise, labels and a callback.
+        noise_of: noise from the count and the first number of a batch; by default one stream for each result.
+        together: results that can't be parted, one after the other.
+    """
+    cfg, total = setup.cfg, inputs * per_input
+    check_older(setup.out, total, f"the {total} that task={cfg.task} makes here")
+    check_writable(setup.out)
+    labels = pick_labels(setup.model, plain(cfg.labels), inputs) if setup.model.recipe.num_classes else None
+    size = max(1, cfg.batch_size // together) * together
+    shown: list[Tensor] = []
+    with step_bar() as progress:
+        bar = progress.add_task(str(cfg.task), total=steps * -(-total // size))
+        for first in range(0, total, size):
+            count = min(size, total - first)
+            noise = NoiseSource(cfg.seed, count, first, setup.device) if noise_of is None else noise_of(count, first)
+            numbers = torch.arange(first, first + count) // per_input
+            of_batch = None if labels is None else labels[numbers].to(setup.device)
+            x = make(numbers, noise, of_batch, lambda *_: progress.advance(bar))
+            images = to_uint8(x, setup.process.value_range).cpu()
+            for i, image in enumerate(images, start=first):
+                save_png(setup.out / f"{i:06d}.png", image)
+            shown += list(images[: max(0, SHOWN_ROWS * per_input - first)])
+    return shown
+
+
+def save_comparison(
+    setup: Setup, before: list[Tensor], results: list[Tensor], per_input: int, after: list[Tensor] | None = None
+) -> None:
+    """`comparison.png`: a row for each input.
+
+    Args:
+        before, after: what stands on either side of the results, uint8 ``(N, C, H, W)`` each.
+        results: `per_input` of each input, uint8 ``(C, H, W)``.
+    """
+    after = after or []
+    rows = min(SHOWN_ROWS, len(results) // per_input)
+    columns = min(per_input, SHOWN_COLUMNS)
+    cells = []
+    for row in range(rows):
+        cells += [images[row] for images in before] + results[row * per_input : row * per_input + columns]
+        cells += [images[row] for images in after]
+    grid = make_grid(torch.stack(cells), len(cells) // rows, padding=2, upscale=enlargement(cells[0]))
+    save_png(setup.out / "comparison.png", grid)
+
+
+def enlargement(images: Tensor) -> int:
+    """The factor that makes the shorter side at least `SHOWN_SIDE` pixels."""
+    return max(1, -(-SHOWN_SIDE // min(images.shape[-2:])))
+
+
+def refuse_sampler(cfg: DictConfig, reason: str) -> None:
+    if plain(cfg.sampler).get("_target_"):
+        raise UserError(f"task={cfg.task} {reason}; drop sampler=, and set steps= for their number")

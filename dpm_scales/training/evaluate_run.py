@@ -1,0 +1,332 @@
+"""What `evaluate.py` does: figures of a model's samples, or of a folder's, by a set of real images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dpm_scales.errors import UserError, require, require_number
+from dpm_scales.images import write_text
+from dpm_scales.metrics import FeatureNetwork, FeatureSet, FeatureStatistics, Measure, compare, gather, pick_features
+from dpm_scales.metrics.figures import check_measures, check_numbers, needs_rows
+from dpm_scales.study.progress import progress_bar
+from dpm_scales.training.callbacks import check_writable
+from dpm_scales.training.export import Model, plain
+from dpm_scales.training.image_sets import Pictures, open_pictures
+from dpm_scales.training.likelihood_run import METHODS, bits_per_dim, estimator, save_plot
+from dpm_scales.training.reference_cache import cache_folder, reference_features
+from dpm_scales.training.sample_run import choose_model
+from dpm_scales.training.sampling import draw, pick_device, pick_labels
+from dpm_scales.training.shards import Shard, barrier, leave, meet
+
+RESULT = "evaluation.json"
+FORMAT = "dpm_scales evaluation"
+VERSION = 1
+PACKAGES = ("dpm-scales", "torch", "torchvision", "numpy", "pillow")
+SMALL_SIDE = 32
+"""Images with a shorter side are enlarged so far that the features, which know photos, see little of what matters."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples that a model is going to draw.
+
+    Attributes:
+        model: with the sampler that was asked for.
+        source: its path.
+        weights: averaged or raw.
+        guidance: of the labels, or None.
+        number, seed: of the samples.
+        labels: (number,) or None.
+    """
+
+    model: Model
+    source: str
+    weights: str
+    guidance: dict[str, Any] | None
+    number: int
+    seed: int
+    labels: Tensor | None
+    device: torch.device
+
+    def __len__(self) -> int:
+        return self.number
+
+    def batches(self, batch_size: int, numbers: range | None = None) -> Iterator[Tensor]:
+        """uint8 (B, C, H, W) of the samples of these numbers, without gaps; of all by default."""
+        part = range(self.number) if numbers is None else numbers
+        if not part:
+            return iter(())
+        labels = None if self.labels is None else self.labels[part.start : part.stop]
+        return draw(self.model, len(part), self.seed, batch_size, labels=labels, device=self.device, first=part.start)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(H, W) of all of them."""
+        return (self.model.recipe.image_size,)
+
+    def origin(self) -> dict[str, Any]:
+        """All that is needed to draw them again."""
+        weights = hashlib.sha256()
+        for name, tensor in sorted(self.model.modules().state_dict().items()):
+            weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        process, sampler = self.model.denoiser.process, self.model.sampler
+        return {
+            "model": self.source,
+            "weights": self.weights,
+            "weights_sha256": weights.hexdigest(),
+            "process": type(process).__name__,
+            "sampler": type(sampler).__name__,
+            "sampler_settings": self.model.recipe.parts["sampler"],
+            "steps": len(sampler.scales(process)) - 1,
+            "guidance": self.guidance,
+            "seed": self.seed,
+            "labels": None if self.labels is None else sorted(set(self.labels.tolist())),
+            "number": self.number,
+            "sizes": [list(size) for size in self.sizes],
+        }
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Everything is checked before the first image is drawn.
+
+    Processes that torchrun or srun started share the samples of a model; all else is the first one's.
+    """
+    measures = _check(cfg)
+    shard = meet()
+    device = pick_device(str(cfg.device))
+    if shard.world_size > 1 and device.type == "cuda" and device.index is None:
+        device = pick_device(f"cuda:{shard.local_rank % torch.cuda.device_count()}")
+    run = None if cfg.model is None else Path(str(cfg.model))
+    real = open_pictures(str(cfg.reference), "reference", str(cfg.split), cfg.num_reference, run)
+    fake: Pictures | Drawn
+    if run is None:
+        fake = open_pictures(str(cfg.samples), "samples", "all", cfg.num_samples)
+    else:
+        fake = _drawn(cfg, cfg.num_samples or len(real), device)
+    yardstick = None
+    if cfg.yardstick is not None:
+        yardstick = open_pictures(str(cfg.yardstick), "yardstick", str(cfg.yardstick_split), len(fake), run)
+    for other in (fake, *([] if yardstick is None else [yardstick])):
+        _check_sizes(real, other, cfg.any_size)
+        check_numbers(measures, len(real), len(other))
+    held = _held_out(cfg, fake, run)
+    network = pick_features(str(cfg.features), cfg.inception, device, cfg.download)
+    out = None if cfg.out is None else Path(str(cfg.out))
+    if out is not None and shard.is_main:
+        check_writable(out)
+    if not shard.is_main:
+        if isinstance(fake, Drawn):
+            _judged(fake, network, cfg.batch_size, True, shard, None)
+        leave()
+        return
+
+    rows, folder = needs_rows(measures), cache_folder() if cfg.cache else None
+    with progress_bar() as progress:
+
+        def counted(name: str, total: int) -> Callable[[int], None]:
+            bar = progress.add_task(name, total=total)
+            return lambda count: progress.advance(bar, count)
+
+        def known(name: str, pictures: Pictures) -> FeatureSet:
+            return reference_features(pictures, network, cfg.batch_size, rows, folder, counted(name, len(pictures)))
+
+        reference = known("reference", real)
+        bound = None if yardstick is None else known("yardstick", yardstick)
+        own = len(shard.part(len(fake)) if isinstance(fake, Drawn) else fake)
+        judged = _judged(fake, network, cfg.batch_size, rows, shard, counted("samples", own))
+    figures = compare(reference, judged, network, measures)
+    bounds = None if bound is None else compare(reference, bound, network, measures)
+    doubts = find_doubts(len(real), len(fake), network, real.sizes)
+    result = {
+        "format": FORMAT,
+        "version": VERSION,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "figures": _as_table(figures),
+        "features": {
+            "network": network.name,
+            "weights_sha256": network.hash,
+            "dim": network.dim,
+            "resizing": network.resizing,
+        },
+        "real": _origin(real),
+        "fake": fake.origin() if isinstance(fake, Drawn) else _origin(fake),
+        "yardstick": None
+        if yardstick is None or bounds is None
+        else _origin(yardstick) | {"figures": _as_table(bounds)},
+        "likelihood": likelihood(cfg, fake, held, device, out),
+        "warnings": doubts,
+        "device": str(device),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+    for doubt in doubts:
+        warnings.warn(doubt, stacklevel=1)
+    _show(figures, bounds, f"{len(fake)} samples by {len(real)} real images, features {network.name}")
+    if out is not None:
+        write_text(out / RESULT, json.dumps(result, indent=1) + "\n")
+        print(f"result in {out / RESULT}")
+    leave()
+
+
+def _judged(
+    fake: Pictures | Drawn,
+    network: FeatureNetwork,
+    batch_size: int,
+    rows: bool,
+    shard: Shard,
+    on_images: Callable[[int], None] | None,
+) -> FeatureSet:
+    """Features of all samples, of a model with the other processes, which must call it too."""
+    if shard.world_size == 1 or not isinstance(fake, Drawn):
+        return gather(network, fake.batches(batch_size), rows, on_images)
+    own = gather(network, fake.batches(batch_size, shard.part(len(fake))), True, on_images)
+    parts = [len(replace(shard, rank=rank).part(len(fake))) for rank in range(shard.world_size)]
+    padded = torch.zeros(max(parts), network.dim)
+    if own.rows is not None:
+        padded[: len(own.rows)] = torch.from_numpy(own.rows)
+    barrier()
+    gathered = [torch.empty_like(padded) for _ in parts]
+    torch.distributed.all_gather(gathered, padded)
+    every = torch.cat([values[:number] for values, number in zip(gathered, parts, strict=True)])
+    return FeatureSet(FeatureStatistics().update(every), every.numpy())
+
+
+def _held_out(cfg: DictConfig, fake: Pictures | Drawn, run: Path | None) -> Pictures | None:
+    """The images whose likelihood is asked for. Raises UserError if this model has none."""
+    if cfg.likelihood is None or not isinstance(fake, Drawn):
+        return None
+    ok = fake.model.recipe.num_classes is None
+    require(ok, f"likelihood={cfg.likelihood}: this model was trained with labels, which a reference has not")
+    estimator(fake.model, cfg.likelihood, cfg.likelihood_scales, cfg.likelihood_draws)
+    return open_pictures(str(cfg.reference), "reference", str(cfg.likelihood_split), cfg.num_reference, run)
+
+
+def likelihood(
+    cfg: DictConfig, fake: Pictures | Drawn, held: Pictures | None, device: torch.device, out: Path | None
+) -> dict[str, Any] | None:
+    """Bits per dimension of the images held out, if the config asks for them."""
+    if held is None or not isinstance(fake, Drawn):
+        return None
+    wanted = (str(cfg.likelihood), cfg.likelihood_scales, cfg.likelihood_draws, cfg.seed, device)
+    result = bits_per_dim(fake.model, held.batches(cfg.batch_size), *wanted, total=len(held))
+    print(result.line())
+    if out is not None:
+        save_plot(out / "likelihood.png", result)
+    return {**result.to_dict(), "images": _origin(held)}
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def _check(cfg: DictConfig) -> tuple[str, ...]:
+    """The measures. Raises UserError for values that can't be meant."""
+    require(
+        (cfg.model is None) != (cfg.samples is None),
+        "give one of model=RUN_OR_EXPORT_OR_CKPT, which is sampled, and samples=DIR",
+    )
+    for key in ("num_samples", "num_reference"):
+        if cfg[key] is not None:
+            require_number(key, cfg[key], 2, whole=True)
+    require_number("batch_size", cfg.batch_size, 1, whole=True)
+    require_number("seed", cfg.seed, 0, whole=True)
+    ok = cfg.likelihood is None or cfg.likelihood in METHODS
+    require(ok, f"likelihood={cfg.likelihood!r}: allowed is null, {', '.join(METHODS)}")
+    ok = cfg.likelihood is None or cfg.model is not None
+    require(ok, f"likelihood={cfg.likelihood} is that of images under a model: give model=, not samples=")
+    for key in ("cache", "download", "any_size"):
+        require(isinstance(cfg[key], bool), f"{key} must be true or false, got {cfg[key]!r}")
+    if cfg.samples is not None:
+        for key, usual in {"steps": None, "labels": None, "guidance": 1, "weights": "averaged"}.items():
+            require(cfg[key] == usual, f"{key} is for sampling a model, and samples={cfg.samples} are there already")
+        chosen = plain(cfg.sampler).get("_target_")
+        require(chosen is None, f"sampler is for sampling a model, and samples={cfg.samples} are there already")
+    return check_measures(plain(cfg.measures))
+
+
+def _drawn(cfg: DictConfig, number: int, device: torch.device) -> Drawn:
+    model = choose_model(cfg)
+    labels = pick_labels(model, plain(cfg.labels), number)
+    model.prior.check_size(model.recipe.image_size)
+    guidance = None
+    if cfg.guidance != 1:
+        interval = plain(cfg.guidance_interval)
+        guidance = {"scale": cfg.guidance, "interval": interval, "variable": cfg.guidance_variable}
+    return Drawn(model, str(cfg.model), cfg.weights, guidance, number, cfg.seed, labels, device)
+
+
+def _check_sizes(real: Pictures, other: Pictures | Drawn, any_size: bool) -> None:
+    """Raises UserError for images of several sizes, which are as far apart as their sharpness, unless that is meant."""
+    if any_size:
+        return
+    for pictures in (real, other):
+        if len(pictures.sizes) > 1:
+            (h, w), (height, width) = pictures.sizes[0], pictures.sizes[-1]
+            raise UserError(
+                f"{pictures.source}: images of {len(pictures.sizes)} sizes, from {h}x{w} to {height}x{width}; bring "
+                "them to one, or set any_size=true"
+            )
+    (h, w), (height, width) = real.sizes[0], other.sizes[0]
+    require(
+        (h, w) == (height, width),
+        f"{other.source}: images of {height}x{width}, and of {h}x{w} in the reference; bring them to one size, or set "
+        "any_size=true",
+    )
+
+
+# --- what is told -----------------------------------------------------------------------------------------------------
+
+
+def find_doubts(real: int, fake: int, network: FeatureNetwork, sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """What whoever reads the figures of so many images should know, one line each."""
+    doubts = []
+    for number, name in ((real, "real images"), (fake, "samples")):
+        if number <= network.dim:
+            doubts.append(
+                f"{number} {name} for {network.dim} features: their covariance is singular and {network.distance_name} "
+                f"too high; compare it with that of as many images alone, or take {network.kernel_name}"
+            )
+    if min(min(size) for size in sizes) < SMALL_SIDE:
+        doubts.append(
+            f"images below {SMALL_SIDE} px are enlarged to {network.input_side} px for features of photos: figures "
+            "rank models of one data set, and mean little beside those of another"
+        )
+    return doubts
+
+
+def _as_table(figures: dict[str, Measure]) -> dict[str, dict[str, Any]]:
+    return {name: {key: v for key, v in asdict(figure).items() if v is not None} for name, figure in figures.items()}
+
+
+def _origin(pictures: Pictures) -> dict[str, Any]:
+    return {
+        "source": pictures.source,
+        "number": len(pictures),
+        "sizes": [list(size) for size in pictures.sizes],
+        "sha256": pictures.digest(),
+    }
+
+
+def _show(figures: dict[str, Measure], bounds: dict[str, Measure] | None, title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in ("figure", "value", "standard error", *(["yardstick"] if bounds else []), "better"):
+        table.add_column(column, justify="left" if column in ("figure", "better") else "right")
+    for name, figure in figures.items():
+        error = "" if figure.std_error is None else f"{figure.std_error:.2g}"
+        name = name if figure.neighbours is None else f"{name}, k = {figure.neighbours}"
+        yardstick = [f"{bounds[key].value:.4g}" for key in [name.partition(",")[0]]] if bounds else []
+        table.add_row(name, f"{figure.value:.4g}", error, *yardstick, figure.better)
+    Console().print(table)

@@ -1,0 +1,90 @@
+"""What fails in the middle of a training run through no defect of ours, told so that the user knows what to change."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from dpm_scales.data import FileImages, ImageDataModule, listed
+from dpm_scales.errors import OutOfMemoryError, UserError
+from dpm_scales.images import write_bytes
+
+MOST_NAMES = 1000
+"""Unreadable images that `unreadable.txt` names."""
+
+
+@contextmanager
+def told_in_one_line(batch_size: int, image_size: tuple[int, int], num_workers: int) -> Iterator[None]:
+    """Turn a lack of memory, on the device or the machine, and the death of a loading process into one line.
+
+    Args:
+        batch_size: images of a batch on one device.
+        image_size: (H, W) in pixels.
+        num_workers: loading processes.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text
+        if memory:
+            place = "the device" if isinstance(error, torch.OutOfMemoryError) else "the machine"
+            raise OutOfMemoryError(
+                f"{place} is out of memory with batches of {batch_size} images of {image_size[0]}x{image_size[1]}; the "
+                "last checkpoint is kept: lower data.batch_size (trainer.accumulate_grad_batches makes up for it), "
+                "data.image_size or samples.num_images, or choose a smaller network"
+            ) from error
+        if text.startswith("DataLoader worker"):
+            reason = " ".join(text.split())[:200]
+            raise OutOfMemoryError(
+                f"a loading process died ({reason}); the last checkpoint is kept: lower data.num_workers={num_workers} "
+                "if the machine, or its /dev/shm, is out of memory, then resume"
+            ) from error
+        raise
+
+
+class UnreadableImages(Callback):
+    """Counts the images that could not be read, told at each validation and at the end if there are more.
+
+    Their names are in the run folder's `unreadable.txt`, which is absent as long as there are none.
+    """
+
+    def __init__(self, data: ImageDataModule, path: Path) -> None:
+        self.data, self.path = data, path
+        self._told = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._tell(trainer, warn=False)  # what was bad at the start has been told
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._tell(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._tell(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._tell(trainer)
+
+    def _tell(self, trainer: pl.Trainer, warn: bool = True) -> None:
+        source = self.data.source
+        names = [*getattr(source, "left_out", {})]
+        for part in (source.train(), source.val()):
+            if isinstance(part, FileImages):
+                names += part.unreadable
+        if len(names) == self._told or not trainer.is_global_zero:
+            return
+        self._told = len(names)
+        if warn:
+            warnings.warn(f"{len(names)} unreadable images until now: {listed(names)}; see {self.path}", stacklevel=2)
+        more = f"and {len(names) - MOST_NAMES} more\n" if len(names) > MOST_NAMES else ""
+        text = "".join(f"{name!r}\n" for name in names[:MOST_NAMES])
+        try:
+            write_bytes(self.path, f"{len(names)} unreadable images\n{text}{more}".encode(errors="backslashreplace"))
+        except UserError as error:  # a full disk must not end a run for this
+            warnings.warn(str(error), stacklevel=2)

@@ -1,0 +1,186 @@
+"""Files that tell damage: checkpoints and tensors with a SHA-256 over every byte.
+
+A checkpoint is torch's zip file, followed by one line of fixed length with the format's version, the step and the
+SHA-256 of all that comes before. torch stores a CRC of every tensor and never looks at it: of single flipped bits it
+notices one in ten. In `model.safetensors` the SHA-256 stands in the header, taken with zeros in its own place; so both
+are one file each, which appears with its checksum or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dpm_scales.errors import UserError
+from dpm_scales.images import atomic_write, write_bytes
+
+FORMAT = "dpm_scales model"
+VERSION = 3
+"""Of checkpoints, exports and their recipes. 3: checksums."""
+
+ZEROS = "0" * 64
+_SEAL = re.compile(rb"\ndpm_scales checkpoint (\d{4}) step (\d{12}) sha256 ([0-9a-f]{64})\n")
+_SEAL_BYTES = len("\ndpm_scales checkpoint 0000 step 000000000000 sha256 \n") + 64
+_HEADER = re.compile(rf"{FORMAT} (\d+)(?: sha256 ([0-9a-f]{{64}}))?")
+_MAX_HEADER_BYTES = 16 * 2**20
+_CHUNK = 2**20
+_FOREIGN = "is not a checkpoint of dpm_scales"
+_DAMAGED = "is damaged: its bytes do not have the SHA-256 that they were written with"
+
+
+class DamagedFileError(UserError):
+    """A file that is not what was written; another checkpoint of the same run may still be whole."""
+
+
+class _HashingFile:
+    """What `torch.save` writes to; keeps the error that torch would hide behind one of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_checkpoint(path: str | Path, values: dict[str, Any]) -> None:
+    """Write plain containers and tensors with their checksum, whole or not at all; `values["global_step"]` is told.
+
+    Raises: UserError if the disk is full or the place not writable; what was at `path` is then untouched.
+    """
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        out = _HashingFile(file)
+        try:
+            torch.save(values, cast(IO[bytes], out))  # all that torch asks of it
+        except RuntimeError as error:
+            if out.error is not None:
+                raise out.error from error
+            raise
+        seal = f"\ndpm_scales checkpoint {VERSION:04d} step {int(values.get('global_step', 0)):012d} sha256 "
+        out.write(seal.encode())
+        file.write(f"{out.hash.hexdigest()}\n".encode())
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The step after which a checkpoint was written, without reading it; None if there is none at `path`."""
+    try:
+        with path.open("rb") as file:
+            found, _ = _seal(file)
+    except OSError:
+        return None
+    return int(found[2]) if found else None
+
+
+def read_checkpoint(path: Path, map_location: Any = None) -> dict[str, Any]:
+    """A checkpoint's plain containers and tensors; whatever else is in it is refused, never executed.
+
+    Args:
+        map_location: where its tensors go, as in `torch.load`; by default to the CPU, wherever they were.
+
+    Raises:
+        DamagedFileError: a byte differs from what was written, or it is no checkpoint of ours.
+        UserError: another version wrote it.
+    """
+    try:
+        with path.open("rb") as file:
+            seal, size = _seal(file)
+            if seal and _digest(file, size + seal.start(3)) != seal[3].decode():
+                raise DamagedFileError(f"{path} {_DAMAGED}")
+            if seal and int(seal[1]) != VERSION:
+                raise UserError(f"{path} has model format {int(seal[1])}; this version reads {VERSION}")
+            file.seek(0)
+            values = torch.load(file, map_location=map_location or "cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # torch and pickle raise nearly anything for a file that is not theirs
+        raise DamagedFileError(f"{path} {_FOREIGN} (it is damaged or holds foreign objects)") from error
+    recipe = values.get("recipe") if isinstance(values, dict) else None
+    version = recipe.get("version") if isinstance(recipe, dict) else None
+    if isinstance(version, int) and version != VERSION:
+        raise UserError(f"{path} has model format {version}; this version reads {VERSION}")
+    if not _plain_states(values) or recipe is None:
+        raise DamagedFileError(f"{path} {_FOREIGN}")
+    if not seal:
+        raise DamagedFileError(f"{path} is damaged: its end, which holds the checksum, is missing")
+    return dict(values)
+
+
+def _plain_states(values: Any) -> bool:
+    if not isinstance(values, dict) or "state_dict" not in values:
+        return False
+    states = [values.get(key, {}) for key in ("state_dict", "current_model_state")]
+    return all(isinstance(state, dict) and all(isinstance(name, str) for name in state) for state in states)
+
+
+def _seal(file: BinaryIO) -> tuple[re.Match[bytes] | None, int]:
+    """The last line of a checkpoint, if it is one, and the number of bytes before it."""
+    size = max(file.seek(0, 2) - _SEAL_BYTES, 0)
+    file.seek(size)
+    return _SEAL.fullmatch(file.read(_SEAL_BYTES)), size
+
+
+def _digest(file: BinaryIO, size: int, start: bytes = b"") -> str:
+    """SHA-256 of `start` and the bytes that follow it, up to `size`."""
+    file.seek(len(start))
+    digest, left = hashlib.sha256(start), size - len(start)
+    while left > 0 and (chunk := file.read(min(_CHUNK, left))):
+        digest.update(chunk)
+        left -= len(chunk)
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write `path` (.safetensors), whole or not at all; the same tensors are the same bytes."""
+    # one entry of metadata: several come in any order
+    data = save(tensors, metadata={"format": f"{FORMAT} {VERSION} sha256 {ZEROS}"})
+    head = data[: 8 + int.from_bytes(data[:8], "little")]
+    digest = hashlib.sha256(data).hexdigest()
+    write_bytes(path, head.replace(ZEROS.encode(), digest.encode(), 1) + data[len(head) :])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What `write_tensors` wrote, on the CPU.
+
+    Raises:
+        DamagedFileError: a byte differs, or it is no such file.
+        UserError: another version wrote it.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
+                raise ValueError(f"header of {length} bytes in a file of {size}")
+            file.seek(0)
+            head = file.read(8 + length)
+            text = json.loads(head[8:]).get("__metadata__", {}).get("format", "")
+            found = _HEADER.fullmatch(text)
+            if not found:
+                raise UserError(f"{path} was not written by dpm_scales, or is damaged: its header has no checksum")
+            if int(found[1]) != VERSION:
+                raise UserError(f"{path} has model format {found[1]}; this version reads {VERSION}")
+            digest = found[2] or ZEROS
+            if _digest(file, size, head.replace(digest.encode(), ZEROS.encode(), 1)) != digest:
+                raise DamagedFileError(f"{path} {_DAMAGED}")
+        return load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise DamagedFileError(f"{path} is not a safetensors file: {error}") from error

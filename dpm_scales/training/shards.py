@@ -1,0 +1,150 @@
+"""Which part of shared work is this process's: rank and number of processes, as torchrun, srun or submitit tell them.
+
+    share = this_shard()
+    for number in share.part(num_samples): ...        # this process's samples
+    barrier()                                         # all of them are there
+    if share.is_main: ...                             # what one process does for all
+
+A process started alone is the only one: nothing needs to be asked or set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from dpm_scales.errors import UserError
+
+PORTS = 20000  # the first of as many ports that jobs take by their number
+PATIENCE = timedelta(days=1)  # the longest wait for the slowest process; a dead one is noticed at once
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `world_size` processes that share the work.
+
+    Args:
+        rank: its number, from 0.
+        world_size: how many there are.
+        local_rank: its number on its machine; the number of its device.
+        local_world_size: how many there are on its machine.
+        node: number of its machine.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    node: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes what there is one of."""
+        return self.rank == 0
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of machines."""
+        return self.world_size // self.local_world_size
+
+    def part(self, count: int) -> range:
+        """This process's part of the numbers 0..count - 1: without gaps, of almost equal length, perhaps empty."""
+        first, last = (-(-number * count // self.world_size) for number in (self.rank, self.rank + 1))
+        return range(first, last)
+
+
+def this_shard(environment: Mapping[str, str] | None = None) -> Shard:
+    """From torchrun's environment variables, those of srun, or those of submitit's local executor.
+
+    A batch script's own process is no part of a step, so that a command in it without srun runs alone.
+
+    Raises: UserError if the variables contradict each other, or machines have different numbers of processes.
+    """
+    values = os.environ if environment is None else environment
+
+    def number(name: str, otherwise: int) -> int:
+        try:
+            return int(values.get(name, otherwise))
+        except ValueError as error:
+            raise UserError(f"the environment variable {name}={values[name]!r} is no number") from error
+
+    if "RANK" in values and "WORLD_SIZE" in values:
+        world = number("WORLD_SIZE", 1)
+        shard = Shard(
+            number("RANK", 0),
+            world,
+            number("LOCAL_RANK", 0),
+            number("LOCAL_WORLD_SIZE", world),
+            number("GROUP_RANK", 0),
+        )
+    elif number("SLURM_STEP_NUM_TASKS", 1) > 1:
+        world, nodes = number("SLURM_STEP_NUM_TASKS", 1), number("SLURM_STEP_NUM_NODES", 1)
+        if world % nodes:
+            raise UserError(f"{world} processes on {nodes} machines: give every machine the same --ntasks-per-node")
+        local = number("SLURM_LOCALID", 0)
+        shard = Shard(number("SLURM_PROCID", 0), world, local, world // nodes, number("SLURM_NODEID", 0))
+    elif number("SUBMITIT_LOCAL_NTASKS", 1) > 1:
+        world, rank = number("SUBMITIT_LOCAL_NTASKS", 1), number("SUBMITIT_LOCAL_GLOBALID", 0)
+        shard = Shard(rank, world, rank, world)
+    else:
+        return Shard()
+    if not 0 <= shard.rank < shard.world_size or shard.world_size % shard.local_world_size:
+        raise UserError(
+            f"the environment tells of process {shard.rank} of {shard.world_size}, {shard.local_world_size} on each "
+            "machine; unset RANK and WORLD_SIZE, or start it with torchrun or srun"
+        )
+    return shard
+
+
+def meet() -> Shard:
+    """Set the variables by which torch's processes find each other, where srun or submitit started them."""
+    shard = this_shard()
+    if shard.world_size > 1 and "RANK" not in os.environ:
+        hosts = os.environ.get("SLURM_STEP_NODELIST", "") if "SLURM_STEP_NUM_TASKS" in os.environ else ""
+        job = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or "0"
+        step = os.environ.get("SLURM_STEP_ID", "0")
+        number = int(re.sub(r"\D", "", job) or 0) + 97 * int(re.sub(r"\D", "", step) or 0)
+        os.environ.setdefault("MASTER_ADDR", first_host(hosts))
+        os.environ.setdefault("MASTER_PORT", str(PORTS + number % PORTS))
+        os.environ |= {
+            "RANK": str(shard.rank),
+            "WORLD_SIZE": str(shard.world_size),
+            "LOCAL_RANK": str(shard.local_rank),
+            "LOCAL_WORLD_SIZE": str(shard.local_world_size),
+            "GROUP_RANK": str(shard.node),
+        }
+    return shard
+
+
+def first_host(hosts: str) -> str:
+    """The first name of a SLURM list such as ``node[003-006,9],login1``; this machine for none."""
+    found = re.match(r"([^\[,\s]+)(?:\[([^\]\-,]+)[^\]]*\])?([^\[,\s]*)", hosts)
+    return "127.0.0.1" if found is None else "".join(part or "" for part in found.groups())
+
+
+def own_device(device: torch.device, shard: Shard) -> torch.device:
+    """Of several GPUs the one of this process, where the user names none."""
+    if device.type != "cuda" or device.index is not None or shard.world_size == 1:
+        return device
+    return torch.device("cuda", shard.local_rank % torch.cuda.device_count())
+
+
+def barrier() -> None:
+    """Wait until all processes are here. Nothing where there is one."""
+    if meet().world_size == 1:
+        return
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    torch.distributed.barrier()
+
+
+def leave() -> None:
+    """Wait for the others, and end the group that `barrier` made: the last call of an entry point."""
+    barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

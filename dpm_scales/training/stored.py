@@ -1,0 +1,103 @@
+"""The options of a run as its folder keeps them, `overrides.yaml`: going on with a stranger's run executes nothing.
+
+What a person types may name any class of any package. What a folder holds may not: it may choose among this package's
+configs and classes, and set values. Hydra would otherwise import and call whatever a `_target_` names, read configs
+from any folder (`hydra.searchpath`, `process=../../elsewhere`), or take `--config-dir` from there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from dpm_scales.errors import UserError, require
+
+_KEY = re.compile(r"[A-Za-z][\w/-]*(\.\w+)*")
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:\w+(,[^{}$]*)?\}")
+_ADVICE = "if you trust it, give this option on the command line"
+
+
+def key_of(override: str) -> str:
+    """The key that an override changes, adds or removes."""
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def stored_overrides(file: Path, without: Collection[str], paths: Collection[str]) -> list[str]:
+    """The options in a run's `overrides.yaml`.
+
+    Args:
+        without: keys to leave out, which may therefore hold anything.
+        paths: keys whose values are places: they may name any, with the help of environment variables.
+
+    Raises: UserError if the file is damaged, or holds an option that could do more than choose and set.
+    """
+    from dpm_scales.training.export import read_yaml
+
+    damaged = f"{file} is damaged; remove it and give the run's options again"
+    try:
+        values = read_yaml(file)
+    except UserError as error:
+        raise UserError(damaged) from error
+    require(isinstance(values, list) and all(isinstance(value, str) for value in values), damaged)
+    stored = [value for value in values if key_of(value) not in without]
+    for override in stored:
+        _check(override, file, paths)
+    return stored
+
+
+def _check(text: str, file: Path, paths: Collection[str]) -> None:
+    refused = f"{file} holds the option {text[:200]!r}"
+    try:
+        override = OverridesParser.create().parse_override(text)
+        value = None if override.is_sweep_override() else override.value()
+    except (HydraException, RecursionError) as error:
+        raise UserError(f"{refused}, which is none") from error
+    key = override.key_or_group
+    require(not override.is_sweep_override(), f"{refused}: a sweep, where a run has one value")
+    require(bool(_KEY.fullmatch(key)), f"{refused}, which is none")
+    parts = re.split(r"[./]", key)
+    require(parts[0] != "hydra", f"{refused}, and settings of Hydra are not a run's; {_ADVICE}")
+    names_class = parts[-1] == "_target_"
+    hidden = any(part.startswith("_") for part in (parts[:-1] if names_class else parts))
+    require(not hidden, f"{refused}, which a stored run may not; {_ADVICE}")
+    if names_class:
+        _check_class(value, refused)
+    _check_value(value, key, refused, paths)
+
+
+def _check_value(value: Any, key: str, refused: str, paths: Collection[str]) -> None:
+    from dpm_scales.training.export import nodes
+
+    for node in nodes(value, refused):
+        if isinstance(node, dict):
+            for name, entry in node.items():
+                if name == "_target_":
+                    _check_class(entry, refused)
+                else:
+                    plain = not str(name).startswith("_") or name == "_partial_"
+                    require(plain, f"{refused}, with a key that a stored run may not have; {_ADVICE}")
+        elif isinstance(node, str):
+            rest = _ENVIRONMENT.sub("", node) if key in paths else node
+            require("${" not in rest, f"{refused}, with an interpolation; {_ADVICE}")
+            # config groups are chosen by keys without a dot
+            inside = not (node.startswith(("/", "~")) or "\\" in node or ".." in node.split("/"))
+            require(inside or "." in key or key in paths, f"{refused}, which leads out of the configs; {_ADVICE}")
+
+
+def _check_class(name: Any, refused: str) -> None:
+    """Only what the core or the data's room defines."""
+    from dpm_scales import data
+    from dpm_scales.training.export import check_target
+
+    room, _, own = str(name).rpartition(".")
+    if room == "dpm_scales.data" and own in data.__all__:
+        return
+    try:
+        check_target(name, refused)
+    except UserError as error:
+        raise UserError(f"{error}; {_ADVICE}") from error

@@ -1,0 +1,122 @@
+r"""How much each scale counts in the loss: published weights, as functions of the signal-to-noise ratio.
+
+A weight is published for one of the targets and holds for all: the squared errors of x_0, eps and v at a given x_t
+are fixed multiples of each other. With SNR = lambda^2 / gamma^2 and the weight w of eps's squared error,
+
+| weight | w(SNR), of eps | of x_0: w SNR | of v, variance preserving: w SNR / (SNR + 1) | source |
+|---|---|---|---|---|
+| MinSNR | min(1, gamma / SNR) | min(SNR, gamma) | min(SNR, gamma) / (SNR + 1) | Hang et al. 2023, Sect. 3.4 |
+| P2 | (k + SNR)^-gamma | SNR (k + SNR)^-gamma | ... | Choi et al. 2022, Eq. (8) |
+| EDM | 1 + 1 / (s^2 SNR) | SNR + 1 / s^2 | ... | Karras et al. 2022, Table 1 |
+
+s is the data's standard deviation. For any process v = lambda eps - gamma y_0, and a unit squared error of v is
+lambda^2 / (lambda^2 + gamma^2)^2 of eps.
+
+Under blur each frequency has its own SNR. There a scale's weight is the mean of its frequencies' weights, each counted
+by the power P(mu) that the data have (`spectrum`): what is weighted is the share of the image that a scale still tells.
+Where lambda and gamma do not depend on mu that is the published weight.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from dpm_scales.errors import require
+from dpm_scales.operators import Operator
+from dpm_scales.processes import Process
+from dpm_scales.schedules import require_finite, require_positive
+from dpm_scales.spectrum import DataSpectrum
+from dpm_scales.targets import Target
+
+_LARGEST = 1e12  # what float32 and an optimiser can still bear
+
+
+class LossWeight(ABC):
+    """A row of the table above."""
+
+    def check(self, process: Process, target: Target) -> None:
+        """Raise UserError if the weight says nothing of this process and target."""
+        require(
+            process.has_noise(),
+            f"a loss weight by the signal-to-noise ratio needs noise, and {type(process).__name__} has none; "
+            "use weight=target",
+        )
+        t = torch.arange(1, process.num_scales + 1, dtype=torch.float64) / process.num_scales
+        largest = float(self(process, process.operator(), target, t, DataSpectrum(), (64, 64)).max())
+        require(
+            largest < _LARGEST,
+            f"{type(self).__name__} weights errors of the {type(target).__name__} target by up to {largest:.0e} under "
+            f"the blur of {type(process).__name__}; use target=clean or another weight",
+        )
+
+    @abstractmethod
+    def of_noise(self, snr: Tensor, variance: Tensor) -> Tensor:
+        """w from SNR > 0 and the data's variance."""
+
+    def __call__(
+        self,
+        process: Process,
+        operator: Operator,
+        target: Target,
+        t: Tensor,
+        spectrum: DataSpectrum,
+        size: tuple[int, int],
+    ) -> Tensor:
+        """Weight of the squared error of the target's prediction, float64 ``(B, 1, 1, 1)``.
+
+        Args:
+            t: ``(B,)`` in (0, 1].
+            size: (H, W) of the images.
+        """
+        mu = operator.eigenvalues(*size, t.device)
+        signal, noise = process.signal_scale(t, mu).clamp(min=1e-100), process.noise_scale(t, mu)
+        weight = self.of_noise((signal / noise) ** 2, spectrum.variance) * target.noise_errors(signal, noise)
+        power = spectrum.on(mu)
+        weight = weight.expand(*weight.shape[:-2], *mu.shape)
+        return (weight * power).sum((-2, -1), keepdim=True) / power.sum()
+
+
+class MinSNR(LossWeight):
+    """Min-SNR-gamma: no scale counts more than the one of SNR = gamma (Hang et al. 2023).
+
+    Args:
+        gamma: published 5, > 0.
+    """
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        require_positive(self, gamma=gamma)
+        self.gamma = float(gamma)
+
+    def of_noise(self, snr: Tensor, variance: Tensor) -> Tensor:
+        return (self.gamma / snr).clamp(max=1)
+
+
+class P2(LossWeight):
+    """Perception prioritised: scales that only clean imperceptible detail count less (Choi et al. 2022).
+
+    Args:
+        gamma: strength, published 0.5 or 1, >= 0; 0 weights all errors of eps alike.
+        k: published 1, > 0.
+    """
+
+    def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
+        require_positive(self, k=k)
+        require_finite(self, gamma=gamma)
+        require(gamma >= 0, f"P2: gamma must be >= 0, got {gamma!r}")
+        self.gamma, self.k = float(gamma), float(k)
+
+    def of_noise(self, snr: Tensor, variance: Tensor) -> Tensor:
+        return (self.k + snr) ** -self.gamma
+
+
+class EDM(LossWeight):
+    """Unit expected loss of a new network at every scale, for any target (Karras et al. 2022).
+
+    The Clean target's own weight is the same where nothing blurs.
+    """
+
+    def of_noise(self, snr: Tensor, variance: Tensor) -> Tensor:
+        return 1 + 1 / (variance * snr)

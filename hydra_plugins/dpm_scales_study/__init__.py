@@ -1,0 +1,44 @@
+"""`hydra/sweeper=optuna`: Hydra takes plugins from this package alone; see dpm_scales/training/study.py."""
+
+from __future__ import annotations
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class StudySweeper(Sweeper):
+    """Searches for the best values of options, and goes on with a study that was broken off.
+
+    Args:
+        n_trials: runs of the study, those done before included, >= 1.
+        n_jobs: runs at a time, >= 1; the launcher must be one that runs several.
+        direction: "minimize" or "maximize".
+        seed: of the proposals, >= 0.
+    """
+
+    def __init__(self, n_trials: int, n_jobs: int, direction: str, seed: int) -> None:
+        self.n_trials, self.n_jobs, self.direction, self.seed = n_trials, n_jobs, direction, seed
+        self.launcher: Launcher | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.hydra_context = config, hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
+
+    def sweep(self, arguments: list[str]) -> None:
+        from dpm_scales.training.study import search
+        from dpm_scales.training.sweep import sweep_root
+
+        assert self.launcher is not None
+        search(
+            arguments,
+            sweep_root(self.config),
+            str(self.config.objective),
+            self.launcher.launch,
+            self.n_trials,
+            self.n_jobs,
+            self.direction,
+            self.seed,
+        )

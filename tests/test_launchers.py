@@ -1,0 +1,190 @@
+"""Jobs of a scheduler, one run in a folder, searches."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster_shell import finish, start
+from shell import FAST, ROOT, SMALL, attempt, call, checkpoint, train
+
+from dpm_scales.errors import UserError
+from dpm_scales.training.cluster import only_run, requeue
+from dpm_scales.training.module import DiffusionModule
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_job_of_a_batch_script_is_queued_again_by_its_number(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint, then `scontrol requeue`; after SIGTERM it is for the scheduler to decide."""
+    asked = tmp_path / "asked"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    step = DiffusionModule.training_step
+
+    def signalled(self: DiffusionModule, *args: Any) -> Any:
+        if self.trainer.global_step == 4:
+            os.kill(os.getpid(), number)
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionModule, "training_step", signalled)
+        outcome = attempt(tmp_path / "run", *FAST)
+    assert outcome.status == 128 + number and "stopped at step 5" in outcome.err
+    assert checkpoint(tmp_path / "run")["global_step"] == 5
+    assert not list((tmp_path / "run").rglob("hpc*"))  # Lightning's own way to requeue
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 70_7\n" if number == signal.SIGUSR1 else "")
+    train(tmp_path / "run")  # and it goes on
+    assert checkpoint(tmp_path / "run")["global_step"] == 6
+
+
+def test_signal_amid_accumulated_gradients_waits_for_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = DiffusionModule.training_step
+    calls = iter(range(100))
+
+    def signalled(self: DiffusionModule, *args: Any) -> Any:
+        if next(calls) == 3:  # the first of three batches of the second step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(DiffusionModule, "training_step", signalled)
+    outcome = attempt(tmp_path / "run", "trainer.accumulate_grad_batches=3", "trainer.val_check_interval=100")
+    assert outcome.status == 143 and "batch 16 x 1 x 3 = 48" in outcome.out
+    assert checkpoint(tmp_path / "run")["global_step"] == 2 and next(calls) == 6
+
+
+def test_nothing_is_queued_again_outside_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SUBMITIT_EXECUTOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("scontrol was called"))
+    requeue(signal.SIGUSR1)
+    requeue(signal.SIGTERM)
+
+
+# --- one run in a folder ----------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from dpm_scales.training.cluster import only_run
+with only_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.slow
+def test_folder_is_trained_in_by_one_process(tmp_path: Path) -> None:
+    """A second one is told who does; when that one is killed, nothing of the lock is left."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    holder = start(sys.executable, "-c", HOLDER, str(run_dir), cwd=ROOT)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    outcome = attempt(run_dir)
+    assert outcome.status == 2 and [path.name for path in run_dir.iterdir()] == [".lock"]
+    assert re.search(rf"run is being trained by process {holder.pid} on \S+; wait for it", outcome.err), outcome.err
+    holder.kill()
+    finish(holder)
+    train(run_dir)
+    with only_run(run_dir), pytest.raises(UserError, match="no other"):
+        raise UserError("no other")
+
+
+# --- searches ---------------------------------------------------------------------------------------------------------
+
+SEARCH = (
+    *("-m", *SMALL, "trainer.max_steps=3", "checkpoint.every_n_steps=1", "trainer.val_check_interval=9"),
+    *("hydra/sweeper=optuna", "process=vp,blurring", "process.num_scales=range(50,201,50)"),
+    "optimizer.learning_rate=tag(log,interval(0.001,0.1))",
+)
+needs_optuna = pytest.mark.skipif(find_spec("optuna") is None, reason="the sweep extra is not installed")
+
+
+def trials(root: Path) -> list[tuple[str, dict[str, Any], float | None]]:
+    import optuna
+
+    study = optuna.load_study(study_name="study", storage=f"sqlite:///{root}/study.db")
+    return [(trial.state.name, trial.params, trial.value) for trial in study.trials]
+
+
+@needs_optuna
+@pytest.mark.slow
+def test_search_that_was_broken_off_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of its second trial, which resumes; then with more trials than it was asked for at first."""
+    whole = call("train.py", *SEARCH, "hydra.sweeper.n_trials=4", "run_dir=whole", cwd=tmp_path)
+    assert whole.status == 0, whole.err
+    step = DiffusionModule.training_step
+    calls = iter(range(100))
+
+    def cut(self: DiffusionModule, *args: Any) -> Any:
+        if next(calls) == 5:
+            raise ZeroDivisionError
+        return step(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(DiffusionModule, "training_step", cut)
+        call("train.py", *SEARCH, "hydra.sweeper.n_trials=3", "run_dir=parts", cwd=tmp_path)
+    assert [state for state, _, _ in trials(tmp_path / "parts")] == ["COMPLETE", "RUNNING"]
+    second = call("train.py", *SEARCH, "hydra.sweeper.n_trials=3", "run_dir=parts", cwd=tmp_path)
+    assert second.status == 0 and second.out.count("resuming") == 1 and "has 1 of 3 trials" in second.out, second.err
+    third = call("train.py", *SEARCH, "hydra.sweeper.n_trials=4", "run_dir=parts", cwd=tmp_path)
+    assert third.out.count(" M parameters") == 1 and "has 3 of 4 trials" in third.out, third.err
+    assert trials(tmp_path / "parts") == trials(tmp_path / "whole")
+    names = [sorted(path.parent.name for path in (tmp_path / r).glob("*/result.json")) for r in ("whole", "parts")]
+    assert names[0] == names[1] and len(names[0]) == 4
+    best = yaml.safe_load((tmp_path / "parts" / "best.yaml").read_text())
+    assert best["val/loss"] == min(value for _, _, value in trials(tmp_path / "parts") if value is not None)
+    assert json.loads((tmp_path / best["run"] / "result.json").read_text())["val/loss"] == best["val/loss"]
+    other = call("train.py", *SEARCH, "seed=1", "run_dir=parts", cwd=tmp_path)
+    assert other.status == 2 and "holds a study with another options" in other.err
+
+
+@needs_optuna
+def test_trial_that_is_a_mistake_counts_as_failed(tmp_path: Path) -> None:
+    options = (*SEARCH[: SEARCH.index("process=vp,blurring")], "process.num_scales=0,5", "hydra.sweeper.n_trials=3")
+    outcome = call("train.py", *options, "run_dir=sweep", "trainer.max_steps=1", cwd=tmp_path)
+    found = [(state, params["process.num_scales"]) for state, params, _ in trials(tmp_path / "sweep")]
+    assert len(found) == 3 and {("COMPLETE", 5), ("FAIL", 0)} == set(found)
+    assert outcome.status == 0 and "best of" in outcome.out and "num_scales must be" in outcome.err
+
+
+@needs_optuna
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("process.num_scales=5",), "nothing to search"),
+        (("seed=interval(3,1)",), "seed=interval"),
+        (("seed=1,2", "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials"),
+        (("seed=1,2", "hydra.sweeper.direction=up"), "hydra.sweeper.direction"),
+        (("seed=1,2", "objective=eval/fid", "trainer.max_steps=1", "hydra.sweeper.n_trials=1"), "have no eval/fid"),
+    ],
+)
+def test_search_says_what_it_can_not_do(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    small = ("-m", *SMALL, "hydra/sweeper=optuna", "run_dir=sweep")
+    outcome = call("train.py", *small, *options, cwd=tmp_path)
+    assert outcome.status == 2 and message in outcome.err.splitlines()[-1], outcome.err
+
+
+@needs_optuna
+def test_search_has_one_leader(tmp_path: Path) -> None:
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    outcome = call("train.py", *SEARCH, "run_dir=sweep", cwd=tmp_path, environment=ranks)
+    assert outcome.status == 2 and "a search is led by one process" in outcome.err
