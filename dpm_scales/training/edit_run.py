@@ -282,11 +282,10 @@ def _random_sampler(setup: Setup, repeats: int = 0) -> Sampler:
 
 
 def _resampling(setup: Setup) -> Sampler:
-    """Resampling paid wherever it was measured but under constant noise and, on photos, osmosis."""
+    """A little constant noise mixes nothing anew, so that going back brings nothing."""
     repeats = setup.cfg.resample
     if repeats == "auto":
-        plain_steps = setup.process.has_constant_noise() or isinstance(setup.process, Osmosis)
-        repeats = 0 if plain_steps else RESAMPLE
+        repeats = 0 if setup.process.has_constant_noise() else RESAMPLE
     require_number("resample", repeats, 0, 1000, whole=True)
     return Resampling(_random_sampler(setup, repeats), repeats)
 
