@@ -22,6 +22,7 @@ from shell import ROOT, Outcome, attempt, call, checkpoint, files, train
 from dpm_scales.errors import UserError
 from dpm_scales.training import load_model
 from dpm_scales.training.export import Recipe
+from dpm_scales.training.image_sets import run_data
 from dpm_scales.training.sealed import read_checkpoint, read_tensors, write_checkpoint, write_tensors
 
 
@@ -305,3 +306,27 @@ def test_other_files_of_a_run(name: str, content: str, words: str, copied: Path,
     (copied / name).write_text(content)
     outcome = call("train.py", f"run_dir={copied}", "trainer.max_steps=3", cwd=tmp_path)
     assert_refused(outcome, words)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pin_memory": [{"_target_": "os.mkdir", "path": "MARK"}]},
+        {"pin_memory": {"_target_": "os.mkdir", "path": "MARK"}},
+        {"pin_memory": [[{"_target_": "os.mkdir", "path": "MARK"}]]},
+        {"_args_": [{"_target_": "os.mkdir", "path": "MARK"}]},
+        {"pin_memory": "${oc.env:HOME}"},
+        {"_target_": "os.mkdir", "path": "MARK"},
+    ],
+)
+def test_data_of_a_strangers_run(change: dict[str, object], tmp_path: Path) -> None:
+    """`evaluate.py reference=data` builds a data set of ours from a run's config.yaml, and nothing else."""
+    mark = tmp_path / "executed"
+    data = yaml.safe_load((ROOT / "configs/data/digits.yaml").read_text())
+    text = yaml.safe_dump({"data": data | change}).replace("MARK", str(mark))
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match="dpm_scales.data|holds objects"):
+        run_data(tmp_path)
+    assert not mark.exists()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    assert len(run_data(tmp_path).train_set) > 1000

@@ -11,7 +11,6 @@ from typing import Any
 
 import PIL
 import torch
-import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -23,6 +22,7 @@ from dpm_scales.data.files import ImageStore, inspect_images, open_store
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.images import load_image
 from dpm_scales.training.cli import CONFIGS
+from dpm_scales.training.export import nodes, read_yaml
 
 SPLITS = ("train", "val", "all")
 RUN_DATA = "data"
@@ -191,10 +191,7 @@ def run_data(model: Path) -> ImageDataModule:
     """
     for folder in (model, *model.parents[:2]):
         config = folder / "config.yaml"
-        try:
-            values = yaml.safe_load(config.read_text()) if config.is_file() else None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{config} is not YAML: {error}") from error
+        values = read_yaml(config) if config.is_file() else None
         if isinstance(values, dict) and isinstance(values.get("data"), dict):
             return _build(values["data"], str(config))
     raise UserError(f"{model} lies in no run folder, whose config.yaml would name the data; give reference=DIR")
@@ -212,8 +209,10 @@ def _build(settings: Any, source: str) -> ImageDataModule:
     room, _, name = str(settings.get("_target_")).rpartition(".")
     ours = room == "dpm_scales.data" and name in rooms.__all__
     require(ours, f"{source}: the data {settings.get('_target_')!r} are not of dpm_scales.data; give reference=DIR")
-    nested = any(isinstance(value, dict) for value in settings.values())
-    require(not nested, f"{source}: the data's config holds objects; give reference=DIR")
+    held = [node for value in settings.values() for node in nodes(value, source)]
+    objects = any(isinstance(node, dict) or (isinstance(node, str) and "${" in node) for node in held)
+    hidden = any(str(key).startswith("_") for key in settings.keys() - {"_target_"})
+    require(not objects and not hidden, f"{source}: the data's config holds objects; give reference=DIR")
     built = instantiate(settings, _convert_="all")
     require(isinstance(built, ImageDataModule), f"{source}: {name} is no data set")
     built.prepare_data()
