@@ -34,7 +34,7 @@ from reference import Array, Twin, edm_knot, exploding
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.noise import NoiseSource
 from dpm_scales.processes import VE, VP, Homogeneous, InverseHeat, OsmosisDiffusion, Process
-from dpm_scales.samplers import DDIM, Heun
+from dpm_scales.samplers import DDIM, Heun, Move
 from dpm_scales.schedules import ConstantNoise, LogBlur
 from dpm_scales.targets import Clean, Noise
 
@@ -134,7 +134,7 @@ def test_churned_euler_step_is_that_of_diffusers() -> None:
             s_noise=1.01,
             generator=torch.Generator().manual_seed(i),
         ).prev_sample
-        y = DDIM(0.0).step(denoiser, y_hat, m, starts[i], scales[i + 1], ScriptedNoise([]), None, None)
+        y = DDIM(0.0).step(Move(denoiser, starts[i], scales[i + 1], ScriptedNoise([])), y_hat, m)
         close(x.numpy(), y.numpy(), 2e-4 * float(y.abs().max()), 2e-4)
         y = x.double()
 

@@ -28,8 +28,8 @@ from dpm_scales.editing.latents import context_of, noised
 from dpm_scales.errors import UserError, is_whole, require, suggest
 from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import HeatOperator, SpectralFunction
-from dpm_scales.processes import Context, Process, Step
-from dpm_scales.samplers import OnStep, Sampler
+from dpm_scales.processes import Context, Process
+from dpm_scales.samplers import Move, OnStep, Sampler
 from dpm_scales.targets import FinerScale
 
 COVARIANCES = ("spectrum", "white")
@@ -152,24 +152,11 @@ class Resampling(Sampler):
         super().__init__(sampler.steps, sampler.grid, sampler.rho)
         self.sampler, self.repeats = sampler, repeats
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        y: Tensor,
-        m: Tensor,
-        t: Tensor,
-        s: Tensor,
-        noise: NoiseSource,
-        context: Context,
-        labels: Tensor | None,
-    ) -> Tensor:
-        operator, step = denoiser.process.operator(context), Step(denoiser.process, s, t)
-        y = self.sampler.step(denoiser, y, m, t, s, noise, context, labels)
+    def step(self, move: Move, y: Tensor, m: Tensor) -> Tensor:
+        y = self.sampler.step(move, y, m)
         for _ in range(self.repeats):
-            white = noise.normal(tuple(y.shape[1:]), y.dtype)
-            y = operator.combine((step.rho, y), (step.transition_std, white))
-            m = denoiser.clean(y, t, s, context, labels)
-            y = self.sampler.step(denoiser, y, m, t, s, noise, context, labels)
+            y = move.operator.combine((move.curves.rho, y), (move.curves.transition_std, move.white(y)))
+            y = self.sampler.step(move, y, move.clean(y))
         return y
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dpm_scales.operators import PixelOperator
 from dpm_scales.processes import Process
 from dpm_scales.samplers.grids import GRIDS, karras_grid, logsnr_grid, quadratic_grid, uniform_grid
-from dpm_scales.samplers.loop import OnStep, Sampler
+from dpm_scales.samplers.loop import Move, OnStep, Sampler
 from dpm_scales.samplers.multistep import DPMSolver, UniPC
 from dpm_scales.samplers.one_step import DDIM, Ancestral, Cold, Dissipation, Heun
 
@@ -32,6 +32,7 @@ __all__ = [
     "DPMSolver",
     "Dissipation",
     "Heun",
+    "Move",
     "OnStep",
     "Sampler",
     "UniPC",

@@ -12,8 +12,9 @@ from torch import Tensor
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, is_whole, require, suggest
 from dpm_scales.noise import NoiseSource
+from dpm_scales.operators import Operator
 from dpm_scales.priors import Prior
-from dpm_scales.processes import Context, Process
+from dpm_scales.processes import Context, Process, Step
 from dpm_scales.samplers.grids import (
     GRIDS,
     karras_grid,
@@ -26,6 +27,39 @@ from dpm_scales.schedules import require_positive
 from dpm_scales.targets import FinerScale
 
 OnStep = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a step from scale t down to s has at hand."""
+
+    denoiser: Denoiser
+    t: Tensor
+    s: Tensor
+    noise: NoiseSource
+    context: Context = None
+    labels: Tensor | None = None
+
+    @property
+    def process(self) -> Process:
+        return self.denoiser.process
+
+    @property
+    def operator(self) -> Operator:
+        return self.process.operator(self.context)
+
+    @property
+    def curves(self) -> Step:
+        """The process's functions of mu between the two scales."""
+        return Step(self.process, self.s, self.t)
+
+    def clean(self, y: Tensor) -> Tensor:
+        """m_s by the estimate at y_t."""
+        return self.denoiser.clean(y, self.t, self.s, self.context, self.labels)
+
+    def white(self, like: Tensor) -> Tensor:
+        """White noise for images like these."""
+        return self.noise.normal(tuple(like.shape[1:]), like.dtype)
 
 
 @dataclass(frozen=True)
@@ -137,12 +171,12 @@ class Sampler:
             t, s = scales[i], scales[i + 1]
             if starts is not None:
                 y, t = self.raised(denoiser.process, y, t, starts[i], noise, context), starts[i]
-            m = denoiser.clean(y, t, s, context, labels)
+            move = Move(denoiser, t, s, noise, context, labels)
+            m = move.clean(y)
             if i < last:
-                y = self.corrected(denoiser, y, m, past, t, s, noise, context, labels)
-                estimate = self.continued(denoiser, m, past, t, s, last - i, context)
+                y = self.corrected(move, y, m, past)
                 before = Past(t, s, y, m)
-                y = self.step(denoiser, y, estimate, t, s, noise, context, labels)
+                y = self.step(move, y, self.continued(move, m, past, last - i))
                 past = (before, *past)[: self.memory]
             else:
                 y = m
@@ -160,24 +194,11 @@ class Sampler:
         """y at `higher` from y at t, for samplers that have `starts`."""
         return y
 
-    def corrected(
-        self,
-        denoiser: Denoiser,
-        y: Tensor,
-        m: Tensor,
-        past: Sequence[Past],
-        t: Tensor,
-        s: Tensor,
-        noise: NoiseSource,
-        context: Context,
-        labels: Tensor | None,
-    ) -> Tensor:
+    def corrected(self, move: Move, y: Tensor, m: Tensor, past: Sequence[Past]) -> Tensor:
         """y at t once more, now that m_s is known from the estimate there."""
         return y
 
-    def continued(
-        self, denoiser: Denoiser, m: Tensor, past: Sequence[Past], t: Tensor, s: Tensor, left: int, context: Context
-    ) -> Tensor:
+    def continued(self, move: Move, m: Tensor, past: Sequence[Past], left: int) -> Tensor:
         """What `step` takes for m_s.
 
         Args:
@@ -188,15 +209,5 @@ class Sampler:
         return m
 
     @abstractmethod
-    def step(
-        self,
-        denoiser: Denoiser,
-        y: Tensor,
-        m: Tensor,
-        t: Tensor,
-        s: Tensor,
-        noise: NoiseSource,
-        context: Context,
-        labels: Tensor | None,
-    ) -> Tensor:
+    def step(self, move: Move, y: Tensor, m: Tensor) -> Tensor:
         """y_s from y_t and m_s."""

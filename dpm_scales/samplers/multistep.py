@@ -22,18 +22,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import is_whole, require
-from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import SpectralFunction
-from dpm_scales.processes import Context, Process, Step
+from dpm_scales.processes import Process, Step
 from dpm_scales.samplers.grids import tables_of
-from dpm_scales.samplers.loop import Past
+from dpm_scales.samplers.loop import Move, Past
 from dpm_scales.samplers.one_step import DDIM
 
 _FAINT = 1e-3
@@ -70,15 +69,13 @@ class DPMSolver(DDIM):
         for count in range(1, self.order):
             _resolve(process, self.scales(process, tables_of(process)), count, end=False)
 
-    def continued(
-        self, denoiser: Denoiser, m: Tensor, past: Sequence[Past], t: Tensor, s: Tensor, left: int, context: Context
-    ) -> Tensor:
+    def continued(self, move: Move, m: Tensor, past: Sequence[Past], left: int) -> Tensor:
         used = past[: min(self.order, left + 1) - 1]
         if not used:
             return m
-        own, weights = _Continuation(denoiser.process, t, s, [p.t for p in used], [p.s for p in used]).weights()
+        own, weights = _Continuation(move.process, move.t, move.s, [p.t for p in used], [p.s for p in used]).weights()
         terms = zip(weights, [p.m for p in used], strict=True)
-        return denoiser.process.operator(context).combine((own, m), *terms)
+        return move.operator.combine((own, m), *terms)
 
 
 class UniPC(DPMSolver):
@@ -105,29 +102,17 @@ class UniPC(DPMSolver):
         for count in range(self.order):
             _resolve(process, self.scales(process, tables_of(process)), count, end=True)
 
-    def corrected(
-        self,
-        denoiser: Denoiser,
-        y: Tensor,
-        m: Tensor,
-        past: Sequence[Past],
-        t: Tensor,
-        s: Tensor,
-        noise: NoiseSource,
-        context: Context,
-        labels: Tensor | None,
-    ) -> Tensor:
+    def corrected(self, move: Move, y: Tensor, m: Tensor, past: Sequence[Past]) -> Tensor:
         """The step that led to t once more, its polynomial now through the estimate at t as well."""
         if not past:
             return y
         last, *older = past[: self.order]
-        process, further = denoiser.process, Step(denoiser.process, s, t)
-        line = _Continuation(process, last.t, t, [p.t for p in older], [p.s for p in older], end=True)
+        further, again = move.curves, replace(move, t=last.t, s=move.t)
+        line = _Continuation(move.process, last.t, move.t, [p.t for p in older], [p.s for p in older], end=True)
         own, (*weights, ending) = line.weights()
         terms = [(own, last.m), *zip(weights, [p.m for p in older], strict=True)]
         terms.append((lambda mu: ending(mu) * further.rho(mu), m))
-        estimate = process.operator(context).combine(*terms)
-        return self.step(denoiser, last.y, estimate, last.t, t, noise, context, labels)
+        return self.step(again, last.y, move.operator.combine(*terms))
 
 
 @dataclass(frozen=True)

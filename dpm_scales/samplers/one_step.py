@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.noise import NoiseSource
 from dpm_scales.processes import Context, Process, Step
 from dpm_scales.samplers.grids import noise_level, scales_at, tables_of
-from dpm_scales.samplers.loop import Sampler
+from dpm_scales.samplers.loop import Move, Sampler
 from dpm_scales.schedules import is_number
 from dpm_scales.targets import MAX_DIVISION, steepest_blur
 
@@ -26,19 +27,8 @@ class DDIM(Sampler):
         require(is_number(eta) and 0 <= eta <= 1, f"eta must lie in [0, 1], got {eta!r}")
         self.eta = float(eta)
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        y: Tensor,
-        m: Tensor,
-        t: Tensor,
-        s: Tensor,
-        noise: NoiseSource,
-        context: Context,
-        labels: Tensor | None,
-    ) -> Tensor:
-        step = Step(denoiser.process, s, t)
-        square = self.eta**2
+    def step(self, move: Move, y: Tensor, m: Tensor) -> Tensor:
+        step, square = move.curves, self.eta**2
 
         def keep(mu: Tensor) -> Tensor:
             # 1 - eta^2 tau with tau = 1 - exp(-2h), kept apart from cancellation where tau is nearly 1
@@ -47,9 +37,8 @@ class DDIM(Sampler):
 
         terms = [(keep, y), (lambda mu: 1 - keep(mu) * step.rho(mu), m)]
         if self.eta > 0:
-            white = noise.normal(tuple(y.shape[1:]), y.dtype)
-            terms.append((lambda mu: self.eta * step.posterior_std(mu), white))
-        return denoiser.process.operator(context).combine(*terms)
+            terms.append((lambda mu: self.eta * step.posterior_std(mu), move.white(y)))
+        return move.operator.combine(*terms)
 
 
 class Ancestral(DDIM):
@@ -164,20 +153,9 @@ class Heun(DDIM):
     def _in_noise(self, process: Process) -> bool:
         return self.variable == "noise" or (self.variable is None and process.blur is None)
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        y: Tensor,
-        m: Tensor,
-        t: Tensor,
-        s: Tensor,
-        noise: NoiseSource,
-        context: Context,
-        labels: Tensor | None,
-    ) -> Tensor:
-        first = super().step(denoiser, y, m, t, s, noise, context, labels)
-        step = Step(denoiser.process, s, t)
-        in_noise = self._in_noise(denoiser.process)
+    def step(self, move: Move, y: Tensor, m: Tensor) -> Tensor:
+        first = super().step(move, y, m)
+        step, in_noise = move.curves, self._in_noise(move.process)
 
         def weight(mu: Tensor) -> Tensor:
             h = step.half_log_snr_gain(mu)
@@ -186,8 +164,8 @@ class Heun(DDIM):
             safe = h.clamp(min=1e-8)
             return torch.where(h > 1e-4, 1 + torch.expm1(-safe) / safe, h / 2)
 
-        change = denoiser.clean(first, s, s, context, labels) - m
-        return first + denoiser.process.operator(context).apply(weight, change)
+        change = replace(move, t=move.s).clean(first) - m
+        return first + move.operator.apply(weight, change)
 
 
 def _level(process: Process) -> Callable[[Tensor], Tensor]:
@@ -211,20 +189,8 @@ class Dissipation(Sampler):
         require(is_number(noise_ratio) and noise_ratio >= 0, f"noise_ratio must be >= 0, got {noise_ratio!r}")
         self.noise_ratio = float(noise_ratio)
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        y: Tensor,
-        m: Tensor,
-        t: Tensor,
-        s: Tensor,
-        noise: NoiseSource,
-        context: Context,
-        labels: Tensor | None,
-    ) -> Tensor:
-        white = noise.normal(tuple(y.shape[1:]), y.dtype)
-        operator = denoiser.process.operator(context)
-        return m + self.noise_ratio * operator.apply(lambda mu: denoiser.process.noise_scale(s, mu), white)
+    def step(self, move: Move, y: Tensor, m: Tensor) -> Tensor:
+        return m + self.noise_ratio * move.operator.apply(move.curves.noise_s, move.white(y))
 
 
 class Cold(Sampler):
@@ -236,16 +202,5 @@ class Cold(Sampler):
     def __init__(self, steps: int | None = None, grid: str = "uniform") -> None:
         super().__init__(steps, grid)
 
-    def step(
-        self,
-        denoiser: Denoiser,
-        y: Tensor,
-        m: Tensor,
-        t: Tensor,
-        s: Tensor,
-        noise: NoiseSource,
-        context: Context,
-        labels: Tensor | None,
-    ) -> Tensor:
-        rho = Step(denoiser.process, s, t).rho
-        return y + m - denoiser.process.operator(context).apply(rho, m)
+    def step(self, move: Move, y: Tensor, m: Tensor) -> Tensor:
+        return y + m - move.operator.apply(move.curves.rho, m)
