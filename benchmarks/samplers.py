@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.judges import JUDGES
+from dpm_scales import plots
 from dpm_scales.images import write_text
 from dpm_scales.processes import Process
 from dpm_scales.samplers import DDIM, Ancestral, DPMSolver, Heun, Sampler, UniPC
-from dpm_scales.study import plots
 from dpm_scales.training.export import load_model
 from dpm_scales.training.sampling import draw
 

@@ -10,12 +10,13 @@ import struct
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from PIL import Image
+from torch import Tensor
 
 from dpm_scales import images
 from dpm_scales.errors import UserError, require
@@ -57,6 +58,11 @@ class ImageStore(ABC):
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
         """The file `name`, seekable."""
+
+    def load(self, name: str, channels: int | None = None) -> Tensor:
+        """The image `name`, uint8 ``(C, H, W)``. Raises UserError if it can't be read."""
+        with self.open(name) as file:
+            return images.load_image(file, channels, name=self.describe(name))
 
     def describe(self, name: str) -> str:
         """What messages call the file."""
@@ -139,6 +145,31 @@ class ZipStore(ImageStore):
                 raise UserError(f"{self.root}: not a readable zip archive ({error})") from error
             self._pid = os.getpid()
         return self._archive
+
+
+def require_readable(store: ImageStore, names: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Upright sizes (H, W) of images. Raises UserError if one can't be read: a figure over a part of a set is not the
+    set's."""
+    sizes, bad = inspect_images(store, names, full=False)
+    if bad:
+        name, reason = next(iter(bad.items()))
+        raise UserError(
+            f"{len(bad)} of {len(names)} images can't be read, the first is {store.describe(name)} ({reason}); "
+            "replace or remove them"
+        )
+    return sizes
+
+
+def batches_of_one_size(sizes: Sequence[tuple[int, int]], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of neighbours of one size, at most `batch_size` together."""
+    batch: list[int] = []
+    for index, size in enumerate(sizes):
+        if batch and (len(batch) == batch_size or size != sizes[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def open_store(root: str | Path) -> ImageStore:

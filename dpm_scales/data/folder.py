@@ -112,8 +112,7 @@ class FileImages(ImageDataset):
                 continue
             name = self.names[place]
             try:
-                with self.store.open(name) as file:
-                    image = images.load_image(file, self.view.channels, name=self.store.describe(name))
+                image = self.store.load(name, self.view.channels)
                 return self.view(image, rng), NO_LABEL if self.labels is None else int(self.labels[place])
             except (OSError, UserError) as error:
                 reason = str(error) if name in str(error) else f"{self.store.describe(name)}: {error}"

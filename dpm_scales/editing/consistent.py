@@ -140,7 +140,8 @@ def restore(
 class Resampling(Sampler):
     """A sampler that goes back and forth: after each step to s once more to t by the process itself, and down again.
 
-    What was known at s is so mixed with what was guessed (RePaint, Lugmayr et al. 2022, with jumps of one step).
+    What was known at s is so mixed with what was guessed (RePaint, Lugmayr et al. 2022, with jumps of one step). Of a
+    sampler that looks back on finished steps, or churns, it takes the plain step, since these would be others' now.
 
     Args:
         sampler: whose steps are taken.

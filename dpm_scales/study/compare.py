@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from dpm_scales import plots
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import write_text
 from dpm_scales.metrics import (
@@ -26,10 +27,9 @@ from dpm_scales.metrics import (
     reverse_entropy_bounds,
 )
 from dpm_scales.processes import Process
-from dpm_scales.study import plots
+from dpm_scales.progress import progress_bar
 from dpm_scales.study.comparison import Entry, Parts, measure
 from dpm_scales.study.images import ImageSet, image_set
-from dpm_scales.study.progress import progress_bar
 from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import plain
 from dpm_scales.training.sampling import pick_device

@@ -9,10 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpm_scales.data.files import ImageStore, inspect_images, open_store
+from dpm_scales.data.files import ImageStore, batches_of_one_size, open_store, require_readable
 from dpm_scales.data.sources import Photos
-from dpm_scales.errors import UserError
-from dpm_scales.images import load_image
 
 PHOTOS = "photos"
 
@@ -30,25 +28,17 @@ class ImageSet:
         name = self.names[index]
         if self.store is None:
             return _photo(name)
-        with self.store.open(name) as file:
-            return load_image(file, channels=3, name=self.store.describe(name))
+        return self.store.load(name, channels=3)
 
     def batches(self, batch_size: int) -> Iterator[list[int]]:
         """Numbers of neighbours of one size, at most `batch_size` together."""
-        batch: list[int] = []
-        for index, size in enumerate(self.sizes):
-            if batch and (len(batch) == batch_size or size != self.sizes[batch[0]]):
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
+        return batches_of_one_size(self.sizes, batch_size)
 
 
 def image_set(place: str, limit: int | None = None) -> ImageSet:
     """The images of a folder or .zip file, or scikit-image's with "photos".
 
-    Raises: UserError where there are none, or where one can't be read: a figure over a part of a set is not the set's.
+    Raises: UserError where there are none, or where one can't be read.
     """
     if place == PHOTOS:
         names = list(Photos.PHOTOS)[:limit]
@@ -56,13 +46,7 @@ def image_set(place: str, limit: int | None = None) -> ImageSet:
         return ImageSet(names, [(int(s[1]), int(s[2])) for s in shapes], None)
     store = open_store(place)
     names = store.names[:limit]
-    sizes, bad = inspect_images(store, names, full=False)
-    if bad:
-        name, reason = next(iter(bad.items()))
-        raise UserError(
-            f"{len(bad)} of {len(names)} images can't be read, the first is {store.describe(name)} ({reason}); "
-            "replace or remove them"
-        )
+    sizes = require_readable(store, names)
     return ImageSet(names, [sizes[name] for name in names], store)
 
 

@@ -10,10 +10,11 @@ import yaml
 from omegaconf import DictConfig
 from torch import Tensor
 
+from dpm_scales import plots
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.images import to_range, write_text
 from dpm_scales.operators import HeatOperator
-from dpm_scales.study import plots
+from dpm_scales.progress import progress_bar
 from dpm_scales.study.compare import comparison_entries, comparison_images, save_csv
 from dpm_scales.study.comparison import Entry, noise_seed
 from dpm_scales.study.images import ImageSet
@@ -26,7 +27,6 @@ from dpm_scales.study.matching import (
     octave_index,
     octave_sums,
 )
-from dpm_scales.study.progress import progress_bar
 from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import plain
 from dpm_scales.training.sampling import pick_device

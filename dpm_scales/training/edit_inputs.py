@@ -16,10 +16,11 @@ from dpm_scales.errors import UserError, require, require_number
 from dpm_scales.images import LEVELS, load_image, make_grid, save_png, to_range, to_uint8
 from dpm_scales.noise import NoiseSource
 from dpm_scales.processes import Process
+from dpm_scales.progress import progress_bar
 from dpm_scales.samplers import OnStep
 from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import Model, plain
-from dpm_scales.training.sample_run import check_counts, check_older, choose_model, step_bar
+from dpm_scales.training.sample_run import check_counts, check_older, choose_model
 from dpm_scales.training.sampling import pick_device, pick_labels
 
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_SIDE = 8, 10, 64
@@ -75,11 +76,7 @@ def read_images(place: str, channels: int) -> Tensor:
     path = Path(place)
     if path.is_dir() or path.suffix.lower() == ".zip":
         store = open_store(place)
-        named = [(store.describe(name), store.open(name)) for name in store.names]
-        images = []
-        for name, file in named:
-            with file:
-                images.append((name, load_image(file, name=name)))
+        images = [(store.describe(name), store.load(name)) for name in store.names]
     else:
         images = [(place, load_image(place))]
     kinds, (first, like) = {1: "grey", 3: "RGB"}, images[0]
@@ -149,7 +146,7 @@ def produce(
     labels = pick_labels(setup.model, plain(cfg.labels), inputs) if setup.model.recipe.num_classes else None
     size = max(1, cfg.batch_size // together) * together
     shown: list[Tensor] = []
-    with step_bar() as progress:
+    with progress_bar() as progress:
         bar = progress.add_task(str(cfg.task), total=steps * -(-total // size))
         for first in range(0, total, size):
             count = min(size, total - first)

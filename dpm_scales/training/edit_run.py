@@ -287,7 +287,8 @@ def _resampling(setup: Setup) -> Sampler:
     if repeats == "auto":
         repeats = 0 if setup.process.has_constant_noise() else RESAMPLE
     require_number("resample", repeats, 0, 1000, whole=True)
-    return Resampling(_random_sampler(setup, repeats), repeats)
+    sampler = _random_sampler(setup, repeats)
+    return Resampling(sampler, repeats) if repeats > 0 else sampler
 
 
 def _draws_noise(sampler: Sampler, process: Process) -> bool:

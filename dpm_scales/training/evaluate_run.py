@@ -23,7 +23,7 @@ from dpm_scales.errors import UserError, require, require_number
 from dpm_scales.images import write_text
 from dpm_scales.metrics import FeatureNetwork, FeatureSet, FeatureStatistics, Measure, compare, gather, pick_features
 from dpm_scales.metrics.figures import check_measures, check_numbers, needs_rows
-from dpm_scales.study.progress import progress_bar
+from dpm_scales.progress import progress_bar
 from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import Model, plain
 from dpm_scales.training.image_sets import Pictures, open_pictures
@@ -31,7 +31,7 @@ from dpm_scales.training.likelihood_run import METHODS, bits_per_dim, estimator,
 from dpm_scales.training.reference_cache import cache_folder, reference_features
 from dpm_scales.training.sample_run import choose_model
 from dpm_scales.training.sampling import draw, pick_device, pick_labels
-from dpm_scales.training.shards import Shard, barrier, leave, meet
+from dpm_scales.training.shards import Shard, barrier, leave, meet, own_device
 
 RESULT = "evaluation.json"
 FORMAT = "dpm_scales evaluation"
@@ -108,9 +108,7 @@ def evaluate(cfg: DictConfig) -> None:
     """
     measures = _check(cfg)
     shard = meet()
-    device = pick_device(str(cfg.device))
-    if shard.world_size > 1 and device.type == "cuda" and device.index is None:
-        device = pick_device(f"cuda:{shard.local_rank % torch.cuda.device_count()}")
+    device = own_device(pick_device(str(cfg.device)), shard)
     run = None if cfg.model is None else Path(str(cfg.model))
     real = open_pictures(str(cfg.reference), "reference", str(cfg.split), cfg.num_reference, run)
     fake: Pictures | Drawn

@@ -18,9 +18,8 @@ from torch import Tensor
 from dpm_scales import data as rooms
 from dpm_scales.data import ArraySource, ImageDataModule, ImageDataset
 from dpm_scales.data.base import ImageSource
-from dpm_scales.data.files import ImageStore, inspect_images, open_store
+from dpm_scales.data.files import ImageStore, batches_of_one_size, open_store, require_readable
 from dpm_scales.errors import UserError, require, suggest
-from dpm_scales.images import load_image
 from dpm_scales.training.cli import CONFIGS
 from dpm_scales.training.export import nodes, read_yaml
 
@@ -67,7 +66,7 @@ class Pictures(ABC):
 class PictureFiles(Pictures):
     """Image files, decoded as RGB; `limit` of them, spread evenly over the names, or all.
 
-    Raises: UserError where one can't be read: a figure over a part of a set is not the set's.
+    Raises: UserError where one can't be read.
     """
 
     def __init__(self, store: ImageStore, limit: int | None = None) -> None:
@@ -76,28 +75,17 @@ class PictureFiles(Pictures):
             names = [name for name in names if name not in OWN_EXTRAS]
         self._names = [names[i] for i in _spread(len(names), limit)]
         self._store, self.source = store, str(store.root)
-        sizes, bad = inspect_images(store, self._names, full=False)
-        if bad:
-            name, reason = next(iter(bad.items()))
-            raise UserError(
-                f"{len(bad)} of {len(self._names)} images can't be read, the first is {store.describe(name)} "
-                f"({reason}); replace or remove them"
-            )
-        self._size_of = sizes
-        self.sizes = tuple(sorted(set(sizes.values())))
+        self._size_of = require_readable(store, self._names)
+        self.sizes = tuple(sorted(set(self._size_of.values())))
 
     def __len__(self) -> int:
         return len(self._names)
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        batch: list[str] = []
+        sizes = [self._size_of[name] for name in self._names]
         with ThreadPoolExecutor(READERS) as pool:
-            for name in self._names:
-                if batch and (len(batch) == batch_size or self._size_of[name] != self._size_of[batch[0]]):
-                    yield torch.stack(list(pool.map(self._load, batch)))
-                    batch = []
-                batch.append(name)
-            yield torch.stack(list(pool.map(self._load, batch)))
+            for batch in batches_of_one_size(sizes, batch_size):
+                yield torch.stack(list(pool.map(self._load, [self._names[i] for i in batch])))
 
     def _hash(self) -> str:
         total = hashlib.sha256(f"files {PIL.__version__}".encode())  # decoders differ in the last bit
@@ -107,8 +95,7 @@ class PictureFiles(Pictures):
         return total.hexdigest()
 
     def _load(self, name: str) -> Tensor:
-        with self._store.open(name) as file:
-            return load_image(file, channels=3, name=self._store.describe(name))
+        return self._store.load(name, channels=3)
 
 
 class PictureSet(Pictures):

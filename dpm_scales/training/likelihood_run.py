@@ -17,8 +17,8 @@ from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import LEVELS, to_range
 from dpm_scales.likelihood import FlowLikelihood, VariationalBound
 from dpm_scales.noise import NoiseSource
-from dpm_scales.study.plots import COLOURS, figure
-from dpm_scales.study.progress import progress_bar
+from dpm_scales.plots import COLOURS, figure
+from dpm_scales.progress import progress_bar
 from dpm_scales.training.export import Model
 
 METHODS = ("vlb", "dissipation", "flow")

@@ -7,19 +7,11 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
 from dpm_scales.errors import require, require_number
 from dpm_scales.images import load_image, make_grid, save_gif, save_png, to_uint8
+from dpm_scales.progress import progress_bar
 from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import Model, load_model, plain, with_sampler
 from dpm_scales.training.sampling import draw, pick_device, pick_labels, with_guidance
@@ -44,19 +36,6 @@ def run(cfg: DictConfig) -> None:
     """Do the task that the config names. Raises UserError for a user's mistakes."""
     module, function = TASKS[cfg.task]
     getattr(import_module(module), function)(cfg)
-
-
-def step_bar(shown: bool = True) -> Progress:
-    """The bar of a run of samplers: steps, share, rate, time passed and time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TaskProgressColumn(show_speed=True),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        disable=not shown,
-    )
 
 
 def choose_sampler(model: Model, cfg: DictConfig) -> Model:
@@ -125,7 +104,7 @@ def sample(cfg: DictConfig) -> None:
     batches = -(-len(numbers) // cfg.batch_size)
     frames: list[Tensor] = []
     first = numbers.start
-    with step_bar(shard.is_main) as progress:
+    with progress_bar(shard.is_main) as progress:
         task = progress.add_task("sampling", total=steps * batches)
 
         def on_step(index: int, x: Tensor) -> None:

@@ -21,7 +21,7 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:.2f}/s" if speed < 10 else f"{speed:.0f}/s")
 
 
-def progress_bar() -> Progress:
+def progress_bar(shown: bool = True) -> Progress:
     """A bar with counts, rate, time passed and time left."""
     return Progress(
         TextColumn("{task.description}"),
@@ -30,4 +30,5 @@ def progress_bar() -> Progress:
         _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        disable=not shown,
     )
