@@ -1,4 +1,5 @@
-"""Sets of images that are judged or judged by: files, arrays, the data sets of `configs/data`, the data of a run."""
+"""Sets of images that are judged or judged by: files, arrays, the data sets of `configs/data`, the data of a run; and
+the few images that a model edits or starts from."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from dpm_scales.data import ArraySource, ImageDataModule, ImageDataset
 from dpm_scales.data.base import ImageSource
 from dpm_scales.data.files import ImageStore, batches_of_one_size, open_store, require_readable
 from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.images import load_image
 from dpm_scales.training.cli import CONFIGS
 from dpm_scales.training.export import nodes, read_yaml
 
@@ -182,6 +184,34 @@ def run_data(model: Path) -> ImageDataModule:
         if isinstance(values, dict) and isinstance(values.get("data"), dict):
             return _build(values["data"], str(config))
     raise UserError(f"{model} lies in no run folder, whose config.yaml would name the data; give reference=DIR")
+
+
+def read_images(place: str, channels: int) -> tuple[list[str], Tensor]:
+    """Names, and uint8 ``(N, C, H, W)``, of a file or of all images of a folder or .zip file in the names' order.
+
+    Raises: UserError for unreadable files, other channels and mixed sizes; it names the file.
+    """
+    path = Path(place)
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        store = open_store(place)
+        images = [(store.describe(name), store.load(name)) for name in store.names]
+    else:
+        images = [(place, load_image(place))]
+    kinds, (first, like) = {1: "grey", 3: "RGB"}, images[0]
+    for name, image in images:
+        require(
+            len(image) == channels,
+            f"{name} is {kinds[len(image)]}, and this model draws {kinds[channels]} images; convert it",
+        )
+        require(
+            image.shape == like.shape,
+            f"{name} has {size_of(image)} pixels, {first} {size_of(like)} (height x width); one run takes one size",
+        )
+    return [name for name, _ in images], torch.stack([image for _, image in images])
+
+
+def size_of(image: Tensor) -> str:
+    return f"{image.shape[-2]}x{image.shape[-1]}"
 
 
 def _named_data(name: str, key: str) -> ImageDataModule:
