@@ -18,7 +18,7 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-from oracles import ScriptedNoise, close, images
+from oracles import ScriptedNoise, close, images, pretended_gpu
 from osmosis_twins import white_matrix
 from reference import Array, cosine_log_snr, dct_basis
 from torch import Tensor, nn
@@ -419,6 +419,18 @@ def test_an_image_gets_the_same_in_any_batch(method: str, settings: dict[str, st
     parts = [look(x_0[:2], NoiseSource(4, 2)).total, look(x_0[2:], NoiseSource(4, 3, first=2)).total]
     assert bool(torch.isfinite(whole).all())
     close(torch.cat(parts), whole, 1e-8, 1e-8)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"pattern": "smooth"}, {"pattern": "edges"}, {"image": "other"}, {"image": "own"}]
+)
+def test_guidance_is_drawn_on_the_device(settings: dict[str, str]) -> None:
+    process, prior = osmosis(**{f"guidance_{name}": value for name, value in settings.items()}), GuidancePrior()
+    prior.fit(torch.rand(4, 1, 3, 5), process)
+    with pretended_gpu(process, prior):
+        start, v = start_law(prior, process, torch.rand(2, 1, 3, 5, device="cuda"), NoiseSource(0, 2, device="cuda"))
+        assert v is not None and v.device.type == start.context_cost.device.type == "cuda"
+        assert start.divergence(torch.rand(2, 1, 3, 5, device="cuda")).device.type == "cuda"
 
 
 def test_only_guidance_by_the_image_itself_is_a_condition() -> None:
