@@ -59,7 +59,7 @@ def way_back(lab: Lab) -> Return:
         posterior = lab.dense.posterior(ladder[k - 1], ladder[k])
         posteriors.append(posterior)
         given.append(posterior.after(given[-1]))
-        w = _denoiser(lab, data[k], k)
+        w = denoiser(lab, data[k], k)
         unknown = c - w @ lab.chain[k].matrix @ c
         step = posterior.keep + posterior.pull @ w
         ideal.append(step @ ideal[-1] @ step.T + posterior.covariance + posterior.pull @ unknown @ posterior.pull.T)
@@ -67,8 +67,8 @@ def way_back(lab: Lab) -> Return:
     return Return(posteriors, given[::-1], data, ideal[::-1], trained[::-1])
 
 
-def _denoiser(lab: Lab, total: Tensor, k: int) -> Tensor:
-    """W."""
+def denoiser(lab: Lab, total: Tensor, k: int) -> Tensor:
+    """W from rung k, where u_t has the covariance `total`."""
     cross = lab.data_covariance @ lab.chain[k].matrix.T
     return torch.linalg.lstsq(total, cross.T, driver="gelsd").solution.T
 
@@ -301,7 +301,7 @@ def _drawn_home(lab: Lab, back: Return) -> tuple[float, float]:
     standard error."""
     c, x = lab.data_covariance, _draw(lab, back.data[-1])
     for k in range(len(lab.ladder) - 1, 0, -1):
-        w = _denoiser(lab, back.data[k], k)
+        w = denoiser(lab, back.data[k], k)
         x_0 = x @ w.T + _draw(lab, c - w @ lab.chain[k].matrix @ c)
         x_t, x_0 = (v.reshape(-1, 1, *lab.size) for v in (x, x_0))
         x = lab.process.posterior(x_t, x_0, lab.ladder[k - 1], lab.ladder[k], lab.context).sample(lab.generator)
@@ -328,7 +328,7 @@ def invariances(lab: Lab, back: Return) -> list[Finding]:
     order = permutation_matrix(torch.randperm(lab.pixels, generator=torch.Generator().manual_seed(lab.seed)))
     middle = len(lab.ladder) // 2
     posterior = back.posteriors[len(back.posteriors) - middle]
-    step = posterior.keep + posterior.pull @ _denoiser(lab, back.data[middle], middle)
+    step = posterior.keep + posterior.pull @ denoiser(lab, back.data[middle], middle)
     moved = float((order @ step - step @ order).abs().max())
     permutation = Finding(
         name=name,
