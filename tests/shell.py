@@ -26,7 +26,8 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from dpm_scales.training import Model, Recipe, build_model
-from dpm_scales.training.export import PARTS, plain
+from dpm_scales.training.building import plain
+from dpm_scales.training.export import PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"

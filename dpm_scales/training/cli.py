@@ -158,6 +158,9 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
         if isinstance(link, MissingMandatoryValue):
             key = re.search(r"(?:full_key: |mandatory value: )([\w.]+)", str(link))
             return f"{key.group(1) if key else 'a key'} has no value yet; give it on the command line: KEY=VALUE"
+    if type(error) is ValueError and "Config group override must be a string" in str(error):  # Hydra's
+        group = next((a.partition("=")[0] for a in sys.argv if a.endswith("=null")), "a config group")
+        return f"{group} is chosen by a name, and can't be null; leave it out for the default"
     if isinstance(error, InstantiationException):
         return _instantiation(error, chain[-1])
     for link in reversed(chain):
@@ -192,6 +195,8 @@ def _groups(config_name: str) -> list[str]:
 
 def _unknown(config_name: str, full: str) -> str:
     """The line for an option that is not there, with the nearest one that is."""
+    if not config_name:  # not given, but asked for by our own code
+        return f"the option {full!r} was removed, and is needed; leave it as it is"
     for group in set(TASK_GROUPS) & set(_groups(config_name)):
         tasks = [path for path in sorted((CONFIGS / group).glob("*.yaml")) if full in yaml.safe_load(path.read_text())]
         if tasks:

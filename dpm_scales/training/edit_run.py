@@ -32,6 +32,7 @@ from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import batch_view
 from dpm_scales.processes import Osmosis, Process
 from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, OnStep, Sampler
+from dpm_scales.training.building import plain
 from dpm_scales.training.edit_inputs import (
     SHOWN_ROWS,
     Setup,
@@ -45,7 +46,6 @@ from dpm_scales.training.edit_inputs import (
     save_comparison,
     size_of,
 )
-from dpm_scales.training.export import plain
 from dpm_scales.training.sample_run import image_size
 
 ROUNDING = 12**-0.5 / LEVELS

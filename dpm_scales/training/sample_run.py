@@ -12,8 +12,9 @@ from torch import Tensor
 from dpm_scales.errors import require, require_number
 from dpm_scales.images import load_image, make_grid, save_gif, save_png, to_uint8
 from dpm_scales.progress import progress_bar
+from dpm_scales.training.building import plain
 from dpm_scales.training.callbacks import check_writable
-from dpm_scales.training.export import Model, load_model, plain, with_sampler
+from dpm_scales.training.export import Model, load_model, with_sampler
 from dpm_scales.training.sampling import draw, pick_device, pick_labels, with_guidance
 from dpm_scales.training.shards import leave, meet, own_device
 

@@ -71,7 +71,7 @@ def _check(text: str, file: Path, paths: Collection[str]) -> None:
 
 
 def _check_value(value: Any, key: str, refused: str, paths: Collection[str]) -> None:
-    from dpm_scales.training.export import nodes
+    from dpm_scales.training.building import nodes
 
     for node in nodes(value, refused):
         if isinstance(node, dict):
