@@ -187,6 +187,9 @@ TRAIN = {
     "run_dir=strange": "strange/overrides.yaml holds the option 'data._target_=os.system' asks for 'os.system'",
     "resume=nowhere": "resume=nowhere: no run there",
     "-m resume=digits process=vp,ve": "resume goes on with one run",
+    "-m check_resume=true seed=1,2": "check_resume=true checks one run; leave -m out",
+    "-m ++check_resume=true": "check_resume=true checks one run; leave -m out",
+    "--multirun check_resume=true,false": "check_resume=true checks one run; leave -m out",
 }
 
 

@@ -241,9 +241,12 @@ def _instantiation(error: InstantiationException, root: BaseException) -> str | 
 def with_stored_overrides(argv: list[str]) -> list[str]:
     """A resumed run's own overrides, followed by those given now, so that `run_dir=DIR` alone goes on with DIR.
 
-    Raises: UserError if `resume` names a folder without a run, or if its options are damaged or could do harm.
+    Raises: UserError if `resume` names a folder without a run, if its options are damaged or could do harm, and for
+    a sweep of one run.
     """
     sweep = bool(set(SWEEP_FLAGS) & set(argv))
+    checks = [a for a in argv if key_of(a) == "check_resume" and not a.lower().endswith("=false")]
+    require(not (sweep and checks), "check_resume=true checks one run; leave -m out")  # before Hydra makes a folder
     resume = _path_option(argv, "resume")
     if resume is not None:
         require(not sweep, "resume goes on with one run; the same sweep once more goes on with all of its runs")

@@ -52,6 +52,7 @@ from dpm_scales.training.evaluation import periodic_evaluation
 from dpm_scales.training.export import PARTS, Model, Recipe, build_model, save_model
 from dpm_scales.training.failures import UnreadableImages, told_in_one_line
 from dpm_scales.training.module import DiffusionModule, fit_to_data
+from dpm_scales.training.stored import stored_result
 from dpm_scales.weights import LossWeight
 
 #: overrides that say where or on what to run, not what: they do not name a run
@@ -192,11 +193,8 @@ def _steps_done(run_dir: Path, max_steps: int) -> dict[str, Any] | None:
     done = run_dir / "result.json"
     if not done.is_file():
         return None
-    try:
-        result: dict[str, Any] = json.loads(done.read_text())
-        return result if 0 < max_steps <= int(result["steps"]) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{done} is damaged ({error!r}); remove it: the run writes it anew") from error
+    result = stored_result(done)
+    return result if 0 < max_steps <= result["steps"] else None
 
 
 def _prepare_folder(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> None:
