@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dpm_scales import plots
-from dpm_scales.errors import UserError, require, require_number, suggest
+from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.images import write_text
 from dpm_scales.metrics import (
     FeatureNetwork,
@@ -31,7 +31,7 @@ from dpm_scales.study.comparison import Entry, Parts, measure
 from dpm_scales.study.images import ImageSet, image_set
 from dpm_scales.training.building import build, plain
 from dpm_scales.training.callbacks import check_writable
-from dpm_scales.training.sampling import pick_device
+from dpm_scales.training.sampling import check_counts, pick_device
 
 SECOND_DRAW = "second draw"
 Row = dict[str, Any]
@@ -116,10 +116,7 @@ def comparison_entries(cfg: DictConfig) -> list[Entry]:
 
 def comparison_images(cfg: DictConfig) -> ImageSet:
     """The images of the config. Raises UserError for what can't be meant."""
-    require_number("seed", cfg.seed, 0, whole=True)
-    require_number("batch_size", cfg.batch_size, 1, whole=True)
-    if cfg.limit is not None:
-        require_number("limit", cfg.limit, 1, whole=True)
+    check_counts(cfg, [] if cfg.limit is None else ["limit"])
     images = image_set(str(cfg.folder), cfg.limit)
     show = plain(cfg.show)
     fits = isinstance(show, list) and show and all(isinstance(i, int) and 0 <= i < len(images.names) for i in show)
