@@ -145,6 +145,13 @@ def checkpoint(run_dir: Path, name: str = "last") -> dict[str, Any]:
     return values
 
 
+def plain_checkpoint(step: int = 3, **more: Any) -> dict[str, Any]:
+    """What a checkpoint holds at the least, of a step."""
+    generator = torch.Generator().manual_seed(step)
+    state = {"model.w": torch.randn(3, 5, generator=generator), "model.b": torch.arange(4)}
+    return {"state_dict": state, "recipe": {"version": 3}, "global_step": step, **more}
+
+
 def settings(run_dir: Path) -> dict[str, Any]:
     values: dict[str, Any] = yaml.safe_load((run_dir / "config.yaml").read_text())
     return values
