@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from PIL import Image
@@ -61,13 +62,17 @@ class Outcome:
 
 
 def call(script: str, *arguments: str, cwd: Path, environment: dict[str, str] | None = None) -> Outcome:
-    """``python script arguments`` in this process, with standard output and error caught."""
+    """``python script arguments`` in this process, with standard output and error caught.
+
+    Hydra composes every config twice, at first for `hydra.mode` alone, which nothing here sets: once is enough.
+    """
     out, err = io.StringIO(), io.StringIO()
     before = Path.cwd()
     status = 0
     GlobalHydra.instance().clear()
     with (
         mock.patch.dict(os.environ),
+        mock.patch.object(Hydra, "get_mode", lambda *_, **__: None),
         mock.patch.object(sys, "argv", [script, *arguments]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
