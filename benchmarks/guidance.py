@@ -57,8 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), metavar="NAME", help="all unless given")
     parser.add_argument("--number", type=int, default=500, help="samples of each")
     parser.add_argument("--max-steps", type=int, help="of training, in place of the recipe's")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="for train.py")
     options = parser.parse_args(arguments)
     steps = [] if options.max_steps is None else [f"trainer.max_steps={options.max_steps}"]
+    steps += options.override
     judge = JUDGES["digits"]()
     reports = {}
     for name in options.variants or VARIANTS:

@@ -1,10 +1,13 @@
-"""Quality of 8 px digits against the number of network evaluations, for each sampler and process.
+"""Quality of samples against the number of network evaluations, for each sampler and process.
 
     python -m benchmarks.quality --set digits --out runs/quality --recipes vp ve heat blurring
-    python -m benchmarks.samplers --models runs/quality --out runs/samplers
+    python -m benchmarks.samplers --set digits --models runs/quality --out runs/samplers
+    python -m benchmarks.samplers --set photos32 --models runs/quality --out runs/samplers --device cuda
 
-The table is `samplers.csv` (recipe, sampler, evaluations, confidence of real, FD of halves), the plot `samplers.png`.
-A sampler is left out where its process has no use for it: deterministic ones under constant noise.
+The table is `SET.csv` and `SET.md` (recipe, sampler, evaluations, the judge's figures), the plot `SET.png`: the Fréchet
+distance of digits to real ones, of photo patches to the training patches. What stands in the table is not drawn again:
+delete the row to have it anew. A sampler is left out where its process has no use for it: deterministic ones under
+constant noise.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +27,7 @@ from dpm_scales import plots
 from dpm_scales.images import write_text
 from dpm_scales.processes import Process
 from dpm_scales.samplers import DDIM, Ancestral, DPMSolver, Heun, Sampler, UniPC
-from dpm_scales.training.export import load_model
+from dpm_scales.training.export import Model, load_model
 from dpm_scales.training.sampling import draw
 
 EVALUATIONS = (5, 10, 20, 50, 200)
@@ -52,53 +56,91 @@ SAMPLERS: dict[str, Callable[[Process, int], Sampler]] = {
 DETERMINISTIC = ("ddim", "heun", "dpm++ 2m", "unipc")
 
 
+FIGURES = {"digits": ("fd_ratio", "confidence_ratio"), "photos32": ("fd_training", "kd_training")}
+"""What of a judge's report goes into the table; the first into the plot."""
+LABELS = {"digits": "FD, halves of the real digits = 1", "photos32": "FD-efflite0 to training patches"}
+
+Row = dict[str, Any]
+
+
+def missing(model: Model, recipe: str, evaluations: Sequence[int], rows: Sequence[Row]) -> Iterator[tuple[Row, Model]]:
+    """The head of each row that is not there yet, and the model with its sampler."""
+    process, there = model.denoiser.process, {(r["recipe"], r["sampler"], int(r["evaluations"])) for r in rows}
+    for name, make in SAMPLERS.items():
+        if process.has_constant_noise() and name in DETERMINISTIC:
+            continue
+        for number in evaluations:
+            if number > process.num_scales:
+                continue
+            sampler = make(process, number)
+            sampler.check(model.denoiser)
+            used = 2 * (sampler.steps or 1) - 1 if isinstance(sampler, Heun) else number
+            if (recipe, name, used) not in there:
+                yield {"recipe": recipe, "sampler": name, "evaluations": used}, replace(model, sampler=sampler)
+
+
+def write_tables(rows: Sequence[Row], name: str, out: Path) -> None:
+    """`SET.csv` with every row, `SET.md` with the first figure: samplers down, evaluations across."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["recipe", "sampler", "evaluations", *FIGURES[name]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(out / f"{name}.csv", text.getvalue())
+    numbers = sorted({int(row["evaluations"]) for row in rows})
+    lines = [f"| recipe | sampler | {' | '.join(map(str, numbers))} |", "|---" * (2 + len(numbers)) + "|"]
+    for recipe, sampler in dict.fromkeys((row["recipe"], row["sampler"]) for row in rows):
+        found = {
+            int(row["evaluations"]): f"{float(row[FIGURES[name][0]]):.3g}"
+            for row in rows
+            if (row["recipe"], row["sampler"]) == (recipe, sampler)
+        }
+        lines.append(f"| {recipe} | {sampler} | {' | '.join(found.get(n, '') for n in numbers)} |")
+    write_text(out / f"{name}.md", "\n".join(lines) + "\n")
+
+
+def plot(rows: Sequence[Row], name: str, path: Path, real: float) -> None:
+    """One panel for each recipe, one line for each sampler; a grey line for real images."""
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    with plots.figure(path, 3.2 * len(recipes), 3.4, ncols=len(recipes), squeeze=False, sharey=True) as (_, axes):
+        for axis, recipe in zip(axes[0], recipes, strict=True):
+            for i, sampler in enumerate(SAMPLERS):
+                points = sorted(
+                    (int(row["evaluations"]), float(row[FIGURES[name][0]]))
+                    for row in rows
+                    if (row["recipe"], row["sampler"]) == (recipe, sampler)
+                )
+                if points:
+                    look = {"color": plots.COLOURS[i], "marker": plots.MARKERS[i], "linestyle": plots.DASHES[i % 4]}
+                    axis.plot(*zip(*points, strict=True), label=sampler, **look)
+            axis.axhline(real, color="grey", linewidth=0.8)
+            axis.set(xlabel="evaluations of the network", title=f"{name}_{recipe}", xscale="log", yscale="log")
+            axis.legend()
+        axes[0][0].set_ylabel(LABELS[name])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Quality against evaluations of the network.")
+    parser.add_argument("--set", choices=sorted(FIGURES), default="digits")
     parser.add_argument("--models", type=Path, required=True, help="folder of benchmarks.quality")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--evaluations", nargs="+", type=int, default=EVALUATIONS)
     parser.add_argument("--number", type=int, default=500, help="samples of each")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    judge = JUDGES["digits"]()
-    rows: list[dict[str, object]] = []
-    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    name, device = options.set, torch.device(options.device)
+    judge, table = JUDGES[name](), options.out / f"{options.set}.csv"
+    rows: list[Row] = list(csv.DictReader(io.StringIO(table.read_text()))) if table.is_file() else []
     for recipe in options.recipes:
-        model = load_model(options.models / f"digits_{recipe}")
-        process = model.denoiser.process
-        for name, make in SAMPLERS.items():
-            if process.has_constant_noise() and name in DETERMINISTIC:
-                continue
-            for number in options.evaluations:
-                if number > process.num_scales:
-                    continue
-                sampler = make(process, number)
-                sampler.check(model.denoiser)
-                images = torch.cat(list(draw(replace(model, sampler=sampler), options.number, seed=0)))
-                report = judge.report(images.numpy())
-                used = 2 * (sampler.steps or 1) - 1 if isinstance(sampler, Heun) else number
-                row = {"recipe": recipe, "sampler": name, "evaluations": used}
-                rows.append(row | {key: round(report[key], 4) for key in ("confidence_ratio", "fd_ratio")})
-                curves.setdefault(recipe, {}).setdefault(name, []).append((used, report["fd_ratio"]))
-                print(rows[-1], flush=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(options.out / "samplers.csv", text.getvalue())
-    with plots.figure(options.out / "samplers.png", 3.2 * len(curves), 3.4, ncols=len(curves), squeeze=False) as (
-        _,
-        axes,
-    ):
-        for axis, (recipe, found) in zip(axes[0], curves.items(), strict=True):
-            for i, name in enumerate(SAMPLERS):
-                if name in found:
-                    look = {"color": plots.COLOURS[i], "marker": plots.MARKERS[i], "linestyle": plots.DASHES[i % 4]}
-                    axis.plot(*zip(*found[name], strict=True), label=name, **look)
-            axis.axhline(1, color="grey", linewidth=0.8)
-            axis.set(xlabel="evaluations of the network", title=f"digits_{recipe}", xscale="log", yscale="log")
-            axis.legend()
-        axes[0][0].set_ylabel("FD, halves of the real digits = 1")
+        model = load_model(options.models / f"{name}_{recipe}")
+        for head, chosen in missing(model, recipe, options.evaluations, rows):
+            images = torch.cat(list(draw(chosen, options.number, seed=0, device=device)))
+            report = judge.report(images.cpu().numpy())
+            rows.append(head | {key: round(report[key], 4) for key in FIGURES[name]})
+            print(rows[-1], flush=True)
+            write_tables(rows, name, options.out)
+    yardstick = judge.real_reports(options.number).get("training real", {}).get(FIGURES[name][0], 1.0)
+    plot(rows, name, options.out / f"{name}.png", yardstick)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ are stored as the few DCT coefficients that are left of them, so an export sampl
 `GuidancePrior`: the steady state of a guidance image around a training image's mean grey value, plus noise, for the
 osmosis processes. Only those grey values are stored, and what images guide with where the process asks for them.
 
-The last two may be fitted again, to images that a user chooses: then sampling starts from these.
+The last two can be steered: then sampling starts from images that a user chooses, if the start shows images at all.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from dpm_scales.operators import HeatOperator
 from dpm_scales.processes import Context, Osmosis, Process
 from dpm_scales.schedules import is_number
 
+STEERABLE = "those of heat, of blurring_constant, and of osmosis trained with process.guidance_image=own (or other)"
+"""What messages say of models whose start shows an image."""
+
 
 class Prior(nn.Module):
     """Distribution at scale 1."""
@@ -37,11 +40,14 @@ class Prior(nn.Module):
         return 0
 
     def steer(self, images: Tensor, process: Process) -> None:
-        """Start from these images ``(N, C, H, W)`` in place of training images, each as often as the others.
+        """Start from these images ``(N, C, H, W)`` in place of training images: sample i from image i mod N.
 
-        Raises: UserError if this prior starts from noise alone, or if they are not of the size trained on.
+        Raises: UserError if no image can choose what this prior starts from, or if they are not of the size trained on.
         """
-        raise UserError(f"{type(process).__name__} starts from noise alone; no image can choose its start")
+        raise UserError(
+            f"{type(process).__name__} starts from noise alone here, and no image can choose its start; models that "
+            f"can be told are {STEERABLE}"
+        )
 
     def check_size(self, size: tuple[int, int]) -> None:  # noqa: B027 - most priors serve any size
         """Raise UserError if images of `size` (H, W) can't be sampled."""
@@ -83,10 +89,22 @@ class _FittedPrior(Prior):
     def max_images(self) -> int:
         return self._max_images
 
+    def fit(self, images: Tensor, process: Process) -> None:
+        self._store(images[: self._limit(process)], process)
+        self._in_turn = False
+
     def steer(self, images: Tensor, process: Process) -> None:
         self.check_size((images.shape[-2], images.shape[-1]))
-        self.fit(images, process)
+        self._store(images, process)  # all of them, however many
         self._in_turn = True
+
+    def _limit(self, process: Process) -> int:
+        """How many images `fit` keeps."""
+        return self._max_images
+
+    @abstractmethod
+    def _store(self, images: Tensor, process: Process) -> None:
+        """Keep of all images what sampling starts from."""
 
     def _pick(self, noise: NoiseSource, count: int) -> Tensor:
         """``(B,)`` numbers of stored images: at random, or in turn where a user has chosen them."""
@@ -122,12 +140,12 @@ class DataPrior(_FittedPrior):
         self.register_buffer("coefficients", torch.zeros(0, 1, 1, 1))
         self.register_buffer("image_size", torch.zeros(2, dtype=torch.int64))
 
-    def fit(self, images: Tensor, process: Process) -> None:
+    def _store(self, images: Tensor, process: Process) -> None:
         operator = _heat_operator(process)
         height, width = images.shape[-2:]
         kept = process.signal_scale(1.0, operator.eigenvalues(height, width)) >= self.tolerance
         rows, columns = int(kept.any(1).sum()), int(kept.any(0).sum())
-        spectrum = operator.analysis(images[: self.max_images].to(torch.float32))
+        spectrum = operator.analysis(images.to(torch.float32))
         self.coefficients = spectrum[..., :rows, :columns].contiguous().to(self.coefficients.device)
         self.image_size = torch.tensor([height, width], device=self.coefficients.device)
 
@@ -180,15 +198,25 @@ class GuidancePrior(_FittedPrior):
         self.register_buffer("grey", torch.zeros(0, 1))
         self.register_buffer("relief", torch.zeros(0, 1, 1, 1))
 
-    def fit(self, images: Tensor, process: Process) -> None:
-        osmosis, device = _osmosis(process), self.grey.device
-        if osmosis.guidance_image == "none":
-            self.grey = images[: self.max_images].to(torch.float32).mean((-2, -1)).to(device)
-            return
-        images = images[: min(self.max_images, self.max_reliefs)].to(torch.float32)
-        relief = osmosis.relief(images)
-        assert relief is not None
-        self.grey, self.relief = images.mean((-2, -1)).to(device), relief.to(device)
+    def steer(self, images: Tensor, process: Process) -> None:
+        osmosis = _osmosis(process)
+        require(
+            osmosis.guidance_image != "none",
+            f"this model's {type(process).__name__} takes an image's mean grey values alone, and no image can choose "
+            f"its start; models that can be told are {STEERABLE}",
+        )
+        super().steer(images, process)
+
+    def _limit(self, process: Process) -> int:
+        guides = _osmosis(process).guidance_image != "none"
+        return min(self.max_images, self.max_reliefs) if guides else self.max_images
+
+    def _store(self, images: Tensor, process: Process) -> None:
+        images, device = images.to(torch.float32), self.grey.device
+        relief = _osmosis(process).relief(images)
+        self.grey = images.mean((-2, -1)).to(device)
+        if relief is not None:
+            self.relief = relief.to(device)
 
     def sample(
         self, process: Process, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32

@@ -46,28 +46,29 @@ SHORT = {
     "-": Verdict.NOT_APPLICABLE,
 }
 FORWARD = (
-    *("initial state", "Markov property", "transition from the initial state", "semigroup"),
+    *("initial state", "Markov property", "transition from the initial state"),
+    *("variance-preserving transition", "semigroup"),
     *("conditional entropy", "condition for the entropy", "entropy by the determinant"),
     *("permutation of pixels", "steady state", "bound of the noise"),
     *("average grey value", "rotation by 90 degrees", "positivity", "relative entropy"),
 )
 REVERSE = (
-    *("initial state", "semigroup", "entropy of the images", "entropy of the data given an image"),
+    *("transition", "initial state", "semigroup", "entropy of the images", "entropy of the data given an image"),
     *("bounds of a reverse step's entropy", "steady state"),
     *("permutation of pixels", "rotation by 90 degrees", "average grey value"),
 )
 #: forward and reverse, in the order of the names above
 EXPECTED = {
-    "vp": ("CLCL ECE ELC -L--", "LLEEEL -L-"),
-    "ve": ("ELCL EEE E-- -L--", "CLEEEL -L-"),
-    "heat": ("ELCL ECC -CC ML--", "CLVECL -LM"),
-    "blurring_constant": ("ELCL ECC -CC ML--", "CLVECL -LM"),
-    "blurring": ("CLCL ECC -CC VL--", "LLEEEL -LV"),
-    "blurring_chain": ("ELCL VCC -CC ML--", "CLVECL -LM"),
-    "homogeneous": ("EEEE --- -E- EE--", "-EV--- -EE"),
-    "osmosis": ("EEEE --- -C- ELEE", "-EV--- -LE"),
-    "inverse_osmosis": ("ELCL ECC -CC MLMM", "CLVECL -LM"),
-    "osmosis_diffusion": ("CLCL ECC -CC VL--", "CLEEEL -LV"),
+    "vp": ("CLCLL ECE ELC -L--", "LLLEEEL -L-"),
+    "ve": ("ELC-L EEE E-- -L--", "LCLEEEL -L-"),
+    "heat": ("ELC-L ECC -CC ML--", "LCLVECL -LM"),
+    "blurring_constant": ("ELC-L ECC -CC ML--", "LCLVECL -LM"),
+    "blurring": ("CLC-L ECC -CC VL--", "LLLEEEL -LV"),
+    "blurring_chain": ("ELC-L VCC -CC ML--", "LCLVECL -LM"),
+    "homogeneous": ("EEE-E --- -E- EE--", "--EV--- -EE"),
+    "osmosis": ("EEE-E --- -C- ELEE", "--EV--- -LE"),
+    "inverse_osmosis": ("ELC-L ECC -CC MLMM", "LCLVECL -LM"),
+    "osmosis_diffusion": ("CLC-L ECC -CC VL--", "LCLEEEL -LV"),
 }
 
 
@@ -113,6 +114,32 @@ def test_steps_that_add_nothing_are_no_contradiction() -> None:
     for seed in range(3):
         row = by_name(audit(process, photo(), seed=seed, samples=200), "Markov property")
         assert row.verdict is Verdict.IN_LAW
+
+
+def test_products_of_the_betas_by_hand() -> None:
+    """Eq. (15) for beta = 0.6, three steps: variance 1 - 0.64^3; a schedule that is truncated has one beta before."""
+    row = by_name(audit(VP(3, ConstantBeta(0.6)), photo(), samples=400), "variance-preserving transition")
+    assert row.verdict is Verdict.IN_LAW and row.measured < 1e-9
+    assert f"{1 - 0.64**2:.4g} there" in row.note and row.drawn is not None and row.std_error is not None
+    assert abs(row.drawn) < 5 * row.std_error and row.std_error == pytest.approx((2 / (400 * 54)) ** 0.5)
+    assert by_name(audit(VP(8), photo(), samples=100), row.name).verdict is Verdict.IN_LAW
+    other = by_name(audit(VE(8), photo(), samples=100), row.name)
+    assert other.verdict is Verdict.NOT_APPLICABLE and "alpha = 1 and beta" in other.note
+
+
+def test_step_back_by_hand() -> None:
+    """Eq. (32) without correlation would be a scalar; Sigma of one step, by the formula for a Gaussian's posterior."""
+    process = VP(2, ConstantBeta(0.6))
+    lab = Lab(process, photo(), samples=100)
+    values = np.linalg.eigvalsh(lab.data_covariance.numpy())
+    steps = []
+    for keep, added in ((0.64, 0.36), (0.64, 0.36)):
+        total = keep * values + added
+        steps.append(np.ptp(values * added / total) / (values * added / total).mean())
+        values = total
+    row = by_name(audit(process, photo(), samples=100), "transition", "reverse")
+    assert row.verdict is Verdict.IN_LAW and row.measured < 1e-6
+    assert f"up to {max(steps):.3g} of their mean, at t = {0.5 * steps.index(max(steps)):.3g}" in row.note
 
 
 def test_only_processes_without_blur_take_permutations() -> None:

@@ -231,7 +231,29 @@ class Tilted(Blurring):
 def test_fault_posterior() -> None:
     found = changed(Blurring(20), Tilted(20))
     assert {key for key in found if key[0] == "forward"} == set()
-    assert found >= {("reverse", "semigroup"), ("reverse", "steady state")}
+    assert found >= {("reverse", "semigroup"), ("reverse", "steady state"), ("reverse", "transition")}
+
+
+class TooMuch(VP):
+    """Marginals of a variance above that of the steps."""
+
+    def marginal(self, x_0: Tensor, t: Scale, context: Context = None) -> Gaussian:
+        law = super().marginal(x_0, t, context)
+        return Gaussian(law.mean, lambda mu: 1.01 * law.std(mu), law.operator)
+
+
+class TooLittle(VP):
+    """Paths of too little noise."""
+
+    def trajectory(self, x_0: Tensor, ts: Any, generator: Any = None, context: Context = None) -> Tensor:
+        path = super().trajectory(x_0, ts, generator, context)
+        means = torch.stack([x_0 if t == 0 else self.marginal(x_0, t, context).mean for t in ts])
+        return means + 0.9 * (path - means)
+
+
+@pytest.mark.parametrize("broken", [TooMuch(8), TooLittle(8)], ids=["law", "paths"])
+def test_fault_variance_that_is_not_preserved(broken: VP) -> None:
+    assert ("forward", "variance-preserving transition") in changed(VP(8), broken)
 
 
 class Still(Gaussian):

@@ -7,19 +7,21 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from evaluate_helpers import Means, small_features
+from evaluate_helpers import Means, noise_images, small_features
 from oracles import refused
 from shell import Outcome, call, small_model, train
 from torch import Tensor
 
+from dpm_scales.data import Digits
 from dpm_scales.images import load_image, to_range
 from dpm_scales.likelihood import FlowLikelihood, VariationalBound
 from dpm_scales.noise import NoiseSource
 from dpm_scales.training import Model, build_model, load_model
-from dpm_scales.training.image_sets import open_pictures
-from dpm_scales.training.likelihood_run import bits_per_dim, save_plot
+from dpm_scales.training.image_sets import PictureSet, data_pictures, open_pictures
+from dpm_scales.training.likelihood_run import bits_per_dim, check_classes, conditions, save_plot
 
 PROCESSES = {
     "vp": ["process=vp", "process.num_scales=6"],
@@ -108,7 +110,92 @@ def test_models_with_labels_need_them() -> None:
         bits_per_dim(model, [pictures(2)])
     with refused("labels", "0..2"):
         bits_per_dim(model, [(pictures(2), labels + 1)])
-    assert bits_per_dim(model, [(pictures(2), labels)]).number == 2
+    result = bits_per_dim(model, [(pictures(2), labels)])
+    assert result.number == 2 and result.given == ("label",) and "at most, given the label (vlb" in result.line()
+    assert json.loads(json.dumps(result.to_dict()))["given"] == ["label"]
+    with refused("trained with all labels"):
+        bits_per_dim(model, [pictures(2)], use_labels=False)
+
+
+def test_labels_are_heard_and_left_out() -> None:
+    """Given the labels: each image with its own; without: what the network makes of "no label"."""
+    model = model_of("vp")
+    model = build_model(replace(model.recipe, num_classes=3, label_dropout=0.1))
+    with torch.no_grad():
+        for parameter in model.denoiser.network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    images, labels = pictures(4), torch.tensor([0, 2, 1, 2])
+    x_0 = to_range(images, model.denoiser.process.value_range)
+    for use_labels, heard in ((True, labels), (False, torch.full((4,), 3))):
+        nats = VariationalBound(model.denoiser, model.prior, 3)(x_0, NoiseSource(7, 4), heard).total
+        batches = [(images[:3], labels[:3]), (images[3:], labels[3:])]
+        result = bits_per_dim(model, batches, "vlb", 3, seed=7, use_labels=use_labels)
+        assert result.bits == pytest.approx(float(nats.mean()) / (64 * math.log(2)), rel=1e-4)
+        assert result.given == (("label",) if use_labels else ())
+    others = [bits_per_dim(model, [(images, labels * 0 + k)], "vlb", 3, seed=7).bits for k in range(3)]
+    assert len({*others, result.bits}) == 4
+    assert bits_per_dim(model, [images], "vlb", 3, seed=7, use_labels=False).bits == pytest.approx(result.bits)
+
+
+@pytest.mark.parametrize("method", ["vlb", "dissipation", "flow"])
+def test_models_that_are_given_a_guidance_image_say_so(method: str) -> None:
+    torch.manual_seed(0)
+    short = ("process.num_scales=6", "process.blur.blur_sigma_max=2")
+    for image, given in (("own", ("guidance image",)), ("other", ())):
+        model = small_model("process=inverse_osmosis", *short, f"process.guidance_image={image}")
+        process = model.denoiser.process
+        model.prior.fit(to_range(pictures(9, seed=1), process.value_range), process)
+        result = bits_per_dim(model, [pictures(3)], method, 3)
+        assert result.given == given and math.isfinite(result.bits)
+        assert ("given the guidance image" in result.line()) == bool(given)
+        assert (result.context == 0) == (image == "own")
+    model = build_model(replace(small_model("process=osmosis_diffusion", *short[:1]).recipe, num_classes=2))
+    assert conditions(model) == ("label",)
+
+
+def held_out(classes: int | None, names: tuple[str, ...] | None) -> PictureSet:
+    source = Digits()
+    source.num_classes, source.class_names = classes, names  # type: ignore[assignment]
+    return data_pictures(source, "val", "digits", 4)
+
+
+def test_images_need_the_labels_of_the_model() -> None:
+    model = build_model(replace(model_of("vp").recipe, num_classes=10, class_names=tuple("0123456789")))
+    names = tuple("0123456789")
+    check_classes(model, held_out(10, names))
+    check_classes(model, held_out(8, None))
+    check_classes(model_of("vp"), held_out(None, None))
+    with refused("labels of 10 classes (0, 1, ", "digits, split val have none", "reference=data"):
+        check_classes(model, held_out(None, None))
+    with refused("10 classes", "have 11"):
+        check_classes(model, held_out(11, None))
+    with refused("10 classes", "(a, b, "):
+        check_classes(model, held_out(10, tuple("abcdefghij")))
+
+
+def test_sets_of_pictures_give_their_labels(tmp_path: Path) -> None:
+    """In order, for data sets and arrays; files have none."""
+    pictures_, source = data_pictures(Digits(), "val", "digits", 5), Digits().val()
+    chosen = [i * len(source) // 5 for i in range(5)]
+    labels = torch.cat([batch for _, batch in pictures_.labelled(2)])
+    assert labels.tolist() == [source[i][1] for i in chosen]
+    for (images, _), alone in zip(pictures_.labelled(2), pictures_.batches(2), strict=True):
+        assert torch.equal(images, alone)
+    arrays = {"images": pictures(3)[:, 0].numpy(), "labels": torch.tensor([2, 0, 1]).numpy()}
+    np.savez(tmp_path / "some.npz", **arrays)
+    assert next(open_pictures(str(tmp_path / "some.npz"), "reference").labelled(3))[1].tolist() == [2, 0, 1]
+    noise_images(tmp_path / "files", 2, 0)
+    np.save(tmp_path / "none.npy", arrays["images"])
+    for place in ("files", "none.npy"):
+        with refused(place, "no labels"):
+            next(open_pictures(str(tmp_path / place), "reference").labelled(2))
+
+
+def evaluate(folder: Path, *options: str) -> Outcome:
+    common = ("num_samples=4", "num_reference=6", "measures=[kernel]", "features=means", "cache=false")
+    reference = () if any(option.startswith("reference=") for option in options) else ("reference=data",)
+    with small_features(Means()):
+        return call("evaluate.py", *common, *reference, *options, cwd=folder)
 
 
 @pytest.mark.slow
@@ -117,19 +204,9 @@ def test_command_prints_and_saves_what_a_trained_model_makes_of_images_held_out(
         tmp_path / "run", "process=vp", "process.num_scales=20", "trainer.max_steps=3", "trainer.val_check_interval=3"
     )
 
-    def evaluate(*options: str) -> Outcome:
-        common = (
-            "reference=data",
-            "num_samples=4",
-            "num_reference=6",
-            "measures=[kernel]",
-            "features=means",
-            "cache=false",
-        )
-        with small_features(Means()):
-            return call("evaluate.py", *common, *options, cwd=tmp_path)
-
-    done = evaluate("model=run", "likelihood=vlb", "likelihood_scales=10", "likelihood_draws=4", "seed=5", "out=out")
+    done = evaluate(
+        tmp_path, "model=run", "likelihood=vlb", "likelihood_scales=10", "likelihood_draws=4", "seed=5", "out=out"
+    )
     assert done.status == 0, done.err
     saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())["likelihood"]
     held = open_pictures("data", "reference", "val", 6, tmp_path / "run")
@@ -142,5 +219,38 @@ def test_command_prints_and_saves_what_a_trained_model_makes_of_images_held_out(
         ("model=run", "likelihood=vlb", "likelihood_scales=21"): "20",
         ("model=run", "likelihood=flow", "likelihood_scales=0"): "steps",
     }.items():
-        failed = evaluate(*options)
+        failed = evaluate(tmp_path, *options)
         assert failed.status == 2 and words in failed.err and "Traceback" not in failed.err
+
+
+SHORT = ("process.num_scales=6", "trainer.max_steps=3", "trainer.val_check_interval=3")
+LIKELY = ("likelihood=vlb", "likelihood_draws=4", "seed=5")
+
+
+@pytest.mark.slow
+def test_command_tells_what_the_likelihood_is_given(tmp_path: Path) -> None:
+    """Labels with and without dropout, guidance by the image itself; images without labels."""
+    runs: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+        "dropped": (("process=vp", "conditional=true"), ("label",)),
+        "sure": (("process=vp", "conditional=true", "label_dropout=0"), ("label",)),
+        "own": (("process=osmosis_diffusion", "process.guidance_image=own"), ("guidance image",)),
+    }
+    for name, (options, given) in runs.items():
+        train(tmp_path / name, *options, *SHORT)
+        done = evaluate(tmp_path, f"model={name}", *LIKELY, f"out=out_{name}")
+        assert done.status == 0, done.err
+        saved = json.loads((tmp_path / f"out_{name}" / "evaluation.json").read_text())["likelihood"]
+        assert saved["given"] == list(given)
+        assert f"likelihood: {saved['bits']:.3f}" in done.out and f"at most, given the {given[0]} (vlb" in done.out
+        model, held = load_model(tmp_path / name), open_pictures("data", "reference", "val", 6, tmp_path / name)
+        batches = held.batches(4) if name == "own" else held.labelled(4)
+        assert saved["bits"] == pytest.approx(bits_per_dim(model, batches, "vlb", None, 4, 5).bits, rel=1e-4)
+        assert ("without_labels" in saved) == ("without labels: " in done.out) == (name == "dropped")
+        if name == "dropped":
+            plain = bits_per_dim(model, held.batches(4), "vlb", None, 4, 5, use_labels=False)
+            assert saved["without_labels"]["bits"] == pytest.approx(plain.bits, rel=1e-4)
+            assert saved["without_labels"]["given"] == []
+    noise_images(tmp_path / "files", 6, 0)
+    failed = evaluate(tmp_path, "model=sure", "reference=files", *LIKELY)
+    assert failed.status == 2 and failed.err.count("\n") == 1, failed.err
+    assert "the images of files have none; give reference=data" in failed.err

@@ -250,11 +250,6 @@ def test_densities_that_are_not_known_are_refused() -> None:
     def law(prior: Prior, process: Osmosis | VP | InverseHeat) -> None:
         start_law(prior, process, x_0, NoiseSource(0, 2))
 
-    for settings in ({"guidance_pattern": "smooth"}, {"guidance_pattern": "edges"}, {"guidance_image": "own"}):
-        process, prior = InverseOsmosis(4, **settings), GuidancePrior()
-        prior.fit(x_0, process)
-        with refused("guidance", "white", *settings.values()):
-            law(prior, process)
     with refused("train the model first"):
         law(GuidancePrior(), InverseOsmosis(4))
     silent = DataPrior(0.0)

@@ -134,7 +134,8 @@ class VariationalBound:
     def __call__(
         self, x_0: Tensor, noise: NoiseSource, labels: Tensor | None = None, on_step: OnStep = lambda number: None
     ) -> Likelihood:
-        """One draw of the bound for each image; its expectation bounds -log P(x_0).
+        """One draw of the bound for each image; its expectation bounds -log P(x_0), or -log P(x_0 | v) where each image
+        guides itself (`condition_of`), and given the labels if there are any.
 
         Args:
             x_0: images ``(B, C, H, W)`` in the process's value range.

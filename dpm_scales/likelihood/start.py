@@ -17,10 +17,25 @@ and the divergence of q(y_1 | x_0) = N(lambda_1(L) y_0, gamma_1^2(L)) from a mix
 
     KL <= -logsumexp_i(log w_i - KL_i),     KL_i = D_i(lambda_1(L) y_0) / 2 + n/2 (1 / r^2 - 1 + log r^2),
 
-with equality for a single one. The context v is a variable of the model too: it is drawn around a training image's mean
-grey value, while inference draws it around the image's own, so that it tells something of the image, which costs
+with equality for a single one.
 
-    log q(v; m_0) - log 1/M sum_i q(v; m_i)    nats; its expectation is >= 0.
+The context is a variable z of the model too, p(x_0) = sum over z of p(z) p(x_0 | z), and inference may draw it by any
+law q(z | x_0) at the price KL(q || p). White noise, and relief of other images, are drawn by both alike and cost
+nothing; the mean grey value is what inference knows of the image, m_0, and the model draws among the stored m_i. With s
+the noise of the guidance, M values stored, N pixels, and w the guidance before it is clipped:
+
+| guidance | z | q(z given x_0) | costs, in nats |
+|---|---|---|---|
+| white noise | v | around m_0 | log q(v; m_0) - log 1/M sum_i q(v; m_i), clipped pixels with their probabilities |
+| smooth noise; noise on other images | w | around m_0 | the same of the mean of w alone, N(m, s^2 b^2 / N) |
+| edges; other images without noise | i | softmax_i(-N snr (m_i - m_0)^2 / 2) | log M + sum_i q_i log q_i |
+| nothing (s = 0) | - | - | 0: of mean one, v is 1 |
+| the image itself | - | - | 0: the likelihood is one given v and m_0, see `condition_of` |
+
+A linear pattern changes noise that is constant by a factor b, and the rest of w does not depend on m: so no density of
+the pattern is needed. Edges and images without noise say exactly what m is, so that m_0 itself, which is none of the
+m_i, would cost infinitely much; inference takes an m_i near by, as near as the noise of the finest scale tells grey
+values apart (snr = lambda^2 / gamma^2 there). Then w_i = 1 for that i.
 """
 
 from __future__ import annotations
@@ -51,6 +66,8 @@ class Start:
     ratio: float
     #: what the context costs, float64 ``(B,)`` nats
     context_cost: Tensor
+    #: m_i of a `GuidancePrior`, ``(B | 1, M, C)``
+    grey: Tensor | None = None
 
     def negative_log_density(self, y: Tensor) -> Tensor:
         """-log p of z = gamma_1^{-1}(L) y, float64 ``(B,)``, for y ``(B, C, H, W)`` in white coordinates."""
@@ -68,8 +85,8 @@ class Start:
         y = y.to(torch.float64)
         if isinstance(self.prior, DataPrior):
             distances = _to_blurred_images(self.prior, self.process, self.operator, y, one)
-        elif isinstance(self.prior, GuidancePrior):
-            distances = _to_steady_states(self.prior, self.process, self.operator, y, one)
+        elif self.grey is not None:
+            distances = _to_steady_states(self.grey, self.process, self.operator, y, one)
         else:
             white = self.operator.apply(lambda mu: 1 / self.process.noise_scale(one, mu), y)
             distances = white.square().flatten(1).sum(1, keepdim=True)
@@ -83,8 +100,7 @@ def start_law(prior: Prior, process: Process, x_0: Tensor, noise: NoiseSource) -
         x_0: images ``(B, C, H, W)`` in the process's value range.
         noise: drawn from where the process has a context.
 
-    Raises: UserError for a prior that has no density (`noise_ratio` 0), that was not fitted, or that fits other images;
-        and for guidance images whose density is not known.
+    Raises: UserError for a prior that has no density (`noise_ratio` 0), that was not fitted, or that fits other images.
     """
     channels, size = x_0.shape[1], (x_0.shape[-2], x_0.shape[-1])
     prior.check_size(size)
@@ -104,29 +120,72 @@ def start_law(prior: Prior, process: Process, x_0: Tensor, noise: NoiseSource) -
     equal = torch.full((1, count), -math.log(count), dtype=torch.float64, device=x_0.device)
     if isinstance(prior, DataPrior):
         return Start(process, prior, process.operator(), equal, prior.noise_ratio, zero), None
-    osmosis = _with_known_guidance(process)
-    own = x_0.mean((-2, -1))
-    context = osmosis.guidance(own, noise.normal(tuple(x_0.shape[1:]), x_0.dtype))
-    operator = osmosis.operator(context)
-    if osmosis.guidance_noise == 0:  # v of mean one is 1, and tells nothing
-        return Start(process, prior, operator, equal, prior.noise_ratio, zero), context
-    log_densities = _log_guidance_densities(osmosis, context, prior.grey)
-    log_density = _log_guidance_densities(osmosis, context, own, paired=True)
-    log_total = torch.logsumexp(log_densities, 1)
-    cost = log_density - log_total + math.log(count)
-    return Start(process, prior, operator, log_densities - log_total[:, None], prior.noise_ratio, cost), context
-
-
-def _with_known_guidance(process: Process) -> Osmosis:
     assert isinstance(process, Osmosis)
-    known = process.guidance_image == "none" and (process.guidance_pattern == "white" or process.guidance_noise == 0)
-    require(
-        known,
-        f"the likelihood of {type(process).__name__} needs the density of its guidance images, known for "
-        f"guidance_pattern=white and guidance_image=none alone, got {process.guidance_pattern} and "
-        f"{process.guidance_image}",
-    )
-    return process
+    log_weights, cost, grey, context = _guidance(process, prior, x_0, noise)
+    return Start(process, prior, process.operator(context), log_weights, prior.noise_ratio, cost, grey), context
+
+
+def condition_of(prior: Prior, process: Process) -> str | None:
+    """What the likelihood is given, in words; None if it is that of the image alone.
+
+    Where images guide themselves v is a function of the image, and what the model says is p(x_0 | v, m_0).
+    """
+    own = isinstance(process, Osmosis) and process.guidance_image == "own" and isinstance(prior, GuidancePrior)
+    return "guidance image" if own else None
+
+
+def _guidance(
+    process: Osmosis, prior: GuidancePrior, x_0: Tensor, noise: NoiseSource
+) -> tuple[Tensor, Tensor, Tensor, Context]:
+    """log w_i, what the context costs, the m_i, and the context, as the table above has them."""
+    own, known, shape = x_0.mean((-2, -1)), prior.grey.to(torch.float64), tuple(x_0.shape[1:])
+    count, std = len(known), process.guidance_noise
+    zero = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
+    equal = (zero[:1, None] - math.log(count)).expand(1, count)
+    if process.guidance_image == "own":
+        context = process.guidance(own, noise.normal(shape, x_0.dtype), process.relief(x_0))
+        return zero[:1, None], zero, own[:, None], context
+    relief = None
+    if process.guidance_image == "other":
+        relief = prior.relief[(noise.uniform() * len(prior.relief)).long()].to(x_0.dtype)
+    if std == 0 and relief is None:
+        return equal, zero, known[None], process.guidance(own, noise.normal(shape, x_0.dtype))
+    if std == 0 or process.guidance_pattern == "edges":
+        index, cost = _grey_near(process, own, known, math.prod(shape[1:]), noise)
+        context = process.guidance(prior.grey[index].to(x_0.dtype), noise.normal(shape, x_0.dtype), relief)
+        return zero[:1, None], cost, known[index][:, None], context
+    white = noise.normal(shape, x_0.dtype)
+    context = process.guidance(own, white, relief)
+    if process.guidance_pattern == "white" and relief is None:
+        log_densities = _log_guidance_densities(process, context, prior.grey)
+        log_density = _log_guidance_densities(process, context, own, paired=True)
+    else:
+        log_densities, log_density = _log_mean_densities(process, own, known, white)
+    log_total = torch.logsumexp(log_densities, 1)
+    return log_densities - log_total[:, None], log_density - log_total + math.log(count), known[None], context
+
+
+def _grey_near(process: Osmosis, own: Tensor, known: Tensor, pixels: int, noise: NoiseSource) -> tuple[Tensor, Tensor]:
+    """Numbers ``(B,)`` of grey values `known` ``(M, C)`` drawn near `own` ``(B, C)``, and what that costs, ``(B,)``."""
+    finest = torch.ones((), dtype=torch.float64, device=own.device) / process.num_scales
+    snr = torch.exp(process.log_snr(finest, torch.zeros_like(finest)))
+    log_q = torch.log_softmax(-0.5 * pixels * snr * _squared_distances(own.to(torch.float64), known), 1)
+    q = log_q.exp()
+    cost = (q * log_q).sum(1) + math.log(len(known))
+    index = torch.searchsorted(q.cumsum(1), noise.uniform()[:, None])[:, 0]
+    return index.clamp(max=len(known) - 1), cost
+
+
+def _log_mean_densities(process: Osmosis, own: Tensor, known: Tensor, white: Tensor) -> tuple[Tensor, Tensor]:
+    """log densities of the mean of the unclipped guidance, drawn around `own` ``(B, C)``, under the values `known`
+    ``(M, C)`` and under its own, ``(B, M)`` and ``(B,)``, up to the same number."""
+    low, high = process.value_range
+    drawn = process.guidance_noise * white.to(torch.float64).mean((-2, -1))  # times b, as the standard deviation
+    gain = process.pattern(torch.ones_like(white[:1], dtype=torch.float64)).mean()
+    variance = (process.guidance_noise * gain) ** 2 / white[0, 0].numel()
+    place = (own.to(torch.float64) - low) / (high - low) + gain * drawn
+    squares = _squared_distances(place, (known - low) / (high - low))
+    return -squares / (2 * variance), -(gain * drawn).square().sum(1) / (2 * variance)
 
 
 def _log_guidance_densities(process: Osmosis, v: Tensor, mean: Tensor, paired: bool = False) -> Tensor:
@@ -172,7 +231,7 @@ def _to_blurred_images(prior: DataPrior, process: Process, operator: Operator, y
     return rest[:, None] + _squared_distances(u[kept].flatten(1), centres.flatten(1))
 
 
-def _to_steady_states(prior: GuidancePrior, process: Process, operator: Operator, y: Tensor, one: Tensor) -> Tensor:
+def _to_steady_states(grey: Tensor, process: Process, operator: Operator, y: Tensor, one: Tensor) -> Tensor:
     """Squared distances to lambda_1(0) m_i sqrt(v) in units of gamma_1: along sqrt(v), and across it."""
     zero = torch.zeros((), dtype=torch.float64, device=y.device)
     noise = process.noise_scale(one, zero)
@@ -180,10 +239,10 @@ def _to_steady_states(prior: GuidancePrior, process: Process, operator: Operator
     along = (y * mode).sum((-2, -1))
     across = (y - along[..., None, None] * mode).square().flatten(1).sum(1)
     scale = process.signal_scale(one, zero) * math.sqrt(y.shape[-2] * y.shape[-1])
-    centres = scale * prior.grey.to(torch.float64)
-    return (across[:, None] + _squared_distances(along, centres)) / noise**2
+    distances = _squared_distances(along[:, None], scale * grey.to(torch.float64))[:, 0]
+    return (across[:, None] + distances) / noise**2
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """``(B, M)`` from ``(B, n)`` and ``(M, n)``, without the cancellation of a matrix product."""
+    """``(..., B, M)`` from ``(..., B, n)`` and ``(..., M, n)``, without the cancellation of a matrix product."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()

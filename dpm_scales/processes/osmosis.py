@@ -140,10 +140,10 @@ class Osmosis(Process):
         grey = ((mean - low) / (high - low))[..., None, None]
         if relief is not None:
             grey = grey + relief
-        return (grey + self.guidance_noise * self._pattern(white)).clamp(self.guidance_min, 1.0)
+        return (grey + self.guidance_noise * self.pattern(white)).clamp(self.guidance_min, 1.0)
 
-    def _pattern(self, white: Tensor) -> Tensor:
-        """White noise as the guidance's pattern of variance one."""
+    def pattern(self, white: Tensor) -> Tensor:
+        """White noise ``(B, C, H, W)`` as the guidance's pattern of variance one."""
         if self.guidance_pattern == "white":
             return white
         time = self.guidance_blur_sigma**2 / 2

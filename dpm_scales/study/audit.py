@@ -17,6 +17,7 @@ from dpm_scales.study import audit_reverse as reverse
 from dpm_scales.study import audit_reverse_invariances as reverse_invariances
 from dpm_scales.study.audit_lab import Finding, Lab, Verdict
 from dpm_scales.study.audit_steady import steady_state, variance_bound
+from dpm_scales.study.audit_transitions import preserving, reverse_step
 
 __all__ = ["Finding", "Verdict", "audit"]
 
@@ -24,6 +25,7 @@ FORWARD = (
     forward.initial_state,
     forward.markov,
     forward.initial_transition,
+    preserving,
     forward.semigroup,
     forward.conditional_entropy,
     forward.entropy_condition,
@@ -58,6 +60,7 @@ def audit(process: Process, images: Tensor, seed: int = 0, samples: int = 1000) 
     back = reverse.way_back(lab)
     return [
         *(check(lab) for check in FORWARD),
+        reverse_step(lab, back),
         reverse.initial_state(lab),
         reverse.semigroup(lab, back),
         *reverse.entropies(lab, back),

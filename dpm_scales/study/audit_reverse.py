@@ -64,7 +64,7 @@ def way_back(lab: Lab) -> Return:
 
 
 def denoiser(lab: Lab, total: Tensor, k: int) -> Tensor:
-    """W."""
+    """W from rung k, where u_t has the covariance `total`."""
     cross = lab.data_covariance @ lab.chain[k].matrix.T
     return torch.linalg.lstsq(total, cross.T, driver="gelsd").solution.T
 

@@ -10,7 +10,6 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from dpm_scales.data.files import open_store
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, require, require_number
 from dpm_scales.images import LEVELS, load_image, make_grid, save_png, to_range, to_uint8
@@ -21,6 +20,7 @@ from dpm_scales.samplers import OnStep
 from dpm_scales.training.building import plain
 from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import Model
+from dpm_scales.training.image_sets import read_images, size_of
 from dpm_scales.training.sample_run import check_older, choose_model
 from dpm_scales.training.sampling import check_counts, pick_device, pick_labels
 from dpm_scales.training.shards import Shard, leave, meet, own_device
@@ -55,7 +55,7 @@ class Setup:
 
     def images(self, key: str) -> Tensor:
         """uint8 ``(N, C, H, W)``, the images that the config's `key` names; see `read_images`."""
-        return read_images(str(self.cfg[key]), self.model.recipe.channels)
+        return read_images(str(self.cfg[key]), self.model.recipe.channels)[1]
 
     def floats(self, images: Tensor) -> Tensor:
         """uint8 images in the process's value range, on the device."""
@@ -76,30 +76,6 @@ def prepare(cfg: DictConfig) -> Setup:
     return Setup(model, device, Path(str(cfg.out)), cfg, shard)
 
 
-def read_images(place: str, channels: int) -> Tensor:
-    """uint8 ``(N, C, H, W)`` from a file, or from all images of a folder or .zip file in the order of their names.
-
-    Raises: UserError for unreadable files, other channels and mixed sizes; it names the file.
-    """
-    path = Path(place)
-    if path.is_dir() or path.suffix.lower() == ".zip":
-        store = open_store(place)
-        images = [(store.describe(name), store.load(name)) for name in store.names]
-    else:
-        images = [(place, load_image(place))]
-    kinds, (first, like) = {1: "grey", 3: "RGB"}, images[0]
-    for name, image in images:
-        require(
-            len(image) == channels,
-            f"{name} is {kinds[len(image)]}, and this model draws {kinds[channels]} images; convert it",
-        )
-        require(
-            image.shape == like.shape,
-            f"{name} has {size_of(image)} pixels, {first} {size_of(like)} (height x width); one run takes one size",
-        )
-    return torch.stack([image for _, image in images])
-
-
 def read_mask(place: str, like: Tensor, name: str) -> Tensor:
     """Bool ``(H, W)``, white from half on. Raises UserError for another size, and for one colour alone."""
     grey = load_image(place, channels=1)[0]
@@ -111,10 +87,6 @@ def read_mask(place: str, like: Tensor, name: str) -> Tensor:
     require(bool(mask.any()), f"{place} is black everywhere; a mask is white where the image is to be invented")
     require(not bool(mask.all()), f"{place} is white everywhere; nothing of the image would be left")
     return mask
-
-
-def size_of(image: Tensor) -> str:
-    return f"{image.shape[-2]}x{image.shape[-1]}"
 
 
 def check_scale(name: str, value: object) -> float:

@@ -45,8 +45,8 @@ from dpm_scales.training.edit_inputs import (
     read_mask,
     refuse_sampler,
     save_comparison,
-    size_of,
 )
+from dpm_scales.training.image_sets import size_of
 from dpm_scales.training.sample_run import image_size
 
 ROUNDING = 12**-0.5 / LEVELS

@@ -28,7 +28,7 @@ from dpm_scales.training.building import plain
 from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import Model
 from dpm_scales.training.image_sets import Pictures, open_pictures
-from dpm_scales.training.likelihood_run import METHODS, bits_per_dim, estimator, save_plot
+from dpm_scales.training.likelihood_run import METHODS, bits_per_dim, check_classes, estimator, save_plot
 from dpm_scales.training.reference_cache import cache_folder, reference_features
 from dpm_scales.training.sample_run import choose_model
 from dpm_scales.training.sampling import check_counts, draw, pick_device, pick_labels
@@ -208,10 +208,10 @@ def _held_out(cfg: DictConfig, fake: Pictures | Drawn, run: Path | None) -> Pict
     """The images whose likelihood is asked for. Raises UserError if this model has none."""
     if cfg.likelihood is None or not isinstance(fake, Drawn):
         return None
-    ok = fake.model.recipe.num_classes is None
-    require(ok, f"likelihood={cfg.likelihood}: this model was trained with labels, which a reference has not")
     estimator(fake.model, cfg.likelihood, cfg.likelihood_scales, cfg.likelihood_draws)
-    return open_pictures(str(cfg.reference), "reference", str(cfg.likelihood_split), cfg.num_reference, run)
+    held = open_pictures(str(cfg.reference), "reference", str(cfg.likelihood_split), cfg.num_reference, run)
+    check_classes(fake.model, held)
+    return held
 
 
 def likelihood(
@@ -221,11 +221,22 @@ def likelihood(
     if held is None or not isinstance(fake, Drawn):
         return None
     wanted = (str(cfg.likelihood), cfg.likelihood_scales, cfg.likelihood_draws, cfg.seed, device)
-    result = bits_per_dim(fake.model, held.batches(cfg.batch_size), *wanted, total=len(held))
-    print(result.line())
+    recipe = fake.model.recipe
+    batches = held.batches(cfg.batch_size) if recipe.num_classes is None else held.labelled(cfg.batch_size)
+    result = bits_per_dim(fake.model, batches, *wanted, total=len(held))
+    print(f"likelihood: {result.line()}")
+    plain_result = None
+    if recipe.num_classes is not None and recipe.label_dropout > 0:
+        plain_result = bits_per_dim(
+            fake.model, held.batches(cfg.batch_size), *wanted, total=len(held), use_labels=False
+        )
+        print(f"without labels: {plain_result.line()}")
     if out is not None:
         save_plot(out / "likelihood.png", result)
-    return {**result.to_dict(), "images": _origin(held)}
+    kept: dict[str, Any] = {**result.to_dict(), "images": _origin(held)}
+    if plain_result is not None:
+        kept["without_labels"] = plain_result.to_dict()
+    return kept
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Sets of images that are judged or judged by: files, arrays, the data sets of `configs/data`, the data of a run."""
+"""Sets of images that are judged or judged by: files, arrays, the data sets of `configs/data`, the data of a run; and
+the few images that a model edits or starts from."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from dpm_scales.data import ArraySource, ImageDataModule, ImageDataset
 from dpm_scales.data.base import ImageSource
 from dpm_scales.data.files import ImageStore, batches_of_one_size, open_store, require_readable
 from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.images import load_image
 from dpm_scales.training.building import build, nodes
 from dpm_scales.training.cli import CONFIGS
 from dpm_scales.training.export import read_yaml
@@ -40,10 +42,13 @@ class Pictures(ABC):
     Attributes:
         source: where they come from, in words.
         sizes: sizes (H, W) that occur.
+        num_classes, class_names: of the images' labels, as `ImageSource` has them; None where they have none.
     """
 
     source: str
     sizes: tuple[tuple[int, int], ...]
+    num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
     _digest: str | None = None
 
     @abstractmethod
@@ -52,6 +57,10 @@ class Pictures(ABC):
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """uint8 (B, C, H, W), B <= `batch_size`, each batch of one size, in order."""
+
+    def labelled(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same with the images' labels, int64 (B,). Raises UserError where they have none."""
+        raise UserError(f"{self.source}: these images have no labels")
 
     def digest(self) -> str:
         """SHA-256 of the content, in hexadecimal digits: another image, or another order, gives another one."""
@@ -99,12 +108,12 @@ class PictureFiles(Pictures):
 
 
 class PictureSet(Pictures):
-    """Images of data sets, plain views; `limit` of them, spread evenly, or all."""
+    """Parts of a data set, plain views; `limit` images, spread evenly, or all."""
 
-    def __init__(self, parts: Sequence[ImageDataset], source: str, limit: int | None = None) -> None:
+    def __init__(self, data: ImageSource, parts: Sequence[ImageDataset], source: str, limit: int | None = None) -> None:
         every = [(part, i) for part in parts for i in range(len(part))]
         self._images = [every[i] for i in _spread(len(every), limit)]
-        self.source = source
+        self.source, self.num_classes, self.class_names = source, data.num_classes, data.class_names
         size = tuple(self._load(0).shape[1:]) if self._images else (0, 0)
         self.sizes = ((size[0], size[1]),)
 
@@ -114,6 +123,12 @@ class PictureSet(Pictures):
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         for start in range(0, len(self), batch_size):
             yield torch.stack([self._load(i) for i in range(start, min(start + batch_size, len(self)))])
+
+    def labelled(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        require(self.num_classes is not None, f"{self.source}: these images have no labels")
+        for start in range(0, len(self), batch_size):
+            items = [part[place] for part, place in self._images[start : start + batch_size]]
+            yield torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
 
     def _hash(self) -> str:
         total = hashlib.sha256(b"pixels")
@@ -151,7 +166,8 @@ def open_pictures(
     elif place in names:
         pictures = data_pictures(_named_data(place, key).source, split, place, limit)
     elif Path(place).suffix.lower() in ARRAYS:
-        pictures = PictureSet([ArraySource(place, val_fraction=0.0).train()], place, limit)
+        array = ArraySource(place, val_fraction=0.0)
+        pictures = PictureSet(array, [array.train()], place, limit)
     else:
         if not Path(place).expanduser().exists():
             known = f"a folder, a .zip, .npy or .npz file, data (that of the model's run), {', '.join(names)}"
@@ -165,7 +181,7 @@ def data_pictures(source: ImageSource, split: str, name: str, limit: int | None 
     """The training images of a source, its validation images, or both. Raises UserError for another split."""
     require(split in SPLITS, f"unknown split {split!r}: {suggest(str(split), SPLITS)}")
     parts = {"train": [source.train], "val": [source.val], "all": [source.train, source.val]}[split]
-    return PictureSet([part() for part in parts], f"{name}, split {split}", limit)
+    return PictureSet(source, [part() for part in parts], f"{name}, split {split}", limit)
 
 
 def run_data(model: Path) -> ImageDataModule:
@@ -182,6 +198,34 @@ def run_data(model: Path) -> ImageDataModule:
         if isinstance(values, dict) and isinstance(values.get("data"), dict):
             return _build(values["data"], str(config))
     raise UserError(f"{model} lies in no run folder, whose config.yaml would name the data; give reference=DIR")
+
+
+def read_images(place: str, channels: int) -> tuple[list[str], Tensor]:
+    """Names, and uint8 ``(N, C, H, W)``, of a file or of all images of a folder or .zip file in the names' order.
+
+    Raises: UserError for unreadable files, other channels and mixed sizes; it names the file.
+    """
+    path = Path(place)
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        store = open_store(place)
+        images = [(store.describe(name), store.load(name)) for name in store.names]
+    else:
+        images = [(place, load_image(place))]
+    kinds, (first, like) = {1: "grey", 3: "RGB"}, images[0]
+    for name, image in images:
+        require(
+            len(image) == channels,
+            f"{name} is {kinds[len(image)]}, and this model draws {kinds[channels]} images; convert it",
+        )
+        require(
+            image.shape == like.shape,
+            f"{name} has {size_of(image)} pixels, {first} {size_of(like)} (height x width); one run takes one size",
+        )
+    return [name for name, _ in images], torch.stack([image for _, image in images])
+
+
+def size_of(image: Tensor) -> str:
+    return f"{image.shape[-2]}x{image.shape[-1]}"
 
 
 def _named_data(name: str, key: str) -> ImageDataModule:

@@ -13,13 +13,15 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from dpm_scales.data.files import listed
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import LEVELS, to_range
-from dpm_scales.likelihood import FlowLikelihood, VariationalBound
+from dpm_scales.likelihood import FlowLikelihood, VariationalBound, condition_of
 from dpm_scales.noise import NoiseSource
 from dpm_scales.plots import COLOURS, figure
 from dpm_scales.progress import progress_bar
 from dpm_scales.training.export import Model
+from dpm_scales.training.image_sets import Pictures
 
 METHODS = ("vlb", "dissipation", "flow")
 DRAWS = 32
@@ -44,6 +46,8 @@ class BitsPerDim:
         per_band: (n, bands), the same by bands of frequency, equally wide in sqrt(mu); None where the operator is not
             diagonal, and for the flow.
         settings: arguments that the result depends on.
+        given: what the likelihood is conditional on, "guidance image" and "label" or nothing: numbers with another
+            condition do not compare.
     """
 
     method: str
@@ -59,15 +63,22 @@ class BitsPerDim:
     per_scale: list[float]
     per_band: list[list[float]] | None
     settings: dict[str, Any]
+    given: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, as for JSON."""
-        return {**asdict(self), "shape": list(self.shape)}
+        return {**asdict(self), "shape": list(self.shape), "given": list(self.given)}
 
     def line(self) -> str:
         """One line fit for a person."""
         kind = "bits/dim of the flow, up to its steps' error" if self.method == "flow" else "bits/dim at most"
+        kind += f", {self.condition}" if self.given else ""
         return f"{self.bits:.3f} ± {self.standard_error:.3f} {kind} ({self.method}, {self.number} images)"
+
+    @property
+    def condition(self) -> str:
+        """`given` in words."""
+        return "given " + " and ".join(f"the {name}" for name in self.given) if self.given else ""
 
 
 def bits_per_dim(
@@ -83,6 +94,7 @@ def bits_per_dim(
     probes: int = 1,
     total: int | None = None,
     progress: Progress | None = None,
+    use_labels: bool = True,
 ) -> BitsPerDim:
     """Bits per dimension of images under a model; the same for batches of any size.
 
@@ -97,12 +109,16 @@ def bits_per_dim(
         probes: of the flow.
         total: number of images, for the progress bar.
         progress: bar to show it in; by default one of its own.
+        use_labels: of a model with labels, the likelihood given the images' labels; else that without any, which a
+            model knows that was trained with `label_dropout`.
 
-    Raises: UserError for a process without noise, and for images, labels or values that do not fit.
+    Raises: UserError for a process without noise, for a model that does not know images without labels where it should,
+        and for images, labels or values that do not fit.
     """
     require_number("seed", seed, 0, whole=True)
     device = device or torch.device("cpu")
     model.modules().to(device).eval()
+    given = conditions(model, use_labels)
     look = estimator(model, method, scales, draws, noise_ratio, decoder_std, probes)
     results: list[tuple[Tensor, ...]] = []
     sums: list[tuple[Tensor, Tensor | None]] = []
@@ -116,7 +132,7 @@ def bits_per_dim(
         task = bar.add_task(f"likelihood ({method})", total=total)
         for batch in batches:
             images, labels = batch if isinstance(batch, tuple | list) else (batch, None)
-            images, labels = _fitting(model, images, labels, shape)
+            images, labels = _fitting(model, images, labels, shape, "label" in given)
             shape = (images.shape[1], images.shape[2], images.shape[3])
             x_0 = to_range(images.to(device), model.denoiser.process.value_range)
             noise = NoiseSource(seed, len(images), number, device)
@@ -158,7 +174,19 @@ def bits_per_dim(
         per_scale=per_scale.tolist(),
         per_band=None if per_band is None else per_band.tolist(),
         settings=settings,
+        given=given,
     )
+
+
+def conditions(model: Model, use_labels: bool = True) -> tuple[str, ...]:
+    """What a likelihood under the model is given, see `BitsPerDim`. Raises UserError if it does not know how to do
+    without labels, and should."""
+    recipe = model.recipe
+    image = condition_of(model.prior, model.denoiser.process)
+    ok = use_labels or recipe.num_classes is None or recipe.label_dropout > 0
+    require(ok, "likelihood: this model was trained with all labels, and knows no images without; set use_labels=True")
+    names = (image, "label" if use_labels and recipe.num_classes is not None else None)
+    return tuple(name for name in names if name is not None)
 
 
 def estimator(
@@ -182,7 +210,7 @@ def estimator(
 
 
 def _fitting(
-    model: Model, images: Tensor, labels: Tensor | None, shape: tuple[int, int, int] | None
+    model: Model, images: Tensor, labels: Tensor | None, shape: tuple[int, int, int] | None, use_labels: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The batch as the model takes it. Raises UserError if it can't."""
     recipe = model.recipe
@@ -197,13 +225,33 @@ def _fitting(
     )
     ok = shape is None or seen == shape
     require(ok, f"likelihood: images must be of one size, got {seen} after {shape}; bring them to one")
-    if recipe.num_classes is None:
+    if recipe.num_classes is None or not use_labels:
         return images, None
     if labels is None:
         raise UserError("likelihood: this model was trained with labels, and the images have none")
     ok = bool(((labels >= 0) & (labels < recipe.num_classes)).all())
     require(ok, f"likelihood: labels must be 0..{recipe.num_classes - 1}")
     return images, labels
+
+
+def check_classes(model: Model, held: Pictures) -> None:
+    """Raises UserError unless the images have labels of the classes that the model was trained with, if any."""
+    recipe = model.recipe
+    if recipe.num_classes is None:
+        return
+    many = f"of {recipe.num_classes} classes" + (f" ({listed(recipe.class_names)})" if recipe.class_names else "")
+    if held.num_classes is None:
+        raise UserError(
+            f"likelihood: this model was trained with labels {many}, and the images of {held.source} have none; give "
+            "reference=data, or a data set or .npz file with labels"
+        )
+    same = not (recipe.class_names and held.class_names) or recipe.class_names == held.class_names
+    names = f" ({listed(held.class_names)})" if held.class_names else ""
+    require(
+        same and held.num_classes <= recipe.num_classes,
+        f"likelihood: this model was trained with labels {many}, and the images of {held.source} have "
+        f"{held.num_classes}{names}; give reference=data, or images of the same classes",
+    )
 
 
 def save_plot(path: Path, result: BitsPerDim) -> None:
@@ -214,7 +262,8 @@ def save_plot(path: Path, result: BitsPerDim) -> None:
         shown = [i for i, name in enumerate(names) if name != "context" or values[i] != 0]
         parts.bar([names[i] for i in shown], [values[i] for i in shown], color=COLOURS[0], width=0.6)
         parts.set_ylabel("bits/dim")
-        parts.set_title(f"{result.bits:.3f} ± {result.standard_error:.3f}", fontsize=9)
+        title = f"{result.bits:.3f} ± {result.standard_error:.3f}"
+        parts.set_title(f"{title}\n{result.condition}" if result.given else title, fontsize=9)
         parts.tick_params(axis="x", rotation=30)
         scales = np.asarray(result.scales)
         by_band = np.asarray(result.per_scale)[:, None] if result.per_band is None else np.asarray(result.per_band)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from dpm_scales.errors import require
-from dpm_scales.images import load_image, make_grid, save_gif, save_png, to_uint8
+from dpm_scales.errors import UserError, require
+from dpm_scales.images import load_image, make_grid, save_gif, save_png, to_range, to_uint8, write_text
 from dpm_scales.progress import progress_bar
 from dpm_scales.training.building import plain
 from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import Model, load_model, with_sampler
+from dpm_scales.training.image_sets import read_images
 from dpm_scales.training.sampling import check_counts, draw, pick_device, pick_labels, with_guidance
 from dpm_scales.training.shards import leave, meet, own_device
 
@@ -28,6 +30,9 @@ TASKS = {
     "coarse": ("dpm_scales.training.edit_run", "coarse"),
 }
 """Module and function of each task; a module is imported when its task is called."""
+
+RECORD = "prior_images.json"
+"""Which image each sample started from."""
 
 GRID_IMAGES = 100  # more than that can't be told apart on a page
 TRAJECTORY_ROWS, TRAJECTORY_COLUMNS = 6, 10
@@ -80,6 +85,20 @@ def image_size(cfg: DictConfig) -> tuple[int, int] | None:
     return sides[0], sides[1]
 
 
+def steer(model: Model, place: str) -> list[str]:
+    """Start the model from the images of a file, folder or .zip file: sample i from image i mod N. Returns their names.
+
+    Raises: UserError for images that can't be read, and for a model that they do not fit or that takes none.
+    """
+    names, images = read_images(place, model.recipe.channels)
+    process = model.denoiser.process
+    try:
+        model.prior.steer(to_range(images, process.value_range), process)
+    except UserError as error:
+        raise UserError(f"prior_images={place}: {error}") from error
+    return names
+
+
 def sample(cfg: DictConfig) -> None:
     """Everything is checked before the first image is drawn."""
     out = Path(str(cfg.out))
@@ -90,6 +109,7 @@ def sample(cfg: DictConfig) -> None:
     model = choose_model(cfg)
     labels = pick_labels(model, plain(cfg.labels), cfg.num_samples)
     labels = None if labels is None else labels[numbers.start : numbers.stop]
+    names = None if cfg.prior_images is None else steer(model, str(cfg.prior_images))
     model.prior.check_size(size or model.recipe.image_size)
     check_writable(out)
 
@@ -119,6 +139,23 @@ def sample(cfg: DictConfig) -> None:
     if frames:
         save_trajectory(out, frames)
     print(f"{cfg.num_samples} images in {out}, sampler {type(model.sampler).__name__}, {steps} steps, seed {cfg.seed}")
+    if names is None:
+        (out / RECORD).unlink(missing_ok=True)  # of earlier samples in the same folder
+    else:
+        save_record(out, str(cfg.prior_images), names, cfg.num_samples)
+
+
+def save_record(out: Path, place: str, names: list[str], num_samples: int) -> None:
+    """`prior_images.json`: the images, and for each sample the number of the one it started from."""
+    start_of = [i % len(names) for i in range(num_samples)]
+    record = {
+        "prior_images": place,
+        "order": "sample i starts from image i mod the number of images",
+        "images": names,
+        "image_of_sample": start_of,
+    }
+    write_text(out / RECORD, json.dumps(record, indent=1) + "\n")
+    print(f"sample i starts from image i mod {len(names)} of {place}; listed in {out / RECORD}")
 
 
 def save_trajectory(out: Path, frames: list[Tensor]) -> None:
