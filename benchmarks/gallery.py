@@ -17,8 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFilter
 from skimage import data
+
+from dpm_scales.images import psnr
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -124,12 +127,6 @@ SCENES: dict[str, Callable[[], Scene]] = {"bars": bars, "soft": soft, "moon": mo
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def psnr(image: Image.Image, truth: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB."""
-    error = np.asarray(image, dtype=np.float64) - np.asarray(truth, dtype=np.float64)
-    return float(-10 * np.log10((error**2).mean() / 255**2))
-
-
 def seam(image: np.ndarray, inside: np.ndarray) -> float:
     """Mean absolute difference of the neighbours that the mask's outline parts, (H, W, 3) in grey levels."""
     steps = [np.abs(np.diff(image.astype(np.float64), axis=axis))[np.diff(inside, axis=axis)] for axis in (0, 1)]
@@ -159,7 +156,8 @@ def make(name: str, out: Path) -> None:
         result, comparison = (Image.open(Path(scratch) / f"{part}.png").copy() for part in ("result", "comparison"))
     comparison.save(out / f"{name}.png", optimize=True)
     if clean is not None:
-        figures = f"PSNR {psnr(inputs['image'], clean):.1f} -> {psnr(result, clean):.1f} dB"
+        given, found, truth = (torch.from_numpy(np.array(picture)) for picture in (inputs["image"], result, clean))
+        figures = f"PSNR {psnr(given, truth):.1f} -> {psnr(found, truth):.1f} dB"
     else:
         figures = cloning_figures(np.asarray(comparison), result.height, result.width)
     print(f"{name}: python evolve.py {options} {files} out=DIR\n    {figures}", flush=True)

@@ -76,6 +76,12 @@ def to_uint8(x: Tensor, value_range: tuple[float, float]) -> Tensor:
     return levels.nan_to_num(nan=0.0).clamp(0, LEVELS).round().to(torch.uint8)
 
 
+def psnr(images: Tensor, truth: Tensor) -> float:
+    """Peak signal-to-noise ratio of uint8 images of the same shape in dB, over all of them; infinite for equal ones."""
+    error = (images.to(torch.float64) - truth.to(torch.float64)).square().mean()
+    return float(10 * torch.log10(LEVELS**2 / error))
+
+
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize one uint8 image (C, H, W) or a batch (B, C, H, W) to `size` = (H', W'), bicubic and antialiased."""
     if tuple(image.shape[-2:]) == tuple(size):

@@ -71,14 +71,28 @@ class Moments:
     constant_noise: bool
 
 
+def wiener_error(signal: Tensor, power: Tensor, noise: Tensor) -> Tensor:
+    """P gamma^2 / (lambda^2 P + gamma^2): what the Wiener estimate of x_0 leaves of the data's variance P.
+
+    Args:
+        signal, power, noise: lambda_t, P and gamma_t^2 of each eigenvalue.
+    """
+    return power * noise / (signal**2 * power + noise)
+
+
+def visible_noise(process: Process, t: Tensor, mu: Tensor, spectrum: DataSpectrum) -> Tensor:
+    """gamma_t^2, and where there is none what stands for it: numbers are rounded."""
+    noise = process.noise_scale(t, mu) ** 2
+    return torch.where(noise > 0, noise, _ROUNDING * spectrum.variance)
+
+
 def moments(process: Process, operator: Operator, t: Tensor, spectrum: DataSpectrum, size: tuple[int, int]) -> Moments:
     """The moments at scales t ``(B,)`` for images of `size` (H, W)."""
     finer = (t - 1 / process.num_scales).clamp(min=0)
     smallest = _SMALLEST * spectrum.variance
 
     def parts(mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        signal, noise = process.signal_scale(t, mu), process.noise_scale(t, mu) ** 2
-        return signal, spectrum.on(mu), torch.where(noise > 0, noise, _ROUNDING * spectrum.variance)
+        return process.signal_scale(t, mu), spectrum.on(mu), visible_noise(process, t, mu, spectrum)
 
     def wiener(mu: Tensor) -> Tensor:
         signal, power, noise = parts(mu)
@@ -98,7 +112,7 @@ def moments(process: Process, operator: Operator, t: Tensor, spectrum: DataSpect
     return Moments(
         wiener=wiener,
         estimate=torch.maximum(mean((signal * power) ** 2 / sharpened), smallest),
-        wiener_residual=torch.maximum(mean(power * noise / sharpened), smallest),
+        wiener_residual=torch.maximum(mean(wiener_error(signal, power, noise)), smallest),
         cross=cross,
         residual=torch.maximum(mean(error), smallest),
         total=total,

@@ -21,12 +21,14 @@ import numpy as np
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from PIL import Image
 
 from dpm_scales.training import Model, Recipe, build_model
-from dpm_scales.training.export import PARTS, plain
+from dpm_scales.training.building import plain
+from dpm_scales.training.export import PARTS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -60,13 +62,17 @@ class Outcome:
 
 
 def call(script: str, *arguments: str, cwd: Path, environment: dict[str, str] | None = None) -> Outcome:
-    """``python script arguments`` in this process, with standard output and error caught."""
+    """``python script arguments`` in this process, with standard output and error caught.
+
+    Hydra composes every config twice, at first for `hydra.mode` alone, which nothing here sets: once is enough.
+    """
     out, err = io.StringIO(), io.StringIO()
     before = Path.cwd()
     status = 0
     GlobalHydra.instance().clear()
     with (
         mock.patch.dict(os.environ),
+        mock.patch.object(Hydra, "get_mode", lambda *_, **__: None),
         mock.patch.object(sys, "argv", [script, *arguments]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -142,6 +148,13 @@ def files(folder: Path) -> dict[str, bytes]:
 def checkpoint(run_dir: Path, name: str = "last") -> dict[str, Any]:
     values: dict[str, Any] = torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)
     return values
+
+
+def plain_checkpoint(step: int = 3, **more: Any) -> dict[str, Any]:
+    """What a checkpoint holds at the least, of a step."""
+    generator = torch.Generator().manual_seed(step)
+    state = {"model.w": torch.randn(3, 5, generator=generator), "model.b": torch.arange(4)}
+    return {"state_dict": state, "recipe": {"version": 3}, "global_step": step, **more}
 
 
 def settings(run_dir: Path) -> dict[str, Any]:

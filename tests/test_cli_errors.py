@@ -100,7 +100,10 @@ TRAIN = {
     "optimizer.lr=0.1": "unknown option 'optimizer.lr': .*optimizer.learning_rate",
     "+colour=red": "unknown option 'colour'",
     "process=vp process.blur={_target_:dpm_scales.schedules.LogBlur}": "unknown option 'process.blur'",
-    "process._target_=dpm_scales.processes.Vp": "process: .*Vp",
+    "process._target_=dpm_scales.processes.Vp": "process._target_=dpm_scales.processes.Vp: there is no such class",
+    "process=null": "process is chosen by a name, and can't be null; leave it out",
+    "~process": "the option 'process' was removed, and is needed",
+    "optimizer=3": "optimizer holds options, optimizer.NAME=VALUE, .* got optimizer=3",
     "process._target_=os.system": "os.system",
     # grammar
     "process": "'process' is not an option: write KEY=VALUE",
@@ -184,6 +187,9 @@ TRAIN = {
     "run_dir=strange": "strange/overrides.yaml holds the option 'data._target_=os.system' asks for 'os.system'",
     "resume=nowhere": "resume=nowhere: no run there",
     "-m resume=digits process=vp,ve": "resume goes on with one run",
+    "-m check_resume=true seed=1,2": "check_resume=true checks one run; leave -m out",
+    "-m ++check_resume=true": "check_resume=true checks one run; leave -m out",
+    "--multirun check_resume=true,false": "check_resume=true checks one run; leave -m out",
 }
 
 

@@ -335,6 +335,13 @@ def test_every_process_evolves(name: str) -> None:
     assert isinstance(instantiate(composed(f"process={name}", name="evolve").process), Process)
 
 
+@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "evolve"])
+def test_only_the_command_line_makes_a_sweep(name: str) -> None:
+    """As `shell.call` takes for granted."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        assert compose(name, return_hydra_config=True).hydra.mode is None
+
+
 def test_no_process_is_chosen_by_default() -> None:
     config = composed(name="evolve")
     assert config.task == "compare" and config.process is None

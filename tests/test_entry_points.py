@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,13 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("digits") / "run", *FAST)
 
 
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of a process, trained once."""
+    root = tmp_path_factory.mktemp("runs")
+    return functools.cache(lambda process: train(root / process, *short(process)))
+
+
 def test_all_processes_are_walked_here() -> None:
     assert sorted(PROCESSES) == sorted(p.stem for p in (Path(__file__).parents[1] / "configs/process").glob("*.yaml"))
 
@@ -62,9 +71,10 @@ def test_run_folder_is_as_promised(digits: Path) -> None:
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_every_process_goes_from_images_to_pictures(process: str, tmp_path: Path) -> None:
-    run_dir = train(tmp_path / "run", *short(process))
-    out = sample(run_dir, tmp_path / "out", "num_samples=3")
+def test_every_process_goes_from_images_to_pictures(
+    process: str, run_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = sample(run_of(process), tmp_path / "out", "num_samples=3")
     assert numbers(out) == ["000000.png", "000001.png", "000002.png"]
     images = torch.stack([load_image(out / name) for name in numbers(out)])
     assert images.shape == (3, 1, 8, 8)
@@ -76,9 +86,10 @@ def test_every_process_goes_from_images_to_pictures(process: str, tmp_path: Path
     ("process", "sampler"),
     [*itertools.product(["vp", "blurring", "osmosis_diffusion"], ["ancestral", "ddim", "heun"]), ("osmosis", "cold")],
 )
-def test_samplers_may_be_chosen_afterwards(process: str, sampler: str, tmp_path: Path) -> None:
-    run_dir = train(tmp_path / "run", *short(process))
-    out = sample(run_dir, tmp_path / "out", "num_samples=2", f"sampler={sampler}", "steps=3")
+def test_samplers_may_be_chosen_afterwards(
+    process: str, sampler: str, run_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = sample(run_of(process), tmp_path / "out", "num_samples=2", f"sampler={sampler}", "steps=3")
     assert numbers(out) == ["000000.png", "000001.png"]
 
 

@@ -21,7 +21,8 @@ from shell import assert_equal, call, checkpoint, composed, train
 
 from dpm_scales.errors import UserError
 from dpm_scales.training import Recipe, build_model, draw, load_model, save_model
-from dpm_scales.training.export import PARTS, plain, with_sampler
+from dpm_scales.training.building import plain
+from dpm_scales.training.export import PARTS, with_sampler
 from dpm_scales.training.sealed import read_tensors, write_checkpoint, write_tensors
 
 

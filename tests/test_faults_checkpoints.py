@@ -1,18 +1,16 @@
-"""Nothing is lost: damage is found, older checkpoints stand in, a full disk leaves what was there."""
+"""Nothing is lost: damage is found, older checkpoints stand in."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from shell import FAST, SMALL, assert_equal, attempt, call, checkpoint, column, files, train
+from shell import FAST, assert_equal, call, checkpoint, column, files, plain_checkpoint, train
 
 from dpm_scales.errors import UserError
 from dpm_scales.training import load_model
@@ -27,12 +25,6 @@ from dpm_scales.training.sealed import (
 )
 
 RUN = (*FAST, "trainer.max_steps=9", "checkpoint.every_n_steps=2", "ema.decay=0.9")
-
-
-def values(step: int = 3, **more: Any) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(step)
-    state = {"model.w": torch.randn(3, 5, generator=generator), "model.b": torch.arange(4)}
-    return {"state_dict": state, "recipe": {"version": 3}, "global_step": step, **more}
 
 
 def names(run_dir: Path) -> set[str]:
@@ -51,9 +43,9 @@ def flip(path: Path, place: int, bit: int = 0) -> None:
 def test_a_flipped_bit_anywhere_in_a_checkpoint_is_told(tmp_path: Path) -> None:
     """In every byte of the seal, every fifth before it; torch by itself loads most of them, or it would be needless."""
     path = tmp_path / "a.ckpt"
-    write_checkpoint(path, values())
+    write_checkpoint(path, plain_checkpoint())
     whole = path.read_bytes()
-    assert_equal(read_checkpoint(path), values())
+    assert_equal(read_checkpoint(path), plain_checkpoint())
     places = [*range(0, len(whole) - 120, 5), *range(len(whole) - 120, len(whole))]
     tried = quiet = 0
     for place in places:
@@ -72,9 +64,9 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_told(tmp_path: Path) -> None:
 
 def test_a_flipped_bit_anywhere_in_an_export_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    write_tensors(path, values()["state_dict"])
+    write_tensors(path, plain_checkpoint()["state_dict"])
     whole = path.read_bytes()
-    assert_equal(read_tensors(path), values()["state_dict"])
+    assert_equal(read_tensors(path), plain_checkpoint()["state_dict"])
     for place in range(len(whole)):
         flip(path, place, place % 8)
         with pytest.raises(
@@ -87,8 +79,8 @@ def test_a_flipped_bit_anywhere_in_an_export_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", ["cut", "grown", "empty"])
 def test_other_lengths_are_told(end: str, tmp_path: Path) -> None:
     for path, write, read in (
-        (tmp_path / "a.ckpt", lambda path: write_checkpoint(path, values()), read_checkpoint),
-        (tmp_path / "a.safetensors", lambda path: write_tensors(path, values()["state_dict"]), read_tensors),
+        (tmp_path / "a.ckpt", lambda path: write_checkpoint(path, plain_checkpoint()), read_checkpoint),
+        (tmp_path / "a.safetensors", lambda path: write_tensors(path, plain_checkpoint()["state_dict"]), read_tensors),
     ):
         write(path)
         whole = path.read_bytes()
@@ -100,13 +92,13 @@ def test_other_lengths_are_told(end: str, tmp_path: Path) -> None:
 
 def test_older_and_newer_formats_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
-    torch.save(values(recipe={"version": 2}), path)
+    torch.save(plain_checkpoint(recipe={"version": 2}), path)
     with pytest.raises(UserError, match="a.ckpt has model format 2; this version reads 3"):
         read_checkpoint(path)
-    write_checkpoint(path, values(recipe={"version": 4}))
+    write_checkpoint(path, plain_checkpoint(recipe={"version": 4}))
     with pytest.raises(UserError, match="a.ckpt has model format 4; this version reads 3"):
         read_checkpoint(path)
-    torch.save(values(), path)
+    torch.save(plain_checkpoint(), path)
     with pytest.raises(DamagedFileError, match="its end, which holds the checksum, is missing"):
         read_checkpoint(path)
     from safetensors.torch import save_file
@@ -117,13 +109,13 @@ def test_older_and_newer_formats_are_named(tmp_path: Path) -> None:
         "dpm_scales model 3": "is damaged",
         "pt": "was not written by dpm_scales",
     }.items():
-        save_file(values()["state_dict"], tmp_path / "a.safetensors", {"format": text})
+        save_file(plain_checkpoint()["state_dict"], tmp_path / "a.safetensors", {"format": text})
         with pytest.raises(UserError, match=f"a.safetensors {message}"):
             read_tensors(tmp_path / "a.safetensors")
 
 
 def test_the_step_is_told_without_reading(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "a.ckpt", values(12345))
+    write_checkpoint(tmp_path / "a.ckpt", plain_checkpoint(12345))
     assert checkpoint_step(tmp_path / "a.ckpt") == 12345
     assert checkpoint_step(tmp_path / "none.ckpt") is None
     (tmp_path / "b.ckpt").write_bytes(b"x")
@@ -135,12 +127,12 @@ def test_tensors_of_a_gpu_are_read_without_one(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "a.ckpt"
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:1")
-        write_checkpoint(path, values())
+        write_checkpoint(path, plain_checkpoint())
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA"):
             torch.load(path, weights_only=True)
-    assert_equal(read_checkpoint(path), values())
-    assert_equal(AtomicCheckpointIO().load_checkpoint(path), values())
+    assert_equal(read_checkpoint(path), plain_checkpoint())
+    assert_equal(AtomicCheckpointIO().load_checkpoint(path), plain_checkpoint())
     moved = AtomicCheckpointIO().load_checkpoint(path, map_location="meta")["state_dict"]
     assert {value.device.type for value in moved.values()} == {"meta"} and moved["model.w"].shape == (3, 5)
     moved = read_checkpoint(path, {"cuda:1": "cpu"})["state_dict"]
@@ -199,7 +191,7 @@ def test_rotation(number: int, copies: bool, tmp_path: Path, monkeypatch: pytest
         def save_checkpoint(self, path: Path) -> None:
             if path.exists() and number > 1 and checkpoint_step(path) != self.global_step:
                 assert (tmp_path / f"step-{checkpoint_step(path):06d}.ckpt").is_file()
-            write_checkpoint(path, values(self.global_step))
+            write_checkpoint(path, plain_checkpoint(self.global_step))
 
     if copies:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
@@ -210,7 +202,7 @@ def test_rotation(number: int, copies: bool, tmp_path: Path, monkeypatch: pytest
     steps = [5, 10, 15][max(0, 4 - number) :]
     assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", *(f"step-{step:06d}.ckpt" for step in steps)}
     for path in tmp_path.iterdir():
-        assert_equal(read_checkpoint(path), values(20 if path.name == "last.ckpt" else int(path.stem[5:])))
+        assert_equal(read_checkpoint(path), plain_checkpoint(20 if path.name == "last.ckpt" else int(path.stem[5:])))
 
 
 def test_linking_twice_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -225,7 +217,7 @@ def test_linking_twice_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def resumable(step: int) -> dict[str, Any]:
     more = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "averaging_state", "bad_steps")
-    return values(step, **dict.fromkeys(more))
+    return plain_checkpoint(step, **dict.fromkeys(more))
 
 
 def test_the_newest_whole_one_is_found(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -305,100 +297,3 @@ def test_a_damaged_export_offers_a_checkpoint(kept: Path, tmp_path: Path) -> Non
         dict(load_model(run_dir / "checkpoints" / "last.ckpt").modules().state_dict()),
         dict(load_model(kept).modules().state_dict()),
     )
-
-
-# --- full disks and places that can't be written ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """2 MiB of their own, for those who may mount."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("may not mount")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def test_a_full_disk_ends_with_one_line(tiny_disk: Path, tmp_path: Path) -> None:
-    """At a later checkpoint; what was there goes on elsewhere to the same end."""
-    run_dir = tiny_disk / "run"
-    size = sum(map(len, files(train(tmp_path / "whole", *RUN)).values()))
-    filler = tiny_disk / "filler"
-    options = (*RUN, "checkpoint.keep_last=9", "samples.num_images=0")
-    filler.write_bytes(bytes(max(0, 2 * 2**20 - size * 2 // 3)))
-    outcome = attempt(run_dir, *options)
-    assert outcome.status == 2, outcome.out + outcome.err
-    lines = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in outcome.err and "No space left on device; free some" in lines[0]
-    last = run_dir / "checkpoints" / "last.ckpt"
-    assert 0 < read_checkpoint(last)["global_step"] < 9
-    assert not list(run_dir.rglob("*.tmp"))
-    filler.unlink()
-    moved = Path(shutil.copytree(run_dir, tmp_path / "moved"))
-    assert call("train.py", f"run_dir={moved}", "checkpoint.keep_last=1", cwd=tmp_path).status == 0
-    assert_equal(checkpoint(moved)["state_dict"], checkpoint(tmp_path / "whole")["state_dict"])
-
-
-@pytest.mark.parametrize("after", [0, 1000, 30000])
-def test_no_space_left_leaves_the_old_checkpoint(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever it runs out in the file: torch hides the reason behind an error of its own."""
-    path = tmp_path / "last.ckpt"
-    write_checkpoint(path, values(1))
-    before = files(tmp_path)
-    big = values(2, more=torch.zeros(20000))
-    original = Path.open
-
-    class Full:
-        def __init__(self, file: Any) -> None:
-            self.file, self.left = file, after
-
-        def write(self, data: bytes) -> int:
-            self.left -= len(data)
-            if self.left < 0:
-                raise OSError(28, "No space left on device")
-            return int(self.file.write(data))
-
-        def __enter__(self) -> Full:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.file.close()
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.file, name)
-
-    def opened(self: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
-        file = original(self, mode, *rest, **options)
-        return Full(file) if mode == "wb" else file
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", opened)
-        with pytest.raises(UserError, match=r"cannot write .*last\.ckpt: No space left on device; free some space"):
-            write_checkpoint(path, big)
-    assert files(tmp_path) == before
-    write_checkpoint(path, big)
-    assert_equal(read_checkpoint(path), big)
-
-
-def test_a_folder_that_is_taken_away_ends_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file in the place of the folder refuses everybody, root too."""
-    run_dir = tmp_path / "run"
-    original = CheckpointFolder.save_last
-
-    def blocked(self: CheckpointFolder, trainer: Any) -> None:
-        if trainer.global_step == 4:
-            self.folder.rename(tmp_path / "kept")
-            self.folder.write_text("in the way")
-        original(self, trainer)
-
-    monkeypatch.setattr(CheckpointFolder, "save_last", blocked)
-    outcome = call("train.py", *SMALL, *RUN, f"run_dir={run_dir}", cwd=tmp_path)
-    lines = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
-    assert outcome.status == 2 and len(lines) == 1 and "Traceback" not in outcome.err
-    assert "checkpoints/last.ckpt: Not a directory; choose a writable place" in lines[0] or "File exists" in lines[0]
-    assert read_checkpoint(tmp_path / "kept" / "last.ckpt")["global_step"] == 2

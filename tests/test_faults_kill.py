@@ -311,6 +311,7 @@ NUDGES: dict[str, Callable[[Path], Any]] = {
     "learning rate": lambda run_dir: nudge(run_dir / LAST, "lr_schedulers", 0, "last_epoch"),
     "place in the data": lambda run_dir: nudge(run_dir / LAST, "ImageDataModule", "next_batch"),
     "skipped steps": lambda run_dir: nudge(run_dir / LAST, "bad_steps", 0),
+    "density of the scales": lambda run_dir: nudge(run_dir / LAST, "importance", 0, 0),
     "exported model": lambda run_dir: write_tensors(
         run_dir / "model/model.safetensors",
         {k: v + (v.ndim == 4) for k, v in read_tensors(run_dir / "model/model.safetensors").items()},
@@ -322,8 +323,8 @@ NUDGES: dict[str, Callable[[Path], Any]] = {
 
 
 def test_every_difference_is_told(tmp_path: Path) -> None:
-    """And no other."""
-    whole = train(tmp_path / "whole")
+    """And no other; a part that one of the two lacks is a difference too."""
+    whole = train(tmp_path / "whole", "scale_sampling=importance")
     run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
     assert {name for name, _, worst in check_resume._compare(whole, run_dir)} == NUDGES.keys()
     assert {worst for _, _, worst in check_resume._compare(whole, run_dir)} == {None}
@@ -332,6 +333,13 @@ def test_every_difference_is_told(tmp_path: Path) -> None:
         shutil.copytree(whole, run_dir)
         change(run_dir)
         assert [name for name, _, worst in check_resume._compare(whole, run_dir) if worst is not None] == [part]
+    values = read_checkpoint(whole / LAST)
+    del values["importance"]
+    write_checkpoint(run_dir / LAST, values)
+    found = {name: worst for name, _, worst in check_resume._compare(whole, run_dir)}
+    assert found["density of the scales"] is not None
+    write_checkpoint(whole / LAST, values)
+    assert "density of the scales" not in {name for name, *_ in check_resume._compare(whole, run_dir)}
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -34,9 +34,10 @@ from dpm_scales.errors import UserError
 from dpm_scales.training import load_model, save_model
 from dpm_scales.training.cli import with_stored_overrides
 from dpm_scales.training.sealed import read_checkpoint, read_tensors, write_checkpoint
+from dpm_scales.training.stored import stored_result
 
 MINUTES = float(os.environ.get("DPM_SCALES_FUZZ_MINUTES", "0"))
-TARGETS = 8
+TARGETS = 9
 EXAMPLES = 40
 """Of one round; a round is all there is unless minutes are given."""
 
@@ -314,6 +315,28 @@ def test_tensors(tmp_path: Path, folder: Path) -> None:
     def check(content: bytes) -> None:
         path.write_bytes(content)
         returns_or_tells(lambda: read_tensors(path))
+
+    fuzz(changed(), check)
+
+
+@pytest.mark.slow
+def test_results_of_runs(tmp_path: Path) -> None:
+    """The figures of a run, of which a sweep reads many."""
+    path = tmp_path / "result.json"
+    tree = {"overrides": ["process=vp", "seed=1"], "steps": 6, "seconds": 1.5, "val/loss": 0.25}
+
+    @st.composite
+    def changed(draw: st.DrawFn) -> bytes:
+        if draw(st.booleans()):
+            return draw(damaged([json.dumps(tree).encode()]))
+        return json.dumps(put(draw, tree)).encode(errors="surrogatepass")
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        result = returns_or_tells(lambda: stored_result(path))
+        assert result is None or (
+            isinstance(result["steps"], int) and all(isinstance(o, str) for o in result["overrides"])
+        )
 
     fuzz(changed(), check)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,16 @@ from dpm_scales.errors import UserError
 
 def noise(*shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_psnr_is_the_closed_form() -> None:
+    """An error of d at every second value: 10 log10(255^2 / (d^2 / 2)); of nothing, without bound."""
+    truth = torch.zeros(2, 3, 4, 6, dtype=torch.uint8)
+    truth[0] = 250  # differences are not those of unsigned numbers
+    image = truth.clone()
+    image[..., ::2] = torch.where(truth[..., ::2] > 5, truth[..., ::2] - 5, truth[..., ::2] + 5)
+    assert images.psnr(image, truth) == pytest.approx(10 * math.log10(255**2 / 12.5), rel=1e-12)
+    assert images.psnr(truth, truth) == math.inf
 
 
 @pytest.mark.parametrize("value_range", [(0.0, 1.0), (-1.0, 1.0), (-0.3, 7.5)])

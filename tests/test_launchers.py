@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
-import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from cluster_shell import finish, start
-from shell import FAST, ROOT, SMALL, attempt, call, checkpoint, train
+from shell import FAST, SMALL, attempt, call, checkpoint, train
 
 from dpm_scales.errors import UserError
 from dpm_scales.training.cluster import only_run, requeue
@@ -79,28 +79,27 @@ def test_nothing_is_queued_again_outside_of_a_job(monkeypatch: pytest.MonkeyPatc
 
 # --- one run in a folder ----------------------------------------------------------------------------------------------
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from dpm_scales.training.cluster import only_run
-with only_run(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(100)
-"""
+
+def hold(run_dir: Path, held: Any) -> None:
+    with only_run(run_dir):
+        held.set()
+        time.sleep(100)
 
 
-@pytest.mark.slow
 def test_folder_is_trained_in_by_one_process(tmp_path: Path) -> None:
     """A second one is told who does; when that one is killed, nothing of the lock is left."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    holder = start(sys.executable, "-c", HOLDER, str(run_dir), cwd=ROOT)
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    processes = multiprocessing.get_context("fork")  # a fresh interpreter would import for seconds
+    held = processes.Event()
+    holder = processes.Process(target=hold, args=(run_dir, held), daemon=True)
+    holder.start()
+    assert held.wait(60)
     outcome = attempt(run_dir)
     assert outcome.status == 2 and [path.name for path in run_dir.iterdir()] == [".lock"]
     assert re.search(rf"run is being trained by process {holder.pid} on \S+; wait for it", outcome.err), outcome.err
     holder.kill()
-    finish(holder)
+    holder.join(60)
     train(run_dir)
     with only_run(run_dir), pytest.raises(UserError, match="no other"):
         raise UserError("no other")

@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from oracles import generator
 
+from dpm_scales import operators
 from dpm_scales.operators import stencil as module
-from dpm_scales.operators.stencil import FiveProducts, FusedProduct, white_stencil
-
-INTERPRETED = """
-import itertools, torch
-from dpm_scales.operators.stencil import FusedProduct, Stencil, osmosis_stencil, white_stencil
-
-torch.manual_seed(0)
-cases = [((5, 7), (2, 3)), ((1, 6), (1, 3)), ((6, 1), (2, 1)), ((40, 31), (1, 1))]
-formats = [(torch.float64, 1e-13), (torch.float32, 1e-5)]
-for ((height, width), guide), (dtype, tolerance) in itertools.product(cases, formats):
-    for make in (white_stencil, osmosis_stencil):
-        s = make(torch.rand(*guide, height, width, dtype=dtype) + 0.1)
-        u, start = torch.randn(2, 2, 3, height * width, dtype=dtype).unbind()
-        weights = (s.diagonal, s.from_right, s.from_left, s.from_below, s.from_above)
-        expected = (s.dense() @ u[..., None])[..., 0]
-        out = torch.full_like(u, torch.nan)
-        product = FusedProduct(weights, u, out, width)
-        product.set()
-        torch.testing.assert_close(out, expected, atol=tolerance, rtol=0)
-        for scale in (-0.5, 0.1):
-            out.copy_(start)
-            product.add(scale)
-            torch.testing.assert_close(out, start + scale * expected, atol=tolerance, rtol=0)
-print("equal")
-"""
+from dpm_scales.operators.stencil import FiveProducts, FusedProduct, Stencil, osmosis_stencil, white_stencil
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +22,48 @@ def _forget() -> Iterator[None]:
     module._fuses_right.cache_clear()
 
 
-@pytest.mark.slow
-def test_kernel_is_the_matrix() -> None:
-    """Sets and adds, weights that serve all samples or channels, one row or column, more than one block of 1024."""
+CASES = [((5, 7), (2, 3)), ((1, 6), (1, 3)), ((6, 1), (2, 1)), ((40, 31), (1, 1))]
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel as Triton's interpreter runs it, here: which of the two it is, is settled when its module is read."""
     pytest.importorskip("triton", reason="Triton comes with torch for CUDA")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "equal", done.stderr
+    name = "dpm_scales.operators.fused"
+    with monkeypatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.delitem(sys.modules, name, raising=False)
+        assert type(importlib.import_module(name)._product).__name__ == "InterpretedFunction"
+        yield
+    sys.modules.pop(name, None)
+    vars(operators).pop("fused", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "guide"), CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("make", [white_stencil, osmosis_stencil])
+def test_kernel_is_the_matrix(
+    make: Callable[[torch.Tensor], Stencil],
+    dtype: torch.dtype,
+    tolerance: float,
+    size: tuple[int, int],
+    guide: tuple[int, int],
+    interpreted: None,
+) -> None:
+    """Sets and adds, weights that serve all samples or channels, one row or column, more than one block of 1024."""
+    s = make(torch.rand(*guide, *size, dtype=dtype, generator=generator()) + 0.1)
+    u, start = torch.randn(2, 2, 3, size[0] * size[1], dtype=dtype, generator=generator(1)).unbind()
+    weights = (s.diagonal, s.from_right, s.from_left, s.from_below, s.from_above)
+    expected = (s.dense() @ u[..., None])[..., 0]
+    out = torch.full_like(u, torch.nan)
+    product = FusedProduct(weights, u, out, size[1])
+    product.set()
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=0)
+    for scale in (-0.5, 0.1):
+        out.copy_(start)
+        product.add(scale)
+        torch.testing.assert_close(out, start + scale * expected, atol=tolerance, rtol=0)
 
 
 def test_cpu_takes_five_products() -> None:

@@ -203,8 +203,8 @@ def test_affine_and_parts() -> None:
     assert torch.equal(osmosis_stencil(v[:1]).part(slice(1, 3), slice(1, 2)).dense(), stencil.dense()[:1, 1:])
 
 
-@pytest.mark.slow
 def test_the_compiled_stencil_is_the_eager_one() -> None:
+    """One graph, as the compiler's front takes it apart; what its back makes of such graphs is seen on the network."""
     stencil, u = osmosis_stencil(guidance_images(2, 3, 9, 14)), images(2, 3, 9, 14)
-    compiled = torch.compile(stencil.product, fullgraph=True)
+    compiled = torch.compile(stencil.product, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(u), stencil.product(u), atol=TOLERANCE, rtol=0)

@@ -308,15 +308,23 @@ def test_sigterm_amid_accumulated_gradients(tmp_path: Path, monkeypatch: pytest.
 # --- signals, in processes of their own -------------------------------------------------------------------------------
 
 
+LONG = (*SMALL, *FAST, "trainer.max_steps=120", "checkpoint.every_n_steps=7", "trainer.val_check_interval=50")
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Undisturbed."""
+    return train(tmp_path_factory.mktemp("long") / "whole", *LONG)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=lambda n: str(n)
 )
-def test_killed_runs_go_on(number: signal.Signals, status: int, tmp_path: Path) -> None:
-    options = (*SMALL, *FAST, "trainer.max_steps=120", "checkpoint.every_n_steps=7", "trainer.val_check_interval=50")
+def test_killed_runs_go_on(number: signal.Signals, status: int, long_run: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     last = run_dir / "checkpoints" / "last.ckpt"
-    with spawn("train.py", *options, f"run_dir={run_dir}", cwd=tmp_path) as process:
+    with spawn("train.py", *LONG, f"run_dir={run_dir}", cwd=tmp_path) as process:
         until = time.monotonic() + 200
         while not last.exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
@@ -331,9 +339,7 @@ def test_killed_runs_go_on(number: signal.Signals, status: int, tmp_path: Path) 
     if number == signal.SIGTERM:
         assert f"stopped at step {steps};" in err  # a checkpoint of its own: nothing is lost
     assert call("train.py", f"run_dir={run_dir}", cwd=tmp_path).status == 0
-    whole = tmp_path / "whole"
-    assert call("train.py", *options, f"run_dir={whole}", cwd=tmp_path).status == 0
     for name in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
-        assert_equal(checkpoint(run_dir)[name], checkpoint(whole)[name], name)
-    assert (run_dir / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+        assert_equal(checkpoint(run_dir)[name], checkpoint(long_run)[name], name)
+    assert (run_dir / "metrics.csv").read_text() == (long_run / "metrics.csv").read_text()
     assert not list(run_dir.rglob("*.tmp"))

@@ -166,6 +166,39 @@ def test_same_seed_same_bytes_whatever_the_batch_size(task: str, desk: Path, tmp
         assert np.any(numbered(whole) != numbered(other))
 
 
+SHARED = {
+    "inpaint": ("image=set", "mask=m.png", "num_samples=2", "steps=2", "resample=1"),
+    "deblur": ("image=set", "blur_sigma=1", "degrade=true", "num_samples=1", "steps=2"),
+    "superres": ("image=set", "num_samples=3", "steps=2", "resample=0"),
+    "interpolate": ("start=set", "end=set.zip", "frames=3", "steps=3"),
+    "vary": ("start=a.png", "num_samples=1", "steps=4"),
+    "coarse": ("starts=3", "num_samples=3", "steps=6"),
+}
+
+
+@pytest.mark.parametrize("task", SHARED)
+def test_results_of_two_processes_are_those_of_one(
+    task: str, desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared between them, each once; also where there is one alone. One comes after the other, and nobody waits."""
+    options = ("model=vp", f"task={task}", *SHARED[task], "batch_size=2")
+    edit(desk, tmp_path / "one", *options)
+    one = files(tmp_path / "one")
+    count = sum(name.startswith("0") for name in one)
+    monkeypatch.setattr("dpm_scales.training.shards.barrier", lambda: None)
+    written: list[set[str]] = []
+    for rank in (1, 0):
+        before = set(files(tmp_path / "two"))
+        ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+        end = call("sample.py", *options, f"out={tmp_path / 'two'}", cwd=desk, environment=ranks)
+        assert end.status == 0, end.err
+        assert (f"{count} images in" in end.out) == (rank == 0) and ("0:00" in end.out) == (rank == 0)
+        written.append(set(files(tmp_path / "two")) - before)
+    second, first = ({name for name in names if name.startswith("0")} for names in written)
+    assert written[0] == second and len(second) == (3 if task == "interpolate" else count // 2) and not second & first
+    assert files(tmp_path / "two") == one
+
+
 def test_folder_and_archive_are_the_same(desk: Path, tmp_path: Path) -> None:
     for place in ("set", "set.zip"):
         edit(desk, tmp_path / place, "task=vary", "model=blurring", f"start={place}", "num_samples=1")

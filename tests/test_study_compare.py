@@ -318,6 +318,11 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("data=set", "audit=maybe"), "audit must be true or false"),
     (("data=broken",), "images can't be read"),
     (("data=set", "processes.heat.noise.noise_std=-1"), "noise_std"),
+    (("data=set", "processes=3"), "processes must be configs by name, got 3"),
+    (("data=set", "processes.heat=3"), "processes.heat must be a config with a _target_, got 3"),
+    (("data=set", "processes.heat._target_=dpm_scales.samplers.DDIM"), "error: processes.heat._target_=dpm_scales"),
+    (("data=set", "process={_target_:dpm_scales.samplers.DDIM}"), "DDIM makes no Process; name a class derived from"),
+    (("data=set", "process=vp", "process._target_=os.getcwd"), "getcwd"),
     (("data=set", "device=tpu"), "device"),
 ]
 

@@ -105,6 +105,13 @@ def test_failing_job_leaves_the_others_results(tmp_path: Path) -> None:
     assert len(failed) == 1 and " process.num_scales=0 " in failed[0] and failed[0].endswith("got 0")
     table = rows(tmp_path / "sweep")
     assert len(table) == 1 and len(folders(tmp_path / "sweep")) == 1
+    (good,) = folders(tmp_path / "sweep")
+    (good / "result.json").write_text("{")
+    with pytest.warns(UserWarning, match=rf"^sweep/{good.name}/result.json is damaged \(") as caught:
+        again = call("train.py", "-m", *SMALL, "seed=1", "trainer.max_steps=1", "run_dir=sweep", cwd=tmp_path)
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    assert again.status == 0 and len(rows(tmp_path / "sweep")) == 1 and rows(tmp_path / "sweep")[0]["steps"] == "1"
+    assert f"1 of 2 runs unfinished: {good.name}\n" in again.out
 
 
 def test_mistyped_choice_ends_a_sweep_before_its_first_run(tmp_path: Path) -> None:
@@ -147,6 +154,40 @@ def test_table_shows_what_the_runs_differ_in(tmp_path: Path) -> None:
         "a,vp,1,,6,0.5,",
         "b,heat,,,6,0.25,1.0",
     ]
+
+
+DAMAGED = {
+    "cut": '{"overrides": ["seed=1"], "ste',
+    "empty": "",
+    "list": "[1, 2]",
+    "number": "3",
+    "no overrides": '{"steps": 6}',
+    "overrides": '{"overrides": {"seed": 1}, "steps": 6}',
+    "no option": '{"overrides": [3], "steps": 6}',
+    "steps": '{"overrides": ["seed=1"], "steps": "six"}',
+    "infinity": '{"overrides": ["seed=1"], "steps": Infinity}',
+    "deep": "[" * 10**5,
+    "bytes": "\ud800",
+}
+
+
+def test_damaged_results_are_unfinished_runs(tmp_path: Path) -> None:
+    """However many there are, the table holds the others, and one line names each file."""
+    put(tmp_path, "a", ["seed=1"], **{"val/loss": 0.5})
+    put(tmp_path, "z", ["seed=2"], **{"val/loss": 0.25})
+    for name, text in DAMAGED.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_bytes(text.encode(errors="surrogatepass"))
+    (tmp_path / "stopped").mkdir()
+    for folder in tmp_path.iterdir():
+        (folder / "overrides.yaml").write_text("[]\n")
+    varied, found = sweep.write_table(tmp_path)
+    assert varied == ["seed"] and [row["run"] for row in found] == ["a", "z"] and len(rows(tmp_path)) == 2
+    told = sweep.results(tmp_path)[1]
+    assert len(told) == len(DAMAGED) and not any("\n" in line for line in told)
+    for line, name in zip(told, sorted(DAMAGED), strict=True):
+        assert line.startswith(f"{tmp_path / name}/result.json is damaged (") and "; remove it: the run " in line
+    assert sweep.unfinished(tmp_path, found) == sorted([*DAMAGED, "stopped"])
 
 
 def test_table_misses_no_run_that_ends_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,11 +30,9 @@ from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import HeatOperator, SpectralFunction
 from dpm_scales.processes import Context, Process
 from dpm_scales.samplers import Move, OnStep, Sampler
-from dpm_scales.targets import FinerScale
+from dpm_scales.targets import FinerScale, visible_noise, wiener_error
 
 COVARIANCES = ("spectrum", "white")
-# What stands for the noise of a process without any, as a share of the data's variance.
-_ROUNDING = 1e-4
 
 
 class Consistent(Denoiser):
@@ -92,10 +90,8 @@ class Consistent(Denoiser):
     def uncertainty(self, t: Tensor, like: Tensor) -> Tensor:
         """C_t of each DCT coefficient, float64 ``(H, W)`` or ``(B, 1, H, W)``."""
         mu = _eigenvalues(self.process, like)
-        power, signal = self.power(mu), self.process.signal_scale(t, mu)
-        noise = self.process.noise_scale(t, mu) ** 2
-        noise = torch.where(noise > 0, noise, _ROUNDING * self.spectrum.variance)
-        return power * noise / (signal**2 * power + noise)
+        noise = visible_noise(self.process, t, mu, self.spectrum)
+        return wiener_error(self.process.signal_scale(t, mu), self.power(mu), noise)
 
     def first_guess(self, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
         """An image that the Gaussian model believes after y, drawn by Matheron's rule: x + G (y - A x - sigma eps).

@@ -37,6 +37,7 @@ from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator, Spectr
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Osmosis, Process, Step
 from dpm_scales.samplers.grids import tables_of, uniform_grid
+from dpm_scales.targets import wiener_error
 
 REVERSE = ("ancestral", "dissipation")
 
@@ -225,8 +226,7 @@ def _shares(denoiser: Denoiser, weight: _Weight, scales: Tensor, like: Tensor) -
     process = denoiser.process
     mu = process.operator().eigenvalues(like.shape[-2], like.shape[-1], scales.device)
     step = Step(process, scales[1:-1], scales[:-2])
-    power, noise = denoiser.spectrum.on(mu), step.noise_t(mu) ** 2
-    uncertain = power * noise / (step.signal_t(mu) ** 2 * power + noise)
+    uncertain = wiener_error(step.signal_t(mu), denoiser.spectrum.on(mu), step.noise_t(mu) ** 2)
     left = weight.function(step)(mu) * step.signal_s(mu) ** 2 * uncertain
     terms = 0.5 * left.expand(len(step.s), 1, *mu.shape).mean((-3, -2, -1)) + weight.excess
     return 0.9 * terms / terms.sum() + 0.1 / len(terms)  # none is left out, however wrong the spectrum

@@ -88,6 +88,11 @@ class Process(nn.Module):
             raise UserError(
                 f"{type(self).__name__}: value_range must be [low, high] with low < high, got {value_range!r}"
             )
+        for key, ok, got in (
+            ("noise", isinstance(noise, NoiseSchedule), noise),
+            ("blur", blur is None or isinstance(blur, BlurSchedule), blur),
+        ):
+            require(ok, f"{type(self).__name__}: {key}={got!r} is no {key} schedule; see dpm_scales.schedules")
         self._operator = operator
         self.num_scales = num_scales
         self.min_decay = float(min_decay)

@@ -14,6 +14,7 @@ from dpm_scales.processes import Process
 from dpm_scales.study import audit_forward as forward
 from dpm_scales.study import audit_invariances as invariances
 from dpm_scales.study import audit_reverse as reverse
+from dpm_scales.study import audit_reverse_invariances as reverse_invariances
 from dpm_scales.study.audit_lab import Finding, Lab, Verdict
 from dpm_scales.study.audit_steady import steady_state, variance_bound
 from dpm_scales.study.audit_transitions import preserving, reverse_step
@@ -65,5 +66,5 @@ def audit(process: Process, images: Tensor, seed: int = 0, samples: int = 1000) 
         *reverse.entropies(lab, back),
         reverse.entropy_bounds(lab, back),
         reverse.steady_state(lab, back),
-        *reverse.invariances(lab, back),
+        *reverse_invariances.invariances(lab, back),
     ]

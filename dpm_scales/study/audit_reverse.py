@@ -19,17 +19,13 @@ from torch import Tensor
 
 from dpm_scales.metrics import reverse_entropy_bounds
 from dpm_scales.study.audit_dense import (
-    DenseProcess,
     Law,
     Posterior,
     entropy,
-    largest,
-    permutation_matrix,
-    rotation_matrix,
 )
-from dpm_scales.study.audit_lab import LIMIT, Finding, Gap, Lab, Verdict, not_applicable, whitened
+from dpm_scales.study.audit_lab import LIMIT, Finding, Lab, Verdict, not_applicable, whitened
 
-_REVERSE = "reverse"
+REVERSE = "reverse"
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def initial_state(lab: Lab) -> Finding:
     name, source, printed = "initial state", "Property 1, Sect. 5.2", "q(u_M) = N(0, I)"
     if not lab.noisy:
         note = "without noise the way back begins at one image and has nothing to draw from"
-        return not_applicable(name, source, printed, note, _REVERSE)
+        return not_applicable(name, source, printed, note, REVERSE)
     law = lab.marginals[-1]
     energy = float(lab.images.square().mean())
     signal = float(law.matrix.square().sum()) / lab.pixels * energy
@@ -101,7 +97,7 @@ def initial_state(lab: Lab) -> Finding:
     return Finding(
         name=name,
         source=source,
-        direction=_REVERSE,
+        direction=REVERSE,
         printed=printed,
         verdict=verdict,
         figure="divergence of the law at scale 1 from N(0, I), nats per pixel",
@@ -127,7 +123,7 @@ def semigroup(lab: Lab, back: Return) -> Finding:
     return Finding(
         name="semigroup",
         source="Property 2, Sect. 5.2",
-        direction=_REVERSE,
+        direction=REVERSE,
         printed="q(u_i) is reached from q(u_M) in M - i steps or from q(u_{M-l}) in M - l - i steps",
         verdict=good if fits else Verdict.VIOLATED,
         figure="law of the composed posteriors against the marginal",
@@ -167,7 +163,7 @@ def entropies(lab: Lab, back: Return) -> list[Finding]:
     first = Finding(
         name="entropy of the images",
         source=source,
-        direction=_REVERSE,
+        direction=REVERSE,
         printed="H(U_{i-1}) < H(U_i)",
         verdict=(Verdict.VIOLATED if falls else Verdict.EXACTLY),
         figure="smallest rise of H(U_t) between scales, nats per pixel",
@@ -180,7 +176,7 @@ def entropies(lab: Lab, back: Return) -> list[Finding]:
     name, printed = "entropy of the data given an image", "H(U_0 | U_{i-1}) < H(U_0 | U_i)"
     if not lab.noisy:
         why = "without noise an image determines the data, and the entropy is -inf at every scale"
-        return [first, not_applicable(name, source, printed, why, _REVERSE)]
+        return [first, not_applicable(name, source, printed, why, REVERSE)]
     data = entropy(lab.data_covariance) / lab.pixels
     unknown = [data + h / lab.pixels - own for h, own in zip(lab.chain_entropy, total, strict=True)]
     rises = [b - a for a, b in zip(unknown, unknown[1:], strict=False)]
@@ -188,7 +184,7 @@ def entropies(lab: Lab, back: Return) -> list[Finding]:
     second = Finding(
         name=name,
         source=source,
-        direction=_REVERSE,
+        direction=REVERSE,
         printed=printed,
         verdict=Verdict.EXACTLY if rises[worst] >= -tolerance else Verdict.VIOLATED,
         figure="smallest rise of H(U_0 | U_t) between scales, nats per pixel",
@@ -216,7 +212,7 @@ def entropy_bounds(lab: Lab, back: Return) -> Finding:
     printed = "H(U_t|U_s) + H(U_s|U_0) - H(U_t|U_0) <= H(U_s|U_t) <= H(U_t|U_s)"
     if not lab.noisy:
         note = "without noise all of these entropies are -inf"
-        return not_applicable(name, source, printed, note, _REVERSE)
+        return not_applicable(name, source, printed, note, REVERSE)
     scales = torch.tensor(lab.ladder, dtype=torch.float64)
     bounds = torch.stack(reverse_entropy_bounds(lab.process, scales, lab.size))  # in white coordinates
     below, above, where, apart = [], [], [], 0.0
@@ -238,7 +234,7 @@ def entropy_bounds(lab: Lab, back: Return) -> Finding:
             apart = max(apart, abs(float(closed[0]) - lower) / lab.pixels, abs(float(closed[1]) - upper) / lab.pixels)
     if not below:
         note = "the chain has no step between two scales with noise"
-        return not_applicable(name, source, printed, note, _REVERSE)
+        return not_applicable(name, source, printed, note, REVERSE)
     tolerance = 1e-6 if not lab.expands else lab.noise_tolerance
     low, high = min(below), min(above)
     verdict, corrected = Verdict.EXACTLY, ""
@@ -251,7 +247,7 @@ def entropy_bounds(lab: Lab, back: Return) -> Finding:
     return Finding(
         name=name,
         source=source,
-        direction=_REVERSE,
+        direction=REVERSE,
         printed=printed,
         verdict=verdict,
         figure="smallest slack of the upper bound, nats per pixel",
@@ -270,7 +266,7 @@ def steady_state(lab: Lab, back: Return) -> Finding:
     printed = "the way back ends at the distribution of the training data, where p and q are the same"
     if not lab.noisy:
         note = "without noise there is nothing to draw from"
-        return not_applicable(name, source, printed, note, _REVERSE)
+        return not_applicable(name, source, printed, note, REVERSE)
     c = lab.data_covariance
     scale = float(c.diagonal().max())
     start = back.data[0]
@@ -281,7 +277,7 @@ def steady_state(lab: Lab, back: Return) -> Finding:
     return Finding(
         name=name,
         source=source,
-        direction=_REVERSE,
+        direction=REVERSE,
         printed=printed,
         verdict=Verdict.IN_LAW if fits else Verdict.VIOLATED,
         figure="covariance of the ideal way back against the data's, relative",
@@ -315,91 +311,3 @@ def _draw(lab: Lab, covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     white = torch.randn(lab.samples, lab.pixels, dtype=torch.float64, generator=lab.generator)
     return (white * values.clamp(min=0).sqrt()) @ vectors.T
-
-
-def invariances(lab: Lab, back: Return) -> list[Finding]:
-    """Permutations are the network's affair; the posteriors turn by 90 degrees with their images, and keep the grey
-    value as the forward process does."""
-    name, printed = "permutation of pixels", "permutation invariance does in general not apply to the reverse process"
-    if not lab.noisy:
-        why = "without noise there is no step that a network would have to learn"
-        nothing = not_applicable(name, "Sect. 5.2", printed, why, _REVERSE)
-        return [nothing, _rotation(lab, back), _grey(lab, back)]
-    order = permutation_matrix(torch.randperm(lab.pixels, generator=torch.Generator().manual_seed(lab.seed)))
-    middle = len(lab.ladder) // 2
-    posterior = back.posteriors[len(back.posteriors) - middle]
-    step = posterior.keep + posterior.pull @ denoiser(lab, back.data[middle], middle)
-    moved = float((order @ step - step @ order).abs().max())
-    permutation = Finding(
-        name=name,
-        source="Sect. 5.2",
-        direction=_REVERSE,
-        printed=printed,
-        verdict=Verdict.NOT_APPLICABLE,
-        figure="ideal step of the permuted image against the permuted step",
-        measured=moved,
-        expected=0.0,
-        scale=lab.ladder[middle - 1],
-        note="the neighbours of a pixel say what it was, whatever the forward process",
-    )
-    return [permutation, _rotation(lab, back), _grey(lab, back)]
-
-
-def _rotation(lab: Lab, back: Return) -> Finding:
-    context = None if lab.context is None else torch.rot90(lab.context, 1, (-2, -1))
-    other = DenseProcess(lab.process, (lab.size[1], lab.size[0]), context)
-    r = rotation_matrix(lab.size)
-    gaps = []
-    for (s, t), own in zip(lab.steps[::-1], back.posteriors, strict=True):
-        turned = other.posterior(s, t)
-        of_image = lab.gap(
-            Law(own.keep, own.offset, own.covariance).moved(r), Law(turned.keep, turned.offset, turned.covariance)
-        )
-        of_start = Gap(largest(r @ own.pull @ r.T - turned.pull), lab.mean_tolerance)
-        gaps.append(lab.widest([of_image, of_start])[1])
-    worst, gap = lab.widest(gaps)
-    return Finding(
-        name="rotation by 90 degrees",
-        source="Sect. 5.2, 5.3",
-        direction=_REVERSE,
-        printed="the remaining properties carry over",
-        verdict=(Verdict.IN_LAW if lab.noisy or lab.context is not None else Verdict.EXACTLY)
-        if gap.closed
-        else Verdict.VIOLATED,
-        figure="posterior of rotated images against the rotated posterior",
-        measured=gap.value,
-        expected=0.0,
-        tolerance=gap.tolerance,
-        corrected="given u_0; a network has the invariances that it is built with",
-        scale=lab.steps[::-1][worst][0],
-    )
-
-
-def _grey(lab: Lab, back: Return) -> Finding:
-    drifts = [
-        float((law.matrix.sum(0) - 1).abs().max()) + abs(float(law.offset.mean())) / lab.span for law in back.given
-    ]
-    worst = max(range(len(drifts)), key=drifts.__getitem__)
-    tolerance = lab.mean_tolerance
-    kept = drifts[worst] <= tolerance
-    note = ""
-    if not lab.blurs:
-        verdict, note = Verdict.NOT_APPLICABLE, "the paper claims it for processes that blur"
-    elif kept:
-        verdict = Verdict.IN_EXPECTATION if lab.noisy else Verdict.EXACTLY
-    else:
-        verdict = Verdict.VIOLATED
-    return Finding(
-        name="average grey value",
-        source="Prop. 8, backwards",
-        direction=_REVERSE,
-        printed="the remaining properties carry over",
-        verdict=verdict,
-        figure="drift of the mean's average grey value given u_0, relative",
-        measured=drifts[worst],
-        expected=0.0,
-        tolerance=tolerance,
-        scale=lab.ladder[worst],
-        eigenvalue=0.0,
-        note=note,
-    )

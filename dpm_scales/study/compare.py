@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dpm_scales import plots
-from dpm_scales.errors import UserError, require, require_number, suggest
+from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.images import write_text
 from dpm_scales.metrics import (
     FeatureNetwork,
@@ -30,9 +29,9 @@ from dpm_scales.processes import Process
 from dpm_scales.progress import progress_bar
 from dpm_scales.study.comparison import Entry, Parts, measure
 from dpm_scales.study.images import ImageSet, image_set
+from dpm_scales.training.building import build, plain
 from dpm_scales.training.callbacks import check_writable
-from dpm_scales.training.export import plain
-from dpm_scales.training.sampling import pick_device
+from dpm_scales.training.sampling import check_counts, pick_device
 
 SECOND_DRAW = "second draw"
 Row = dict[str, Any]
@@ -94,12 +93,13 @@ def comparison_entries(cfg: DictConfig) -> list[Entry]:
     require(bool(good) and sorted(set(times)) == times, f"times must be ascending numbers > 0, got {times!r}")
     even = tuple((k + 1) / len(times) for k in range(len(times)))
     entries = []
-    for name, node in cfg.processes.items():
+    listed = plain(cfg.processes)
+    require(isinstance(listed, dict), f"processes must be configs by name, got {listed!r}")
+    for name, node in listed.items():
         if node is None:
             continue
-        given = {} if node.get("num_scales") is not None else {"num_scales": len(times)}
-        process = instantiate(node, **given, _convert_="all")
-        require(isinstance(process, Process), f"processes.{name} is no process: {node.get('_target_')}")
+        given = {} if isinstance(node, dict) and node.get("num_scales") is not None else {"num_scales": len(times)}
+        process = build(node, Process, f"processes.{name}", given=given)
         entries.append(Entry(str(name), process, even))
     if cfg.get("process") is not None:
         scales = plain(cfg.scales) or list(even)
@@ -109,17 +109,14 @@ def comparison_entries(cfg: DictConfig) -> list[Entry]:
         chosen = HydraConfig.get().runtime.choices.get("process") if HydraConfig.initialized() else None
         name = str(chosen or cfg.process.get("_target_", "")).rpartition(".")[2]
         name = f"{name}, chosen" if name in cfg.processes else name
-        entries.append(Entry(name, instantiate(cfg.process, _convert_="all"), tuple(map(float, scales))))
+        entries.append(Entry(name, build(cfg.process, Process, "process"), tuple(map(float, scales))))
     require(len(entries) > 0, "no processes to compare; keep one of processes, or choose process=NAME")
     return entries
 
 
 def comparison_images(cfg: DictConfig) -> ImageSet:
     """The images of the config. Raises UserError for what can't be meant."""
-    require_number("seed", cfg.seed, 0, whole=True)
-    require_number("batch_size", cfg.batch_size, 1, whole=True)
-    if cfg.limit is not None:
-        require_number("limit", cfg.limit, 1, whole=True)
+    check_counts(cfg, [] if cfg.limit is None else ["limit"])
     images = image_set(str(cfg.folder), cfg.limit)
     show = plain(cfg.show)
     fits = isinstance(show, list) and show and all(isinstance(i, int) and 0 <= i < len(images.names) for i in show)

@@ -27,8 +27,8 @@ from dpm_scales.study.matching import (
     octave_index,
     octave_sums,
 )
+from dpm_scales.training.building import plain
 from dpm_scales.training.callbacks import check_writable
-from dpm_scales.training.export import plain
 from dpm_scales.training.sampling import pick_device
 
 PAPER_NOISE = 0.1

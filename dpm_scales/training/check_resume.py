@@ -49,6 +49,7 @@ PARTS = {
     "learning rate": ("lr_schedulers",),
     "place in the data": ("ImageDataModule", "global_step"),
     "skipped steps": ("bad_steps",),
+    "density of the scales": ("importance",),  # of scale_sampling=importance alone
 }
 
 
@@ -133,6 +134,8 @@ def _compare(whole: Path, killed: Path) -> Iterator[tuple[str, str, str | None]]
     """Name, how much was compared, and the worst difference or None."""
     ours, theirs = (read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (whole, killed))
     for name, keys in PARTS.items():
+        if not any(key in values for key in keys for values in (ours, theirs)):
+            continue
         pairs = list(_leaves([ours.get(key) for key in keys], [theirs.get(key) for key in keys]))
         numbers = sum(a.numel() if isinstance(a, Tensor) else 1 for a, _ in pairs)
         yield name, f"{numbers} numbers", _worst(pairs)

@@ -158,6 +158,9 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
         if isinstance(link, MissingMandatoryValue):
             key = re.search(r"(?:full_key: |mandatory value: )([\w.]+)", str(link))
             return f"{key.group(1) if key else 'a key'} has no value yet; give it on the command line: KEY=VALUE"
+    if type(error) is ValueError and "Config group override must be a string" in str(error):  # Hydra's
+        group = next((a.partition("=")[0] for a in sys.argv if a.endswith("=null")), "a config group")
+        return f"{group} is chosen by a name, and can't be null; leave it out for the default"
     if isinstance(error, InstantiationException):
         return _instantiation(error, chain[-1])
     for link in reversed(chain):
@@ -192,6 +195,8 @@ def _groups(config_name: str) -> list[str]:
 
 def _unknown(config_name: str, full: str) -> str:
     """The line for an option that is not there, with the nearest one that is."""
+    if not config_name:  # not given, but asked for by our own code
+        return f"the option {full!r} was removed, and is needed; leave it as it is"
     for group in set(TASK_GROUPS) & set(_groups(config_name)):
         tasks = [path for path in sorted((CONFIGS / group).glob("*.yaml")) if full in yaml.safe_load(path.read_text())]
         if tasks:
@@ -236,9 +241,12 @@ def _instantiation(error: InstantiationException, root: BaseException) -> str | 
 def with_stored_overrides(argv: list[str]) -> list[str]:
     """A resumed run's own overrides, followed by those given now, so that `run_dir=DIR` alone goes on with DIR.
 
-    Raises: UserError if `resume` names a folder without a run, or if its options are damaged or could do harm.
+    Raises: UserError if `resume` names a folder without a run, if its options are damaged or could do harm, and for
+    a sweep of one run.
     """
     sweep = bool(set(SWEEP_FLAGS) & set(argv))
+    checks = [a for a in argv if key_of(a) == "check_resume" and not a.lower().endswith("=false")]
+    require(not (sweep and checks), "check_resume=true checks one run; leave -m out")  # before Hydra makes a folder
     resume = _path_option(argv, "resume")
     if resume is not None:
         require(not sweep, "resume goes on with one run; the same sweep once more goes on with all of its runs")

@@ -17,11 +17,13 @@ from dpm_scales.noise import NoiseSource
 from dpm_scales.processes import Process
 from dpm_scales.progress import progress_bar
 from dpm_scales.samplers import OnStep
+from dpm_scales.training.building import plain
 from dpm_scales.training.callbacks import check_writable
-from dpm_scales.training.export import Model, plain
+from dpm_scales.training.export import Model
 from dpm_scales.training.image_sets import read_images, size_of
-from dpm_scales.training.sample_run import check_counts, check_older, choose_model
-from dpm_scales.training.sampling import pick_device, pick_labels
+from dpm_scales.training.sample_run import check_older, choose_model
+from dpm_scales.training.sampling import check_counts, pick_device, pick_labels
+from dpm_scales.training.shards import Shard, leave, meet, own_device
 
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_SIDE = 8, 10, 64
 """Of comparison.png: rows, results in a row, and the side in pixels that its cells have at least."""
@@ -31,12 +33,17 @@ Make = Callable[[Tensor, NoiseSource, "Tensor | None", OnStep], Tensor]
 
 @dataclass(frozen=True)
 class Setup:
-    """A model and where its results go; all checked."""
+    """A model and where its results go; all checked.
+
+    Attributes:
+        shard: which of the processes that share the results; the first writes what there is one of.
+    """
 
     model: Model
     device: torch.device
     out: Path
     cfg: DictConfig
+    shard: Shard
 
     @property
     def denoiser(self) -> Denoiser:
@@ -58,14 +65,15 @@ class Setup:
 def prepare(cfg: DictConfig) -> Setup:
     """Model, sampler and device, checked; nothing is written yet."""
     check_counts(cfg)
-    device = pick_device(str(cfg.device))
+    shard = meet()
+    device = own_device(pick_device(str(cfg.device)), shard)
     model = choose_model(cfg)
     model.modules().to(device)
     needs_labels = model.recipe.num_classes is not None and plain(cfg.labels) is None
     require(
         not needs_labels, f"this model was trained with labels; say for task={cfg.task} what it shows: labels=CLASS"
     )
-    return Setup(model, device, Path(str(cfg.out)), cfg)
+    return Setup(model, device, Path(str(cfg.out)), cfg, shard)
 
 
 def read_mask(place: str, like: Tensor, name: str) -> Tensor:
@@ -104,24 +112,27 @@ def produce(
     noise_of: Callable[[int, int], NoiseSource] | None = None,
     together: int = 1,
 ) -> list[Tensor]:
-    """Write `per_input` numbered results for each of `inputs`; returns those of the first rows, uint8 on the CPU.
+    """Write `per_input` numbered results for each of `inputs`, with the other processes, and wait for all of them.
 
     Args:
         steps: calls of `on_step` that a batch makes.
         make: results in pixels ``(B, C, H, W)`` from numbers of inputs ``(B,)``, noise, labels and a callback.
         noise_of: noise from the count and the first number of a batch; by default one stream for each result.
-        together: results that can't be parted, one after the other.
+        together: results that can't be parted, one after the other; divides `per_input`.
+
+    Returns: those of the first rows, uint8 on the CPU; nothing in other processes than the first.
     """
     cfg, total = setup.cfg, inputs * per_input
     check_older(setup.out, total, f"the {total} that task={cfg.task} makes here")
     check_writable(setup.out)
     labels = pick_labels(setup.model, plain(cfg.labels), inputs) if setup.model.recipe.num_classes else None
     size = max(1, cfg.batch_size // together) * together
-    shown: list[Tensor] = []
-    with progress_bar() as progress:
-        bar = progress.add_task(str(cfg.task), total=steps * -(-total // size))
-        for first in range(0, total, size):
-            count = min(size, total - first)
+    part = setup.shard.part(total // together)
+    own = range(part.start * together, part.stop * together, size)
+    with progress_bar(setup.shard.is_main) as progress:
+        bar = progress.add_task(str(cfg.task), total=steps * len(own))
+        for first in own:
+            count = min(size, own.stop - first)
             noise = NoiseSource(cfg.seed, count, first, setup.device) if noise_of is None else noise_of(count, first)
             numbers = torch.arange(first, first + count) // per_input
             of_batch = None if labels is None else labels[numbers].to(setup.device)
@@ -129,19 +140,23 @@ def produce(
             images = to_uint8(x, setup.process.value_range).cpu()
             for i, image in enumerate(images, start=first):
                 save_png(setup.out / f"{i:06d}.png", image)
-            shown += list(images[: max(0, SHOWN_ROWS * per_input - first)])
-    return shown
+    leave()  # once all results are there
+    if not setup.shard.is_main:
+        return []
+    return [load_image(setup.out / f"{i:06d}.png") for i in range(min(total, SHOWN_ROWS * per_input))]
 
 
 def save_comparison(
     setup: Setup, before: list[Tensor], results: list[Tensor], per_input: int, after: list[Tensor] | None = None
 ) -> None:
-    """`comparison.png`: a row for each input.
+    """`comparison.png`: a row for each input; nothing for no results.
 
     Args:
         before, after: what stands on either side of the results, uint8 ``(N, C, H, W)`` each.
         results: `per_input` of each input, uint8 ``(C, H, W)``.
     """
+    if not results:
+        return
     after = after or []
     rows = min(SHOWN_ROWS, len(results) // per_input)
     columns = min(per_input, SHOWN_COLUMNS)

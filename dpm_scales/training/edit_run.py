@@ -1,6 +1,7 @@
 """The editing tasks of `sample.py`: numbered results, and `comparison.png` with what they come from beside them.
 
-Result j of input i has the number i * num_samples + j and depends on the seed and on that number alone.
+Result j of input i has the number i * num_samples + j and depends on the seed and on that number alone. Processes that
+torchrun or srun started share the results; the first makes the rest.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from dpm_scales.editing import (
     scales_from,
 )
 from dpm_scales.errors import require, require_number, suggest
-from dpm_scales.images import LEVELS, make_grid, save_gif, to_uint8
+from dpm_scales.images import LEVELS, make_grid, psnr, save_gif, to_uint8
 from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import batch_view
 from dpm_scales.processes import Osmosis, Process
 from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, OnStep, Sampler
+from dpm_scales.training.building import plain
 from dpm_scales.training.edit_inputs import (
     SHOWN_ROWS,
     Setup,
@@ -44,7 +46,6 @@ from dpm_scales.training.edit_inputs import (
     refuse_sampler,
     save_comparison,
 )
-from dpm_scales.training.export import plain
 from dpm_scales.training.image_sets import size_of
 from dpm_scales.training.sample_run import image_size
 
@@ -211,8 +212,9 @@ def coarse(cfg: DictConfig) -> None:
         return sampler.reverse(setup.denoiser, y, noise, context, labels, scales, then)
 
     results = produce(setup, cfg.starts, per_start, len(scales) - 1, make, noise_of)
-    rows = torch.stack(results).unflatten(0, (-1, per_start))
-    save_comparison(setup, [rows.float().mean(1).round().to(torch.uint8)], results, per_start)
+    if results:
+        rows = torch.stack(results).unflatten(0, (-1, per_start))
+        save_comparison(setup, [rows.float().mean(1).round().to(torch.uint8)], results, per_start)
     _say(setup, cfg.starts, f"all is shared down to t={float(scales[max(0, shared_steps)]):g}")
 
 
@@ -299,6 +301,8 @@ def _draws_noise(sampler: Sampler, process: Process) -> bool:
 
 def _finish(setup: Setup, sharp: Tensor | None, seen: Tensor, results: list[Tensor], note: str) -> None:
     """The picture, and the line that tells of the results."""
+    if not setup.shard.is_main:
+        return
     per_image = setup.cfg.num_samples
     save_comparison(setup, [seen] if sharp is None else [sharp, seen], results, per_image)
     if sharp is not None:
@@ -309,19 +313,17 @@ def _finish(setup: Setup, sharp: Tensor | None, seen: Tensor, results: list[Tens
     _say(setup, len(seen), note)
 
 
-def psnr(images: Tensor, truth: Tensor) -> float:
-    """Peak signal-to-noise ratio of uint8 images in dB, over all of them."""
-    error = (images.to(torch.float64) - truth.to(torch.float64)).square().mean()
-    return float(10 * torch.log10(LEVELS**2 / error))
-
-
 def _say(setup: Setup, inputs: int, note: str) -> None:
+    if not setup.shard.is_main:
+        return
     per_input = setup.cfg.num_samples * (setup.cfg.frames if setup.cfg.task == "interpolate" else 1)
     print(f"{inputs * per_input} images in {setup.out}, comparison.png beside them; {note}, seed {setup.cfg.seed}")
 
 
 def _save_film(setup: Setup, results: list[Tensor], frames: int) -> None:
     """`film.gif`: all sequences side by side, there and back."""
+    if not results:
+        return
     sequences = torch.stack(results).unflatten(0, (-1, frames))
     sheets = [make_grid(sequences[:, k], padding=2, upscale=enlargement(sequences)) for k in range(frames)]
     pause = [sheets[0]] * 4, [sheets[-1]] * 4

@@ -19,18 +19,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require, require_number
+from dpm_scales.errors import UserError, require
 from dpm_scales.images import write_text
 from dpm_scales.metrics import FeatureNetwork, FeatureSet, FeatureStatistics, Measure, compare, gather, pick_features
 from dpm_scales.metrics.figures import check_measures, check_numbers, needs_rows
 from dpm_scales.progress import progress_bar
+from dpm_scales.training.building import plain
 from dpm_scales.training.callbacks import check_writable
-from dpm_scales.training.export import Model, plain
+from dpm_scales.training.export import Model
 from dpm_scales.training.image_sets import Pictures, open_pictures
 from dpm_scales.training.likelihood_run import METHODS, bits_per_dim, check_classes, estimator, save_plot
 from dpm_scales.training.reference_cache import cache_folder, reference_features
 from dpm_scales.training.sample_run import choose_model
-from dpm_scales.training.sampling import draw, pick_device, pick_labels
+from dpm_scales.training.sampling import check_counts, draw, pick_device, pick_labels
 from dpm_scales.training.shards import Shard, barrier, leave, meet, own_device
 
 RESULT = "evaluation.json"
@@ -247,11 +248,7 @@ def _check(cfg: DictConfig) -> tuple[str, ...]:
         (cfg.model is None) != (cfg.samples is None),
         "give one of model=RUN_OR_EXPORT_OR_CKPT, which is sampled, and samples=DIR",
     )
-    for key in ("num_samples", "num_reference"):
-        if cfg[key] is not None:
-            require_number(key, cfg[key], 2, whole=True)
-    require_number("batch_size", cfg.batch_size, 1, whole=True)
-    require_number("seed", cfg.seed, 0, whole=True)
+    check_counts(cfg, [key for key in ("num_samples", "num_reference") if cfg[key] is not None], 2)
     ok = cfg.likelihood is None or cfg.likelihood in METHODS
     require(ok, f"likelihood={cfg.likelihood!r}: allowed is null, {', '.join(METHODS)}")
     ok = cfg.likelihood is None or cfg.model is not None

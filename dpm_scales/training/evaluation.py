@@ -19,8 +19,9 @@ from dpm_scales.images import to_uint8
 from dpm_scales.metrics import FeatureSet, FeatureStatistics, compare, pick_features
 from dpm_scales.metrics.figures import check_measures, check_numbers, needs_rows
 from dpm_scales.noise import NoiseSource
+from dpm_scales.training.building import plain
 from dpm_scales.training.callbacks import WeightAverage
-from dpm_scales.training.export import Model, plain
+from dpm_scales.training.export import Model
 from dpm_scales.training.image_sets import data_pictures
 from dpm_scales.training.module import DiffusionModule
 from dpm_scales.training.reference_cache import cache_folder, reference_features

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.images import write_text
 from dpm_scales.priors import Prior
+from dpm_scales.processes import Process
 from dpm_scales.samplers import Sampler
+from dpm_scales.targets import Target
+from dpm_scales.training.building import build, cause, nodes, plain
 from dpm_scales.training.sealed import (
     FORMAT,
     VERSION,
@@ -36,7 +37,7 @@ from dpm_scales.training.sealed import (
 WEIGHTS = ("averaged", "raw")
 #: parts of a model; each is a config with a `_target_` of this package
 PARTS = ("process", "target", "network", "prior", "sampler")
-MAX_CONFIG_BYTES, MAX_NODES, MAX_DEPTH, MAX_SIDE = 2**20, 10**5, 50, 2**20
+MAX_CONFIG_BYTES, MAX_SIDE = 2**20, 2**20
 ROOMS = ("processes", "schedules", "targets", "networks", "priors", "samplers")
 
 
@@ -104,19 +105,16 @@ class Model:
 
 def build_model(recipe: Recipe, data_std: float = 0.5) -> Model:
     """Build a model with fresh weights. Raises UserError for parts that do not fit together."""
-    parts = OmegaConf.create({name: recipe.parts[name] for name in PARTS})  # so that errors name the part
-
-    def build(name: str, **arguments: Any) -> Any:
-        return instantiate(parts[name], _convert_="all", **arguments)
-
-    process = build("process")
+    parts = recipe.parts
+    process = build(parts["process"], Process, "process")
     inputs = recipe.channels * (1 + process.context_channels)
-    network = build("network", in_channels=inputs, out_channels=recipe.channels, num_classes=recipe.num_classes)
-    target, prior, sampler = build("target"), build("prior"), build("sampler")
-    if not isinstance(prior, Prior):
-        prior = prior(process)
-    if not isinstance(sampler, Sampler):
-        sampler = sampler(process)
+    given = {"in_channels": inputs, "out_channels": recipe.channels, "num_classes": recipe.num_classes}
+    network = build(parts["network"], nn.Module, "network", given=given)
+    trainable = any(weights.requires_grad for weights in network.parameters())
+    require(trainable, f"network: {type(network).__name__} has no weights to train")
+    target = build(parts["target"], Target, "target")
+    prior = build(parts["prior"], Prior, "prior", process)
+    sampler = build(parts["sampler"], Sampler, "sampler", process)
     denoiser = Denoiser(network, process, target, data_std)
     sampler.check(denoiser)
     return Model(denoiser, prior, sampler, recipe)
@@ -217,10 +215,8 @@ def _load_checkpoint(path: Path, weights: str) -> Model:
 def _with_weights(recipe: Recipe, state: dict[str, Tensor], source: str) -> Model:
     try:
         model = build_model(recipe)
-    except UserError:
-        raise
     except Exception as error:
-        raise UserError(f"{source}: the model's config can't be built: {_cause(error)}") from error
+        raise UserError(f"{source}: the model's config can't be built: {cause(error)}") from error
     try:
         model.modules().load_state_dict(state)
     except RuntimeError as error:
@@ -228,19 +224,6 @@ def _with_weights(recipe: Recipe, state: dict[str, Tensor], source: str) -> Mode
         raise UserError(f"{source}: the weights do not fit the config: {first}") from error
     model.modules().eval()
     return model
-
-
-def nodes(value: Any, source: str) -> Iterator[Any]:
-    """All values in nested containers, parents first. Refuses a tree that refers to itself, or is absurdly large."""
-    stack, number = [(value, 0)], 0
-    while stack:
-        node, depth = stack.pop()
-        number += 1
-        require(number <= MAX_NODES and depth <= MAX_DEPTH, f"{source}: the model's config is too large or too deep")
-        yield node
-        if isinstance(node, dict | list | tuple):
-            children = node.values() if isinstance(node, dict) else node
-            stack += [(child, depth + 1) for child in children]
 
 
 def _check_targets(value: Any, source: str) -> None:
@@ -268,22 +251,9 @@ def check_target(name: Any, source: str) -> None:
     require(callable(found) and defined_here, f"{source} asks for {name!r}, which this version of dpm_scales has not")
 
 
-def _cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def plain(config: Any) -> Any:
-    """An OmegaConf node as plain containers, resolved: what checkpoints may hold."""
-    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
-
-
 def with_sampler(model: Model, sampler: Any) -> Model:
     """The model with another sampler (a config), checked against its denoiser."""
-    built = instantiate(sampler, _convert_="all")
-    if not isinstance(built, Sampler):
-        built = built(model.denoiser.process)
+    built = build(sampler, Sampler, "sampler", model.denoiser.process)
     built.check(model.denoiser)
     parts = {**model.recipe.parts, "sampler": plain(sampler)}
     return replace(model, sampler=built, recipe=replace(model.recipe, parts=parts))

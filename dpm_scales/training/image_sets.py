@@ -12,7 +12,6 @@ from typing import Any
 
 import PIL
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -22,8 +21,9 @@ from dpm_scales.data.base import ImageSource
 from dpm_scales.data.files import ImageStore, batches_of_one_size, open_store, require_readable
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.images import load_image
+from dpm_scales.training.building import build, nodes
 from dpm_scales.training.cli import CONFIGS
-from dpm_scales.training.export import nodes, read_yaml
+from dpm_scales.training.export import read_yaml
 
 SPLITS = ("train", "val", "all")
 RUN_DATA = "data"
@@ -244,8 +244,7 @@ def _build(settings: Any, source: str) -> ImageDataModule:
     objects = any(isinstance(node, dict) or (isinstance(node, str) and "${" in node) for node in held)
     hidden = any(str(key).startswith("_") for key in settings.keys() - {"_target_"})
     require(not objects and not hidden, f"{source}: the data's config holds objects; give reference=DIR")
-    built = instantiate(settings, _convert_="all")
-    require(isinstance(built, ImageDataModule), f"{source}: {name} is no data set")
+    built: ImageDataModule = build(settings, ImageDataModule, f"{source}: data")
     built.prepare_data()
     return built
 

@@ -20,13 +20,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from dpm_scales.data import ImageDataModule, ShuffledBatches
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import write_text
+from dpm_scales.training.building import build, check_kind, plain
 from dpm_scales.training.callbacks import (
     LastValidation,
     LoggedSteps,
@@ -48,9 +49,11 @@ from dpm_scales.training.checkpoints import (
 from dpm_scales.training.cli import CONFIGS, TRAIN, tidy
 from dpm_scales.training.cluster import StopTogether, follow_environment, only_run, requeue
 from dpm_scales.training.evaluation import periodic_evaluation
-from dpm_scales.training.export import PARTS, Model, Recipe, build_model, plain, save_model
+from dpm_scales.training.export import PARTS, Model, Recipe, build_model, save_model
 from dpm_scales.training.failures import UnreadableImages, told_in_one_line
 from dpm_scales.training.module import DiffusionModule, fit_to_data
+from dpm_scales.training.stored import stored_result
+from dpm_scales.weights import LossWeight
 
 #: overrides that say where or on what to run, not what: they do not name a run
 UNNAMED = (
@@ -94,6 +97,8 @@ def _check_keys(cfg: DictConfig) -> None:
     read = {"": [*PARTS, "data", "weight", "trainer", "logger", *known]}
     read |= {section: list(known[section]) for section in ("optimizer", "ema", "checkpoint", "samples", "evaluation")}
     for section, names in read.items():
+        kind = f"{section} holds options, {section}.NAME=VALUE, and is none itself: got {section}={cfg.get(section)}"
+        require(not section or OmegaConf.is_dict(cfg.get(section)), kind)
         for key in cfg[section] if section else cfg:
             if key not in names:
                 full = [f"{section}.{name}".lstrip(".") for name in (key, *names)]
@@ -134,18 +139,21 @@ def _precision(cfg: DictConfig) -> str:
 
 def _trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback]) -> pl.Trainer:
     environment = follow_environment(cfg)
-    return instantiate(
+    return build(
         cfg.trainer,
-        precision=_precision(cfg),
-        callbacks=callbacks,
-        logger=False,  # they come when the run folder is there
-        plugins=[AtomicCheckpointIO(), environment],
-        default_root_dir=str(run_dir),
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        enable_model_summary=False,
-        enable_checkpointing=False,  # the callbacks of ours do it
-        _convert_="all",
+        pl.Trainer,
+        "trainer",
+        given={
+            "precision": _precision(cfg),
+            "callbacks": callbacks,
+            "logger": False,  # they come when the run folder is there
+            "plugins": [AtomicCheckpointIO(), environment],
+            "default_root_dir": str(run_dir),
+            "num_sanity_val_steps": 0,
+            "check_val_every_n_epoch": None,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,  # the callbacks of ours do it
+        },
     )
 
 
@@ -185,11 +193,8 @@ def _steps_done(run_dir: Path, max_steps: int) -> dict[str, Any] | None:
     done = run_dir / "result.json"
     if not done.is_file():
         return None
-    try:
-        result: dict[str, Any] = json.loads(done.read_text())
-        return result if 0 < max_steps <= int(result["steps"]) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{done} is damaged ({error!r}); remove it: the run writes it anew") from error
+    result = stored_result(done)
+    return result if 0 < max_steps <= result["steps"] else None
 
 
 def _prepare_folder(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> None:
@@ -232,7 +237,7 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     _quiet()
     _check_keys(cfg)
     _check_numbers(cfg)
-    data: ImageDataModule = instantiate(cfg.data)
+    data: ImageDataModule = build(cfg.data, ImageDataModule, "data")
     data.prepare_data()
     recipe = _recipe(cfg, data)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -243,13 +248,15 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
         seed=cfg.seed,
         compile_network=bool(cfg.compile),
         scale_sampling=cfg.scale_sampling,
-        loss_weight=None if cfg.weight.get("_target_") is None else instantiate(cfg.weight),
+        loss_weight=None if cfg.weight.get("_target_") is None else build(cfg.weight, LossWeight, "weight"),
         **plain(cfg.optimizer),
     )
     if cfg.channels_last:
         module.to(memory_format=torch.channels_last)
     kept = CheckpointFolder(run_dir / "checkpoints", cfg.checkpoint.keep_last, cfg.checkpoint.keep_best)
     average, stop = WeightAverage(cfg.ema.decay), StopTogether()
+    if cfg.logger.get("_target_") is not None:
+        check_kind(cfg.logger, Logger, "logger")
     callbacks: list[Callback] = [
         LoggedSteps(),
         stop,
@@ -363,4 +370,4 @@ def _loggers(cfg: DictConfig, run_dir: Path, main: bool) -> list[Any]:
         if not kept.is_file():
             write_text(kept, secrets.token_hex(4))
         settings |= {"id": kept.read_text(), "resume": "allow"}
-    return [instantiate(settings)]
+    return [build(settings, Logger, "logger")]

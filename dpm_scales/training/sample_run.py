@@ -10,13 +10,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require, require_number
+from dpm_scales.errors import UserError, require
 from dpm_scales.images import load_image, make_grid, save_gif, save_png, to_range, to_uint8, write_text
 from dpm_scales.progress import progress_bar
+from dpm_scales.training.building import plain
 from dpm_scales.training.callbacks import check_writable
-from dpm_scales.training.export import Model, load_model, plain, with_sampler
+from dpm_scales.training.export import Model, load_model, with_sampler
 from dpm_scales.training.image_sets import read_images
-from dpm_scales.training.sampling import draw, pick_device, pick_labels, with_guidance
+from dpm_scales.training.sampling import check_counts, draw, pick_device, pick_labels, with_guidance
 from dpm_scales.training.shards import leave, meet, own_device
 
 TASKS = {
@@ -57,13 +58,6 @@ def choose_model(cfg: DictConfig) -> Model:
     """The model that the config names, with all that it asks for."""
     model = choose_sampler(load_model(str(cfg.model), cfg.weights), cfg)
     return with_guidance(model, cfg.guidance, plain(cfg.guidance_interval), cfg.guidance_variable)
-
-
-def check_counts(cfg: DictConfig) -> None:
-    """Raises UserError for values of the keys of all tasks that can't be meant."""
-    require_number("num_samples", cfg.num_samples, 1, whole=True)
-    require_number("batch_size", cfg.batch_size, 1, whole=True)
-    require_number("seed", cfg.seed, 0, whole=True)
 
 
 def check_older(out: Path, count: int, reason: str) -> None:

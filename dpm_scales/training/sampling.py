@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from dpm_scales.conditioning import Guided
@@ -15,6 +16,12 @@ from dpm_scales.noise import NoiseSource
 from dpm_scales.training.export import Model
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+
+
+def check_counts(cfg: DictConfig, numbers: Sequence[str] = ("num_samples",), least: int = 1) -> None:
+    """Raises UserError for a seed, a batch size, or a value of the keys `numbers`, at `least`, that can't be meant."""
+    for name, low in {**dict.fromkeys(numbers, least), "batch_size": 1, "seed": 0}.items():
+        require_number(name, cfg[name], low, whole=True)
 
 
 def pick_device(name: str) -> torch.device:

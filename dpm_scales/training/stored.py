@@ -1,4 +1,6 @@
-"""The options of a run as its folder keeps them, `overrides.yaml`: going on with a stranger's run executes nothing.
+"""The options of a run as its folder keeps them, `overrides.yaml`, and its figures, `result.json`.
+
+Going on with a stranger's run executes nothing.
 
 What a person types may name any class of any package. What a folder holds may not: it may choose among this package's
 configs and classes, and set values. Hydra would otherwise import and call whatever a `_target_` names, read configs
@@ -7,6 +9,7 @@ from any folder (`hydra.searchpath`, `process=../../elsewhere`), or take `--conf
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -50,6 +53,17 @@ def stored_overrides(file: Path, without: Collection[str], paths: Collection[str
     return stored
 
 
+def stored_result(file: Path) -> dict[str, Any]:
+    """A finished run's figures and its `overrides`. Raises UserError if the file is damaged."""
+    try:
+        result = json.loads(file.read_text())
+        if not isinstance(result["overrides"], list) or not all(isinstance(o, str) for o in result["overrides"]):
+            raise ValueError("overrides are no options")
+        return {**result, "steps": int(result["steps"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise UserError(f"{file} is damaged ({error!r}); remove it: the run writes it anew") from error
+
+
 def _check(text: str, file: Path, paths: Collection[str]) -> None:
     refused = f"{file} holds the option {text[:200]!r}"
     try:
@@ -71,7 +85,7 @@ def _check(text: str, file: Path, paths: Collection[str]) -> None:
 
 
 def _check_value(value: Any, key: str, refused: str, paths: Collection[str]) -> None:
-    from dpm_scales.training.export import nodes
+    from dpm_scales.training.building import nodes
 
     for node in nodes(value, refused):
         if isinstance(node, dict):

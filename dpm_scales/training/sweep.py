@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from omegaconf import DictConfig, open_dict, read_write
 from rich.console import Console
 from rich.table import Table
 
+from dpm_scales.errors import UserError
 from dpm_scales.images import write_text
 from dpm_scales.training.shards import this_shard
+from dpm_scales.training.stored import stored_result
 
 Row = dict[str, Any]
 
@@ -24,20 +26,37 @@ def sweep_root(config: DictConfig) -> Path:
     return Path(str(config.run_dir or "runs"))
 
 
+def results(root: Path) -> tuple[dict[str, Row], list[str]]:
+    """Results of the finished runs directly below `root`, by folder name; and a line for each file that is damaged."""
+    found, damaged = {}, []
+    for path in sorted(root.glob("*/result.json")):
+        try:
+            found[path.parent.name] = stored_result(path)
+        except UserError as error:
+            damaged.append(str(error))
+    return found, damaged
+
+
 def collect(root: Path) -> tuple[list[str], list[Row]]:
     """Options in which the finished runs directly below `root` differ, and one row for each run, by folder name."""
-    results = {path.parent.name: json.loads(path.read_text()) for path in sorted(root.glob("*/result.json"))}
+    finished, _ = results(root)
     options = {
         name: {key: value for key, _, value in (o.partition("=") for o in result.pop("overrides"))}
-        for name, result in results.items()
+        for name, result in finished.items()
     }
     keys = dict.fromkeys(key for given in options.values() for key in given)
     varied = [key for key in keys if len({given.get(key) for given in options.values()}) > 1]
     rows = [
         {"run": name, **{key: options[name].get(key, "") for key in varied}, **result}
-        for name, result in results.items()
+        for name, result in finished.items()
     ]
     return varied, rows
+
+
+def unfinished(root: Path, rows: list[Row]) -> list[str]:
+    """Names of the run folders directly below `root` that have no row."""
+    finished = {row["run"] for row in rows}
+    return sorted(path.parent.name for path in root.glob("*/overrides.yaml") if path.parent.name not in finished)
 
 
 def write_table(root: Path) -> tuple[list[str], list[Row]]:
@@ -76,3 +95,8 @@ class SweepTable(Callback):
         for row in rows:
             table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row.get(c, "") for c in columns)))
         Console().print(table)
+        for line in results(root)[1]:
+            warnings.warn(f"{line}; until then it is not in the table", stacklevel=1)
+        left = unfinished(root, rows)
+        if left:
+            print(f"{len(left)} of {len(rows) + len(left)} runs unfinished: {', '.join(left)}")

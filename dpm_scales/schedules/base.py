@@ -1,0 +1,107 @@
+"""What all schedules share: checks of their arguments, the number of scales, tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+
+from dpm_scales.errors import UserError, require
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite real number, of Python's or NumPy's kinds; True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_positive(owner: object, **values: float) -> None:
+    """Raise UserError, naming owner and argument, unless every value is a positive finite number."""
+    for name, value in values.items():
+        ok = is_number(value) and value > 0
+        require(ok, f"{type(owner).__name__}: {name} must be a positive number, got {value!r}")
+
+
+def require_finite(owner: object, **values: float) -> None:
+    """Raise UserError, naming owner and argument, unless every value is a finite number."""
+    for name, value in values.items():
+        require(is_number(value), f"{type(owner).__name__}: {name} must be a number, got {value!r}")
+
+
+def require_ordered(owner: object, low: str, low_value: float, high: str, high_value: float) -> None:
+    require_positive(owner, **{low: low_value, high: high_value})
+    if low_value > high_value:
+        raise UserError(
+            f"{type(owner).__name__}: {low}={low_value:g} exceeds {high}={high_value:g}; swap them or raise {high}"
+        )
+
+
+def numbers_of(owner: object, name: str, values: Sequence[float]) -> list[float]:
+    """A list from YAML or Python as floats, finite and >= 0."""
+    label = f"{type(owner).__name__}: {name}"
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise UserError(f"{label} must be a list of numbers, got {values!r}")
+    numbers = list(values)
+    require(len(numbers) > 0, f"{label} is empty; give one number per scale")
+    for k, value in enumerate(numbers, start=1):
+        ok = is_number(value) and value >= 0
+        require(ok, f"{label}: entry {k} is {value!r}; every entry must be a number >= 0")
+    return [float(value) for value in numbers]
+
+
+class Schedule(nn.Module):
+    """A curve of t. `bind` is called once by the process that owns it; lists are checked and tabulated there."""
+
+    knots: Tensor
+    num_scales: int = 0
+
+    def bind(self, num_scales: int) -> None:
+        """Fix the number of scales.
+
+        Raises: UserError if a list has another length, or if the schedule belongs to a process of another length.
+        """
+        require(
+            self.num_scales in (0, num_scales),
+            f"{type(self).__name__}: already bound to a process of {self.num_scales} scales, so it can't serve one of "
+            f"{num_scales}; give each process a schedule of its own",
+        )
+        self.num_scales = num_scales
+
+    def _tabulate(self, values: Sequence[float] | Tensor) -> None:
+        """Knots at k / num_scales, the first of which belongs to t = 0."""
+        table = torch.as_tensor(values, dtype=torch.float64)
+        self.register_buffer("knots", table, persistent=False)
+
+    def _interpolate(self, t: Tensor) -> Tensor:
+        position = (t.to(torch.float64) * self.num_scales).clamp(0, self.num_scales)
+        index = position.floor().clamp(max=self.num_scales - 1).long()
+        # take: indexing with a 0-dim tensor would wait for the device
+        return torch.lerp(self.knots.take(index), self.knots.take(index + 1), position - index)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Schedule:
+        """Follow a model to its device, but stay float64 when it is cast."""
+        knots = self._buffers.get("knots")
+        super()._apply(fn, recurse)
+        if knots is not None:
+            self.knots = knots.to(self.knots.device)
+        return self
+
+    def _progress(self, t: Tensor) -> Tensor:
+        """From 0 at k = 1 to 1 at t = 1; with one scale only, that scale is the last."""
+        first = 1 / self.num_scales
+        return ((t - first) / (1 - first)).clamp(0, 1) if self.num_scales > 1 else torch.ones_like(t)
+
+    def _fits(self, name: str, values: Sequence[float], num_scales: int) -> None:
+        require(
+            len(values) == num_scales,
+            f"{type(self).__name__}: {name} has {len(values)} entries, but num_scales is {num_scales}; "
+            f"set num_scales={len(values)}",
+        )
+
+    def _log_ramp_squared(self, t: Tensor, low: float, high: float) -> Tensor:
+        """The square of a value log-spaced from `low` at k = 1 to `high` at t = 1; linear from 0 before k = 1."""
+        t = t.to(torch.float64)
+        ramp = 2 * (math.log(low) + self._progress(t) * math.log(high / low))
+        return torch.exp(ramp) * (t * self.num_scales).clamp(0, 1)

@@ -1,0 +1,133 @@
+"""Objects from configs: what a `_target_` makes is what its place asks for, or one line tells that it is not."""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, get_args, get_type_hints
+
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from dpm_scales.errors import UserError, require
+from dpm_scales.processes import Process
+
+MAX_NODES, MAX_DEPTH = 10**5, 50
+
+
+def plain(config: Any) -> Any:
+    """An OmegaConf node as plain containers, resolved: what checkpoints may hold."""
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def nodes(value: Any, source: str) -> Iterator[Any]:
+    """All values in nested containers, parents first. Refuses a tree that refers to itself, or is absurdly large."""
+    stack, number = [(value, 0)], 0
+    while stack:
+        node, depth = stack.pop()
+        number += 1
+        require(number <= MAX_NODES and depth <= MAX_DEPTH, f"{source}: the model's config is too large or too deep")
+        yield node
+        if isinstance(node, dict | list | tuple):
+            children = node.values() if isinstance(node, dict) else node
+            stack += [(child, depth + 1) for child in children]
+
+
+def build(
+    config: Any, kind: type, where: str, process: Process | None = None, given: dict[str, Any] | None = None
+) -> Any:
+    """The object that a config describes.
+
+    Args:
+        config: a mapping with `_target_` and that class's arguments.
+        kind: what the object must be.
+        where: the config's key, for messages.
+        process: for places where `_partial_` may stand: a function of this process then makes the object.
+        given: further arguments, which every class for this place takes.
+
+    Raises: UserError if there is no such class, or if it makes something else.
+    """
+    settings, given = plain(config), given or {}
+    found = check_kind(settings, kind, where, later=process is not None)
+    what = f"{where}._target_={settings['_target_']}"
+    _require_arguments(found, given, what)
+    # under its key, which Hydra's errors tell
+    built = instantiate(OmegaConf.create({where: settings})[where], _convert_="all", **given)
+    if settings.get("_partial_"):
+        _require_arguments(found, ["process"], what)
+        built = built(process)
+    require(isinstance(built, kind), _no(kind, what))
+    return built
+
+
+def check_kind(config: Any, kind: type, where: str, later: bool = False) -> Any:
+    """What a config's `_target_` names, and with it those of its arguments; nothing is built.
+
+    Args:
+        later: whether `_partial_` may stand there.
+
+    Raises: UserError if it is not there, or is known to make something else than `kind`.
+    """
+    settings = plain(config)
+    require(isinstance(settings, dict), f"{where} must be a config with a _target_, got {settings!r}")
+    name, partial = settings.get("_target_"), settings.get("_partial_", False)
+    require(isinstance(name, str) and name != "", f"{where}._target_ must name a class, got {name!r}")
+    for key in settings:
+        usual = not str(key).startswith("_") or key in ("_target_", "_partial_")
+        require(usual, f"{where} holds the key {key!r}; give a class its arguments by their names")
+    try:
+        found = pydoc.locate(name)
+    except pydoc.ErrorDuringImport as error:
+        raise UserError(f"{where}._target_={name} can't be imported: {error.value}") from error
+    require(found is not None, f"{where}._target_={name}: there is no such class")
+    hints = _hints(found)
+    made = found if inspect.isclass(found) else hints.get("return")
+    wrong = not callable(found) or (inspect.isclass(made) and not issubclass(made, kind))
+    require(not wrong, _no(kind, f"{where}._target_={name}"))
+    require(isinstance(partial, bool), f"{where}._partial_ must be true or false, got {partial!r}")
+    require(not partial or later, f"{where}._partial_=true would make nothing; leave it out")
+    require(
+        not partial or not inspect.isclass(found),
+        f"{where}._partial_=true is for functions of the process, and {name} is a class; set {where}._partial_=false",
+    )
+    for key, value in settings.items():
+        kinds = [k for k in get_args(hints.get(key)) or [hints.get(key)] if inspect.isclass(k) and k is not type(None)]
+        if isinstance(value, dict) and "_target_" in value and len(kinds) == 1:
+            check_kind(value, kinds[0], f"{where}.{key}")
+    return found
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    """Types of a function's arguments, or of a class's, and what it returns, as far as it tells."""
+    try:
+        return get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except (TypeError, NameError):  # a module; names that are imported for type checkers alone
+        return {}
+
+
+def _require_arguments(found: Any, names: Iterable[str], what: str) -> None:
+    try:
+        parameters = inspect.signature(found).parameters
+    except (TypeError, ValueError):  # of some built in C nobody knows
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in names:
+        require(name in parameters, f"{what} takes no argument {name}, which it would be given here")
+
+
+def _no(kind: type, what: str) -> str:
+    """The line for a `_target_` that makes something else than `kind`."""
+    room = kind.__module__
+    while hasattr(sys.modules.get(parent := room.rpartition(".")[0]), kind.__name__):
+        room = parent
+    return f"{what} makes no {kind.__name__}; name a class derived from {room}.{kind.__name__}"
+
+
+def cause(error: BaseException) -> str:
+    """The first line of what lies at the bottom of an exception."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
