@@ -51,6 +51,7 @@ from dpm_scales.training.evaluation import periodic_evaluation
 from dpm_scales.training.export import PARTS, Model, Recipe, build_model, plain, save_model
 from dpm_scales.training.failures import UnreadableImages, told_in_one_line
 from dpm_scales.training.module import DiffusionModule, fit_to_data
+from dpm_scales.training.sharding import FSDP, ShardedStrategy
 
 #: overrides that say where or on what to run, not what: they do not name a run
 UNNAMED = (
@@ -115,8 +116,12 @@ def _check_numbers(cfg: DictConfig) -> None:
     require_number("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1, whole=True)
     strategy = str(trainer.strategy)
     require(
-        strategy == "auto" or strategy.startswith("ddp"),
-        f"trainer.strategy={strategy}: allowed are auto and ddp; every process keeps an average of all weights",
+        strategy in ("auto", FSDP) or strategy.startswith("ddp"),
+        f"trainer.strategy={strategy}: allowed are auto, ddp (whole weights on every device) and fsdp (slices of them)",
+    )
+    require(
+        strategy != FSDP or not cfg.compile,
+        "compile=true compiles a network in one piece, trainer=fsdp computes it block by block; leave one of them out",
     )
     if trainer.gradient_clip_val is not None:
         require_number("trainer.gradient_clip_val", trainer.gradient_clip_val, 0)
@@ -134,8 +139,10 @@ def _precision(cfg: DictConfig) -> str:
 
 def _trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback]) -> pl.Trainer:
     environment = follow_environment(cfg)
+    strategy = cfg.trainer.strategy
     return instantiate(
         cfg.trainer,
+        strategy=ShardedStrategy() if strategy == FSDP else strategy,
         precision=_precision(cfg),
         callbacks=callbacks,
         logger=False,  # they come when the run folder is there
@@ -159,6 +166,7 @@ def _quiet() -> None:
         ".*many workers.*",
         ".*exists and is not empty.*",
         ".*across ranks is zero.*",  # without validation images
+        ".*returned a view tensor.*",  # FSDP's; nothing is done in place with what a network returns
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -294,6 +302,8 @@ def _go_on(
         resume, checkpoint = found
         _check_same(checkpoint["recipe"], model.recipe.to_dict(), run_dir)
         steps = int(checkpoint["global_step"])
+        del checkpoint  # as large as the weights, their average and the optimiser's state together
+    del found
     finished = _steps_done(run_dir, cfg.trainer.max_steps)
     if finished is not None:
         if main:
@@ -330,8 +340,9 @@ def _go_on(
             **metrics.last("val/"),
             **metrics.last("eval/"),
         }
+        state = average.averaged(keep=main)
         if main:
-            save_model(run_dir / "model", model, average.averaged())
+            save_model(run_dir / "model", model, state)
             write_text(run_dir / "result.json", json.dumps(result, indent=1))
         for logger in trainer.loggers:
             if hasattr(logger, "experiment") and hasattr(logger.experiment, "finish"):
