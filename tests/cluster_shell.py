@@ -31,12 +31,6 @@ def start(*command: str, cwd: Path, **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def srun(count: int, script: str, *arguments: str, cwd: Path, **variables: str) -> list[subprocess.Popen[str]]:
-    """The processes of one job step on one machine; `script` may be Python's "-c"."""
-    command = (sys.executable, script if script == "-c" else str(ROOT / script), *arguments)
-    return [start(*command, cwd=cwd, **step, **variables) for step in job_step(count)]
-
-
 def job_step(count: int) -> list[dict[str, str]]:
     """What SLURM tells each process of a job step."""
     job = str(next(JOBS))
