@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from shell import ROOT, Outcome
+from shell import ROOT, Outcome, call
 
 #: of SLURM's jobs: their number is also that of a port
 JOBS = itertools.count(os.getpid() % 9000 + 1000)
@@ -25,15 +31,76 @@ def start(*command: str, cwd: Path, **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def srun(count: int, script: str, *arguments: str, cwd: Path, **variables: str) -> list[subprocess.Popen[str]]:
-    """The processes of one job step on one machine; `script` may be Python's "-c"."""
+def job_step(count: int) -> list[dict[str, str]]:
+    """What SLURM tells each process of a job step."""
     job = str(next(JOBS))
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(count), "SLURM_STEP_NUM_NODES": "1"}
     step |= {"SLURM_JOB_ID": job, "SLURM_NTASKS": str(count), "SLURM_JOB_NAME": "train", "SLURM_NODEID": "0"}
-    command = (sys.executable, script if script == "-c" else str(ROOT / script), *arguments)
-    return [
-        start(*command, cwd=cwd, **step, SLURM_PROCID=str(k), SLURM_LOCALID=str(k), **variables) for k in range(count)
-    ]
+    return [{**step, "SLURM_PROCID": str(k), "SLURM_LOCALID": str(k)} for k in range(count)]
+
+
+class Forked:
+    """``python train.py arguments`` in children of this process, which has imported all: they start at once.
+
+    Args:
+        steps: environment of each child.
+        prepare: called first in each of them, with its number.
+    """
+
+    def __init__(
+        self,
+        steps: list[dict[str, str]],
+        *arguments: str,
+        cwd: Path,
+        prepare: Callable[[int], Any] = lambda rank: None,
+    ) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        self.children: list[int] = []
+        for rank, step in enumerate(steps):
+            child = os.fork()
+            if child == 0:
+                status = 99
+                told = self.folder / str(rank)
+                try:
+                    os.setpgid(0, 0)  # with what it starts, as a terminal has it
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
+                    prepare(rank)
+                    outcome = call("train.py", *arguments, cwd=cwd, environment={"NO_COLOR": "1", **step})
+                    told.write_text(json.dumps(asdict(outcome)))
+                    status = outcome.status
+                except BaseException:
+                    told.write_text(json.dumps(asdict(Outcome(status, "", traceback.format_exc()))))
+                finally:
+                    os._exit(status)
+            self.children.append(child)
+
+    def running(self) -> bool:
+        """Whether all of them are; those that are not are waited for."""
+        ended = [os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) for child in self.children]
+        return not any(ended)
+
+    def signal(self, number: int) -> None:
+        """To all of them, and to what they started."""
+        for child in self.children:
+            os.killpg(child, number)
+
+    def finish(self) -> list[Outcome]:
+        """What they leave; none outlives the test."""
+        until, outcomes = time.monotonic() + 240, []
+        try:
+            for rank, child in enumerate(self.children):
+                while (status := os.waitpid(child, os.WNOHANG)) == (0, 0):
+                    assert time.monotonic() < until, "a process hangs"
+                    time.sleep(0.01)
+                told = self.folder / str(rank)
+                code = os.waitstatus_to_exitcode(status[1])
+                outcomes.append(Outcome(**json.loads(told.read_text())) if told.is_file() else Outcome(code, "", ""))
+                self.children[rank] = 0
+        finally:
+            for child in filter(None, self.children):
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+        return outcomes
 
 
 def torchrun(options: tuple[str, ...], script: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
@@ -56,9 +123,12 @@ def finish(*processes: subprocess.Popen[str]) -> list[Outcome]:
     return [Outcome(p.returncode, out, err) for p, (out, err) in zip(processes, ends, strict=True)]
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | Forked) -> None:
     """Until it holds, which must be while the process runs."""
     until = time.monotonic() + 200
     while not condition():
-        assert process.poll() is None and time.monotonic() < until, process.communicate(timeout=10)
+        if isinstance(process, Forked):
+            assert process.running() and time.monotonic() < until, process.finish()
+        else:
+            assert process.poll() is None and time.monotonic() < until, process.communicate(timeout=10)
         time.sleep(0.02)

@@ -156,6 +156,8 @@ TRAIN = {
     "trainer.max_steps=-1": "trainer.max_steps=-1 never ends; set trainer.max_time",
     "trainer.max_time=soon": "trainer: .*is not a valid duration",
     "trainer.val_check_interval=0": "trainer.val_check_interval must be a whole number >= 1, got 0",
+    "trainer.strategy=deepspeed": "trainer.strategy=deepspeed: allowed are auto, ddp .* and fsdp",
+    "trainer=fsdp compile=true": "compile=true compiles a network in one piece",
     "trainer.gradient_clip_val=0": "trainer.gradient_clip_val=0 stops all learning; null clips nothing",
     "trainer.accelerator=gpu2": "trainer: .*invalid accelerator name",
     "trainer.devices=zero": "devices",

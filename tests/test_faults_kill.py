@@ -162,7 +162,7 @@ def interrupted(tmp_path: Path, *, times: int, slow: str) -> tuple[int, str, Pat
     return status, log.read_text(), run_dir
 
 
-@pytest.mark.parametrize(("slow", "steps"), [("training_step", 6), ("validation_step", 6)])
+@pytest.mark.parametrize(("slow", "steps"), [("training_step", 6), ("validation_step", 5)])
 def test_ctrl_c_once_ends_with_a_checkpoint(slow: str, steps: int, tmp_path: Path) -> None:
     status, text, run_dir = interrupted(tmp_path, times=1, slow=slow)
     assert status == 130 and "Traceback" not in text, text

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import time
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,31 +23,78 @@ from torch import Tensor
 from dpm_scales.errors import UserError, require_number
 from dpm_scales.images import make_grid, save_png, to_uint8, write_text
 from dpm_scales.noise import NoiseSource
+from dpm_scales.training.export import Model
 from dpm_scales.training.module import DiffusionModule
+from dpm_scales.training.sharding import ShardedStrategy, is_sharded, local, shard, whole
 
 LOSS_EVERY = 50  # steps between two readings of the loss by the progress bar
 
 
 class WeightAverage(WeightAveraging):
-    """Exponential moving average, decay min(`decay`, (1 + n) / (10 + n)) at update n."""
+    """Exponential moving average, decay min(`decay`, (1 + n) / (10 + n)) at update n; sliced where the weights are."""
 
     def __init__(self, decay: float = 0.999) -> None:
         require_number("ema.decay", decay, 0, 1)
         self.decay = decay
         # buffers are constants of the model here; averaging would round the integer ones
-        super().__init__(use_buffers=False, avg_fn=self._average)
+        super().__init__(use_buffers=False, multi_avg_fn=self._average)
 
-    def averaged(self) -> dict[str, Tensor]:
-        """State of denoiser and prior with the averaged weights, from the beginning of `Trainer.fit`."""
+    @property
+    def module(self) -> DiffusionModule:
+        """The one with the averaged weights, from the beginning of `Trainer.fit`."""
         assert self._average_model is not None
         module = self._average_model.module
         assert isinstance(module, DiffusionModule)
-        return module.model.state_dict()
+        return module
 
-    def _average(self, average: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        n = torch.as_tensor(count, dtype=torch.float32, device=average.device)
+    def model(self) -> Model:
+        """With the averaged weights, in evaluation mode. Where they are sliced, all processes compute it together."""
+        self.module.eval()
+        return self.module.parts
+
+    def averaged(self, keep: bool = True) -> dict[str, Tensor]:
+        """State of denoiser and prior with the averaged weights; called by all processes, empty unless `keep`."""
+        state: dict[str, Tensor] = whole(self.module.model.state_dict(), keep)
+        return state
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, ShardedStrategy):
+            self._device = torch.device("cpu")  # whole until it is sliced, which no device needs to hold
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(trainer.strategy, ShardedStrategy):
+            shard(self.module, self.module.parts.denoiser.network, pl_module.device)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["state_dict"] = whole(checkpoint["state_dict"], trainer.is_global_zero)
+
+    def _average(self, averages: Sequence[Tensor], currents: Sequence[Tensor], count: Tensor | int) -> None:
+        n = torch.as_tensor(count, dtype=torch.float32, device=averages[0].device)
         decay = torch.clamp((1 + n) / (10 + n), max=self.decay)
-        return torch.lerp(current, average, decay.to(average.dtype))
+        for average, current in zip(map(local, averages), map(local, currents), strict=True):
+            average.copy_(torch.lerp(current, average, decay.to(average.dtype)))
+
+    def _swap_models(self, pl_module: pl.LightningModule) -> None:
+        for average, current in self._pairs(pl_module):
+            kept = average.clone()
+            average.copy_(current)
+            current.copy_(kept)
+
+    def _copy_average_to_current(self, pl_module: pl.LightningModule) -> None:
+        for average, current in self._pairs(pl_module):
+            current.copy_(average)
+
+    def _pairs(self, pl_module: pl.LightningModule) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parameters and buffers of the average and the current module, this process's slices of them."""
+        for average, current in (
+            *zip(self.module.parameters(), pl_module.parameters(), strict=True),
+            *zip(self.module.buffers(), pl_module.buffers(), strict=True),
+        ):
+            yield local(average.detach()), local(current.detach())
 
 
 class LoggedSteps(Callback):
@@ -79,7 +127,8 @@ class SampleGrid(Callback):
         self.folder, self.num_images, self.seed = folder, num_images, seed
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or self.num_images == 0 or trainer.global_rank != 0:
+        together = is_sharded(pl_module)
+        if trainer.sanity_checking or self.num_images == 0 or not (together or trainer.is_global_zero):
             return
         assert isinstance(pl_module, DiffusionModule)
         model = pl_module.parts
@@ -89,6 +138,8 @@ class SampleGrid(Callback):
         if recipe.num_classes is not None:
             labels = torch.arange(self.num_images, device=pl_module.device) % recipe.num_classes
         x = model.sampler.sample(model.denoiser, model.prior, noise, (recipe.channels, *recipe.image_size), labels)
+        if not trainer.is_global_zero:
+            return
         grid = make_grid(to_uint8(x, process.value_range).cpu())
         save_png(self.folder / f"step-{trainer.global_step:06d}.png", grid)
         for logger in trainer.loggers:

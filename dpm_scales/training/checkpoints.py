@@ -10,14 +10,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import signal
-import sys
-import threading
 import uuid
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,10 +23,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dpm_scales.errors import UserError, require_number
 from dpm_scales.images import atomic_write
+from dpm_scales.training.cluster import validation_follows
 from dpm_scales.training.export import checkpoints
 from dpm_scales.training.sealed import DamagedFileError, checkpoint_step, read_checkpoint, write_checkpoint
 
-STOPPING = "stopping after this step, with a checkpoint; Ctrl-C once more stops at once"
 #: what a run needs to go on, beside its weights
 NEEDED = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "averaging_state", "bad_steps", "global_step")
 
@@ -150,25 +146,20 @@ def restore_last(good: Path) -> None:
 
 
 class LastCheckpoint(Callback):
-    """`last.ckpt` every n steps, and after the step in which SIGTERM or Ctrl-C came.
+    """`last.ckpt` every n steps, and after the step with which `StopTogether` ends the run.
 
-    Clusters send SIGTERM before they take the machine away. A first Ctrl-C ends the run after the step, a second at
-    once; on several devices, which would stop at different steps, the first does. Where a validation follows the step,
-    the checkpoint waits for its end: a run that went on from between would leave it out. Must come after
-    `WeightAverage`, which averages after every step.
+    Where a validation follows the step, the checkpoint waits for its end: a run that went on from between would leave
+    it out. Must come after `WeightAverage`, which averages after every step.
     """
 
     def __init__(self, folder: CheckpointFolder, every_n_steps: int) -> None:
         require_number("checkpoint.every_n_steps", every_n_steps, 1, whole=True)
         self.folder, self.every_n_steps = folder, every_n_steps
         self._step = self._saved = 0  # the last one seen, and the last one in a checkpoint
-        self._waits = self._interrupted = False
-        self._handler: Any = None
+        self._waits = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = self._saved = trainer.global_step
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._interrupt)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -176,24 +167,19 @@ class LastCheckpoint(Callback):
         if trainer.global_step == self._step:  # gradients are being accumulated, and no checkpoint holds them
             return
         self._step = trainer.global_step
-        if self._step % self.every_n_steps == 0 or trainer.received_sigterm or self._interrupted:
-            batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-            self._waits = trainer.enable_validation and batches % (trainer.val_check_batch or math.inf) == 0
+        if self._step % self.every_n_steps == 0 or trainer.received_sigterm:
+            self._waits = validation_follows(trainer)
             if not self._waits:
                 # Lightning logs the step only after this hook: a kill between the two would lose its row
                 trainer._logger_connector.update_train_step_metrics()
                 self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._waits:
+        if self._waits or trainer.received_sigterm:
             self._waits = False
             self._save(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._release()
-
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release()
         # SIGTERM may also come after the hook above; Lightning then stops between two steps, or in a validation
         between = not trainer.validating and not trainer.fit_loop.epoch_loop._should_accumulate()
         if isinstance(exception, SIGTERMException) and between and self._saved < trainer.global_step == self._step:
@@ -202,19 +188,6 @@ class LastCheckpoint(Callback):
     def _save(self, trainer: pl.Trainer) -> None:
         self.folder.save_last(trainer)
         self._saved = self._step
-        if self._interrupted:
-            raise KeyboardInterrupt
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print(STOPPING, file=sys.stderr, flush=True)
-
-    def _release(self) -> None:
-        """Give Ctrl-C back to whoever had it. Lightning's own shutdown ignores it, and still may."""
-        if self._handler is not None and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, self._handler)
-        self._handler = None
 
 
 class FinalCheckpoint(Callback):

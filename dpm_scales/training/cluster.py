@@ -1,14 +1,15 @@
 """A run on a cluster: as many processes as were started, one stop for all of them, one run in a folder.
 
 Schedulers send a signal before they take a machine away: SIGUSR1 or SIGUSR2 (`sbatch --signal`) before the time is up,
-SIGTERM on preemption. It may reach one process or all of them, at different steps; they end after the same step, with a
-checkpoint. After SIGUSR1 and SIGUSR2 the job is queued again: by submitit if it started the job, else by `scontrol
-requeue`. After SIGTERM that is for the scheduler to decide. Lightning's own requeueing, which saves in the middle of a
-step, is left out.
+SIGTERM on preemption; Ctrl-C is SIGINT. It may reach one process or all of them, at different steps; they end after the
+same step, with a checkpoint. After SIGUSR1 and SIGUSR2 the job is queued again: by submitit if it started the job, else
+by `scontrol requeue`. After SIGTERM that is for the scheduler to decide. Lightning's own requeueing, which saves in the
+middle of a step, is left out.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -35,7 +36,9 @@ from dpm_scales.errors import UserError
 from dpm_scales.training.shards import meet
 
 REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
-SIGNALS = (*REQUEUE, signal.SIGTERM)
+#: of those that reach different processes, the largest number counts: SIGINT, which has the most time, gives way
+SIGNALS = (signal.SIGINT, *REQUEUE, signal.SIGTERM)
+STOPPING = "stopping after this step, with a checkpoint; Ctrl-C once more stops at once"
 
 
 def follow_environment(cfg: DictConfig) -> ClusterEnvironment:
@@ -56,12 +59,15 @@ def follow_environment(cfg: DictConfig) -> ClusterEnvironment:
 class StopTogether(Callback):
     """After a signal to any process, all of them end after the same step, which `LastCheckpoint` then saves.
 
-    Must come before `LastCheckpoint`. Processes agree once a step, on the CPU: the device is not waited for.
+    A validation that follows the step, or has begun, is finished after a first Ctrl-C; the other signals break it off.
+    A second Ctrl-C ends its process at once. Must come before `LastCheckpoint`. Processes agree once a step, on the
+    CPU: the device is not waited for.
     """
 
     def __init__(self) -> None:
         self.received = 0
         self._step = 0
+        self._speaks = True
         self._group: Any = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -73,7 +79,7 @@ class StopTogether(Callback):
             self._group = distributed.new_group(backend="gloo")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step = trainer.global_step
+        self._step, self._speaks = trainer.global_step, trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # after Lightning's, which puts back what was there before
                 signal.signal(number, self._note)
@@ -84,7 +90,7 @@ class StopTogether(Callback):
         # no checkpoint holds gradients that are being accumulated; and after the last step the run ends anyway
         if trainer.global_step != self._step and not 0 < trainer.max_steps <= trainer.global_step:
             self._step = trainer.global_step
-            self._agree(trainer)
+            self._agree(trainer, patient=validation_follows(trainer))
 
     def on_validation_batch_end(
         self,
@@ -96,6 +102,10 @@ class StopTogether(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if not 0 < trainer.max_steps <= trainer.global_step:
+            self._agree(trainer, patient=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not 0 < trainer.max_steps <= trainer.global_step:
             self._agree(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -105,14 +115,25 @@ class StopTogether(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self._speaks:
+                print(STOPPING, file=sys.stderr, flush=True)
 
-    def _agree(self, trainer: pl.Trainer) -> None:
+    def _agree(self, trainer: pl.Trainer, patient: bool = False) -> None:
+        """Stop if any process has a signal; `patient`: not yet after Ctrl-C."""
         if self._group is not None:
             flag = torch.tensor(self.received)
             distributed.all_reduce(flag, distributed.ReduceOp.MAX, self._group)
             self.received = int(flag)
-        if self.received:
+        if self.received and not (patient and self.received == signal.SIGINT):
             trainer._signal_connector.received_sigterm = True
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether a validation is due after the step that has just been taken."""
+    batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    return bool(trainer.enable_validation and batches % (trainer.val_check_batch or math.inf) == 0)
 
 
 def requeue(number: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -81,10 +80,7 @@ class PeriodicEvaluation(Callback):
         self._step = step
         assert isinstance(pl_module, DiffusionModule)
         with _own_random_numbers(pl_module.device):
-            model = copy.deepcopy(pl_module.parts)
-            model.modules().load_state_dict(self.average.averaged())
-            model.modules().eval()
-            features = self._features(model, pl_module)
+            features = self._features(self.average.model(), pl_module)
         if self._known is None:
             return
         judged = FeatureSet(FeatureStatistics().update(features), features.numpy())
@@ -99,8 +95,9 @@ class PeriodicEvaluation(Callback):
         """Features (num_samples, d) of the samples of all processes, on the CPU."""
         trainer, recipe = pl_module.trainer, model.recipe
         share = -(-self.num_samples // trainer.world_size)
+        # the last ones may have more than are needed: as many batches as the others, which compute sliced weights
         start = trainer.global_rank * share
-        stop = min(start + share, self.num_samples)
+        stop = start + share
         scales = model.sampler.scales(model.denoiser.process, pl_module.device)  # checked when the model was built
         own = torch.zeros(share, self.network.dim, device=pl_module.device)
         for first in range(start, stop, self.batch_size):

@@ -17,6 +17,7 @@ from dpm_scales.images import to_range
 from dpm_scales.noise import NoiseSource
 from dpm_scales.scale_sampling import SCALE_SAMPLINGS, ImportanceScales, spread_evenly, uniform_scales
 from dpm_scales.training.export import Model
+from dpm_scales.training.sharding import clip_norm, like_parameters
 from dpm_scales.weights import LossWeight
 
 DECAYS = ("cosine", "constant")
@@ -137,6 +138,7 @@ class DiffusionModule(pl.LightningModule):
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True
         )
+        optimizer.register_load_state_dict_pre_hook(like_parameters)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -155,7 +157,7 @@ class DiffusionModule(pl.LightningModule):
     ) -> None:
         """Clip the norm; where it is not finite, the optimiser skips the step on the device, without a host sync."""
         limit = math.inf if gradient_clip_val is None else float(gradient_clip_val)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        norm = clip_norm(self.parameters(), limit)
         bad = (~torch.isfinite(norm)).to(torch.float32)
         inner = getattr(optimizer, "optimizer", optimizer)
         inner.found_inf = bad

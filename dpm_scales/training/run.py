@@ -52,6 +52,7 @@ from dpm_scales.training.evaluation import periodic_evaluation
 from dpm_scales.training.export import PARTS, Model, Recipe, build_model, save_model
 from dpm_scales.training.failures import UnreadableImages, told_in_one_line
 from dpm_scales.training.module import DiffusionModule, fit_to_data
+from dpm_scales.training.sharding import FSDP, ShardedStrategy
 from dpm_scales.training.stored import stored_result
 from dpm_scales.weights import LossWeight
 
@@ -120,8 +121,12 @@ def _check_numbers(cfg: DictConfig) -> None:
     require_number("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1, whole=True)
     strategy = str(trainer.strategy)
     require(
-        strategy == "auto" or strategy.startswith("ddp"),
-        f"trainer.strategy={strategy}: allowed are auto and ddp; every process keeps an average of all weights",
+        strategy in ("auto", FSDP) or strategy.startswith("ddp"),
+        f"trainer.strategy={strategy}: allowed are auto, ddp (whole weights on every device) and fsdp (slices of them)",
+    )
+    require(
+        strategy != FSDP or not cfg.compile,
+        "compile=true compiles a network in one piece, trainer=fsdp computes it block by block; leave one of them out",
     )
     if trainer.gradient_clip_val is not None:
         require_number("trainer.gradient_clip_val", trainer.gradient_clip_val, 0)
@@ -139,11 +144,13 @@ def _precision(cfg: DictConfig) -> str:
 
 def _trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback]) -> pl.Trainer:
     environment = follow_environment(cfg)
+    strategy = cfg.trainer.strategy
     return build(
         cfg.trainer,
         pl.Trainer,
         "trainer",
         given={
+            "strategy": ShardedStrategy() if strategy == FSDP else strategy,
             "precision": _precision(cfg),
             "callbacks": callbacks,
             "logger": False,  # they come when the run folder is there
@@ -167,6 +174,7 @@ def _quiet() -> None:
         ".*many workers.*",
         ".*exists and is not empty.*",
         ".*across ranks is zero.*",  # without validation images
+        ".*returned a view tensor.*",  # FSDP's; nothing is done in place with what a network returns
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -301,6 +309,8 @@ def _go_on(
         resume, checkpoint = found
         _check_same(checkpoint["recipe"], model.recipe.to_dict(), run_dir)
         steps = int(checkpoint["global_step"])
+        del checkpoint  # as large as the weights, their average and the optimiser's state together
+    del found
     finished = _steps_done(run_dir, cfg.trainer.max_steps)
     if finished is not None:
         if main:
@@ -337,8 +347,9 @@ def _go_on(
             **metrics.last("val/"),
             **metrics.last("eval/"),
         }
+        state = average.averaged(keep=main)
         if main:
-            save_model(run_dir / "model", model, average.averaged())
+            save_model(run_dir / "model", model, state)
             write_text(run_dir / "result.json", json.dumps(result, indent=1))
         for logger in trainer.loggers:
             if hasattr(logger, "experiment") and hasattr(logger.experiment, "finish"):
