@@ -31,7 +31,8 @@ from dpm_scales.samplers import Sampler
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule
 from dpm_scales.study import TASKS
 from dpm_scales.targets import Target
-from dpm_scales.training import sample_run
+from dpm_scales.training import run, sample_run
+from dpm_scales.training.sharding import ShardedStrategy
 from dpm_scales.weights import LossWeight
 
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("experiment", "hydra"))
@@ -287,8 +288,8 @@ def test_data_that_must_be_named_says_so() -> None:
 @pytest.mark.parametrize("name", choices("trainer"))
 def test_trainers(name: str, tmp_path: Path) -> None:
     config = composed(f"trainer={name}", "trainer.accelerator=cpu")
-    trainer = instantiate(config.trainer, precision="32-true", logger=False, default_root_dir=str(tmp_path))
-    assert isinstance(trainer, pl.Trainer)
+    trainer = run._trainer(config, tmp_path, [])
+    assert isinstance(trainer, pl.Trainer) and isinstance(trainer.strategy, ShardedStrategy) == (name == "fsdp")
     assert trainer.num_devices == config.trainer.devices
     assert list(tmp_path.iterdir()) == []
 

@@ -56,10 +56,11 @@ def test_average_of_the_weights_by_hand(decay: float, tmp_path: Path, history: l
 
 def test_average_warms_up() -> None:
     average = WeightAverage(0.999)
-    zero, one = torch.zeros(1), torch.ones(1)
     for n in (1, 5, 90, 10000):
+        values = [torch.ones(1), torch.full((2,), 2.0)]
+        average._average(values, [torch.zeros(1), torch.zeros(2)], torch.tensor(n))
         expected = min(0.999, (1 + n) / (10 + n))
-        assert average._average(one, zero, torch.tensor(n)).item() == pytest.approx(expected, rel=1e-6)
+        assert torch.cat(values).tolist() == pytest.approx([expected, 2 * expected, 2 * expected], rel=1e-6)
 
 
 def test_buffers_are_not_averaged(tmp_path: Path) -> None:
