@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpm_scales import plots
 from dpm_scales.errors import UserError
 from dpm_scales.operators import OsmosisOperator, evolve, implicit_euler
 
@@ -255,22 +256,16 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, name, x, label in (
-        (axes[0], "time", "t", "t in px², 481 x 321 colour image"),
-        (axes[1], "pixels", "pixels", "pixels, 3 channels, t = 100 px²"),
-    ):
-        part = result[name]
-        axis.loglog(part[x], part["seconds"], "o-", label=f"slope {part['slope']:.2f}")
-        axis.set(xlabel=label, ylabel="seconds")
-        axis.legend()
-        axis.grid(True, which="both", alpha=0.3)
-    figure.savefig(path, dpi=150)
+    """Two panels with both axes logarithmic."""
+    with plots.figure(path, 8, 3.2, ncols=2) as (_, axes):
+        for axis, name, x, label in (
+            (axes[0], "time", "t", "t in px², 481 x 321 colour image"),
+            (axes[1], "pixels", "pixels", "pixels, 3 channels, t = 100 px²"),
+        ):
+            part = result[name]
+            axis.loglog(part[x], part["seconds"], "o-", color=plots.COLOURS[0], label=f"slope {part['slope']:.2f}")
+            axis.set(xlabel=label, ylabel="seconds")
+            axis.legend()
 
 
 # --- a whole folder ---------------------------------------------------------------------------------------------------
