@@ -80,17 +80,20 @@ def missing(model: Model, recipe: str, evaluations: Sequence[int], rows: Sequenc
 
 
 def write_tables(rows: Sequence[Row], name: str, out: Path) -> None:
-    """`SET.csv` with every row, `SET.md` with the first figure: samplers down, evaluations across."""
+    """`SET.csv` with every row, `SET.md` with the first figure: samplers down, evaluations across.
+
+    Heun's samplers take an odd number of evaluations and stand at the next one.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, ["recipe", "sampler", "evaluations", *FIGURES[name]], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(out / f"{name}.csv", text.getvalue())
-    numbers = sorted({int(row["evaluations"]) for row in rows})
+    numbers = sorted({int(row["evaluations"]) for row in rows if row["sampler"] == "ancestral"})
     lines = [f"| recipe | sampler | {' | '.join(map(str, numbers))} |", "|---" * (2 + len(numbers)) + "|"]
     for recipe, sampler in dict.fromkeys((row["recipe"], row["sampler"]) for row in rows):
         found = {
-            int(row["evaluations"]): f"{float(row[FIGURES[name][0]]):.3g}"
+            min(n for n in numbers if n >= int(row["evaluations"])): f"{float(row[FIGURES[name][0]]):.3g}"
             for row in rows
             if (row["recipe"], row["sampler"]) == (recipe, sampler)
         }
@@ -114,6 +117,9 @@ def plot(rows: Sequence[Row], name: str, path: Path, real: float) -> None:
                     axis.plot(*zip(*points, strict=True), label=sampler, **look)
             axis.axhline(real, color="grey", linewidth=0.8)
             axis.set(xlabel="evaluations of the network", title=f"{name}_{recipe}", xscale="log", yscale="log")
+            numbers = sorted({int(row["evaluations"]) for row in rows if row["sampler"] == "ancestral"})
+            axis.set_xticks(numbers, labels=map(str, numbers))
+            axis.minorticks_off()
             axis.legend()
         axes[0][0].set_ylabel(LABELS[name])
 
