@@ -20,13 +20,15 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from benchmarks.timing import seconds
 
 Route = Callable[[Tensor, Tensor], Tensor]
 """Images (B, C, H, W) and dissipation times (B,) in px² to blurred images."""
@@ -105,18 +107,6 @@ def random_times(number: int, generator: torch.Generator, device: torch.device) 
     return (sigmas**2 / 2).to(device)
 
 
-def seconds_per_call(route: Route, x: Tensor, times: Tensor, calls: int) -> float:
-    """Wall-clock time of a call, averaged over `calls`; waits for the device."""
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        route(x, times)
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return (time.perf_counter() - start) / calls
-
-
 @torch.no_grad()
 def measure(shape: tuple[int, int, int, int], repeats: int, device: torch.device) -> dict[str, Any]:
     """Medians in ms, ratios to `heat_blur` and errors of every route for images of `shape` (B, C, H, W)."""
@@ -131,24 +121,25 @@ def measure(shape: tuple[int, int, int, int], repeats: int, device: torch.device
 
     calls = {}
     for name, route in routes.items():
-        seconds_per_call(route, x, times, 2)
-        calls[name] = max(1, round(TURN_SECONDS / seconds_per_call(route, x, times, 3)))
+        call = partial(route, x, times)
+        seconds(call, device, 2)
+        calls[name] = max(1, round(TURN_SECONDS / seconds(call, device, 3)))
 
-    seconds: dict[str, list[float]] = {name: [] for name in routes}
+    passed: dict[str, list[float]] = {name: [] for name in routes}
     names = list(routes)
     for turn in range(repeats):
         times = random_times(shape[0], generator, device)  # new ones, so that nothing can be remembered
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(seconds_per_call(routes[name], x, times, calls[name]))
+            passed[name].append(seconds(partial(routes[name], x, times), device, calls[name]))
 
-    ours = seconds["heat_blur"]
+    ours = passed["heat_blur"]
     return {
         "shape": list(shape),
-        "milliseconds": {name: 1e3 * statistics.median(values) for name, values in seconds.items()},
+        "milliseconds": {name: 1e3 * statistics.median(values) for name, values in passed.items()},
         "ratios": {
             name: statistics.median(theirs / own for theirs, own in zip(values, ours, strict=True))
-            for name, values in seconds.items()
+            for name, values in passed.items()
             if name != "heat_blur"
         },
         "errors": errors,

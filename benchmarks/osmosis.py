@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.timing import timed
 from dpm_scales import plots
 from dpm_scales.errors import UserError
 from dpm_scales.operators import OsmosisOperator, evolve, implicit_euler
@@ -75,17 +76,6 @@ def guidance_image(image: Tensor, generator: torch.Generator, dark: bool = False
 
 def rms(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).square().mean().sqrt())
-
-
-def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Wall-clock seconds of one run, and its result; waits for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    result = run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result
 
 
 # --- the methods ------------------------------------------------------------------------------------------------------

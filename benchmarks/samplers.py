@@ -89,7 +89,7 @@ def write_tables(rows: Sequence[Row], name: str, out: Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(out / f"{name}.csv", text.getvalue())
-    numbers = sorted({int(row["evaluations"]) for row in rows if row["sampler"] == "ancestral"})
+    numbers = _numbers(rows)
     lines = [f"| recipe | sampler | {' | '.join(map(str, numbers))} |", "|---" * (2 + len(numbers)) + "|"]
     for recipe, sampler in dict.fromkeys((row["recipe"], row["sampler"]) for row in rows):
         found = {
@@ -99,6 +99,11 @@ def write_tables(rows: Sequence[Row], name: str, out: Path) -> None:
         }
         lines.append(f"| {recipe} | {sampler} | {' | '.join(found.get(n, '') for n in numbers)} |")
     write_text(out / f"{name}.md", "\n".join(lines) + "\n")
+
+
+def _numbers(rows: Sequence[Row]) -> list[int]:
+    """Of evaluations that were asked for."""
+    return sorted({int(row["evaluations"]) for row in rows if row["sampler"] == "ancestral"})
 
 
 def plot(rows: Sequence[Row], name: str, path: Path, real: float) -> None:
@@ -117,7 +122,7 @@ def plot(rows: Sequence[Row], name: str, path: Path, real: float) -> None:
                     axis.plot(*zip(*points, strict=True), label=sampler, **look)
             axis.axhline(real, color="grey", linewidth=0.8)
             axis.set(xlabel="evaluations of the network", title=f"{name}_{recipe}", xscale="log", yscale="log")
-            numbers = sorted({int(row["evaluations"]) for row in rows if row["sampler"] == "ancestral"})
+            numbers = _numbers(rows)
             axis.set_xticks(numbers, labels=map(str, numbers))
             axis.minorticks_off()
             axis.legend()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.timing import seconds
 from dpm_scales.operators import evolve, stencil
 from dpm_scales.operators.stencil import FiveProducts, FusedProduct, white_stencil
 
@@ -29,23 +29,12 @@ SHAPES = ((250, 1, 8, 8), (64, 3, 32, 32), (32, 3, 64, 64), (1, 3, 321, 481), (1
 """Batches of digits, photo patches and whole photos, ``(B, C, H, W)``."""
 
 
-def seconds(call: Callable[[], object], device: torch.device, least: float = 0.02) -> float:
-    """Of one call, from as many in a row as take `least` seconds."""
-
-    def of(number: int) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(number):
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    number = 1
-    while (passed := of(number)) < least:
-        number *= 2
-    return passed / number
+def of_many(call: Callable[[], object], device: torch.device, least: float = 0.02) -> float:
+    """Seconds of one call, from as many in a row as take `least` seconds."""
+    calls = 1
+    while (passed := seconds(call, device, calls)) * calls < least:
+        calls *= 2
+    return passed
 
 
 def products(
@@ -92,7 +81,7 @@ def measure(shape: tuple[int, int, int, int], dtype: torch.dtype, options: argpa
     for _ in range(options.repeats):
         for part, calls in (("step", ways), ("expansion", whole)):
             for name, call in calls.items():
-                found[part][name].append(seconds(call, device))
+                found[part][name].append(of_many(call, device))
     result = {part: {n: statistics.median(s) for n, s in times.items()} for part, times in found.items()}
     moved = 6 * u.numel() * u.element_size()
     return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "bytes": moved, **result}

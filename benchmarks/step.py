@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from benchmarks.timing import seconds
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.processes import Process
 from dpm_scales.targets import Clean
@@ -44,17 +44,6 @@ def build(name: str, network: str, channels: int) -> Denoiser:
     inputs = channels * (1 + process.context_channels)
     net = instantiate(cfg.network, in_channels=inputs, out_channels=channels, _convert_="all")
     return Denoiser(net, process, Clean())
-
-
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of one call; waits for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def measure(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpm_scales.study.audit_dense import largest
 from dpm_scales.study.audit_lab import LIMIT, Finding, Gap, Lab, Verdict, not_applicable
-from dpm_scales.study.audit_reverse import Return, denoiser
+from dpm_scales.study.audit_reverse import REVERSE, Return, denoiser
 
 
 def preserving(lab: Lab) -> Finding:
@@ -64,7 +64,7 @@ def reverse_step(lab: Lab, back: Return) -> Finding:
     name, source = "transition", "Eq. (32), Sect. 5.2"
     printed = "q(u_{i-1} | u_i) = N(mu(u_i, i), Sigma(u_i, i)), neither the same for all pixels"
     if not lab.noisy:
-        return not_applicable(name, source, printed, "without noise there is one way back at most", "reverse")
+        return not_applicable(name, source, printed, "without noise there is one way back at most", REVERSE)
     tolerance = max(lab.noise_tolerance, 1e-6)
     gaps, uneven = [], []
     for k, posterior in enumerate(back.posteriors[::-1]):
@@ -85,7 +85,7 @@ def reverse_step(lab: Lab, back: Return) -> Finding:
     return Finding(
         name=name,
         source=source,
-        direction="reverse",
+        direction=REVERSE,
         printed=printed,
         verdict=Verdict.IN_LAW if gap.closed else Verdict.VIOLATED,
         figure="posterior and ideal denoiser against Bayes' rule, mean and covariance, relative",
