@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.judges import JUDGES
+from benchmarks.judges import JUDGES, PhotosJudge
 from dpm_scales import plots
 from dpm_scales.images import write_text
 from dpm_scales.processes import Process
-from dpm_scales.samplers import DDIM, Ancestral, DPMSolver, Heun, Sampler, UniPC
+from dpm_scales.samplers import DDIM, GRIDS, Ancestral, DPMSolver, Heun, Sampler, UniPC
 from dpm_scales.training.export import Model, load_model
 from dpm_scales.training.sampling import draw
 
@@ -34,24 +34,19 @@ EVALUATIONS = (5, 10, 20, 50, 200)
 RECIPES = ("vp", "ve", "heat", "blurring")
 
 
-def _grid(process: Process) -> str:
-    """Uniform in logSNR where only noise tells the scales apart."""
-    return "logsnr" if process.blur is None else "uniform"
-
-
 def _heun(process: Process, number: int, s_churn: float = 0.0) -> Sampler:
     """Of `number` evaluations, on EDM's grid where nothing blurs."""
     return Heun((number + 1) // 2, "karras" if process.blur is None else "uniform", s_churn=s_churn)
 
 
-SAMPLERS: dict[str, Callable[[Process, int], Sampler]] = {
-    "ancestral": lambda process, number: Ancestral(number),
-    "ddim": lambda process, number: DDIM(0.0, number, _grid(process)),
-    "heun": _heun,
-    "heun, churn": lambda process, number: _heun(process, number, s_churn=number / 10),
-    "dpm++ 2m": lambda process, number: DPMSolver(0.0, number, _grid(process)),
-    "sde-dpm++ 2m": lambda process, number: DPMSolver(1.0, number, _grid(process)),
-    "unipc": lambda process, number: UniPC(2, number, _grid(process)),
+SAMPLERS: dict[str, Callable[[Process, int, str], Sampler]] = {
+    "ancestral": lambda process, number, grid: Ancestral(number),
+    "ddim": lambda process, number, grid: DDIM(0.0, number, grid),
+    "heun": lambda process, number, grid: _heun(process, number),
+    "heun, churn": lambda process, number, grid: _heun(process, number, s_churn=number / 10),
+    "dpm++ 2m": lambda process, number, grid: DPMSolver(0.0, number, grid),
+    "sde-dpm++ 2m": lambda process, number, grid: DPMSolver(1.0, number, grid),
+    "unipc": lambda process, number, grid: UniPC(2, number, grid),
 }
 DETERMINISTIC = ("ddim", "heun", "dpm++ 2m", "unipc")
 
@@ -63,8 +58,10 @@ LABELS = {"digits": "FD, halves of the real digits = 1", "photos32": "FD-efflite
 Row = dict[str, Any]
 
 
-def missing(model: Model, recipe: str, evaluations: Sequence[int], rows: Sequence[Row]) -> Iterator[tuple[Row, Model]]:
-    """The head of each row that is not there yet, and the model with its sampler."""
+def missing(
+    model: Model, recipe: str, evaluations: Sequence[int], rows: Sequence[Row], grid: str | None = None
+) -> Iterator[tuple[Row, Model]]:
+    """The head of each row that is not there yet, and the model with its sampler; `grid` is for models without blur."""
     process, there = model.denoiser.process, {(r["recipe"], r["sampler"], int(r["evaluations"])) for r in rows}
     for name, make in SAMPLERS.items():
         if process.has_constant_noise() and name in DETERMINISTIC:
@@ -72,7 +69,7 @@ def missing(model: Model, recipe: str, evaluations: Sequence[int], rows: Sequenc
         for number in evaluations:
             if number > process.num_scales:
                 continue
-            sampler = make(process, number)
+            sampler = make(process, number, (grid or "logsnr") if process.blur is None else "uniform")
             sampler.check(model.denoiser)
             used = 2 * (sampler.steps or 1) - 1 if isinstance(sampler, Heun) else number
             if (recipe, name, used) not in there:
@@ -137,15 +134,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--evaluations", nargs="+", type=int, default=EVALUATIONS)
     parser.add_argument("--number", type=int, default=500, help="samples of each")
+    parser.add_argument("--grid", choices=sorted(GRIDS), help="of scales without blur; logsnr unless given")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     name, device = options.set, torch.device(options.device)
     judge, table = JUDGES[name](), options.out / f"{options.set}.csv"
+    if isinstance(judge, PhotosJudge):
+        judge.network.to(device)
     rows: list[Row] = list(csv.DictReader(io.StringIO(table.read_text()))) if table.is_file() else []
     for recipe in options.recipes:
         model = load_model(options.models / f"{name}_{recipe}")
-        for head, chosen in missing(model, recipe, options.evaluations, rows):
-            images = torch.cat(list(draw(chosen, options.number, seed=0, device=device)))
+        for head, chosen in missing(model, recipe, options.evaluations, rows, options.grid):
+            images = torch.cat(list(draw(chosen, options.number, options.seed, device=device)))
             report = judge.report(images.cpu().numpy())
             rows.append(head | {key: round(report[key], 4) for key in FIGURES[name]})
             print(rows[-1], flush=True)

@@ -14,12 +14,13 @@ from shell import Outcome, call, composed, files, small_model
 from torch import nn
 
 from dpm_scales.data import ImageDataModule
+from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError
 from dpm_scales.priors import Prior
 from dpm_scales.processes import VP, InverseHeat, Process
 from dpm_scales.samplers import DDIM, Heun, Sampler
 from dpm_scales.schedules import ConstantNoise, LogBlur
-from dpm_scales.targets import Target
+from dpm_scales.targets import Clean, Target
 from dpm_scales.training import save_model
 from dpm_scales.training.building import build, check_kind
 from dpm_scales.weights import LossWeight
@@ -117,21 +118,28 @@ def test_what_is_right_is_built(modules: None) -> None:
     assert build({"_target_": "own_module.told", "noise": None}, Process, "process").num_scales == 7
 
 
-def test_functions_of_the_process() -> None:
+def test_functions_of_what_was_built_before() -> None:
     auto = {"_target_": "dpm_scales.samplers.auto_sampler", "_partial_": True, "steps": 3}
-    sampler = build(auto, Sampler, "sampler", VP(9))
+    late = {"denoiser": Denoiser(nn.Identity(), VP(9), Clean())}
+    sampler = build(auto, Sampler, "sampler", late)
     assert isinstance(sampler, Heun) and sampler.steps == 3
     ddim = {"_target_": "dpm_scales.samplers.DDIM", "eta": 0.5}
-    assert isinstance(build(ddim, Sampler, "sampler", VP(9)), DDIM)
+    assert isinstance(build(ddim, Sampler, "sampler", late), DDIM)
     for config, message in (
-        (ddim | {"_partial_": True}, "_partial_=true is for functions .*DDIM is a class; set sampler._partial_=false"),
+        (
+            ddim | {"_partial_": True},
+            "is for functions of the denoiser, and .*DDIM is a class; set sampler._partial_=false",
+        ),
         ({"_target_": "dpm_scales.samplers.karras_grid", "_partial_": True}, "karras_grid makes no Sampler"),
         ({"_target_": "dpm_scales.priors.auto_prior", "_partial_": True}, "auto_prior makes no Sampler"),
-        ({"_target_": "builtins.print", "_partial_": True}, "print takes no argument process, which it would be given"),
+        (
+            {"_target_": "builtins.print", "_partial_": True},
+            "print takes no argument denoiser, which it would be given",
+        ),
         (auto | {"_args_": [1]}, "sampler holds the key '_args_'"),
     ):
         with pytest.raises(UserError, match=message):
-            build(config, Sampler, "sampler", VP(9))
+            build(config, Sampler, "sampler", late)
 
 
 def test_given_arguments_must_be_taken() -> None:
@@ -153,6 +161,8 @@ KINDS = {
     "weight": LossWeight,
     "logger": Logger,
 }
+#: what functions are given where one may stand in place of a class
+LATE = {"prior": ["process"], "sampler": ["denoiser"]}
 
 
 def assert_one_line(outcome: Outcome, message: str) -> None:
@@ -176,7 +186,7 @@ def test_what_configs_name_passes(group: str) -> None:
     config = composed(
         "logger=tensorboard", "weight=edm", "run_dir=x", f"{group}.seed=3" if group == "data" else "seed=3"
     )
-    check_kind(config[group], KINDS[group], group, later=group in ("prior", "sampler"))
+    check_kind(config[group], KINDS[group], group, late=LATE.get(group))
 
 
 def test_a_network_without_weights(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_published_schedules_are_walked_in_float32_without_overflow(name: str, t
         DDIM(0.0, 20),
         Heun(10, "uniform"),
         Dissipation(1.25, 20),
-        auto_sampler(process, 20),
+        auto_sampler(denoiser, 20),
     ):
         x = sampler.sample(denoiser, prior, NoiseSource(0, 2), (1, 12, 16))
         assert x.dtype == torch.float32 and x.shape == (2, 1, 12, 16) and x.isfinite().all(), type(sampler)

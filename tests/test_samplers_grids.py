@@ -37,6 +37,7 @@ from dpm_scales.samplers import (
     DDIM,
     Ancestral,
     Dissipation,
+    DPMSolver,
     Heun,
     Sampler,
     auto_sampler,
@@ -282,17 +283,26 @@ def test_heuns_variable_is_the_noise_level_unless_the_process_blurs(twin: Twin) 
         (VP(10), Heun, 10),
         (VP(100, ConstantBeta(0.1)), Heun, 18),
         (VE(), Heun, 18),
-        (InverseHeat(), Ancestral, None),
-        (InverseHeat(noise=ConstantNoise(0.1)), Ancestral, None),
+        (InverseHeat(), DPMSolver, 50),
+        (InverseHeat(noise=ConstantNoise(0.1)), DPMSolver, 50),
         (Homogeneous(), Dissipation, 1),
-        (Blurring(), Ancestral, 250),
-        (Blurring(100), Ancestral, 100),
-        (BlurringChain(), Ancestral, 200),
+        (Blurring(), DPMSolver, 50),
+        (Blurring(20), DPMSolver, 20),
+        (BlurringChain(), DPMSolver, 50),
     ],
 )
 def test_auto_sampler_suits_the_process(process: Process, kind: type[Sampler], steps: int | None) -> None:
-    sampler = auto_sampler(process)
+    sampler = auto_sampler(of(process))
     assert type(sampler) is kind and sampler.steps == steps
+    assert not isinstance(sampler, DPMSolver) or sampler.eta == 1
     sampler.check(of(process))
-    few = auto_sampler(process, 5)
+    few = auto_sampler(of(process), 5)
     assert type(few) is kind and len(few.scales(process)) == 6
+
+
+@pytest.mark.parametrize("process", [VP(), InverseHeat(), Blurring()])
+def test_auto_sampler_goes_from_scale_to_scale_where_the_network_knows_no_more(process: Process) -> None:
+    denoiser = of(process, FinerScale())
+    sampler = auto_sampler(denoiser)
+    assert type(sampler) is Ancestral and len(sampler.scales(process)) == process.num_scales + 1
+    sampler.check(denoiser)

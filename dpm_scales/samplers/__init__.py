@@ -17,12 +17,13 @@ The last step returns m_0 without noise.
 
 from __future__ import annotations
 
+from dpm_scales.denoisers import Denoiser
 from dpm_scales.operators import PixelOperator
-from dpm_scales.processes import Process
 from dpm_scales.samplers.grids import GRIDS, karras_grid, logsnr_grid, quadratic_grid, uniform_grid
 from dpm_scales.samplers.loop import Move, OnStep, Sampler
 from dpm_scales.samplers.multistep import DPMSolver, UniPC
 from dpm_scales.samplers.one_step import DDIM, Ancestral, Cold, Dissipation, Heun
+from dpm_scales.targets import FinerScale
 
 __all__ = [
     "DDIM",
@@ -44,18 +45,22 @@ __all__ = [
 ]
 
 
-def auto_sampler(process: Process, steps: int | None = None) -> Sampler:
-    """What suits a process: Heun without blur, dissipation without noise, else ancestral.
+def auto_sampler(denoiser: Denoiser, steps: int | None = None) -> Sampler:
+    """What suits a model: Heun without blur, dissipation without noise, SDE-DPM-Solver++(2M) for blur and noise.
 
-    Under the small constant noise of the heat process the posterior keeps nearly all of y_t, and that pays: on 8 px
-    digits the ancestral sampler came to a tenth of the Fréchet distance of IHDM's, which builds on m_s alone. Without
-    any noise a chain amplifies its own errors, so one step goes all the way.
+    Noise on the way lets errors of earlier steps be forgotten, and the second order needs a fraction of the ancestral
+    sampler's steps: on 8 px digits 50 came nearer to the data than 250 for blurring and osmosis diffusion, and than all
+    100 under constant noise. Without any noise a chain amplifies its own errors, so one step goes all the way. The
+    finer-scale target knows no other scale than the next one, and gets the ancestral sampler.
 
     Args:
-        steps: None for 18 (Heun, 35 evaluations), 1 (no noise), all scales (constant noise) or at most 250 (else).
+        steps: None for 18 (Heun, 35 evaluations), 1 (no noise), all scales (finer-scale target) or at most 50 (else).
     """
+    process = denoiser.process
+    if not process.has_noise():
+        return Dissipation(steps=1 if steps is None else steps)
+    if isinstance(denoiser.target, FinerScale):
+        return Ancestral(steps)
     if isinstance(process.operator(), PixelOperator):
         return Heun(steps=min(18, process.num_scales) if steps is None else steps)
-    if process.has_constant_noise():
-        return Ancestral(steps=steps) if process.has_noise() else Dissipation(steps=1 if steps is None else steps)
-    return Ancestral(steps=min(250, process.num_scales) if steps is None else steps)
+    return DPMSolver(1.0, min(50, process.num_scales) if steps is None else steps, "uniform")

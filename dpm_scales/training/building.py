@@ -12,7 +12,6 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from dpm_scales.errors import UserError, require
-from dpm_scales.processes import Process
 
 MAX_NODES, MAX_DEPTH = 10**5, 50
 
@@ -36,7 +35,7 @@ def nodes(value: Any, source: str) -> Iterator[Any]:
 
 
 def build(
-    config: Any, kind: type, where: str, process: Process | None = None, given: dict[str, Any] | None = None
+    config: Any, kind: type, where: str, late: dict[str, Any] | None = None, given: dict[str, Any] | None = None
 ) -> Any:
     """The object that a config describes.
 
@@ -44,29 +43,29 @@ def build(
         config: a mapping with `_target_` and that class's arguments.
         kind: what the object must be.
         where: the config's key, for messages.
-        process: for places where `_partial_` may stand: a function of this process then makes the object.
+        late: for places where `_partial_` may stand: what the function that then makes the object is given.
         given: further arguments, which every class for this place takes.
 
     Raises: UserError if there is no such class, or if it makes something else.
     """
     settings, given = plain(config), given or {}
-    found = check_kind(settings, kind, where, later=process is not None)
+    found = check_kind(settings, kind, where, late=late)
     what = f"{where}._target_={settings['_target_']}"
     _require_arguments(found, given, what)
     # under its key, which Hydra's errors tell
     built = instantiate(OmegaConf.create({where: settings})[where], _convert_="all", **given)
     if settings.get("_partial_"):
-        _require_arguments(found, ["process"], what)
-        built = built(process)
+        _require_arguments(found, late or {}, what)
+        built = built(**(late or {}))
     require(isinstance(built, kind), _no(kind, what))
     return built
 
 
-def check_kind(config: Any, kind: type, where: str, later: bool = False) -> Any:
+def check_kind(config: Any, kind: type, where: str, late: Iterable[str] | None = None) -> Any:
     """What a config's `_target_` names, and with it those of its arguments; nothing is built.
 
     Args:
-        later: whether `_partial_` may stand there.
+        late: what functions are given where `_partial_` may stand; None where it may not.
 
     Raises: UserError if it is not there, or is known to make something else than `kind`.
     """
@@ -87,10 +86,11 @@ def check_kind(config: Any, kind: type, where: str, later: bool = False) -> Any:
     wrong = not callable(found) or (inspect.isclass(made) and not issubclass(made, kind))
     require(not wrong, _no(kind, f"{where}._target_={name}"))
     require(isinstance(partial, bool), f"{where}._partial_ must be true or false, got {partial!r}")
-    require(not partial or later, f"{where}._partial_=true would make nothing; leave it out")
+    require(not partial or late is not None, f"{where}._partial_=true would make nothing; leave it out")
     require(
         not partial or not inspect.isclass(found),
-        f"{where}._partial_=true is for functions of the process, and {name} is a class; set {where}._partial_=false",
+        f"{where}._partial_=true is for functions of the {' and the '.join(late or ())}, and {name} is a class; "
+        f"set {where}._partial_=false",
     )
     for key, value in settings.items():
         kinds = [k for k in get_args(hints.get(key)) or [hints.get(key)] if inspect.isclass(k) and k is not type(None)]

@@ -113,9 +113,9 @@ def build_model(recipe: Recipe, data_std: float = 0.5) -> Model:
     trainable = any(weights.requires_grad for weights in network.parameters())
     require(trainable, f"network: {type(network).__name__} has no weights to train")
     target = build(parts["target"], Target, "target")
-    prior = build(parts["prior"], Prior, "prior", process)
-    sampler = build(parts["sampler"], Sampler, "sampler", process)
+    prior = build(parts["prior"], Prior, "prior", {"process": process})
     denoiser = Denoiser(network, process, target, data_std)
+    sampler = build(parts["sampler"], Sampler, "sampler", {"denoiser": denoiser})
     sampler.check(denoiser)
     return Model(denoiser, prior, sampler, recipe)
 
@@ -253,7 +253,7 @@ def check_target(name: Any, source: str) -> None:
 
 def with_sampler(model: Model, sampler: Any) -> Model:
     """The model with another sampler (a config), checked against its denoiser."""
-    built = build(sampler, Sampler, "sampler", model.denoiser.process)
+    built = build(sampler, Sampler, "sampler", {"denoiser": model.denoiser})
     built.check(model.denoiser)
     parts = {**model.recipe.parts, "sampler": plain(sampler)}
     return replace(model, sampler=built, recipe=replace(model.recipe, parts=parts))
