@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -27,7 +28,9 @@ from dpm_scales.processes import (
     Gaussian,
     Homogeneous,
     InverseHeat,
+    InverseOsmosis,
     OsmosisDiffusion,
+    OsmosisFilter,
     Process,
     as_scale,
 )
@@ -678,6 +681,17 @@ def test_value_range_must_ascend(make: Callable[..., Process], value_range: tupl
 def test_min_decay_must_lie_below_one(min_decay: float) -> None:
     with refused("Blurring", "min_decay", "[0, 1)", repr(min_decay)):
         Blurring(min_decay=min_decay)
+
+
+@pytest.mark.parametrize("make", [*PROCESSES, OsmosisFilter, InverseOsmosis, OsmosisDiffusion])
+@pytest.mark.parametrize("value", [0, False, "", [], 0.1])
+def test_schedule_must_be_one(make: Callable[..., Process], value: Any) -> None:
+    """What is false is not taken for the default."""
+    keys = {"noise", "blur"} & set(inspect.signature(make).parameters)
+    assert keys
+    for key in keys:
+        with refused(getattr(make, "__name__", ""), f"{key}={value!r} is no {key} schedule"):
+            make(**{key: value})
 
 
 @pytest.mark.parametrize("std", [-0.1, 0.0, math.inf, "0.1"])

@@ -174,7 +174,7 @@ def _solve(
 ) -> Solution:
     """A x = b from the first guess b. On a CPU block by block: solvers have a dozen arrays, which then stay cached."""
     parts, x = [], torch.empty_like(b)
-    for place in blocks(b, CACHE_BYTES // 4):
+    for place in blocks(b, CACHE_BYTES // 2):
         part = SOLVERS[method](matrix.part(*place), b[place], b[place], tol, max_iterations)
         x[place] = part.x
         parts.append((place, part))
@@ -298,7 +298,7 @@ def steady_state(
     """
     start, held = u.flatten(-2), None if fixed is None else fixed.flatten(-2)
     settled = torch.empty_like(start)
-    for place in blocks(start, CACHE_BYTES // 4):
+    for place in blocks(start, CACHE_BYTES // 2):
         part = None if held is None else cut(held, *place)
         settled[place] = _settle(stencil.part(*place), start[place], tol, max_steps, max_iterations, part)
     return settled.view(u.shape)

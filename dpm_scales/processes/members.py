@@ -47,7 +47,9 @@ class VP(Process):
         noise: NoiseSchedule | None = None,
         value_range: Sequence[float] = (-1.0, 1.0),
     ) -> None:
-        super().__init__(PixelOperator(), num_scales, noise or CosineLogSNR(), value_range=value_range)
+        super().__init__(
+            PixelOperator(), num_scales, CosineLogSNR() if noise is None else noise, value_range=value_range
+        )
 
 
 class VE(Process):
@@ -59,7 +61,7 @@ class VE(Process):
         noise: NoiseSchedule | None = None,
         value_range: Sequence[float] = (-1.0, 1.0),
     ) -> None:
-        super().__init__(PixelOperator(), num_scales, noise or EDMNoise(), value_range=value_range)
+        super().__init__(PixelOperator(), num_scales, EDMNoise() if noise is None else noise, value_range=value_range)
 
 
 class Homogeneous(Process):
@@ -72,7 +74,9 @@ class Homogeneous(Process):
         spectrum: str = "continuous",
         value_range: Sequence[float] = (0.0, 1.0),
     ) -> None:
-        super().__init__(HeatOperator(spectrum), num_scales, NoNoise(), blur or LogBlur(), value_range=value_range)
+        super().__init__(
+            HeatOperator(spectrum), num_scales, NoNoise(), LogBlur() if blur is None else blur, value_range=value_range
+        )
 
 
 class InverseHeat(Process):
@@ -90,7 +94,11 @@ class InverseHeat(Process):
         value_range: Sequence[float] = (0.0, 1.0),
     ) -> None:
         super().__init__(
-            HeatOperator(spectrum), num_scales, noise or ConstantNoise(), blur or LogBlur(), value_range=value_range
+            HeatOperator(spectrum),
+            num_scales,
+            ConstantNoise() if noise is None else noise,
+            LogBlur() if blur is None else blur,
+            value_range=value_range,
         )
 
 
@@ -111,8 +119,8 @@ class Blurring(Process):
         super().__init__(
             HeatOperator(spectrum),
             num_scales,
-            noise or CosineLogSNR(),
-            blur or SinSquaredBlur(),
+            CosineLogSNR() if noise is None else noise,
+            SinSquaredBlur() if blur is None else blur,
             min_decay,
             value_range,
         )
@@ -138,7 +146,9 @@ class BlurringChain(Process):
     ) -> None:
         require_positive(self, step_noise=step_noise)
         self.step_noise = float(step_noise)
-        super().__init__(HeatOperator(spectrum), num_scales, NoNoise(), blur or LogBlur(), value_range=value_range)
+        super().__init__(
+            HeatOperator(spectrum), num_scales, NoNoise(), LogBlur() if blur is None else blur, value_range=value_range
+        )
 
     def log_noise_scale(self, t: Scale, mu: Tensor) -> Tensor:
         assert self.blur is not None

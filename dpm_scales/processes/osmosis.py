@@ -191,7 +191,9 @@ class OsmosisFilter(Osmosis):
         value_range: Sequence[float] = (0.0, 1.0),
     ) -> None:
         guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_image, guidance_input)
-        super().__init__(num_scales, NoNoise(), blur or LogBlur(), 0.0, value_range, *guidance, tolerance)
+        super().__init__(
+            num_scales, NoNoise(), LogBlur() if blur is None else blur, 0.0, value_range, *guidance, tolerance
+        )
 
 
 class InverseOsmosis(Osmosis):
@@ -211,7 +213,7 @@ class InverseOsmosis(Osmosis):
         tolerance: float = 1e-6,
         value_range: Sequence[float] = (0.0, 1.0),
     ) -> None:
-        noise, blur = noise or ConstantNoise(), blur or LogBlur()
+        noise, blur = ConstantNoise() if noise is None else noise, LogBlur() if blur is None else blur
         guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_image, guidance_input)
         super().__init__(num_scales, noise, blur, 0.0, value_range, *guidance, tolerance)
 
@@ -240,6 +242,6 @@ class OsmosisDiffusion(Osmosis):
         tolerance: float = 1e-6,
         value_range: Sequence[float] = (-1.0, 1.0),
     ) -> None:
-        noise, blur = noise or CosineLogSNR(), blur or SinSquaredBlur()
+        noise, blur = CosineLogSNR() if noise is None else noise, SinSquaredBlur() if blur is None else blur
         guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_image, guidance_input)
         super().__init__(num_scales, noise, blur, min_decay, value_range, *guidance, tolerance)
