@@ -104,26 +104,36 @@ def _numbers(rows: Sequence[Row]) -> list[int]:
 
 
 def plot(rows: Sequence[Row], name: str, path: Path, real: float) -> None:
-    """One panel for each recipe, one line for each sampler; a grey line for real images."""
-    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
-    with plots.figure(path, 3.2 * len(recipes), 3.4, ncols=len(recipes), squeeze=False, sharey=True) as (_, axes):
+    """One panel for each recipe, one line for each sampler.
+
+    A grey line for real images, where figures spread so much that the axis is logarithmic; else they are only named.
+    """
+    recipes, figure = list(dict.fromkeys(row["recipe"] for row in rows)), FIGURES[name][0]
+    values = [float(row[figure]) for row in rows]
+    spread = max(values) > 4 * min(values)
+    shape = {"ncols": len(recipes), "squeeze": False, "sharey": True}
+    with plots.figure(path, 3.0 * len(recipes) + 1.4, 3.4, **shape) as (drawing, axes):
+        drawn = {}
         for axis, recipe in zip(axes[0], recipes, strict=True):
             for i, sampler in enumerate(SAMPLERS):
                 points = sorted(
-                    (int(row["evaluations"]), float(row[FIGURES[name][0]]))
+                    (int(row["evaluations"]), float(row[figure]))
                     for row in rows
                     if (row["recipe"], row["sampler"]) == (recipe, sampler)
                 )
                 if points:
                     look = {"color": plots.COLOURS[i], "marker": plots.MARKERS[i], "linestyle": plots.DASHES[i % 4]}
-                    axis.plot(*zip(*points, strict=True), label=sampler, **look)
-            axis.axhline(real, color="grey", linewidth=0.8)
-            axis.set(xlabel="evaluations of the network", title=f"{name}_{recipe}", xscale="log", yscale="log")
+                    (drawn[sampler],) = axis.plot(*zip(*points, strict=True), **look)
+            axis.set(xlabel="evaluations of the network", title=f"{name}_{recipe}", xscale="log")
+            if spread:
+                axis.set_yscale("log")
+                axis.axhline(real, color="grey", linewidth=0.8)
             numbers = _numbers(rows)
             axis.set_xticks(numbers, labels=map(str, numbers))
             axis.minorticks_off()
-            axis.legend()
-        axes[0][0].set_ylabel(LABELS[name])
+        axes[0][0].set_ylabel(LABELS[name] if spread else f"{LABELS[name]} (real ones: {real:.3g})")
+        order = [sampler for sampler in SAMPLERS if sampler in drawn]
+        drawing.legend([drawn[sampler] for sampler in order], order, loc="outside right upper")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
