@@ -30,7 +30,7 @@ from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, I
 from dpm_scales.samplers import Sampler
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule
 from dpm_scales.study import TASKS
-from dpm_scales.targets import Target
+from dpm_scales.targets import Clean, Target
 from dpm_scales.training import run, sample_run
 from dpm_scales.training.sharding import ShardedStrategy
 from dpm_scales.weights import LossWeight
@@ -160,7 +160,7 @@ def test_files_hold_every_argument(group: str) -> None:
         if group == "process":
             config = OmegaConf.to_container(composed(f"process={name}").process)
         for part in parts(config):
-            missing = accepted(part) - given(part) - ({"process"} if part.get("_partial_") else set())
+            missing = accepted(part) - given(part) - ({"process", "denoiser"} if part.get("_partial_") else set())
             assert missing == set(), f"{name}: {part['_target_']}"
 
 
@@ -247,7 +247,7 @@ def test_priors(name: str) -> None:
 def test_samplers(name: str, entry: str) -> None:
     sampler = instantiate(composed(f"sampler={name}", name=entry).sampler)
     if not isinstance(sampler, Sampler):
-        sampler = sampler(VP())
+        sampler = sampler(Denoiser(nn.Identity(), VP(), Clean()))
     assert isinstance(sampler, Sampler)
     assert len(sampler.scales(VP())) >= 2
 
@@ -405,8 +405,9 @@ def test_experiments(name: str, places: dict[str, str]) -> None:
         assert network(x, t).shape == (1, data.channels, *data.image_size)
     prior, sampler = instantiate(config.prior), instantiate(config.sampler)
     prior = prior if isinstance(prior, Prior) else prior(process)
-    sampler = sampler if isinstance(sampler, Sampler) else sampler(process)
-    sampler.check(Denoiser(nn.Identity(), process, target))
+    denoiser = Denoiser(nn.Identity(), process, target)
+    sampler = sampler if isinstance(sampler, Sampler) else sampler(denoiser)
+    sampler.check(denoiser)
     instantiate(config.trainer, accelerator="cpu", precision="32-true", logger=False)
 
 
