@@ -6,8 +6,8 @@
 
 The table is `SET.csv` and `SET.md` (recipe, sampler, evaluations, the judge's figures), the plot `SET.png`: the Fréchet
 distance of digits to real ones, of photo patches to the training patches. What stands in the table is not drawn again:
-delete the row to have it anew. A sampler is left out where its process has no use for it: deterministic ones under
-constant noise.
+delete the row to have it anew, and take another --out for another grid or seed. A sampler is left out where its process
+has no use for it: deterministic ones under constant noise.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Row = dict[str, Any]
 
 
 def missing(
-    model: Model, recipe: str, evaluations: Sequence[int], rows: Sequence[Row], grid: str | None = None
+    model: Model, recipe: str, evaluations: Sequence[int], rows: Sequence[Row], grid: str
 ) -> Iterator[tuple[Row, Model]]:
     """The head of each row that is not there yet, and the model with its sampler; `grid` is for models without blur."""
     process, there = model.denoiser.process, {(r["recipe"], r["sampler"], int(r["evaluations"])) for r in rows}
@@ -69,7 +69,7 @@ def missing(
         for number in evaluations:
             if number > process.num_scales:
                 continue
-            sampler = make(process, number, (grid or "logsnr") if process.blur is None else "uniform")
+            sampler = make(process, number, grid if process.blur is None else "uniform")
             sampler.check(model.denoiser)
             used = 2 * (sampler.steps or 1) - 1 if isinstance(sampler, Heun) else number
             if (recipe, name, used) not in there:
@@ -109,7 +109,7 @@ def plot(rows: Sequence[Row], name: str, path: Path, real: float) -> None:
     A grey line for real images, where figures spread so much that the axis is logarithmic; else they are only named.
     """
     recipes, figure = list(dict.fromkeys(row["recipe"] for row in rows)), FIGURES[name][0]
-    values = [float(row[figure]) for row in rows]
+    numbers, values = _numbers(rows), [float(row[figure]) for row in rows]
     spread = max(values) > 4 * min(values)
     shape = {"ncols": len(recipes), "squeeze": False, "sharey": True}
     with plots.figure(path, 3.0 * len(recipes) + 1.4, 3.4, **shape) as (drawing, axes):
@@ -128,7 +128,6 @@ def plot(rows: Sequence[Row], name: str, path: Path, real: float) -> None:
             if spread:
                 axis.set_yscale("log")
                 axis.axhline(real, color="grey", linewidth=0.8)
-            numbers = _numbers(rows)
             axis.set_xticks(numbers, labels=map(str, numbers))
             axis.minorticks_off()
         axes[0][0].set_ylabel(LABELS[name] if spread else f"{LABELS[name]} (real ones: {real:.3g})")
@@ -144,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--evaluations", nargs="+", type=int, default=EVALUATIONS)
     parser.add_argument("--number", type=int, default=500, help="samples of each")
-    parser.add_argument("--grid", choices=sorted(GRIDS), help="of scales without blur; logsnr unless given")
+    parser.add_argument("--grid", choices=sorted(GRIDS), default="logsnr", help="of scales without blur")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)

@@ -128,7 +128,7 @@ def test_functions_of_what_was_built_before() -> None:
     for config, message in (
         (
             ddim | {"_partial_": True},
-            "is for functions of the denoiser, and .*DDIM is a class; set sampler._partial_=false",
+            "_partial_=true is for functions of the denoiser, and .*DDIM is a class; set sampler._partial_=false",
         ),
         ({"_target_": "dpm_scales.samplers.karras_grid", "_partial_": True}, "karras_grid makes no Sampler"),
         ({"_target_": "dpm_scales.priors.auto_prior", "_partial_": True}, "auto_prior makes no Sampler"),

@@ -54,9 +54,9 @@ def build(
     _require_arguments(found, given, what)
     # under its key, which Hydra's errors tell
     built = instantiate(OmegaConf.create({where: settings})[where], _convert_="all", **given)
-    if settings.get("_partial_"):
-        _require_arguments(found, late or {}, what)
-        built = built(**(late or {}))
+    if late is not None and settings.get("_partial_"):
+        _require_arguments(found, late, what)
+        built = built(**late)
     require(isinstance(built, kind), _no(kind, what))
     return built
 
