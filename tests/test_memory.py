@@ -1,0 +1,80 @@
+"""Memory is compared with what there is before it is taken."""
+
+from __future__ import annotations
+
+import math
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpm_scales import memory
+from dpm_scales.errors import OutOfMemoryError
+from dpm_scales.memory import NEGLIGIBLE, available_memory, lacks_memory, require_memory
+
+
+def test_what_does_not_fit_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda device: 3 * 2.0**30)
+    require_memory(3 * 2**30, "num_samples=3", "lower num_samples")
+    with pytest.raises(OutOfMemoryError) as caught:
+        require_memory(3 * 2**30 + 1, "num_samples=4", "lower num_samples")
+    assert str(caught.value) == (
+        "num_samples=4 would take 3 GiB of memory, and this machine has 3 GiB left; lower num_samples"
+    )
+    assert caught.value.status == 1
+    for absurd in (10**400, math.inf):
+        with pytest.raises(OutOfMemoryError, match="would take more than 1024 PiB"):
+            require_memory(absurd, "x", "y")
+
+
+def test_little_is_always_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda device: 0.0)
+    require_memory(NEGLIGIBLE, "x", "y")
+    with pytest.raises(OutOfMemoryError):
+        require_memory(NEGLIGIBLE + 1, "x", "y")
+
+
+def test_the_limit_of_the_process_counts() -> None:
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    free = available_memory()
+    assert 0 < free < 2**60
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, hard))
+        assert available_memory() <= 2**28 + 2**20  # this test's own pages may have been freed
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, hard))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_limits_of_control_groups_count(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of all levels, and what the kernel can drop at once is no use of memory."""
+    root = tmp_path / ("sys/fs/cgroup" if version == 2 else "sys/fs/cgroup/memory")
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    job = root / "slurm" / "job"
+    job.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/slurm/job\n" if version == 2 else "9:cpu:/x\n4:memory:/slurm/job\n")
+    for folder, values in ((job, ("max" if version == 2 else str(2**63), "5000")), (job.parent, ("9000", "6000"))):
+        for name, value in zip(names, values, strict=True):
+            (folder / name).write_text(f"{value}\n")
+        (folder / "memory.stat").write_text("anon 5\nactive_file 100\ninactive_file 900\n")
+    monkeypatch.setattr(memory, "Path", lambda place: tmp_path / str(place).lstrip("/"))
+    assert min(memory._of_control_groups()) == 4000
+
+
+def test_errors_that_tell_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert lacks_memory(caught.value) == "the machine"
+    with pytest.raises(RuntimeError) as overflow:
+        torch.empty(2**40, 2**40)
+    assert lacks_memory(overflow.value) == "the machine"
+    with pytest.raises(MemoryError) as of_numpy:
+        np.empty(2**60, dtype=np.uint8)
+    assert lacks_memory(of_numpy.value) == "the machine"
+    assert lacks_memory(torch.OutOfMemoryError("CUDA out of memory")) == "the device"
+    assert lacks_memory(RuntimeError("shapes do not fit")) is None
+    assert lacks_memory(ValueError("DefaultCPUAllocator")) is None
