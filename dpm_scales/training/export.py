@@ -24,6 +24,7 @@ from dpm_scales.processes import Process
 from dpm_scales.samplers import Sampler
 from dpm_scales.targets import Target
 from dpm_scales.training.building import build, cause, nodes, plain
+from dpm_scales.training.reading import read_yaml
 from dpm_scales.training.sealed import (
     FORMAT,
     VERSION,
@@ -37,7 +38,7 @@ from dpm_scales.training.sealed import (
 WEIGHTS = ("averaged", "raw")
 #: parts of a model; each is a config with a `_target_` of this package
 PARTS = ("process", "target", "network", "prior", "sampler")
-MAX_CONFIG_BYTES, MAX_SIDE = 2**20, 2**20
+MAX_SIDE = 2**20
 ROOMS = ("processes", "schedules", "targets", "networks", "priors", "samplers")
 
 
@@ -161,19 +162,6 @@ def _load_export(tensors: Path) -> Model:
     with _offering(tensors.parent.parent / "checkpoints"):
         state = read_tensors(tensors)
     return _with_weights(recipe, state, str(tensors))
-
-
-def read_yaml(path: Path) -> Any:
-    """Plain values of a YAML file, which constructs nothing. Raises UserError for anything else."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
-        require(len(text) <= MAX_CONFIG_BYTES, f"{path} is larger than {MAX_CONFIG_BYTES} bytes: no config of ours")
-        return yaml.safe_load(text.decode())
-    except (yaml.YAMLError, ValueError, RecursionError, OSError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not YAML: {error or type(error).__name__}") from error
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.images import load_image
 from dpm_scales.training.building import build, nodes
 from dpm_scales.training.cli import CONFIGS
-from dpm_scales.training.export import read_yaml
+from dpm_scales.training.reading import read_yaml
 
 SPLITS = ("train", "val", "all")
 RUN_DATA = "data"

@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dpm_scales.errors import UserError, require
+from dpm_scales.training.reading import read_yaml
 
 _KEY = re.compile(r"[A-Za-z][\w/-]*(\.\w+)*")
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\w+(,[^{}$]*)?\}")
@@ -39,8 +40,6 @@ def stored_overrides(file: Path, without: Collection[str], paths: Collection[str
 
     Raises: UserError if the file is damaged, or holds an option that could do more than choose and set.
     """
-    from dpm_scales.training.export import read_yaml
-
     damaged = f"{file} is damaged; remove it and give the run's options again"
     try:
         values = read_yaml(file)
