@@ -12,7 +12,6 @@ with its `grid.png`.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.judges import JUDGES, mnist_digits, read_samples
+from dpm_scales.tables import csv_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,11 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made = {name: run_recipe(options.set, name, options.out, options.number, options.override) for name in chosen}
     judge = JUDGES[options.set]()
     reports = {name: judge.report(read_samples(samples, judge.channels)) for name, (samples, _) in made.items()}
-    with (options.out / f"{options.set}.csv").open("w", newline="") as file:
-        rows = [{"recipe": name, **made[name][1], **reports[name]} for name in chosen]
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = [{"recipe": name, **made[name][1], **reports[name]} for name in chosen]
+    (options.out / f"{options.set}.csv").write_text(csv_text(list(rows[0]), rows))
     table = judge.table(reports | judge.real_reports(options.number))
     (options.out / f"{options.set}.md").write_text(table + "\n")
     print(table)

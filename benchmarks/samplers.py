@@ -27,6 +27,7 @@ from dpm_scales import plots
 from dpm_scales.images import write_text
 from dpm_scales.processes import Process
 from dpm_scales.samplers import DDIM, GRIDS, Ancestral, DPMSolver, Heun, Sampler, UniPC
+from dpm_scales.tables import csv_text
 from dpm_scales.training.export import Model, load_model
 from dpm_scales.training.sampling import draw
 
@@ -81,11 +82,7 @@ def write_tables(rows: Sequence[Row], name: str, out: Path) -> None:
 
     Heun's samplers take an odd number of evaluations and stand at the next one.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["recipe", "sampler", "evaluations", *FIGURES[name]], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(out / f"{name}.csv", text.getvalue())
+    write_text(out / f"{name}.csv", csv_text(["recipe", "sampler", "evaluations", *FIGURES[name]], rows))
     numbers = _numbers(rows)
     lines = [f"| recipe | sampler | {' | '.join(map(str, numbers))} |", "|---" * (2 + len(numbers)) + "|"]
     for recipe, sampler in dict.fromkeys((row["recipe"], row["sampler"]) for row in rows):

@@ -12,7 +12,9 @@ import pytest
 import yaml
 from shell import FAST, SMALL, call, checkpoint, files, run, settings, spawn
 
+from dpm_scales.tables import FORMULA
 from dpm_scales.training import sweep
+from dpm_scales.training.callbacks import MetricsFile
 
 SIX = ("process=vp,heat,blurring", "process.num_scales=4,6", "sampler.steps=null")
 
@@ -203,6 +205,22 @@ def test_table_misses_no_run_that_ends_meanwhile(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(sweep, "write_text", late)
     sweep.write_table(tmp_path)
     assert [row["run"] for row in rows(tmp_path)] == ["a", "b"]
+
+
+def test_no_table_holds_a_formula(tmp_path: Path) -> None:
+    """What a spreadsheet would run: keys and values of a stranger's result, and options; numbers stay numbers."""
+    put(tmp_path, "a", ["seed=@SUM(A1)", "+new=1"], **{"=cmd|'/c calc'!A0": -0.5, "val/loss": -1e-3})
+    put(tmp_path, "b", ["seed=-2", "+new=\t=2", "-x=\uff1d3"], **{"@x": "+5", "-y": "-z"})
+    sweep.write_table(tmp_path)
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert {"'=cmd|'/c calc'!A0", "'@SUM(A1)", "'+new", "'\t=2", "'-x", "'\uff1d3", "'@x", "'-y", "'-z"} <= set(cells)
+    assert {"-0.5", "-0.001", "-2", "+5"} <= set(cells)
+    assert not [c for c in cells if c.startswith(FORMULA) and c not in ("-0.5", "-0.001", "-2", "+5")]
+    log = MetricsFile(tmp_path / "metrics.csv")
+    log.log_metrics({"train/loss": -0.25, "=1+1": 1.0}, 3)
+    log.save()
+    assert log.path.read_text() == "step,epoch,train/loss,'=1+1\n3,,-0.25,1\n"
 
 
 # --- several processes for each run -----------------------------------------------------------------------------------

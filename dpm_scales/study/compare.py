@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +27,7 @@ from dpm_scales.processes import Process
 from dpm_scales.progress import progress_bar
 from dpm_scales.study.comparison import Entry, Parts, measure
 from dpm_scales.study.images import ImageSet, image_set
+from dpm_scales.tables import csv_text
 from dpm_scales.training.building import build, plain
 from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.sampling import check_counts, pick_device
@@ -268,12 +267,8 @@ def save_trajectories(
 
 def save_csv(path: Path, rows: Sequence[Row]) -> None:
     """A table with the keys of the first row as its header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{v:.8g}" if isinstance(v, float) else v for key, v in row.items()})
-    write_text(path, text.getvalue())
+    shown = ({key: f"{v:.8g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+    write_text(path, csv_text(list(rows[0]), shown))
 
 
 def save_settings(out: Path, cfg: DictConfig, count: int, features: FeatureNetwork | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from dpm_scales.errors import UserError, require_number
 from dpm_scales.images import make_grid, save_png, to_uint8, write_text
 from dpm_scales.noise import NoiseSource
+from dpm_scales.tables import csv_text
 from dpm_scales.training.export import Model
 from dpm_scales.training.module import DiffusionModule
 from dpm_scales.training.sharding import ShardedStrategy, is_sharded, local, shard, whole
@@ -274,11 +274,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, self._columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self._rows)
-        write_text(self.path, buffer.getvalue())
+        write_text(self.path, csv_text(self._columns, self._rows))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from rich.table import Table
 
 from dpm_scales.errors import UserError
 from dpm_scales.images import write_text
+from dpm_scales.tables import csv_text
 from dpm_scales.training.shards import this_shard
 from dpm_scales.training.stored import stored_result
 
@@ -66,11 +65,7 @@ def write_table(root: Path) -> tuple[list[str], list[Row]]:
     """
     varied, rows = collect(root)
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(root / "sweep.csv", buffer.getvalue())
+    write_text(root / "sweep.csv", csv_text(columns, rows))
     if len(collect(root)[1]) != len(rows):  # another process finished a run meanwhile, perhaps after it wrote
         return write_table(root)
     return varied, rows

@@ -1,0 +1,36 @@
+"""Tables as CSV text, which a spreadsheet shows and never runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+#: what makes a spreadsheet take a cell for a formula (OWASP, "CSV Injection"); the last four are full-width forms
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Write a table with a header and lines that end in a line feed; cells that are missing stay empty.
+
+    A name or value that a spreadsheet would take for a formula gets an apostrophe in front of it. Numbers are kept.
+
+    Raises: ValueError if a row has a key that is no column.
+    """
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    writer.writerow({name: _shown(name) for name in columns})
+    writer.writerows({name: _shown(value) for name, value in row.items()} for row in rows)
+    return buffer.getvalue()
+
+
+def _shown(value: Any) -> Any:
+    """A cell's value, as text where it is dangerous."""
+    if not isinstance(value, str) or not value.startswith(FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
