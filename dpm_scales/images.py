@@ -6,15 +6,11 @@ related by the affine map that sends 0 to lo and 255 to hi. Files appear whole o
 
 from __future__ import annotations
 
-import errno
 import io
 import math
-import os
 import struct
-import uuid
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from dpm_scales.errors import UserError, require
+from dpm_scales.storage import atomic_write
+from dpm_scales.storage import write_bytes as write_bytes
+from dpm_scales.storage import write_text as write_text
 
 LEVELS = 255
 """Highest value of an eight-bit image."""
@@ -121,50 +120,11 @@ def make_grid(images: Tensor, columns: int | None = None, padding: int = 1, upsc
     return sheet
 
 
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on leaving it is flushed to disk and renamed to `path`.
-
-    If the body raises, the temporary file is removed and `path` stays what it was. Missing parent folders are made. The
-    temporary name ends in ``.tmp``: writers that guess the format from the name must be told it.
-
-    Raises:
-        UserError: the file cannot be written (permissions, full disk, a folder in its place).
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "free some space; what was there is as it was" if full else "choose a writable place"
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {hint}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a binary file atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically, with the line ends that `text` has."""
-    write_bytes(path, text.encode("utf-8"))
-
-
 def save_png(path: str | Path, image: Tensor) -> None:
     """Save a uint8 image (C, H, W) atomically: C = 1 as grey (mode L), C = 3 as RGB."""
     picture = _to_pillow(image)
-    with atomic_write(path) as temporary:
-        picture.save(temporary, format="PNG")
+    with atomic_write(path) as file:
+        picture.save(file, format="PNG")
 
 
 def save_gif(path: str | Path, frames: Tensor | Sequence[Tensor], duration_ms: int) -> None:
@@ -172,10 +132,8 @@ def save_gif(path: str | Path, frames: Tensor | Sequence[Tensor], duration_ms: i
     pictures = [_to_pillow(frame) for frame in frames]
     if not pictures:
         raise ValueError("save_gif: no frames")
-    with atomic_write(path) as temporary:
-        pictures[0].save(
-            temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=duration_ms, loop=0
-        )
+    with atomic_write(path) as file:
+        pictures[0].save(file, format="GIF", save_all=True, append_images=pictures[1:], duration=duration_ms, loop=0)
 
 
 def load_image(source: str | Path | bytes | BinaryIO, channels: int | None = None, name: str | None = None) -> Tensor:
@@ -237,13 +195,3 @@ def _check_range(value_range: tuple[float, float]) -> tuple[float, float]:
     if not low < high:
         raise ValueError(f"value_range={value_range}: the first value must be below the second")
     return float(low), float(high)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renaming itself durable, where the file system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

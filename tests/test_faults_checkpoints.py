@@ -13,8 +13,9 @@ import torch
 from shell import FAST, assert_equal, call, checkpoint, column, files, plain_checkpoint, train
 
 from dpm_scales.errors import UserError
+from dpm_scales.storage import link
 from dpm_scales.training import load_model
-from dpm_scales.training.checkpoints import AtomicCheckpointIO, CheckpointFolder, find_checkpoint, link
+from dpm_scales.training.checkpoints import AtomicCheckpointIO, CheckpointFolder, find_checkpoint
 from dpm_scales.training.sealed import (
     DamagedFileError,
     checkpoint_step,

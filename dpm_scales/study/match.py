@@ -15,6 +15,7 @@ from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.images import to_range, write_text
 from dpm_scales.operators import HeatOperator
 from dpm_scales.progress import progress_bar
+from dpm_scales.storage import check_writable
 from dpm_scales.study.compare import comparison_entries, comparison_images, save_csv
 from dpm_scales.study.comparison import Entry, noise_seed
 from dpm_scales.study.images import ImageSet
@@ -28,7 +29,6 @@ from dpm_scales.study.matching import (
     octave_sums,
 )
 from dpm_scales.training.building import plain
-from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.sampling import pick_device
 
 PAPER_NOISE = 0.1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -279,14 +278,3 @@ class MetricsFile(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
-
-
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless files can be made in `folder`, which is created."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"can't write to {folder}: {error.strerror}; choose another folder") from error

@@ -8,11 +8,7 @@ before the new one takes the name, so that there is always a `last.ckpt` and nev
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import uuid
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dpm_scales.errors import UserError, require_number
-from dpm_scales.images import atomic_write
+from dpm_scales.storage import link
 from dpm_scales.training.cluster import validation_follows
 from dpm_scales.training.export import checkpoints
 from dpm_scales.training.sealed import DamagedFileError, checkpoint_step, read_checkpoint, write_checkpoint
@@ -91,20 +87,6 @@ class CheckpointFolder:
     def _prune(self, kind: str, kept: list[int]) -> None:
         for step in set(self._steps(kind)) - set(kept):
             self._name(kind, step).unlink(missing_ok=True)
-
-
-def link(source: Path, target: Path) -> None:
-    """Let `target` be the file `source` too, at once: a hard link, or a copy where the file system has none."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        os.link(source, temporary)
-        temporary.replace(target)
-    except OSError:
-        with atomic_write(target) as copied:
-            shutil.copyfile(source, copied)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()  # still there if both names were one file already
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:

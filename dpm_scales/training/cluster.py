@@ -13,15 +13,13 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -32,7 +30,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from torch import distributed
 
-from dpm_scales.errors import UserError
+from dpm_scales.storage import lock
 from dpm_scales.training.shards import meet
 
 REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
@@ -155,47 +153,6 @@ def requeue(number: int) -> None:
             print(f"scontrol can't queue job {job} again; submit it again, and it goes on", file=sys.stderr)
 
 
-@contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Keep other processes, also on other machines, from training in the same folder meanwhile.
-
-    The lock is the operating system's, so that it ends with this process, however that ends; a file system without
-    locks keeps nobody out.
-
-    Raises: UserError if another process holds it.
-    """
-    file = _locked(folder / ".lock")
-    try:
-        yield
-    finally:
-        if file is not None:
-            file.close()
-
-
-def _locked(path: Path) -> TextIO | None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    try:
-        file = path.open("a+")
-    except OSError:  # a finished run in a folder that nobody may write to
-        return None
-    try:
-        # not flock, whose locks loading processes would inherit, and hold on to after this one is killed
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise UserError(
-            f"{path.parent} is being trained by {holder}; wait for it, or choose another run_dir"
-        ) from error
-    except OSError:
-        file.close()
-        return None
-    file.truncate(0)
-    job = os.environ.get("SLURM_JOB_ID")
-    file.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job}" if job else ""))
-    file.flush()
-    return file
+def only_run(folder: Path) -> AbstractContextManager[None]:
+    """Keep other processes, also on other machines, from training in the same folder meanwhile: see `storage.lock`."""
+    return lock(folder / ".lock", "is being trained by", "wait for it, or choose another run_dir")

@@ -17,8 +17,8 @@ from dpm_scales.noise import NoiseSource
 from dpm_scales.processes import Process
 from dpm_scales.progress import progress_bar
 from dpm_scales.samplers import OnStep
+from dpm_scales.storage import check_writable
 from dpm_scales.training.building import plain
-from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import Model
 from dpm_scales.training.image_sets import read_images, size_of
 from dpm_scales.training.sample_run import check_older, choose_model

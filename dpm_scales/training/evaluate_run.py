@@ -24,8 +24,8 @@ from dpm_scales.images import write_text
 from dpm_scales.metrics import FeatureNetwork, FeatureSet, FeatureStatistics, Measure, compare, gather, pick_features
 from dpm_scales.metrics.figures import check_measures, check_numbers, needs_rows
 from dpm_scales.progress import progress_bar
+from dpm_scales.storage import check_writable
 from dpm_scales.training.building import plain
-from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import Model
 from dpm_scales.training.image_sets import Pictures, open_pictures
 from dpm_scales.training.likelihood_run import METHODS, bits_per_dim, check_classes, estimator, save_plot

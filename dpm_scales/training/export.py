@@ -125,7 +125,6 @@ def save_model(folder: Path, model: Model, state: dict[str, Tensor] | None = Non
     """Write `model.safetensors` and `config.yaml` into `folder`, each whole or not at all."""
     state = model.modules().state_dict() if state is None else state
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", tensors)
     write_text(folder / "config.yaml", yaml.safe_dump(model.recipe.to_dict(), sort_keys=False))
 

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpm_scales.data import ImageDataModule, ShuffledBatches
 from dpm_scales.errors import UserError, require, require_number, suggest
-from dpm_scales.images import write_text
+from dpm_scales.storage import check_folder, check_writable, guarded, remove_leftovers, write_text
 from dpm_scales.training.building import build, check_kind, plain
 from dpm_scales.training.callbacks import (
     LastValidation,
@@ -35,7 +35,6 @@ from dpm_scales.training.callbacks import (
     SampleGrid,
     StepBar,
     WeightAverage,
-    check_writable,
 )
 from dpm_scales.training.checkpoints import (
     AtomicCheckpointIO,
@@ -205,10 +204,19 @@ def _steps_done(run_dir: Path, max_steps: int) -> dict[str, Any] | None:
     return result if 0 < max_steps <= result["steps"] else None
 
 
+@contextmanager
+def _taken(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder, made if it is missing, for this process alone, and write nowhere else."""
+    if not run_dir.is_dir():
+        check_writable(run_dir)
+    check_folder(run_dir)
+    with guarded(run_dir), only_run(run_dir):
+        yield
+
+
 def _prepare_folder(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> None:
     check_writable(run_dir)
-    for leftover in run_dir.rglob(".*.tmp"):  # of a run that was killed while it wrote
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(run_dir)
     config = OmegaConf.to_container(cfg, resolve=True)
     write_text(run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     write_text(run_dir / "overrides.yaml", yaml.safe_dump(overrides))
@@ -285,9 +293,7 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     ShuffledBatches(len(data.train_set), data.batch_size, 0, int, data.drop_last, world_size=trainer.world_size)
     fit_to_data(model, data)
 
-    if trainer.is_global_zero and not run_dir.is_dir():
-        check_writable(run_dir)
-    with only_run(run_dir) if trainer.is_global_zero else nullcontext():
+    with _taken(run_dir) if trainer.is_global_zero else nullcontext():
         return _go_on(cfg, run_dir, overrides, trainer, module, data, average, stop)
 
 

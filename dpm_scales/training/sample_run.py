@@ -13,8 +13,8 @@ from torch import Tensor
 from dpm_scales.errors import UserError, require
 from dpm_scales.images import load_image, make_grid, save_gif, save_png, to_range, to_uint8, write_text
 from dpm_scales.progress import progress_bar
+from dpm_scales.storage import check_writable
 from dpm_scales.training.building import plain
-from dpm_scales.training.callbacks import check_writable
 from dpm_scales.training.export import Model, load_model, with_sampler
 from dpm_scales.training.image_sets import read_images
 from dpm_scales.training.sampling import check_counts, draw, pick_device, pick_labels, with_guidance

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dpm_scales.errors import UserError
-from dpm_scales.images import atomic_write, write_bytes
+from dpm_scales.storage import atomic_write, write_bytes
 
 FORMAT = "dpm_scales model"
 VERSION = 3
@@ -64,7 +64,7 @@ def write_checkpoint(path: str | Path, values: dict[str, Any]) -> None:
 
     Raises: UserError if the disk is full or the place not writable; what was at `path` is then untouched.
     """
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as file:
         out = _HashingFile(file)
         try:
             torch.save(values, cast(IO[bytes], out))  # all that torch asks of it

@@ -1,0 +1,324 @@
+"""Files and folders that commands write: whole or not at all, never through a link, by one process at a time.
+
+Everything that a command writes into a folder is opened here. A folder may come from a stranger, who can put a link,
+a pipe or a device in the place of any file or folder that will be written or read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from dpm_scales.errors import UserError, require
+
+#: absent on Windows, where making a link takes rights that a stranger's archive does not have
+_SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_KINDS = {
+    stat.S_IFLNK: "a link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFREG: "a file",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_TEMPORARY = ".{name}.{mark}.tmp"
+
+
+class FolderGoneError(UserError):
+    """A guarded folder was deleted, moved or unmounted; nothing is written in its place.
+
+    Attributes:
+        folder: that was guarded.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"{folder} is gone: it was deleted, moved or unmounted while it was written to")
+        self.folder = folder
+
+
+class _Guard:
+    """A folder that was entered: its absolute path, and itself, held open so that no other one can take its number."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder.absolute()
+        self._open: int | None = None
+        with suppress(OSError, AttributeError):  # not readable, or Windows
+            self._open = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+    def check(self) -> None:
+        """Raise FolderGoneError unless the folder is still at its path."""
+        try:
+            now = os.stat(self.path)
+        except OSError as error:
+            raise FolderGoneError(self.folder) from error
+        if self._open is not None and not os.path.samestat(os.fstat(self._open), now):
+            raise FolderGoneError(self.folder)
+
+    def close(self) -> None:
+        if self._open is not None:
+            os.close(self._open)
+
+
+_GUARDS: list[_Guard] = []
+
+
+@contextmanager
+def guarded(folder: str | Path) -> Iterator[None]:
+    """Let this module write below `folder` only into real folders, and only as long as `folder` is where it is.
+
+    `folder` itself may be a link: it is the user's word. What lies in it already is for `check_folder` to look at.
+
+    Raises:
+        FolderGoneError: by whatever writes, once the folder is deleted, moved or replaced.
+        UserError: by whatever writes into a link or a file where a folder belongs.
+    """
+    guard = _Guard(Path(folder))
+    _GUARDS.append(guard)
+    try:
+        yield
+    finally:
+        _GUARDS.remove(guard)
+        guard.close()
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise UserError if something in `folder` could lead what is written there elsewhere, or hang a reader.
+
+    No entry of the folder itself may be a link, and no deeper one a link that leads out of it (loggers keep links to
+    their newest files). Pipes, sockets and devices are refused at any depth.
+    """
+    root = os.path.realpath(folder)
+    stack = [str(folder)]
+    while stack:
+        place = stack.pop()
+        try:
+            entries = list(os.scandir(place))
+        except OSError:  # not there yet, or not readable: the first write tells
+            continue
+        for entry in entries:
+            if entry.is_symlink():
+                inside = os.path.commonpath([root, os.path.realpath(entry.path)]) == root
+                require(inside and place != str(folder), _refusal(entry.path, "a link"))
+            elif entry.is_dir(follow_symlinks=False):
+                stack.append(entry.path)
+            elif not entry.is_file(follow_symlinks=False):
+                kind = _kind(entry.path)
+                require(kind is None, _refusal(entry.path, str(kind)))
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make a folder and those above it, as far as they are missing; below a guarded one links are refused.
+
+    Raises:
+        OSError: it can't be made.
+        FolderGoneError, UserError: see `guarded`.
+    """
+    folder = Path(folder)
+    absolute = folder.absolute()
+    for guard in _GUARDS:
+        if not absolute.is_relative_to(guard.path):
+            continue
+        guard.check()
+        place = guard.path
+        for part in absolute.relative_to(guard.path).parts:
+            require(part != "..", f"{folder} leads out of {guard.folder}")
+            place /= part
+            with suppress(FileExistsError):
+                place.mkdir()
+            kind = _kind(place)
+            if kind in ("a file", None):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+            require(kind == "a folder", _refusal(place, str(kind)))
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise UserError unless files can be made in `folder`, which is created."""
+    folder = Path(folder)
+    probe = folder / f".write-test-{uuid.uuid4().hex[:12]}"
+    try:
+        make_folder(folder)
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE, 0o666))
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"can't write to {folder}: {error.strerror}; choose another folder") from error
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a new binary file beside `path`; on leaving it is flushed to disk and renamed to `path`.
+
+    If the body raises, the file is removed and `path` stays what it was. Missing parent folders are made. A link at
+    `path` is replaced, not followed.
+
+    Raises:
+        UserError: the file can't be written (permissions, full disk, a folder in its place).
+        FolderGoneError: see `guarded`.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        make_folder(path.parent)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE
+        with open(os.open(temporary, flags, 0o666), "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space; what was there is as it was" if full else "choose a writable place"
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {hint}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a binary file atomically."""
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file atomically, with the line ends that `text` has."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def link(source: Path, target: Path) -> None:
+    """Let `target` be the file `source` too, at once: a hard link, or a copy where the file system has none."""
+    temporary = _temporary(target)
+    make_folder(target.parent)
+    try:
+        os.link(source, temporary)
+        temporary.replace(target)
+    except OSError:
+        with open_regular(source) as original, atomic_write(target) as copied:
+            shutil.copyfileobj(original, copied)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()  # still there if both names were one file already
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left below `folder`."""
+    for leftover in folder.rglob(_TEMPORARY.format(name="*", mark="?" * 12)):
+        leftover.unlink(missing_ok=True)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading; links are followed.
+
+    Raises:
+        UserError: a pipe, a socket or a device, which could hang the reader or never end.
+        OSError: no such file, a folder, or not readable.
+    """
+    kind = _kind(os.path.realpath(path))
+    if kind not in ("a file", "a folder", None):
+        raise UserError(f"{path} is {kind}, where a file belongs; remove it")
+    # looked at once more when it is open: another process may have changed it
+    file = open(os.open(path, os.O_RDONLY | (_SAFE & ~getattr(os, "O_NOFOLLOW", 0))), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path} is no file; remove it")
+    return file
+
+
+def read_text(path: str | Path) -> str:
+    """Content of a regular UTF-8 file. Raises what `open_regular` does, and UnicodeDecodeError."""
+    with open_regular(path) as file:
+        return file.read().decode("utf-8")
+
+
+@contextmanager
+def lock(path: Path, held: str, advice: str, wait: bool = False) -> Iterator[None]:
+    """Keep other processes, also on other machines, from holding the same lock meanwhile.
+
+    The lock is the operating system's, so that it ends with this process, however that ends; a file system without
+    locks, or a folder that nobody may write to, keeps nobody out.
+
+    Args:
+        path: of the lock's file, made if it is missing; it names the holder.
+        held, advice: of the message ``"FOLDER {held} HOLDER; {advice}"``.
+        wait: for the other process, instead of refusing.
+
+    Raises: UserError if another process holds it, or if the file is a link or anything else that is not a file.
+    """
+    descriptor = _locked(path, held, advice, wait)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked(path: Path, held: str, advice: str, wait: bool) -> int | None:
+    """An open descriptor that holds the lock; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    kind = _kind(path)
+    require(kind in (None, "a file"), _refusal(path, str(kind)))
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _SAFE, 0o666)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(descriptor)
+        # another name may be that of a file elsewhere, which would be overwritten
+        require(stat.S_ISREG(status.st_mode) and status.st_nlink <= 1, _refusal(path, "a file with other names"))
+        # not flock, whose locks loading processes would inherit, and hold on to after this one is killed
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        job = os.environ.get("SLURM_JOB_ID")
+        holder = f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job}" if job else "")
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, holder.encode(), 0)
+    except (BlockingIOError, PermissionError) as error:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        known = repr(holder) if holder and not holder.isprintable() else holder or "another process"
+        raise UserError(f"{path.parent} {held} {known}; {advice}") from error
+    except OSError:
+        os.close(descriptor)
+        return None
+    except UserError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(_TEMPORARY.format(name=path.name, mark=uuid.uuid4().hex[:12]))
+
+
+def _kind(path: str | Path) -> str | None:
+    """What is at `path`, itself and not what it may link to; None for nothing."""
+    try:
+        return _KINDS.get(stat.S_IFMT(os.lstat(path).st_mode), "no file")
+    except OSError:
+        return None
+
+
+def _refusal(path: str | Path, kind: str) -> str:
+    return f"{str(path)!r} is {kind}, and nothing is written through it; remove it, or choose another folder"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renaming itself durable, where the file system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
