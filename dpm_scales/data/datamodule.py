@@ -110,7 +110,7 @@ class ImageDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_ignore_interrupts,
         )
-        loader.read_state, loader.write_state = self.state_dict, self.load_state_dict
+        loader.read_state, loader.write_state = self.state_dict, self._go_on
         return loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
@@ -149,16 +149,19 @@ class ImageDataModule(pl.LightningDataModule):
         return {"next_batch": self.next_batch(), **self._order_keys()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the stored position; warns if the order is no longer the stored run's."""
-        changed = [
-            f"{key} {state_dict[key]} -> {value}"
-            for key, value in self._order_keys().items()
-            if state_dict.get(key, value) != value
-        ]
-        if changed:
-            message = f"the order of the training images differs from the checkpoint's: {', '.join(changed)}"
-            warnings.warn(message, stacklevel=2)
-        self.set_start_batch(int(state_dict["next_batch"]))
+        """Resume at the stored position; warns if the order is no longer the stored run's."""
+        now = self._order_keys()
+        before = {key: state_dict.get(key, value) for key, value in now.items()}
+        changed = [key for key, value in now.items() if before[key] != value]
+        # a batch is shared by the processes: how many there are makes no difference to what is in it
+        if before["batch_size"] * before["world_size"] == now["batch_size"] * now["world_size"]:
+            changed = [key for key in changed if key not in ("batch_size", "world_size")]
+        if changed and (self.trainer is None or self.trainer.is_global_zero):
+            differences = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in changed)
+            warnings.warn(
+                f"the order of the training images differs from the checkpoint's: {differences}", stacklevel=2
+            )
+        self._go_on(state_dict)
 
     def statistics(self, max_images: int = 10000) -> dict[str, float]:
         """Mean and standard deviation of all training pixels and channels, on the scale where white is 1.
@@ -178,6 +181,9 @@ class ImageDataModule(pl.LightningDataModule):
         mean = total / number
         return {"mean": mean, "std": math.sqrt(max(squares / number - mean**2, 0.0))}
 
+    def _go_on(self, state_dict: dict[str, Any]) -> None:
+        self.set_start_batch(int(state_dict["next_batch"]))
+
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
 
@@ -187,6 +193,7 @@ class ImageDataModule(pl.LightningDataModule):
             "batch_size": self.batch_size,
             "world_size": self._world_size(),
             "num_images": len(self.train_set),
+            "drop_last": self.drop_last,
         }
 
 

@@ -100,6 +100,15 @@ class DiffusionModule(pl.LightningModule):
         if self._importance is not None:
             self._importance.state = self._importance.state.to(self.device)
 
+    def on_train_start(self) -> None:
+        """Let this run's options count, where a checkpoint has brought back those of its own time."""
+        optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
+        schedule = cast(torch.optim.lr_scheduler.LambdaLR, self.lr_schedulers())
+        rate = self.learning_rate * self._rate(schedule.last_epoch)
+        for group in optimizer.param_groups:
+            group.update(lr=rate, initial_lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)
+        schedule.base_lrs, schedule._last_lr = [self.learning_rate], [rate]
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         number = int(getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed", 0))
         torch.manual_seed(_step_seed(self.seed, self.global_rank, number))
@@ -143,10 +152,13 @@ class DiffusionModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _rate(self, step: int) -> float:
+        return self.rate(step, self.trainer.max_steps)
+
+    def rate(self, step: int, max_steps: int) -> float:
+        """Share of the learning rate, 0 to 1, that step `step` (from 0) of `max_steps` (-1 for endless) takes."""
         rate = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        total = self.trainer.max_steps
-        if self.decay == "cosine" and total > 0:
-            rate *= 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
+        if self.decay == "cosine" and max_steps > 0:
+            rate *= 0.5 * (1 + math.cos(math.pi * min(step / max_steps, 1.0)))
         return rate
 
     def configure_gradient_clipping(

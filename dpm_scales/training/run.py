@@ -51,6 +51,7 @@ from dpm_scales.training.evaluation import periodic_evaluation
 from dpm_scales.training.export import PARTS, Model, Recipe, build_model, save_model
 from dpm_scales.training.failures import UnreadableImages, told_in_one_line
 from dpm_scales.training.module import DiffusionModule, fit_to_data
+from dpm_scales.training.resuming import KeepOptions, options_of, what_changed
 from dpm_scales.training.sharding import FSDP, ShardedStrategy
 from dpm_scales.training.stored import stored_result
 from dpm_scales.weights import LossWeight
@@ -284,6 +285,7 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
         BestCheckpoint(kept),
         LastCheckpoint(kept, cfg.checkpoint.every_n_steps),
         LearningRateMonitor("step"),
+        KeepOptions(cfg),
         UnreadableImages(data, run_dir / "unreadable.txt"),
     ]
     if cfg.trainer.enable_progress_bar:
@@ -309,12 +311,15 @@ def _go_on(
 ) -> dict[str, Any]:
     """Train from where the run folder stands; returns and saves the result."""
     model, main = module.parts, trainer.is_global_zero
-    resume, steps = None, 0
+    resume, steps, changed = None, 0, ""
+    warned: list[str] = []
     found = find_checkpoint(run_dir / "checkpoints")
     if found is not None:
         resume, checkpoint = found
         _check_same(checkpoint["recipe"], model.recipe.to_dict(), run_dir)
         steps = int(checkpoint["global_step"])
+        rate = module.learning_rate * module.rate(steps, cfg.trainer.max_steps)
+        changed, warned = what_changed(checkpoint, options_of(cfg), rate)
         del checkpoint  # as large as the weights, their average and the optimiser's state together
     del found
     finished = _steps_done(run_dir, cfg.trainer.max_steps)
@@ -329,6 +334,10 @@ def _go_on(
         if resume is not None:
             restore_last(resume)
         print(_first_line(cfg, run_dir, trainer, model, data) + (f", resuming {resume}" if resume else ""))
+        if changed:
+            print(changed)
+        for line in warned:
+            warnings.warn(line, stacklevel=2)
     metrics = MetricsFile(run_dir / "metrics.csv")
     metrics.forget_from(steps)
     trainer.loggers = [metrics, *_loggers(cfg, run_dir, main)]

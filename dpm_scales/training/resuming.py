@@ -1,0 +1,195 @@
+"""What may change when a run is resumed: one table of rules, and the lines that tell what has changed.
+
+A checkpoint holds the options that its run had then. A resumed run compares them with its own: what makes another model
+is refused (the checkpoint's recipe tells), the rest takes effect from the resumed step on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig
+
+from dpm_scales.training.building import plain
+
+TAKES, WARNED, REFUSED, APART = "takes effect", "takes effect, with a warning", "refused", "no option of the training"
+KEY = "options"
+"""Of a checkpoint: JSON text, so that whatever a stranger puts there is plain."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a changed option does.
+
+    Attributes:
+        kind: one of `TAKES`, `WARNED`, `REFUSED`, `APART`.
+        note: what it means, for the documentation.
+        warning: what the run says; empty where the data module says it, which knows the number of images too.
+    """
+
+    kind: str
+    note: str = ""
+    warning: str = ""
+
+
+_OTHER_IMAGES = "the images from here on may be others, and images of the validation may have been trained on"
+_ORDER = "the order of the images is another"
+
+#: by option, or by the section that it belongs to; the longest name counts
+RULES = {
+    "run_dir": Rule(APART, "names the run"),
+    "resume": Rule(APART, "names the run, which must be there"),
+    "check_resume": Rule(APART, "trains three runs of its own"),
+    "data": Rule(
+        WARNED,
+        "the images may be others; other channels, size or classes are refused",
+        _OTHER_IMAGES,
+    ),
+    "data.batch_size": Rule(WARNED, _ORDER),
+    "data.seed": Rule(WARNED, _ORDER),
+    "data.drop_last": Rule(WARNED, _ORDER),
+    "data.num_workers": Rule(TAKES),
+    "data.pin_memory": Rule(TAKES),
+    "data.on_error": Rule(TAKES),
+    "process": Rule(REFUSED, "another model"),
+    "target": Rule(REFUSED, "another model"),
+    "prior": Rule(REFUSED, "another model"),
+    "network": Rule(REFUSED, "another model"),
+    "conditional": Rule(REFUSED, "another model"),
+    "label_dropout": Rule(REFUSED, "with `conditional=true`; without labels nothing reads it"),
+    "sampler": Rule(TAKES, "in grids, figures of samples, and the export"),
+    "weight": Rule(TAKES, "`train/loss` before and after do not compare; `val/loss` does"),
+    "scale_sampling": Rule(TAKES, "`importance` begins with a uniform density"),
+    "seed": Rule(
+        WARNED,
+        "scales and noise of training and validation, and grids, are drawn from the new one; the weights, and the "
+        "order of the images (`data.seed`), stay",
+        "scales, noise and sample grids are drawn from the new seed from here on, and val/loss is measured with other "
+        "noise than before; the weights and the order of the images (data.seed) stay",
+    ),
+    "objective": Rule(TAKES),
+    "optimizer.learning_rate": Rule(TAKES, "times warm-up and decay at the step that the run has reached"),
+    "optimizer.warmup_steps": Rule(TAKES, "counted from the beginning of the run"),
+    "optimizer.decay": Rule(TAKES),
+    "optimizer.betas": Rule(TAKES, "the moments are kept"),
+    "optimizer.weight_decay": Rule(TAKES),
+    "optimizer.max_bad_steps": Rule(TAKES),
+    "ema.decay": Rule(TAKES, "the average is kept"),
+    "checkpoint": Rule(TAKES, "from the next checkpoint on"),
+    "samples": Rule(TAKES),
+    "evaluation": Rule(TAKES),
+    "compile": Rule(TAKES),
+    "channels_last": Rule(TAKES),
+    "trainer.max_steps": Rule(
+        TAKES, "cosine decay is stretched to it, so that the learning rate jumps; the run tells from where to where"
+    ),
+    "trainer.max_time": Rule(TAKES, "the time before counts"),
+    "trainer.gradient_clip_val": Rule(TAKES),
+    "trainer.accumulate_grad_batches": Rule(TAKES),
+    "trainer": Rule(TAKES, "devices, strategy, precision, intervals"),
+    "logger": Rule(TAKES),
+}
+
+Change = tuple[str, Any, Any]
+"""Option, before, now."""
+
+
+def rule_of(key: str) -> Rule | None:
+    """The rule of an option, None if there is none."""
+    while key:
+        if key in RULES:
+            return RULES[key]
+        key = key.rpartition(".")[0]
+    return None
+
+
+def rules_table() -> str:
+    """The rules in Markdown, for docs/resume.md."""
+    lines = [f"| `{key}` | {rule.kind} | {rule.note} |" for key, rule in RULES.items()]
+    return "\n".join(["| option | when changed | |", "|---|---|---|", *lines])
+
+
+def options_of(cfg: DictConfig) -> dict[str, Any]:
+    """A run's options, resolved, but for what names its folder: the same options are the same bytes wherever it is."""
+    options: dict[str, Any] = plain(cfg)
+    kept = {key: value for key, value in options.items() if key not in RULES or RULES[key].kind != APART}
+    return {**kept, "logger": {"_target_": kept["logger"]["_target_"]}}
+
+
+class KeepOptions(Callback):
+    """Puts the run's options into its checkpoints."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[KEY] = json.dumps(options_of(self.cfg))
+
+
+def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The options that a checkpoint's run had; empty if it does not tell, as those of earlier versions."""
+    try:
+        values = json.loads(checkpoint[KEY])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def stored_rate(checkpoint: dict[str, Any]) -> float | None:
+    """The learning rate that a checkpoint's run would have gone on with; None if it does not tell."""
+    try:
+        return float(checkpoint["optimizer_states"][0]["param_groups"][0]["lr"])
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], section: str = "") -> Iterator[Change]:
+    """Options that differ; where a class does, it alone, by its name. What either side does not have is left out."""
+    old_class, new_class = (str(side.get("_target_")).rpartition(".")[2] for side in (before, now))
+    if old_class != new_class:
+        yield section, old_class, new_class
+        return
+    for key in now:
+        if key not in before:
+            continue
+        full, old, new = f"{section}.{key}".lstrip("."), before[key], now[key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from changes(old, new, full)
+        elif old != new:
+            yield full, old, new
+
+
+def what_changed(checkpoint: dict[str, Any], now: dict[str, Any], rate: float) -> tuple[str, list[str]]:
+    """Compare the options of a checkpoint's run with those of the run that resumes it.
+
+    Args:
+        checkpoint: that is resumed.
+        now: options of the run, as of `options_of`.
+        rate: the learning rate of the next step with them.
+
+    Returns: a line that names each change and what becomes of the learning rate, empty if nothing changes; and a line
+        for each change that is warned of.
+    """
+    changed = list(changes(stored_options(checkpoint), now))
+    names = {f"{key} {_text(old)} -> {_text(new)}": rule_of(key) for key, old, new in changed}
+    parts, before = list(names), stored_rate(checkpoint)
+    if before is not None and before != rate:
+        verb = "rises" if rate > before else "falls"
+        stretched = now["optimizer"]["decay"] == "cosine" and any(key == "trainer.max_steps" for key, *_ in changed)
+        why = f", since cosine decay now ends at step {now['trainer']['max_steps']}" if stretched else ""
+        parts.append(f"the learning rate {verb} from {before:.4g} to {rate:.4g}{why}")
+    line = f"from step {int(checkpoint['global_step'])} on: {'; '.join(parts)}" if parts else ""
+    return line, [f"{name}: {rule.warning}" for name, rule in names.items() if rule is not None and rule.warning]
+
+
+def _text(value: Any) -> str:
+    """Without quotes where they would say nothing; what a file holds may hold terminal escapes."""
+    text = json.dumps(value)[:200]
+    return text[1:-1] if isinstance(value, str) and text[1:-1] and "\\" not in text else text
