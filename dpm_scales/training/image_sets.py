@@ -4,6 +4,7 @@ the few images that a model edits or starts from."""
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -196,7 +197,7 @@ def run_data(model: Path) -> ImageDataModule:
         config = folder / "config.yaml"
         values = read_yaml(config) if config.is_file() else None
         if isinstance(values, dict) and isinstance(values.get("data"), dict):
-            return _build(values["data"], str(config))
+            return _build_stored(values["data"], str(config))
     raise UserError(f"{model} lies in no run folder, whose config.yaml would name the data; give reference=DIR")
 
 
@@ -233,6 +234,17 @@ def _named_data(name: str, key: str) -> ImageDataModule:
     missing = sorted(OmegaConf.missing_keys(settings))
     require(not missing, f"{key}={name} would need data.{', data.'.join(missing)}; give its folder or file: {key}=PATH")
     return _build(OmegaConf.to_container(settings, resolve=True), name)
+
+
+def _build_stored(settings: dict[str, Any], source: str) -> ImageDataModule:
+    """The data set of a run's config, which is downloaded to the usual place alone."""
+    usual = settings.get("root") == os.environ.get("DPM_SCALES_DATA", "data_cache")
+    if "download" not in settings or usual:
+        return _build(settings, source)
+    try:
+        return _build({**settings, "download": False}, source)
+    except UserError as error:
+        raise UserError(f"{source}: {error}; or name the data set or its folder: reference=NAME_OR_DIR") from error
 
 
 def _build(settings: Any, source: str) -> ImageDataModule:

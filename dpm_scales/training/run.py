@@ -53,7 +53,7 @@ from dpm_scales.training.failures import UnreadableImages, told_in_one_line
 from dpm_scales.training.module import DiffusionModule, fit_to_data
 from dpm_scales.training.resuming import KeepOptions, options_of, what_changed
 from dpm_scales.training.sharding import FSDP, ShardedStrategy
-from dpm_scales.training.stored import stored_result
+from dpm_scales.training.stored import may_download, stored_result
 from dpm_scales.weights import LossWeight
 
 #: overrides that say where or on what to run, not what: they do not name a run
@@ -76,6 +76,14 @@ def run_name(overrides: list[str]) -> str:
     if name != named:
         name = f"{name}-{hashlib.sha256(named.encode()).hexdigest()[:12]}"
     return name or "default"
+
+
+def _trusted(data: DictConfig, run_dir: Path) -> dict[str, Any]:
+    """The data's config, without downloads to a place that the run's folder alone names."""
+    settings: dict[str, Any] = plain(data)
+    if "download" in settings and not may_download(run_dir):
+        settings["download"] = False
+    return settings
 
 
 def _recipe(cfg: DictConfig, data: ImageDataModule) -> Recipe:
@@ -254,7 +262,7 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     _quiet()
     _check_keys(cfg)
     _check_numbers(cfg)
-    data: ImageDataModule = build(cfg.data, ImageDataModule, "data")
+    data: ImageDataModule = build(_trusted(cfg.data, run_dir), ImageDataModule, "data")
     data.prepare_data()
     recipe = _recipe(cfg, data)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)

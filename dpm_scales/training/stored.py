@@ -1,17 +1,18 @@
 """The options of a run as its folder keeps them, `overrides.yaml`, and its figures, `result.json`.
 
-Going on with a stranger's run executes nothing.
+Resuming a stranger's run executes nothing, and writes nowhere but into its folder.
 
 What a person types may name any class of any package. What a folder holds may not: it may choose among this package's
 configs and classes, and set values. Hydra would otherwise import and call whatever a `_target_` names, read configs
-from any folder (`hydra.searchpath`, `process=../../elsewhere`), or take `--config-dir` from there.
+from any folder (`hydra.searchpath`, `process=../../elsewhere`), or take `--config-dir` from there. Nor may it name a
+place to write to (`logger.save_dir`), or one to download a data set to.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,24 @@ from dpm_scales.training.reading import read_yaml
 
 _KEY = re.compile(r"[A-Za-z][\w/-]*(\.\w+)*")
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\w+(,[^{}$]*)?\}")
+_LONGEST_KEY = 200
+#: sections whose classes write files, and what those call a place to write to
+_WRITERS = ("logger", "trainer")
+_PLACE = re.compile(r"(.*_)?(dir|dirs|path|folder|root|file|files)")
 _ADVICE = "if you trust it, give this option on the command line"
 
 
 def key_of(override: str) -> str:
     """The key that an override changes, adds or removes."""
     return override.split("=", 1)[0].lstrip("+~")
+
+
+_without_downloads: set[Path] = set()
+
+
+def may_download(run_dir: Path) -> bool:
+    """Whether a run may download its data set: not if its folder alone named the place, see `stored_overrides`."""
+    return run_dir not in _without_downloads
 
 
 def stored_overrides(file: Path, without: Collection[str], paths: Collection[str]) -> list[str]:
@@ -47,8 +60,10 @@ def stored_overrides(file: Path, without: Collection[str], paths: Collection[str
         raise UserError(damaged) from error
     require(isinstance(values, list) and all(isinstance(value, str) for value in values), damaged)
     stored = [value for value in values if key_of(value) not in without]
-    for override in stored:
-        _check(override, file, paths)
+    keys = {key for override in stored for key in _check(override, file, paths)}
+    _without_downloads.discard(file.parent)
+    if "data.root" in keys and not {"data.root", "data.download"} & set(without):
+        _without_downloads.add(file.parent)
     return stored
 
 
@@ -63,7 +78,8 @@ def stored_result(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is damaged ({error!r}); remove it: the run writes it anew") from error
 
 
-def _check(text: str, file: Path, paths: Collection[str]) -> None:
+def _check(text: str, file: Path, paths: Collection[str]) -> list[str]:
+    """Raise UserError for an option that a folder may not hold; returns the keys of the values that it sets."""
     refused = f"{file} holds the option {text[:200]!r}"
     try:
         override = OverridesParser.create().parse_override(text)
@@ -72,7 +88,7 @@ def _check(text: str, file: Path, paths: Collection[str]) -> None:
         raise UserError(f"{refused}, which is none") from error
     key = override.key_or_group
     require(not override.is_sweep_override(), f"{refused}: a sweep, where a run has one value")
-    require(bool(_KEY.fullmatch(key)), f"{refused}, which is none")
+    require(bool(_KEY.fullmatch(key)) and len(key) <= _LONGEST_KEY, f"{refused}, which is none")
     parts = re.split(r"[./]", key)
     require(parts[0] != "hydra", f"{refused}, and settings of Hydra are not a run's; {_ADVICE}")
     names_class = parts[-1] == "_target_"
@@ -81,6 +97,37 @@ def _check(text: str, file: Path, paths: Collection[str]) -> None:
     if names_class:
         _check_class(value, refused)
     _check_value(value, key, refused, paths)
+    leaves = list(_leaves(value, key))
+    for name, entry in leaves:
+        section, *names = name.split(".")
+        if section in _WRITERS and names:
+            place = bool(_PLACE.fullmatch(names[-1]))
+            base = Path() if place else file.parent  # other names become folders below it
+            text = isinstance(entry, str)
+            inside = text and "$" not in entry and _is_below(base / entry, file.parent)
+            outside = f"{refused}, which names a place to write to outside of {file.parent}; {_ADVICE}"
+            require(inside or not (text or place), outside)
+    return [name for name, _ in leaves]
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Dotted keys of the plain values in the value of an option, and these."""
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            yield from _leaves(entry, f"{key}.{name}")
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _leaves(entry, key)
+    else:
+        yield key, value
+
+
+def _is_below(place: Path, folder: Path) -> bool:
+    """Whether a place is a folder or something in it, links resolved."""
+    try:
+        return place.expanduser().resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def _check_value(value: Any, key: str, refused: str, paths: Collection[str]) -> None:
@@ -109,6 +156,7 @@ def _check_class(name: Any, refused: str) -> None:
 
     room, _, own = str(name).rpartition(".")
     if room == "dpm_scales.data" and own in data.__all__:
+        require(own != "TorchvisionSource", f"{refused}, which could download to any place; {_ADVICE}")
         return
     try:
         check_target(name, refused)
