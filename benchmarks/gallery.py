@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from skimage import data
 
 from dpm_scales.images import psnr
+from dpm_scales.plots import ROW_PADDING
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -135,8 +136,9 @@ def seam(image: np.ndarray, inside: np.ndarray) -> float:
 
 def cloning_figures(comparison: np.ndarray, height: int, width: int) -> str:
     """From the cells of comparison.png: background, paste, mask, result."""
-    step = width + 4
-    cells = [comparison[4 : 4 + height, 4 + k * step : 4 + k * step + width] for k in range(4)]
+    step = width + ROW_PADDING
+    rows = slice(len(comparison) - ROW_PADDING - height, len(comparison) - ROW_PADDING)
+    cells = [comparison[rows, ROW_PADDING + k * step : ROW_PADDING + k * step + width] for k in range(4)]
     inside = cells[2][..., 0] > 127
     background, paste, result = (seam(cells[k], inside) for k in (0, 1, 3))
     return f"across the outline: {paste:.1f} pasted, {result:.1f} cloned, {background:.1f} in the background alone"

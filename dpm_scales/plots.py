@@ -1,19 +1,26 @@
-"""Figures: one style, colours that colour-blind readers can tell apart (Okabe & Ito), markers that print in grey."""
+"""Figures: one style, one colour and one marker for each process, which colour-blind readers can tell apart."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from dpm_scales.images import write_bytes
+from dpm_scales.images import LEVELS, PADDING_LEVEL, make_grid, write_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -21,8 +28,29 @@ Array = NDArray[Any]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 MARKERS = "osD^vPX*"
+SECOND_DRAW = "second draw"
+"""Ending of the name of a process whose figures are drawn twice."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 """Curves that lie on one another still show, each through the gaps of the other."""
+SHIPPED: dict[str, tuple[str, str]] = {
+    "vp": ("#0072B2", "o"),
+    "heat": ("#D55E00", "s"),
+    "homogeneous": ("#009E73", "D"),
+    "blurring": ("#CC79A7", "^"),
+    "osmosis": ("#E69F00", "v"),
+    "ve": ("#000000", "P"),
+    "blurring_constant": ("#960000", "X"),
+    "blurring_chain": ("#4B5A5A", "*"),
+    "inverse_osmosis": ("#69C3FF", "<"),
+    "osmosis_diffusion": ("#000069", ">"),
+}
+"""Colour and marker of each process of `configs/process`, in every figure."""
+
+FURTHER = ("#3100CE", "#6D86FF", "#3D6D49", "#6DDB86", "#552424", "#3D496D", "#F3B6C2")
+"""Colours of all other processes."""
+
+TITLE_SIZE, ROW_PADDING = 14, 4
+"""Pixels of the letters and between the images of `titled_row`."""
 STYLE = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -54,29 +82,130 @@ def figure(path: Path, width: float = 5.2, height: float = 3.6, **subplots: Any)
     write_bytes(path, buffer.getvalue())
 
 
+@dataclass(frozen=True)
+class Look:
+    """How a process is drawn: colour, marker (filled or not) and dashes."""
+
+    colour: str
+    marker: str
+    dash: Any
+    filled: bool
+
+    def line(self) -> dict[str, Any]:
+        """Return arguments of matplotlib's `plot`."""
+        inside = self.colour if self.filled else "white"
+        return {"color": self.colour, "marker": self.marker, "markerfacecolor": inside, "linestyle": self.dash}
+
+
+def looks(names: Sequence[str]) -> dict[str, Look]:
+    """Return the look of each process of a study by its name.
+
+    Those of `SHIPPED` always have the same. A further name starts at a place among `FURTHER` that follows from its
+    letters alone, and moves on where another further one has that colour: give all names of a study at once. "NAME,
+    second draw" has the colour of NAME, dotted.
+    """
+    markers = [marker for _, marker in SHIPPED.values()]
+    found = {name: Look(*look, DASHES[i % len(DASHES)], i % 2 == 0) for i, (name, look) in enumerate(SHIPPED.items())}
+    taken: set[int] = set()
+    for name in sorted({_process_of(name) for name in names} - SHIPPED.keys()):
+        start = hashlib.sha256(name.encode()).digest()[0]
+        order = [(start + k) % len(FURTHER) for k in range(len(FURTHER))]
+        place = next((k for k in order if k not in taken), order[0])
+        taken.add(place)
+        marker = markers[(start + len(taken)) % len(markers)]
+        found[name] = Look(FURTHER[place], marker, DASHES[start % len(DASHES)], start % 2 == 0)
+    again = {name: found[_process_of(name)] for name in names}
+    return {name: look if name in found else Look(look.colour, "x", ":", True) for name, look in again.items()}
+
+
+def _process_of(name: str) -> str:
+    return name.removesuffix(f", {SECOND_DRAW}")
+
+
 def lines(
     axes: Axes,
     x: Sequence[float],
     curves: Mapping[str, Sequence[float] | Array],
+    styles: Mapping[str, Look],
     spread: Mapping[str, Array] | None = None,
 ) -> None:
-    """A marked line for each named curve over the positive x (log axis); `spread` (below, above) as a pale band."""
-    for i, (name, values) in enumerate(curves.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        look: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markerfacecolor": "white" if i % 2 else colour}
-        axes.plot(x, values, color=colour, linestyle=DASHES[i % len(DASHES)], label=name, **look)
+    """Draw a marked line for each named curve over the positive x.
+
+    Args:
+        x: ascending; on a logarithmic axis where they span more than a factor 20.
+        styles: of the curves' names, as `looks` has them.
+        spread: by name, (below, above) of a pale band.
+    """
+    for name, values in curves.items():
+        # markers at an end of the axes whole, over the frame
+        axes.plot(x, values, label=name, clip_on=False, zorder=3, **styles[name].line())
         if spread is not None and name in spread:
-            axes.fill_between(x, *spread[name], color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(x, *spread[name], color=styles[name].colour, alpha=0.15, linewidth=0)
     if len(x) > 1 and max(x) / min(x) > 20:
         axes.set_xscale("log")
-    axes.legend()
+        ticks = [x[0]]
+        for value in x[1:]:  # those that leave room for their numbers
+            if value / ticks[-1] > (x[-1] / x[0]) ** (1 / 14):
+                ticks.append(value)
+        axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+        axes.minorticks_off()
 
 
-def sheet(path: Path, rows: Mapping[str, Sequence[Array]], columns: Sequence[str], inches: float = 1.5) -> None:
-    """A table of pictures ``(H, W, 3)`` uint8, with the names of its rows and columns."""
+def logarithmic(axes: Axes) -> None:
+    """Make the axis of y logarithmic, with plain numbers and enough of them; call it when all is drawn."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def signed_logarithmic(axes: Axes, linear: float) -> None:
+    """Make the axis of y logarithmic on both sides of 0 and linear within +-`linear`, which is shaded; plain numbers.
+    It is linear as a whole where it reaches no farther than ten times that. Call it when all is drawn."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    if max(map(abs, axes.get_ylim())) > 10 * linear:
+        axes.set_yscale("symlog", linthresh=linear)
+        axes.axhspan(-linear, linear, color="0.95", zorder=0)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def legend(drawing: Figure, axes: Sequence[Axes]) -> None:
+    """Put one legend of all curves of `axes` beside them, where it hides none."""
+    known: dict[Any, Artist] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    drawing.legend(list(known.values()), list(known), loc="outside right upper")
+
+
+def graded(number: int) -> list[str]:
+    """Return colours for values in their order, from dark to light, of a map for colour-blind readers."""
+    import matplotlib
+    from matplotlib.colors import to_hex
+
+    shades = matplotlib.colormaps["cividis"](np.linspace(0.0, 0.85, number))
+    return [to_hex(shade) for shade in shades]
+
+
+def sheet(
+    path: Path, rows: Mapping[str, Sequence[Array]], columns: Sequence[str], inches: float = 1.5, note: str = ""
+) -> None:
+    """Write a table of pictures ``(H, W, 3)`` uint8 of one size.
+
+    Args:
+        rows: pictures by the name of their row.
+        columns: names of the columns.
+        inches: width of a picture.
+        note: a line below, about all.
+    """
     first = next(iter(rows.values()))[0]
     height = inches * first.shape[0] / first.shape[1]
-    size = {"width": inches * len(columns) + 0.3, "height": height * len(rows) + 0.25}
+    size = {"width": inches * len(columns) + 0.3, "height": height * len(rows) + 0.3 + (0.25 if note else 0)}
     with figure(path, nrows=len(rows), ncols=len(columns), squeeze=False, **size) as (drawing, axes):
         drawing.set_layout_engine("constrained", w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
         for line, (name, pictures) in zip(axes, rows.items(), strict=True):
@@ -87,3 +216,24 @@ def sheet(path: Path, rows: Mapping[str, Sequence[Array]], columns: Sequence[str
             line[0].set_ylabel(name)
         for cell, title in zip(axes[0], columns, strict=True):
             cell.set_title(title, fontsize=9)
+        if note:
+            drawing.supxlabel(note, fontsize=8)
+
+
+def titled_row(pictures: Mapping[str, Tensor]) -> Tensor:
+    """Return uint8 images ``(C, H, W)`` of one size side by side, each below its title, as one image ``(C, H', W')``.
+
+    Pixels stay as they are, in whole multiples where a title needs the width; they end `ROW_PADDING` above the bottom.
+    """
+    font = ImageFont.load_default(TITLE_SIZE)
+    first = next(iter(pictures.values()))
+    widest = max(font.getlength(title) for title in pictures) + TITLE_SIZE
+    factor = max(1, math.ceil(widest / first.shape[-1]))
+    row = make_grid(torch.stack(list(pictures.values())), len(pictures), ROW_PADDING, factor)
+    strip = Image.new("L", (row.shape[-1], 2 * TITLE_SIZE), PADDING_LEVEL)
+    step = first.shape[-1] * factor + ROW_PADDING
+    for index, title in enumerate(pictures):
+        middle = index * step + (step + ROW_PADDING) / 2
+        ImageDraw.Draw(strip).text((middle, TITLE_SIZE), title, fill=LEVELS, font=font, anchor="mm")
+    above = torch.from_numpy(np.array(strip)).expand(len(row), -1, -1)
+    return torch.cat([above, row], 1)

@@ -43,11 +43,11 @@ def test_two_processes(tmp_path: Path) -> None:
     outcome = evolve(tmp_path / "out", "task=audit", *without)
     assert outcome.status == 0, outcome.err
     values = read(tmp_path / "out")
-    assert list(values["processes"]) == ["dpm", "blurring"] and values["seed"] == 0
+    assert list(values["processes"]) == ["vp", "blurring"] and values["seed"] == 0
     assert "blurring: " in outcome.out and "audit of 2 processes" in outcome.out
     page = tables((tmp_path / "out" / "audit.md").read_text())
-    assert page["Forward"][0] == page["Reverse"][0] == ["property", "dpm", "blurring"]
-    for process, column in (("dpm", 1), ("blurring", 2)):
+    assert page["Forward"][0] == page["Reverse"][0] == ["property", "vp", "blurring"]
+    for process, column in (("vp", 1), ("blurring", 2)):
         for direction in ("forward", "reverse"):
             rows = [row for row in values["processes"][process] if row["direction"] == direction]
             details = page[f"{process}, {direction}"][1:]

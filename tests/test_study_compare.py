@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,8 +20,9 @@ from shell import Outcome, call, composed, photos
 from dpm_scales.errors import UserError
 from dpm_scales.images import load_image
 from dpm_scales.operators import evolve
-from dpm_scales.study.compare import comparison_entries
-from dpm_scales.study.comparison import Entry, Parts, measure
+from dpm_scales.study import choices
+from dpm_scales.study.choices import comparison_entries
+from dpm_scales.study.comparison import Entry, Parts, measure, noise_seed
 from dpm_scales.study.images import image_set
 
 TIMES = [1, 5, 10, 100, 1000, 10000]
@@ -50,17 +53,17 @@ def test_the_papers_processes_have_the_papers_parameters() -> None:
     mu = torch.tensor([[0.0, 1e-3, 0.1, 2.0]], dtype=torch.float64)
     blur = {"heat": 0.01, "homogeneous": 0.0, "blurring": 0.1, "osmosis": 0.0}
     found = entries()
-    assert list(found) == ["dpm", "heat", "homogeneous", "blurring", "osmosis"]
+    assert list(found) == ["vp", "heat", "homogeneous", "blurring", "osmosis"]
     for name, entry in found.items():
         for t, scale in zip(TIMES, entry.scales, strict=True):
             signal, noise = entry.process.signal_scale(scale, mu), entry.process.noise_scale(scale, mu)
-            if name == "dpm":  # t steps of sqrt(1 - 0.1^2), and what variance is then missing to 1
+            if name == "vp":  # t steps of sqrt(1 - 0.1^2), and what variance is then missing to 1
                 close(signal.expand(mu.shape).numpy(), 0.99 ** (t / 2), 1e-12)
                 close(noise.expand(mu.shape).numpy(), math.sqrt(1 - 0.99**t), 1e-12)
             else:
                 close(signal.numpy(), np.exp(-mu.numpy() * t), 1e-12)
                 close(noise.expand(mu.shape).numpy(), blur[name], 1e-12)
-    assert [e.name for e in found.values() if not e.keeps_grey] == ["dpm"]
+    assert [e.name for e in found.values() if not e.keeps_grey] == ["vp"]
 
 
 def test_paths_without_noise_are_the_blurred_images_and_the_filter() -> None:
@@ -96,16 +99,21 @@ def test_shown_images_are_clipped_or_stretched() -> None:
     found = entries()
     x = torch.tensor([-0.5, 0.0, 0.5, 1.0, 1.5]).reshape(1, 1, 1, 5)
     assert found["heat"].shown(x).flatten().tolist() == [0, 0, 128, 255, 255]
-    assert found["dpm"].shown(x).flatten().tolist() == [0, 64, 128, 191, 255]
+    assert found["vp"].shown(x).flatten().tolist() == [0, 64, 128, 191, 255]
     both = torch.cat([x, 10 * x])  # each image by itself
-    assert torch.equal(found["dpm"].shown(both)[1], found["dpm"].shown(both)[0])
-    assert found["dpm"].shown(torch.ones(1, 3, 2, 2)).unique().numel() == 1
+    assert torch.equal(found["vp"].shown(both)[1], found["vp"].shown(both)[0])
+    assert found["vp"].shown(torch.ones(1, 3, 2, 2)).unique().numel() == 1
 
 
 def test_a_chosen_process_comes_last_with_its_own_scales() -> None:
     found = entries("process=blurring_chain", "scales=[0.1,0.2,0.3,0.4,0.5,1]")
     assert list(found)[-1] == "BlurringChain" and found["BlurringChain"].scales == (0.1, 0.2, 0.3, 0.4, 0.5, 1.0)
-    assert list(entries("process=vp", "processes.dpm=null"))[-1] == "VP"
+    assert list(entries("process=vp", "processes.vp=null"))[-1] == "VP"
+    node = "{_target_:dpm_scales.processes.VP,num_scales:6}"
+    for kept, name in (("vp", "vp, chosen"), ("heat", "vp")):
+        listed = [f"processes.{e}=null" for e in found if e not in (kept, "BlurringChain")]
+        with mock.patch.object(choices, "chosen_name", lambda: "vp"):
+            assert list(entries(f"process={node}", *listed)) == [kept, name]
     fewer = entries("times=[2,20]")
     assert all(e.process.num_scales == 2 and e.scales == (0.5, 1.0) for e in fewer.values())
 
@@ -116,16 +124,17 @@ def test_a_chosen_process_comes_last_with_its_own_scales() -> None:
 class Fake(torch.nn.Module):
     """Features that anybody can compute: mean and standard deviation of each channel."""
 
-    name, distance_name, kernel_name, hash = "fake", "FD-fake", "KD-fake", "0"
+    name, distance_name, kernel_name, hash, resizing = "fake", "FD-fake", "KD-fake", "0", "none"
+    dim = 6
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = images.float()
         return torch.cat([x.mean((-2, -1)), x.std((-2, -1))], 1)
 
 
-def small() -> list[Entry]:
-    found = entries("times=[1,50]")
-    return [found["dpm"], found["heat"], found["osmosis"]]
+def small(*overrides: str) -> list[Entry]:
+    found = entries("times=[1,50]", *overrides)
+    return [found["vp"], found["heat"], found["osmosis"]]
 
 
 def test_figures_are_those_of_the_paths(tmp_path: Path) -> None:
@@ -134,8 +143,6 @@ def test_figures_are_those_of_the_paths(tmp_path: Path) -> None:
     images = image_set(str(folder))
     assert [list(b) for b in images.batches(2)] == [[0, 1], [2], [3, 4]]
     parts = measure(small(), images, tmp_path / "out", seed=5, features=Fake(), batch_size=2)  # type: ignore[arg-type]
-    from dpm_scales.study.comparison import noise_seed
-
     for entry in small():
         variance, grey = parts.series(entry.name, "variance"), parts.series(entry.name, "grey")
         assert variance is not None and grey is not None and variance.shape == grey.shape == (2, 5)
@@ -184,13 +191,21 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["seed", "times", "images", "features", "noise", "names"], ids=lambda name: f"other-{name}"
+    "change",
+    [
+        *("seed", "times", "images", "content", "features", "resizing", "names", "batch_size"),
+        *("processes.osmosis.guidance_noise=0.2", "+processes.osmosis.guidance_pattern=edges"),
+        *("+processes.heat.spectrum=discrete", "+processes.osmosis.tolerance=1e-4"),
+    ],
 )
 def test_parts_of_another_comparison_are_refused(tmp_path: Path, change: str) -> None:
     images = image_set(str(photos(tmp_path / "set", 2)))
     given: dict[str, Any] = {"entries": small(), "images": images, "out": tmp_path / "out", "seed": 0}
+    if change == "resizing":
+        given["features"] = Fake()
     measure(**given)
     measure(**given)
+    measure(**{**given, "entries": small()})
     if change == "seed":
         given["seed"] = 1
     elif change == "times":
@@ -199,10 +214,16 @@ def test_parts_of_another_comparison_are_refused(tmp_path: Path, change: str) ->
         given["images"] = image_set(str(photos(tmp_path / "set", 1, first=2)))
     elif change == "features":
         given["features"] = Fake()
-    elif change == "noise":
-        given["entries"] = [*small()[:2], entries("times=[1,50]", "processes.osmosis.guidance_noise=0.2")["osmosis"]]
-    else:
+    elif change == "resizing":
+        given["features"].resizing = "another"
+    elif change == "content":
+        (tmp_path / "set/001.png").write_bytes((photos(tmp_path / "new", 1, first=7) / "007.png").read_bytes())
+    elif change == "batch_size":
+        given["batch_size"] = 2
+    elif change == "names":
         given["entries"] = small()[:2]
+    elif "=" in change:
+        given["entries"] = small(change)
     with pytest.raises(UserError, match="other processes, images or settings"):
         measure(**given)
 
@@ -277,8 +298,8 @@ def test_entropy_table_is_the_closed_form(finished: Path) -> None:
             expected = 0.5 * math.log(2 * math.pi * math.e * std**2)
             assert float(found[name, t]["conditional_entropy"]) == pytest.approx(expected, abs=1e-6)
         assert float(found[name, 20.0]["increment"]) == pytest.approx(0, abs=1e-9)
-    dpm = [0.5 * math.log(2 * math.pi * math.e * (1 - 0.99**t)) for t in (1, 20)]
-    assert float(found["dpm", 20.0]["increment"]) == pytest.approx(dpm[1] - dpm[0], rel=1e-6)
+    vp = [0.5 * math.log(2 * math.pi * math.e * (1 - 0.99**t)) for t in (1, 20)]
+    assert float(found["vp", 20.0]["increment"]) == pytest.approx(vp[1] - vp[0], rel=1e-6)
     assert float(found["osmosis", 20.0]["relative_entropy"]) > float(found["osmosis", 1.0]["relative_entropy"])
 
 
@@ -291,7 +312,7 @@ def test_distances_name_their_network_and_grow_with_difference(tmp_path: Path) -
     )
     assert outcome.status == 0, outcome.err
     found = rows(tmp_path / "out/distance.csv")
-    assert {r["process"] for r in found} == {"dpm", "heat", "blurring", "osmosis, second draw"}
+    assert {r["process"] for r in found} == {"vp", "heat", "blurring", "osmosis, second draw"}
     assert all(r["frechet_name"] == "FD-efflite0" and r["n"] == "6" and r["reference"] == "osmosis" for r in found)
     late = {r["process"]: float(r["frechet"]) for r in found if float(r["t"]) == 100}
     assert late["osmosis, second draw"] < late["blurring"] < late["heat"]
@@ -337,3 +358,35 @@ def test_mistakes_end_with_one_line(tmp_path: Path, overrides: tuple[str, ...], 
     assert outcome.status == 2 and "Traceback" not in outcome.err
     assert message in outcome.err and outcome.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_more_memory_than_there_is_ends_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 times of 3 photos of 60x80: a path of 69 MB."""
+    monkeypatch.setattr("dpm_scales.memory.available_memory", lambda device=None: 60e6)
+    data = f"data={photos(tmp_path / 'set', 3, (60, 80))}"
+    kept = [f"processes.{name}=null" for name in ("heat", "homogeneous", "blurring", "osmosis")]
+    times = f"times={list(range(1, 401))}".replace(" ", "")
+    outcome = compare(tmp_path / "out", data, *kept, times, "batch_size=3", "features=null", "reference=null")
+    assert outcome.status == 1 and outcome.err.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert "batch_size=3 images at 400 times would take 65.9 MiB" in outcome.err and "lower batch_size" in outcome.err
+
+
+def test_the_former_name_of_a_process_is_still_an_option(tmp_path: Path) -> None:
+    data = f"data={photos(tmp_path / 'set', 2)}"
+    kept = [f"processes.{name}=null" for name in ("heat", "homogeneous", "blurring")]
+    options = (data, *kept, "times=[1,5]", "features=null")
+    for out, more in (
+        ("old", ("processes.dpm.noise.beta=0.2", "reference=dpm")),
+        ("new", ("processes.vp.noise.beta=0.2", "reference=vp")),
+    ):
+        assert compare(tmp_path / out, *options, *more).status == 0
+    assert rows(tmp_path / "old/variance.csv") == rows(tmp_path / "new/variance.csv")
+    assert [row["process"] for row in rows(tmp_path / "old/variance.csv")] == ["vp", "vp", "osmosis", "osmosis"]
+    outcome = compare(tmp_path / "without", *options, "processes.dpm=null")
+    assert outcome.status == 0 and "2 images, 1 process, 2 times" in outcome.out
+
+
+def test_noise_of_a_process_follows_its_first_name() -> None:
+    assert noise_seed(3, "vp", 7) == int.from_bytes(hashlib.sha256(b"3/dpm/7").digest()[:8], "little") >> 1
+    draw = "osmosis, second draw"
+    assert noise_seed(3, draw, 7) == int.from_bytes(hashlib.sha256(f"3/{draw}/7".encode()).digest()[:8], "little") >> 1

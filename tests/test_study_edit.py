@@ -180,9 +180,15 @@ def test_comparison_shows_the_inputs_beside_the_result(tmp_path: Path) -> None:
     ):
         edit(tmp_path / task, f"task={task}", *inputs)
         sheet = pixels(tmp_path / task / "comparison.png")
-        assert sheet.shape == (40, (len(cells) + 1) * 44 + 4, 3)
+        factor = (sheet.shape[1] - 4) // (len(cells) + 1) // 40  # titles need the width
+        height, step = 32 * factor, 40 * factor + 4
+        assert factor > 1 and sheet.shape[1:] == ((len(cells) + 1) * step + 4, 3)
         for k, cell in enumerate([*cells, pixels(tmp_path / task / "result.png")]):
-            np.testing.assert_array_equal(sheet[4:36, 44 * k + 4 : 44 * k + 44], cell)
+            shown = sheet[-4 - height : -4, step * k + 4 : step * k + step]
+            np.testing.assert_array_equal(shown, cell.repeat(factor, 0).repeat(factor, 1))
+            title = sheet[: -8 - height, step * k + 4 : step * k + step]
+            assert len(np.unique(title)) > 2  # something is written there, and nothing in the gaps
+            assert (sheet[:, step * k : step * k + 4] == 128).all()
 
 
 def test_black_pixels_grey_masks_and_names_with_spaces(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from dpm_scales.metrics.distances import FeatureStatistics, KernelDistance, frechet_distance, kernel_distance
 from dpm_scales.metrics.features import EffLite0Features, FeatureNetwork, InceptionFeatures, pick_features
-from dpm_scales.metrics.figures import MEASURES, FeatureSet, Measure, compare, gather
+from dpm_scales.metrics.figures import MEASURES, FeatureSet, Measure, compare, few_images, gather
 from dpm_scales.metrics.overlap import Manifolds, manifolds
 from dpm_scales.metrics.scale_space import (
     average_grey,
@@ -26,6 +26,7 @@ __all__ = [
     "average_grey",
     "compare",
     "entropy_increments",
+    "few_images",
     "frechet_distance",
     "gather",
     "image_variance",

@@ -75,6 +75,16 @@ def check_numbers(measures: Sequence[str], *numbers: int) -> None:
         )
 
 
+def few_images(number: int, what: str, network: FeatureNetwork) -> str | None:
+    """Return a line that says so if a Fréchet distance of `number` images (`what` of them) is too high, else None."""
+    if number > network.dim:
+        return None
+    return (
+        f"{number} {what} for {network.dim} features: their covariance is singular and {network.distance_name} too "
+        f"high; compare it with that of as many images alone, or take {network.kernel_name}"
+    )
+
+
 def needs_rows(measures: Sequence[str]) -> bool:
     """Whether these measures need more of a set than its statistics."""
     return any(name != "frechet" for name in measures)

@@ -19,6 +19,7 @@ from dpm_scales.storage import check_writable
 from dpm_scales.study import audit as library
 from dpm_scales.study.audit import Finding, Verdict
 from dpm_scales.study.audit_corrections import Correction, corrections
+from dpm_scales.study.choices import CHOSEN, comparison_entries
 from dpm_scales.study.images import PHOTOS, image_set
 
 MEANINGS = {
@@ -33,13 +34,11 @@ MEANINGS = {
 
 def audit(cfg: DictConfig) -> None:
     """The chosen process (process=NAME), or else those of the config. Raises UserError for what can't be meant."""
-    from dpm_scales.study.compare import comparison_entries
-
     require_number("seed", cfg.seed, 0, whole=True)
     entries = comparison_entries(cfg)
     if cfg.get("process") is not None:
         entries = entries[-1:]
-    processes = {entry.name.removesuffix(", chosen"): entry.process for entry in entries}
+    processes = {entry.name.removesuffix(CHOSEN): entry.process for entry in entries}
     out = Path(str(cfg.out))
     place = PHOTOS if cfg.folder is None else str(cfg.folder)
     images = image_set(place, 1).load(0)[None]

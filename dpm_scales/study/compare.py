@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dpm_scales import plots
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.images import write_text
+from dpm_scales.memory import require_memory
 from dpm_scales.metrics import (
     FeatureNetwork,
     entropy_increments,
+    few_images,
     frechet_distance,
     kernel_distance,
     pick_features,
     reverse_entropy_bounds,
 )
-from dpm_scales.processes import Process
+from dpm_scales.plots import SECOND_DRAW, Look
 from dpm_scales.progress import progress_bar
 from dpm_scales.storage import check_writable
+from dpm_scales.study.audit_run import audit, write_audit
+from dpm_scales.study.choices import comparison_entries, comparison_images, current_name
 from dpm_scales.study.comparison import Entry, Parts, measure
-from dpm_scales.study.images import ImageSet, image_set
+from dpm_scales.study.images import ImageSet
 from dpm_scales.tables import csv_text
-from dpm_scales.training.building import build, plain
-from dpm_scales.training.sampling import check_counts, pick_device
+from dpm_scales.training.building import plain
+from dpm_scales.training.sampling import pick_device
 
-SECOND_DRAW = "second draw"
 Row = dict[str, Any]
 
 
@@ -41,8 +45,6 @@ def compare(cfg: DictConfig) -> None:
     require(isinstance(cfg.audit, bool), f"audit must be true or false, got {cfg.audit!r}")
     if cfg.folder is None:
         require(cfg.audit, "data=DIR names the folder of images to compare the processes on (data=photos: bundled)")
-        from dpm_scales.study.audit_run import audit
-
         audit(cfg)
         return
     entries = comparison_entries(cfg)
@@ -53,6 +55,7 @@ def compare(cfg: DictConfig) -> None:
     if features is not None and reference is not None and cfg.second_draw:
         first = next(entry for entry in entries if entry.name == reference)
         entries = [*entries, Entry(f"{reference}, {SECOND_DRAW}", first.process, first.scales)]
+    _check_memory(entries, images, cfg.batch_size, features)
     check_writable(out)
     for entry in entries:
         entry.process.to(device)
@@ -64,63 +67,31 @@ def compare(cfg: DictConfig) -> None:
         )
         times = [float(t) for t in plain(cfg.times)]
         names = [entry.name for entry in entries]
-        save_variance(out, parts, [n for n in names if not n.endswith(SECOND_DRAW)], times)
-        save_entropy(out, parts, entries, times, images.sizes[cfg.show[0]])
+        styles = plots.looks(names)
+        save_variance(out, parts, [n for n in names if not n.endswith(SECOND_DRAW)], times, styles)
+        save_entropy(out, parts, entries, times, images.sizes[cfg.show[0]], styles)
+        doubts = []
         if features is not None and reference is not None:
             others = [name for name in names if name != reference]
             bar = progress.add_task("distances", total=len(others) * len(times))
-            save_distances(out, parts, others, reference, times, features, lambda: progress.advance(bar))
+            doubts = save_distances(
+                out, parts, others, reference, times, features, styles, lambda: progress.advance(bar)
+            )
         save_trajectories(out, entries, images, plain(cfg.show), times, cfg.seed, device)
     if cfg.audit:
-        from dpm_scales.study.audit_run import write_audit
-
         shown = images.load(cfg.show[0])[None]
         write_audit(
             {e.name: e.process.cpu() for e in entries if not e.name.endswith(SECOND_DRAW)}, shown, out, cfg.seed
         )
-    save_settings(out, cfg, len(images.names), features)
-    print(f"{len(images.names)} images, {len(entries)} processes, {len(times)} times: figures in {out}")
+    save_settings(out, cfg, len(images.names), features, doubts)
+    for doubt in doubts:
+        warnings.warn(doubt, stacklevel=1)
+    number = sum(not entry.name.endswith(SECOND_DRAW) for entry in entries)
+    counts = f"{counted(len(images.names), 'image')}, {counted(number, 'process', 'es')}, {counted(len(times), 'time')}"
+    print(f"{counts}: figures in {out}")
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
-
-
-def comparison_entries(cfg: DictConfig) -> list[Entry]:
-    """The processes of the config, then the chosen one. Raises UserError for times or scales that do not fit."""
-    times = plain(cfg.times)
-    good = isinstance(times, list) and times and all(isinstance(t, int | float) and t > 0 for t in times)
-    require(bool(good) and sorted(set(times)) == times, f"times must be ascending numbers > 0, got {times!r}")
-    even = tuple((k + 1) / len(times) for k in range(len(times)))
-    entries = []
-    listed = plain(cfg.processes)
-    require(isinstance(listed, dict), f"processes must be configs by name, got {listed!r}")
-    for name, node in listed.items():
-        if node is None:
-            continue
-        given = {} if isinstance(node, dict) and node.get("num_scales") is not None else {"num_scales": len(times)}
-        process = build(node, Process, f"processes.{name}", given=given)
-        entries.append(Entry(str(name), process, even))
-    if cfg.get("process") is not None:
-        scales = plain(cfg.scales) or list(even)
-        good = isinstance(scales, list) and all(isinstance(t, int | float) and 0 <= t <= 1 for t in scales)
-        if not good or sorted(scales) != scales or len(scales) != len(times):
-            raise UserError(f"scales must be {len(times)} ascending numbers in [0, 1], one for each time, got {scales}")
-        chosen = HydraConfig.get().runtime.choices.get("process") if HydraConfig.initialized() else None
-        name = str(chosen or cfg.process.get("_target_", "")).rpartition(".")[2]
-        name = f"{name}, chosen" if name in cfg.processes else name
-        entries.append(Entry(name, build(cfg.process, Process, "process"), tuple(map(float, scales))))
-    require(len(entries) > 0, "no processes to compare; keep one of processes, or choose process=NAME")
-    return entries
-
-
-def comparison_images(cfg: DictConfig) -> ImageSet:
-    """The images of the config. Raises UserError for what can't be meant."""
-    check_counts(cfg, [] if cfg.limit is None else ["limit"])
-    images = image_set(str(cfg.folder), cfg.limit)
-    show = plain(cfg.show)
-    fits = isinstance(show, list) and show and all(isinstance(i, int) and 0 <= i < len(images.names) for i in show)
-    require(bool(fits), f"show must list numbers of images from 0 to {len(images.names) - 1}, got {show!r}")
-    return images
 
 
 def _features(cfg: DictConfig, device: torch.device) -> FeatureNetwork | None:
@@ -132,17 +103,29 @@ def _features(cfg: DictConfig, device: torch.device) -> FeatureNetwork | None:
 def _reference(cfg: DictConfig, entries: Sequence[Entry]) -> str | None:
     if cfg.reference is None:
         return None
-    name = str(cfg.reference)
+    name = current_name(cfg.reference)
     if name not in [entry.name for entry in entries]:
         raise UserError(f"unknown reference {name!r}: {suggest(name, [e.name for e in entries])}, or null")
     return name
 
 
+def _check_memory(entries: Sequence[Entry], images: ImageSet, batch_size: int, features: FeatureNetwork | None) -> None:
+    """Raise OutOfMemoryError if a path of the largest batch, or two sets of features, take more than there is."""
+    times = len(entries[0].scales)
+    pixels = max(3 * len(batch) * math.prod(images.sizes[batch[0]]) for batch in images.batches(batch_size))
+    require_memory(4.0 * times * pixels, f"batch_size={batch_size} images at {times} times", "lower batch_size")
+    if features is not None:
+        count = len(images.names)
+        require_memory(24.0 * count * features.dim, f"features of {count} images", "lower limit, or set features=null")
+
+
 # --- tables and figures -----------------------------------------------------------------------------------------------
 
 
-def save_variance(out: Path, parts: Parts, names: Sequence[str], times: Sequence[float]) -> None:
-    """`variance.csv` and `variance.png`, Fig. 4a: mean over the images, and the standard deviation between them."""
+def save_variance(
+    out: Path, parts: Parts, names: Sequence[str], times: Sequence[float], styles: Mapping[str, Look]
+) -> None:
+    """Write `variance.csv` and `variance.png`, Fig. 4a: mean and standard deviation over the images."""
     rows: list[Row] = []
     means, bands = {}, {}
     for name in names:
@@ -154,18 +137,27 @@ def save_variance(out: Path, parts: Parts, names: Sequence[str], times: Sequence
         for t, mean, std in zip(times, means[name], spread, strict=True):
             rows.append({"process": name, "t": t, "mean": mean, "std": std, "n": values.shape[1]})
     save_csv(out / "variance.csv", rows)
-    with plots.figure(out / "variance.png") as (_, axes):
-        plots.lines(axes, times, means, bands)
-        count = rows[0]["n"]
-        axes.set(xlabel="t in px² (DPM: steps)", ylabel="image variance, white = 1", yscale="log")
-        axes.set_title(f"mean and standard deviation over {count} images", fontsize=9)
+    with plots.figure(out / "variance.png", 6.2) as (drawing, axes):
+        plots.lines(axes, times, means, styles, bands)
+        plots.logarithmic(axes)
+        axes.set(xlabel=time_label(names), ylabel="variance over an image's pixels, white = 1")
+        axes.set_title(f"mean ± standard deviation over {counted(rows[0]['n'], 'image')}", fontsize=9)
+        plots.legend(drawing, [axes])
 
 
 def save_entropy(
-    out: Path, parts: Parts, entries: Sequence[Entry], times: Sequence[float], size: tuple[int, int]
+    out: Path,
+    parts: Parts,
+    entries: Sequence[Entry],
+    times: Sequence[float],
+    size: tuple[int, int],
+    styles: Mapping[str, Look],
 ) -> None:
-    """`entropy.csv` and `entropy.png`: nats per pixel and channel, in units where black is 0 and white 1, for images
-    of `size`; what each step adds; the bounds of the reverse step's entropy; osmosis' relative entropy, measured."""
+    """Write `entropy.csv` and `entropy.png`: nats per pixel and channel, in units where black is 0 and white 1.
+
+    Beside the conditional entropy for images of `size`: what each step adds, the bounds of the reverse step's entropy,
+    and osmosis' relative entropy, measured.
+    """
     rows: list[Row] = []
     curves, relative = {}, {}
     for entry in (e for e in entries if not e.name.endswith(SECOND_DRAW)):
@@ -189,15 +181,18 @@ def save_entropy(
             rows.append(row | {"relative_entropy": np.nan if measured is None else measured[k]})
     save_csv(out / "entropy.csv", rows)
     panels = [
-        (curves, "H(U_t | U_0), nats per pixel and channel"),
-        (relative, "−Σ u ln(u / w), nats per image channel"),
+        (curves, "conditional entropy (processes with noise)", "$H(U_t\\,|\\,U_0)$, nats per pixel and channel"),
+        (relative, "relative entropy of the images", "$-\\Sigma\\,u\\,\\ln(u/w)$, nats per image channel"),
     ]
     panels = [panel for panel in panels if panel[0]]
     if panels:
-        with plots.figure(out / "entropy.png", 4.6 * len(panels), ncols=len(panels), squeeze=False) as (_, axes):
-            for axis, (values, label) in zip(axes[0], panels, strict=True):
-                plots.lines(axis, times, values)
-                axis.set(xlabel="t in px² (DPM: steps)", ylabel=label)
+        width = 4.4 * len(panels) + 1.2
+        with plots.figure(out / "entropy.png", width, ncols=len(panels), squeeze=False) as (drawing, axes):
+            for axis, (values, title, label) in zip(axes[0], panels, strict=True):
+                plots.lines(axis, times, values, styles)
+                axis.set_title(title, fontsize=9)
+                axis.set(xlabel=time_label(list(values)), ylabel=label)
+            plots.legend(drawing, list(axes[0]))
 
 
 def save_distances(
@@ -207,9 +202,13 @@ def save_distances(
     reference: str,
     times: Sequence[float],
     features: FeatureNetwork,
-    on_distance: Any,
-) -> None:
-    """`distance.csv` and `distance.png`, Fig. 4b: of each process's images to those of the reference at the same t."""
+    styles: Mapping[str, Look],
+    on_distance: Callable[[], None],
+) -> list[str]:
+    """Write `distance.csv` and `distance.png`, Fig. 4b: each process's images to those of the reference at the same t.
+
+    Returns: what their reader should know, one line each.
+    """
     rows: list[Row] = []
     for k, t in enumerate(times):
         real = parts.features(reference, k)
@@ -224,24 +223,28 @@ def save_distances(
             on_distance()
     if not rows:
         print("distances need 2 images or more; none were measured")
-        return
+        return []
     save_csv(out / "distance.csv", rows)
-    count = rows[0]["n"]
-    with plots.figure(out / "distance.png", 9.2, ncols=2) as (drawing, axes):
-        for axis, key, label in (
-            (axes[0], "frechet", features.distance_name),
-            (axes[1], "kernel", features.kernel_name),
-        ):
-            curves = {name: [row[key] for row in rows if row["process"] == name] for name in others}
-            plots.lines(axis, times, curves)
-            axis.set(xlabel="t in px² (DPM: steps)", ylabel=f"{label} to {reference} at the same t")
-            if key == "frechet":
-                axis.set_yscale("log")
-            else:  # unbiased, so it may be negative
-                axis.set_yscale("symlog", linthresh=1e-3)
-                axis.set_ylim(bottom=min(-1e-3, 1.5 * min(min(curve) for curve in curves.values())))
-        axes[1].get_legend().remove()
-        drawing.suptitle(f"features {features.name}, {count} images", fontsize=9)
+    count = int(rows[0]["n"])
+    doubt = few_images(count, "images", features)
+    curves = {name: [row for row in rows if row["process"] == name] for name in others}
+    with plots.figure(out / "distance.png", 9.8, 3.8, ncols=2) as (drawing, (frechet, kernel)):
+        plots.lines(frechet, times, {name: [row["frechet"] for row in own] for name, own in curves.items()}, styles)
+        plots.logarithmic(frechet)
+        means = {name: np.array([row["kernel"] for row in own]) for name, own in curves.items()}
+        errors = {name: np.array([row["kernel_se"] for row in own]) for name, own in curves.items()}
+        bands = {name: np.stack([means[name] - errors[name], means[name] + errors[name]]) for name in means}
+        plots.lines(kernel, times, means, styles, bands)
+        # it is unbiased, so it may be negative; linear as far as it is all noise
+        noise = float(np.median(np.concatenate(list(errors.values()))))
+        plots.signed_logarithmic(kernel, 10.0 ** np.ceil(np.log10(max(noise, 1e-6))))
+        kernel.set_title("± standard error", fontsize=9)
+        frechet.set_title(f"too high: fewer images than {features.dim} features" if doubt else "", fontsize=9)
+        for axis, name in ((frechet, features.distance_name), (kernel, features.kernel_name)):
+            axis.set(xlabel=time_label(others), ylabel=f"{name} to {reference} at the same t")
+        plots.legend(drawing, [frechet])
+        drawing.suptitle(f"{counted(count, 'image')}, features {features.name}", fontsize=9)
+    return [] if doubt is None else [doubt]
 
 
 def save_trajectories(
@@ -253,16 +256,31 @@ def save_trajectories(
     seed: int,
     device: torch.device,
 ) -> None:
-    """`trajectories.png`, Fig. 3, and one more for each further image: a row for a process, a column for a time."""
+    """Write `trajectories.png`, Fig. 3, and one more for each further image: a row for a process, a column for a time,
+    the first of which is the image."""
     kept = [entry for entry in entries if not entry.name.endswith(SECOND_DRAW)]
+    stretched = [entry.name for entry in kept if not entry.keeps_grey]
+    note = time_label([entry.name for entry in kept])
+    note += f"; {', '.join(stretched)}: each image from its smallest value to its largest" if stretched else ""
     for index in show:
         x = images.load(index)[None].to(device)
         rows = {}
         for entry in kept:
             path, _ = entry.path(x, seed)
-            rows[entry.name] = [p[0].permute(1, 2, 0).cpu().numpy() for p in map(entry.shown, path)]
+            shown = [x, *map(entry.shown, path)]
+            rows[entry.name] = [p[0].permute(1, 2, 0).cpu().numpy() for p in shown]
         name = "trajectories.png" if index == show[0] else f"trajectories_{index:06d}.png"
-        plots.sheet(out / name, rows, [f"t = {t:g}" for t in times])
+        plots.sheet(out / name, rows, ["t = 0, the image", *(f"t = {t:g}" for t in times)], note=note)
+
+
+def time_label(names: Sequence[str]) -> str:
+    """Return the label of the axis of times in a figure of these processes."""
+    return "t in px² (vp: steps)" if "vp" in names else "t in px²"
+
+
+def counted(count: int, noun: str, ending: str = "s") -> str:
+    """Return `count` and the noun, in the plural where it takes one."""
+    return f"{count} {noun}{'' if count == 1 else ending}"
 
 
 def save_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -271,9 +289,12 @@ def save_csv(path: Path, rows: Sequence[Row]) -> None:
     write_text(path, csv_text(list(rows[0]), shown))
 
 
-def save_settings(out: Path, cfg: DictConfig, count: int, features: FeatureNetwork | None) -> None:
-    """`comparison.json`: what the figures were made of."""
+def save_settings(
+    out: Path, cfg: DictConfig, count: int, features: FeatureNetwork | None, doubts: Sequence[str]
+) -> None:
+    """Write `comparison.json`: what the figures were made of."""
     network = None if features is None else {"name": features.name, "weights_sha256": features.hash}
     keys = ("folder", "times", "reference", "seed", "batch_size", "processes", "process", "scales")
     settings = {key: plain(cfg.get(key)) for key in keys} | {"images": count, "features": network}
+    settings |= {"warnings": list(doubts)}
     write_text(out / "comparison.json", json.dumps(settings, indent=1) + "\n")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +29,16 @@ from dpm_scales.errors import UserError, require
 from dpm_scales.images import to_range, to_uint8, write_bytes, write_text
 from dpm_scales.metrics import FeatureNetwork, average_grey, image_variance, relative_entropy
 from dpm_scales.processes import Osmosis, Process
+from dpm_scales.study.fingerprint import describe, describe_images, fingerprint
 from dpm_scales.study.images import ImageSet
 
 Array = NDArray[Any]
+
+FORMER_NAMES = {"dpm": "vp"}
+"""Processes by names that they had: options still take these, and the noise of a process is that of its first name."""
+
+PARTS_VERSION = 2
+"""Raise it where the same processes would give other figures of the same images."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,9 @@ class Parts:
 
 
 def noise_seed(seed: int, name: str, first: int) -> int:
-    """63 bits from the study's seed, the process's name and the number of the first image."""
+    """Return 63 bits from the study's seed, the process's name and the number of the first image."""
+    own, *ending = name.split(",")
+    name = ",".join([{new: old for old, new in FORMER_NAMES.items()}.get(own, own), *ending])
     digest = hashlib.sha256(f"{seed}/{name}/{first}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -186,17 +194,7 @@ def noise_seed(seed: int, name: str, first: int) -> int:
 def _fingerprint(
     entries: Sequence[Entry], images: ImageSet, seed: int, features: FeatureNetwork | None, batch_size: int
 ) -> str:
-    """Of all that the figures depend on: laws by their values at a few eigenvalues, images by name and size."""
-    mu = torch.tensor([0.0, 1e-4, 1e-2, 0.1, 1.0, 8.0], dtype=torch.float64)
-    laws = []
-    for entry in entries:
-        curves = [
-            [f"{v:.12g}" for v in curve(t, mu).expand(len(mu)).tolist()]
-            for t in entry.scales
-            for curve in (entry.process.signal_scale, entry.process.noise_scale)
-        ]
-        context = [getattr(entry.process, name, None) for name in ("guidance_noise", "guidance_min")]
-        laws.append([entry.name, type(entry.process).__name__, entry.process.value_range, curves, context])
-    network = None if features is None else [features.name, features.hash]
-    content = [laws, images.names, images.sizes, seed, network, batch_size]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    """Return a digest of all that the figures depend on: processes and images whole, settings, features."""
+    laws = [[entry.name, describe(entry.scales), describe(entry.process, entry.name)] for entry in entries]
+    network = None if features is None else [features.name, features.hash, features.resizing]
+    return fingerprint(PARTS_VERSION, laws, describe_images(images), seed, network, batch_size)

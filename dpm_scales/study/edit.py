@@ -12,8 +12,9 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from dpm_scales import plots
 from dpm_scales.errors import UserError, is_whole, require, require_number
-from dpm_scales.images import LEVELS, load_image, make_grid, save_png, to_range, to_uint8
+from dpm_scales.images import LEVELS, load_image, save_png, to_range, to_uint8
 from dpm_scales.osmosis_filter import MATCHES, blend, check_match, check_shadow_options, remove_shadow
 from dpm_scales.progress import progress_bar
 from dpm_scales.storage import check_writable
@@ -44,7 +45,7 @@ def shadow(cfg: DictConfig) -> None:
         return remove_shadow(f, inside, marks, match, cfg.offset, cfg.tol, penumbra)
 
     result = _by_channel(edit, device, image)
-    _save(out, [image, _shown(mask, image)], result)
+    _save(out, {"photo": image, f"mask ({marks})": _shown(mask, image)}, result)
 
 
 def clone(cfg: DictConfig) -> None:
@@ -70,7 +71,8 @@ def clone(cfg: DictConfig) -> None:
         return blend(f, g, inside.to(device), cfg.match, cfg.offset, cfg.tol, cfg.mixed)
 
     result = _by_channel(edit, device, background, placed)
-    _save(out, [background, torch.where(inside, placed, background), _shown(inside, background)], result)
+    pasted = torch.where(inside, placed, background)
+    _save(out, {"background": background, "pasted": pasted, "mask": _shown(inside, background)}, result)
 
 
 def place(foreground: Tensor, mask: Tensor, size: tuple[int, int], corner: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -163,10 +165,11 @@ def _shown(mask: Tensor, like: Tensor) -> Tensor:
     return (mask.to(torch.uint8) * LEVELS).expand_as(like)
 
 
-def _save(out: Path, inputs: list[Tensor], result: Tensor) -> None:
+def _save(out: Path, inputs: dict[str, Tensor], result: Tensor) -> None:
+    """Write `result.png`, and `comparison.png` of the inputs by their titles and the result."""
     image = to_uint8(result, RANGE)
     save_png(out / RESULT, image)
-    save_png(out / COMPARISON, make_grid(torch.stack([*inputs, image]), columns=len(inputs) + 1, padding=4))
+    save_png(out / COMPARISON, plots.titled_row({**inputs, "result": image}))
     beyond = float(((result < -0.5 / LEVELS) | (result > 1 + 0.5 / LEVELS)).double().mean())
     note = f"; {beyond:.2%} of its values lay beyond black or white and are clipped" if beyond > 0 else ""
     print(f"{out / RESULT}, and {COMPARISON} beside it{note}")

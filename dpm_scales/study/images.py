@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,13 @@ class ImageSet:
         if self.store is None:
             return _photo(name)
         return self.store.load(name, channels=3)
+
+    def digest(self, index: int) -> str:
+        """Return the SHA-256 of an image's file, or of the pixels of one without a file, in hexadecimal digits."""
+        if self.store is None:
+            return hashlib.sha256(self.load(index).numpy().tobytes()).hexdigest()
+        with self.store.open(self.names[index]) as file:
+            return hashlib.sha256(file.read()).hexdigest()
 
     def batches(self, batch_size: int) -> Iterator[list[int]]:
         """Numbers of neighbours of one size, at most `batch_size` together."""

@@ -16,7 +16,8 @@ from dpm_scales.images import to_range, write_text
 from dpm_scales.operators import HeatOperator
 from dpm_scales.progress import progress_bar
 from dpm_scales.storage import check_writable
-from dpm_scales.study.compare import comparison_entries, comparison_images, save_csv
+from dpm_scales.study.choices import comparison_entries, comparison_images, current_name
+from dpm_scales.study.compare import save_csv
 from dpm_scales.study.comparison import Entry, noise_seed
 from dpm_scales.study.images import ImageSet
 from dpm_scales.study.matching import (
@@ -40,16 +41,17 @@ def match(cfg: DictConfig) -> None:
     criterion, out = str(cfg.criterion), Path(str(cfg.out))
     require(criterion in CRITERIA, f"unknown criterion {criterion!r}: {suggest(criterion, CRITERIA)}")
     entries = {entry.name: entry for entry in comparison_entries(cfg)}
-    if cfg.like not in entries:
-        raise UserError(f"unknown process to match, like={cfg.like!r}: {suggest(str(cfg.like), entries)}")
-    entry, times = entries[cfg.like], [float(t) for t in plain(cfg.times)]
+    like = current_name(cfg.like)
+    if like not in entries:
+        raise UserError(f"unknown process to match, like={cfg.like!r}: {suggest(like, entries)}")
+    entry, times = entries[like], [float(t) for t in plain(cfg.times)]
     check_writable(out)
     if criterion == "snr":
         zero = torch.zeros((), dtype=torch.float64)
         scales = torch.tensor(entry.scales, dtype=torch.float64)
         betas = fit_log_snr(entry.process.log_snr(scales, zero).flatten())
-        _save_process(out, cfg, _chain(betas))
-        print(f"{_file(out)}: betas of {len(betas)} scales with the SNR of {cfg.like} at mu = 0")
+        _save_process(out, f"{like} by {criterion}", _chain(betas))
+        print(f"{_file(out)}: betas of {len(betas)} scales with the SNR of {like} at mu = 0")
         return
     require(
         cfg.folder is not None, "data=DIR names the folder of images whose energies are matched (data=photos: bundled)"
@@ -58,7 +60,7 @@ def match(cfg: DictConfig) -> None:
     power, wanted = energies(entry, images, int(cfg.seed), pick_device(str(cfg.device)))
     result = fit_blur_and_noise(wanted, power, times, criterion)
     before = fit_error(power, wanted, times, PAPER_NOISE)
-    _save_process(out, cfg, _blur(result))
+    _save_process(out, f"{like} by {criterion}", _blur(result))
     rows = [
         {"t": t, "dissipation_time": time, "noise_std": noise, "error": error, "error_unfitted": old}
         for t, time, noise, error, old in zip(
@@ -66,10 +68,10 @@ def match(cfg: DictConfig) -> None:
         )
     ]
     save_csv(out / "match.csv", rows)
-    _plot(out, result, times, str(cfg.like))
+    _plot(out, result, times, like)
     fitted, old = (sum(values) / len(values) for values in (result.error, before))
     print(
-        f"{_file(out)}: energies per octave within a factor exp({fitted:.3f}) of {cfg.like}'s on average over the "
+        f"{_file(out)}: energies per octave within a factor exp({fitted:.3f}) of {like}'s on average over the "
         f"times, against exp({old:.3f}) for blur of the same time and noise {PAPER_NOISE:g}; train with "
         f"python train.py --config-dir {out} process=matched"
     )
@@ -126,20 +128,21 @@ def _file(out: Path) -> Path:
     return out / "process" / "matched.yaml"
 
 
-def _save_process(out: Path, cfg: DictConfig, process: dict[str, Any]) -> None:
-    made = f"# fitted to {cfg.like} by {cfg.criterion}; python train.py --config-dir THIS_FOLDER/.. process=matched\n"
+def _save_process(out: Path, fitted_to: str, process: dict[str, Any]) -> None:
+    made = f"# fitted to {fitted_to}; python train.py --config-dir THIS_FOLDER/.. process=matched\n"
     write_text(_file(out), made + yaml.safe_dump(process, sort_keys=False))
 
 
 def _plot(out: Path, result: Match, times: list[float], name: str) -> None:
-    """`match.png`: energy per octave, of the process and as fitted, at each time."""
+    """Write `match.png`: energy per octave, of the process and as fitted, at each time."""
     octaves = list(range(1, result.wanted.shape[1] + 1))
-    with plots.figure(out / "match.png", 5.6, 4.0) as (_, axes):
-        for k, t in enumerate(times):
-            colour = plots.COLOURS[k % len(plots.COLOURS)]
-            axes.plot(octaves, result.wanted[k].cpu(), plots.MARKERS[k % 8], color=colour, label=f"t = {t:g}")
+    with plots.figure(out / "match.png", 6.4, 4.0) as (drawing, axes):
+        for k, (t, colour) in enumerate(zip(times, plots.graded(len(times)), strict=True)):
+            marker = plots.MARKERS[k % len(plots.MARKERS)]
+            axes.plot(octaves, result.wanted[k].cpu(), marker, color=colour, label=f"t = {t:g} px²", clip_on=False)
             axes.plot(octaves, result.fitted[k].cpu(), color=colour)
         axes.set_yscale("log")
+        axes.set_xticks(octaves)
         axes.set(xlabel="octave of frequency, coarse to fine", ylabel="energy per image channel, white = 1")
-        axes.set_title(f"{name} (marks) and blur with noise fitted to it (lines)", fontsize=9)
-        axes.legend(ncols=2)
+        axes.set_title(f"{name} (markers) and blur with noise fitted to it (lines)", fontsize=9)
+        plots.legend(drawing, [axes])

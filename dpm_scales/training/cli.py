@@ -43,8 +43,8 @@ PATHS = (
 )
 #: options that are lists, which may be given without their brackets
 LISTS = ("labels", "guidance_interval")
-#: options of an entry point that Hydra would take for one of the config groups
-ALIASES = {"evolve": {"data": "folder"}, "sample": {"task": "edit"}}
+#: options of an entry point that Hydra would take for one of the config groups, or that had another name once
+ALIASES = {"evolve": {"data": "folder", "processes.dpm": "processes.vp"}, "sample": {"task": "edit"}}
 #: config groups whose choices are tasks
 TASK_GROUPS = ("task", "edit")
 PLAIN_VALUE = re.compile(r"""null|\$\{.*|".*"|'.*'|[A-Za-z_./][A-Za-z0-9_./+-]*""", re.DOTALL)
@@ -83,7 +83,7 @@ def main(entry: Callable[[], None], config_name: str) -> None:
     os.environ[TRACEBACK] = "1"
     os.environ.setdefault("OC_CAUSE", "0")  # under a debugger OmegaConf would chain what its message already says
     aliases = ALIASES.get(config_name, {})
-    sys.argv[1:] = tidy([f"{aliases.get(key, key)}{rest}" for key, rest in map(_split, sys.argv[1:])])
+    sys.argv[1:] = tidy([f"{_renamed(key, aliases)}{rest}" for key, rest in map(_split, sys.argv[1:])])
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {' '.join(str(message).split())}\n"
     try:
         entry()
@@ -121,6 +121,15 @@ def tidy(argv: list[str]) -> list[str]:
         else:
             options.append(argument)
     return flags + options
+
+
+def _renamed(key: str, aliases: dict[str, str]) -> str:
+    """Replace the name of an option, or of the config that it is an option of, by what `aliases` calls it."""
+    name = key.lstrip("+~")
+    for old, new in aliases.items():
+        if name == old or name.startswith(f"{old}."):
+            return key[: len(key) - len(name)] + new + name[len(old) :]
+    return key
 
 
 def _split(argument: str) -> tuple[str, str]:

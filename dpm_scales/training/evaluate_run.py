@@ -22,7 +22,7 @@ from torch import Tensor
 from dpm_scales.errors import UserError, require
 from dpm_scales.images import write_text
 from dpm_scales.metrics import FeatureNetwork, FeatureSet, FeatureStatistics, Measure, compare, gather, pick_features
-from dpm_scales.metrics.figures import check_measures, check_numbers, needs_rows
+from dpm_scales.metrics.figures import check_measures, check_numbers, few_images, needs_rows
 from dpm_scales.progress import progress_bar
 from dpm_scales.storage import check_writable
 from dpm_scales.training.building import plain
@@ -298,13 +298,8 @@ def _check_sizes(real: Pictures, other: Pictures | Drawn, any_size: bool) -> Non
 
 def find_doubts(real: int, fake: int, network: FeatureNetwork, sizes: Sequence[tuple[int, int]]) -> list[str]:
     """What whoever reads the figures of so many images should know, one line each."""
-    doubts = []
-    for number, name in ((real, "real images"), (fake, "samples")):
-        if number <= network.dim:
-            doubts.append(
-                f"{number} {name} for {network.dim} features: their covariance is singular and {network.distance_name} "
-                f"too high; compare it with that of as many images alone, or take {network.kernel_name}"
-            )
+    counted = (few_images(number, name, network) for number, name in ((real, "real images"), (fake, "samples")))
+    doubts = [doubt for doubt in counted if doubt is not None]
     if min(min(size) for size in sizes) < SMALL_SIDE:
         doubts.append(
             f"images below {SMALL_SIDE} px are enlarged to {network.input_side} px for features of photos: figures "
