@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -15,11 +16,12 @@ from typing import Any
 
 import pytest
 import yaml
-from shell import FAST, SMALL, attempt, call, checkpoint, train
+from shell import FAST, SMALL, attempt, call, checkpoint, settings, train
 
 from dpm_scales.errors import UserError
 from dpm_scales.training.cluster import only_run, requeue
 from dpm_scales.training.module import DiffusionModule
+from dpm_scales.training.study import as_experiment
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -154,6 +156,40 @@ def test_search_that_was_broken_off_goes_on_as_if_it_had_not_been(
     assert json.loads((tmp_path / best["run"] / "result.json").read_text())["val/loss"] == best["val/loss"]
     other = call("train.py", *SEARCH, "seed=1", "run_dir=parts", cwd=tmp_path)
     assert other.status == 2 and "holds a study with another options" in other.err
+
+
+@needs_optuna
+def test_best_of_a_search_is_a_config_that_train_takes(tmp_path: Path) -> None:
+    """With what the command line chose and set, also of one's own configs; the run is that trial's."""
+    (tmp_path / "own" / "process").mkdir(parents=True)
+    (tmp_path / "own" / "process" / "mine.yaml").write_text("defaults: [vp, _self_]\nnum_scales: 50\n")
+    fixed = ("process=mine", "experiment=digits_vp", "target=velocity", "+trainer.benchmark=false", "seed=3")
+    searched = ("process/noise=cosine,sigmoid", "optimizer.learning_rate=interval(0.001,0.1)")
+    search = ("--config-dir", "own", "-m", *SMALL, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2")
+    outcome = call("train.py", *search, *fixed, *searched, "trainer.max_steps=1", "run_dir=search", cwd=tmp_path)
+    assert outcome.status == 0, outcome.err
+    best = yaml.safe_load((tmp_path / "search" / "best.yaml").read_text())
+    assert {*SMALL, *fixed, "trainer.max_steps=1"} < set(best["overrides"]) and len(best["overrides"]) == len(SMALL) + 8
+    assert re.match(r"search/optimizer.learning_rate=0.\d{4,6},process-noise=(cosine|sigmoid)-", best["run"])
+    command = shlex.split(outcome.out.partition("; train with it: python ")[2].splitlines()[0])
+    assert command[:3] == ["train.py", "--config-dir", "search"] and command[-1] == "run_dir=runs/search-best"
+    again = call(*command, cwd=tmp_path)
+    assert again.status == 0, again.err
+    of_trial, of_best = settings(tmp_path / best["run"]), settings(tmp_path / "runs" / "search-best")
+    assert of_trial.pop("run_dir") != of_best.pop("run_dir") and of_trial == of_best
+    assert of_best["process"]["num_scales"] == 50 and of_best["target"]["_target_"].endswith("Velocity")
+
+
+def test_experiment_says_which_options_it_can_not_hold() -> None:
+    options = ["process=vp", "~network", "+network={_target_:a.B}", "~sampler.steps", "logger@extra=csv"]
+    options += ["+new/group=x", "experiment=a", "data.root='x=1, y'", "network.widths=[8,'a']", "seed=null"]
+    options += ["+ema.new=1"]
+    config, rest = as_experiment(options, lambda key: key in ("process", "network", "logger", "new/group"))
+    assert rest == ["~network", "+network={_target_:a.B}", "~sampler.steps"]
+    choices = [{"override /process": "vp"}, {"override /logger@extra": "csv"}, {"/new/group": "x"}]
+    assert config.pop("defaults") == ["a", *choices]
+    values = {"data": {"root": "x=1, y"}, "network": {"widths": [8, "a"]}, "seed": None, "ema": {"new": 1}}
+    assert config == values and type(config["data"]["root"]) is str
 
 
 @needs_optuna

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import time
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from shell import FAST, SMALL, call, checkpoint, files, run, settings, spawn
 
 from dpm_scales.tables import FORMULA
 from dpm_scales.training import sweep
 from dpm_scales.training.callbacks import MetricsFile
+from dpm_scales.training.naming import plain_name
 
 SIX = ("process=vp,heat,blurring", "process.num_scales=4,6", "sampler.steps=null")
 
@@ -126,7 +129,52 @@ def test_flags_may_come_last(tmp_path: Path) -> None:
     """Hydra's own parser takes them only before or behind all options."""
     outcome = call("train.py", *SMALL[:4], "-m", *SMALL[4:], "seed=1,2", "trainer.max_steps=1", cwd=tmp_path)
     assert outcome.status == 0, outcome.err
-    assert {row["seed"] for row in rows(tmp_path / "runs")} == {"1", "2"}
+    (root,) = (tmp_path / "sweeps").iterdir()
+    assert {row["seed"] for row in rows(root)} == {"1", "2"} and not (tmp_path / "runs").exists()
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+ONE_STEP = (*(o for o in SMALL if not o.startswith("trainer.max_steps=")), "trainer.max_steps=1")
+
+
+def test_sweep_has_a_folder_of_its_own_which_its_options_name(tmp_path: Path) -> None:
+    """Not the time: the same options in another order find it again. It holds this sweep's runs alone."""
+    single = call("train.py", *ONE_STEP, "seed=3", cwd=tmp_path)
+    first = call("train.py", "-m", *ONE_STEP, "seed=1,2", cwd=tmp_path)
+    assert single.status == first.status == 0, first.err
+    (root,) = (tmp_path / "sweeps").iterdir()
+    assert root.name.startswith("seed=1,2,data.batch_size=16,")  # what varies comes first
+    assert sorted(folder.name[:7] for folder in folders(root)) == ["seed=1-", "seed=2-"]
+    assert {row["seed"] for row in rows(root)} == {"1", "2"} and "run" in rows(root)[0]
+    assert not (tmp_path / "runs" / "sweep.csv").exists() and len(folders(tmp_path / "runs")) == 1
+    again = call("train.py", "seed=1,2", *reversed(ONE_STEP), "-m", cwd=tmp_path)
+    assert again.status == 0 and again.out.count("is finished (1 steps)") == 2
+    other = call("train.py", "-m", *ONE_STEP, "seed=1,2", "ema.decay=0.9", cwd=tmp_path)
+    assert other.status == 0 and len(list((tmp_path / "sweeps").iterdir())) == 2 and "is finished" not in other.out
+
+
+def test_runs_of_two_sweeps_in_one_folder_are_two(tmp_path: Path) -> None:
+    """Their names show what varies; what does not is in their hash."""
+    for decay in ("0.9", "0.99"):
+        outcome = call("train.py", "-m", *ONE_STEP, "seed=1,2", f"ema.decay={decay}", "run_dir=sweep", cwd=tmp_path)
+        assert outcome.status == 0 and "is finished" not in outcome.out
+    assert len({(row["seed"], row["ema.decay"]) for row in rows(tmp_path / "sweep")}) == 4
+
+
+def test_runs_under_their_old_names_go_on(tmp_path: Path) -> None:
+    """Every option was in a name once, and a sweep's runs were in runs/."""
+    jobs = [[*ONE_STEP, f"seed={seed}", "ema.decay=0.9123456789"] for seed in (1, 2)]
+    for job in jobs:
+        assert call("train.py", *job, f"run_dir=runs/{plain_name(job)}", cwd=tmp_path).status == 0
+    (tmp_path / "runs" / "multirun.yaml").touch()
+    sweep_again = call("train.py", "-m", *ONE_STEP, "seed=1,2", "ema.decay=0.9123456789", cwd=tmp_path)
+    assert sweep_again.status == 0 and sweep_again.out.count("is finished (1 steps)") == 2, sweep_again.err
+    assert call("train.py", *jobs[0], cwd=tmp_path).out.count("is finished (1 steps)") == 1
+    assert len(folders(tmp_path / "runs")) == 2 and len(rows(tmp_path / "runs")) == 2
+    assert not (tmp_path / "sweeps").exists()
+    more = call("train.py", "-m", *ONE_STEP, "seed=1,2", "ema.decay=0.8", cwd=tmp_path)  # another sweep
+    assert more.status == 0 and len(folders(tmp_path / "runs")) == 2 and len(list((tmp_path / "sweeps").iterdir())) == 1
 
 
 def test_order_of_overrides_does_not_matter(tmp_path: Path) -> None:
@@ -205,6 +253,58 @@ def test_table_misses_no_run_that_ends_meanwhile(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(sweep, "write_text", late)
     sweep.write_table(tmp_path)
     assert [row["run"] for row in rows(tmp_path)] == ["a", "b"]
+
+
+def lines(table: Any, width: int = 80) -> list[str]:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(table)
+    return [line.rstrip() for line in console.export_text().splitlines() if line.strip()]
+
+
+def test_table_is_readable_at_80_columns() -> None:
+    """However many options vary, and however long they are."""
+    varied = ["process", "process.num_scales", *(f"network.option_{i}" for i in range(20)), "data.root"]
+    found = [{**dict.fromkeys(varied, "x" * 30 + str(i)), "process": "vp", "val/loss": 1.0 + i} for i in range(3)]
+    found[0]["process.num_scales"] = "0.123456789012345"
+    found[1]["process.num_scales"] = "[red]\x1b[1m"
+    shown = lines(sweep.summary(Path("sweeps/a"), varied, found, "val/loss"))
+    assert all(len(line) <= 80 for line in shown)
+    assert shown[0].strip() == "sweeps/a/sweep.csv"
+    assert shown[1].split() == ["process", "num_scales", "option_0", "val/loss"]
+    assert "0.1235" in shown[3] and "[red]\\x1b[1m" in shown[4] and f"{'x' * 11}…{'x' * 11}2" in shown[5]
+    assert any(line.strip().startswith("20 more columns in sweep.csv: network.option_1, ") for line in shown)
+    wide = lines(sweep.summary(Path("a"), varied[:2], found, "val/loss"))
+    assert wide[1].split() == ["process", "num_scales", "val/loss", "seconds"]
+    two = [f"{part}.{name}" for part in ("data", "network") for name in ("seed", "x")]
+    heads = lines(sweep.summary(Path("a"), two, [{"run": "a", **dict.fromkeys(two, "1")}], "val/loss"))[1]
+    assert heads.split() == ["data.seed", "data.x", "network.seed", "network.x", "val/loss", "seconds"]
+    assert lines(sweep.summary(Path("a"), [], [{"run": "a", "val/loss": 2.0}], "val/loss"))[1].split()[0] == "run"
+
+
+def test_losses_of_different_processes_are_not_sorted_as_if_they_compared() -> None:
+    """Each process by itself, the best first, and a line that says why; figures of the samples compare all."""
+    losses = {("vp", "1"): 0.3, ("vp", "2"): 0.1, ("heat", "1"): 20.0, ("heat", "2"): None, ("heat", "3"): 0.2}
+    found = [
+        {"run": f"{p}{s}", "process": p, "seed": s, "seconds": 1.0, "val/loss": loss, "eval/fid": loss}
+        for (p, s), loss in losses.items()
+    ]
+    varied = ["process", "seed"]
+
+    def order(objective: str, highest: bool = False, rows: Any = found) -> list[list[str]]:
+        return [[row["run"] for row in group] for group in sweep.compared(varied, rows, objective, highest)]
+
+    assert order("val/loss") == [["vp2", "vp1"], ["heat3", "heat1", "heat2"]]
+    assert order("val/loss", highest=True) == [["vp1", "vp2"], ["heat1", "heat3", "heat2"]]
+    assert order("eval/fid") == [["vp2", "heat3", "vp1", "heat1", "heat2"]]
+    shown = lines(sweep.summary(Path("a"), varied, found, "val/loss"))
+    assert ["".join(line.split()[:2]) for line in shown[3:8]] == ["vp2", "vp1", "heat3", "heat1", "heat2"]
+    assert "measure different things" in " ".join(shown)
+    for rows, objective in ((found, "eval/fid"), (found[:2], "val/loss")):
+        assert "different" not in " ".join(lines(sweep.summary(Path("a"), varied, rows, objective)))
+    apart = ["process/noise", "process.num_scales", "target", "data.root", "+data.x", "experiment"]
+    for option in (*apart, "seed", "network", "optimizer.learning_rate", "data.batch_size", "data.random_flip"):
+        two = [{"run": "a", option: "1", "val/loss": 1.0}, {"run": "b", option: "2", "val/loss": 2.0}]
+        assert len(sweep.compared([option], two, "val/loss")) == (2 if option in apart else 1), option
 
 
 def test_no_table_holds_a_formula(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from dpm_scales.networks import UNet
 from dpm_scales.training import load_model
 from dpm_scales.training.callbacks import MetricsFile
-from dpm_scales.training.run import run_name
+from dpm_scales.training.naming import run_name, short_numbers
 
 # --- labels, precision, compilation -----------------------------------------------------------------------------------
 
@@ -178,3 +179,19 @@ def test_run_names() -> None:
     long = {run_name([f"network.embedding_dim={i:0200d}"]) for i in range(20)}
     assert len(long) == 20 and all(len(name) <= 100 for name in long)
     assert not any(set(name) & set("/ []{}()'\"") for name in lists | paths | long)
+
+
+def test_run_names_show_what_varies_in_short() -> None:
+    """Options that are the same in all runs of a sweep are in the hash alone, and so are the digits left out."""
+    run = ["process=vp", "trainer.max_steps=20", "seed=1"]
+    short = run_name(run, constant=["trainer.max_steps", "seed"])
+    assert re.fullmatch("process=vp-[0-9a-f]{12}", short) and run_name(run) == ",".join(sorted(run))
+    assert short != run_name([*run[:2], "seed=2"], constant=["trainer.max_steps", "seed"])
+    assert run_name(["seed=1", "seed=2"]) == run_name(["seed=2"]) != run_name(["seed=2", "seed=1"])  # the last counts
+    assert run_name(["+a.b=1", "~c", "process=vp"], constant=["a.b", "c"]).startswith("process=vp-")
+    assert re.fullmatch("[0-9a-f]{12}", run_name(["seed=1"], constant=["seed"]))
+    assert re.fullmatch("rate=0.002346-[0-9a-f]{12}", run_name(["rate=0.0023456789012345"]))
+    assert run_name(["rate=0.0023456789012345"]) != run_name(["rate=0.0023456789012346"])
+    texts = {"a=1.5": "a=1.5", "b=0.000125,2": "b=0.000125,2", "c=1.23456789e-05": "c=1.235e-05", "d=v1.23456789": 0}
+    texts |= {"e=-12.3456789": "e=-12.35", "f=12345678": "f=12345678", "g=[0.3333333333,1]": "g=[0.3333,1]"}
+    assert {text: short_numbers(text) for text in texts} == {text: value or text for text, value in texts.items()}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import os
-import re
 import secrets
 import sys
 import time
@@ -56,26 +54,8 @@ from dpm_scales.training.sharding import FSDP, ShardedStrategy
 from dpm_scales.training.stored import may_download, stored_result
 from dpm_scales.weights import LossWeight
 
-#: overrides that say where or on what to run, not what: they do not name a run
-UNNAMED = (
-    *("run_dir", "resume", "trainer.devices", "trainer.num_nodes", "trainer.accelerator"),
-    *("trainer.enable_progress_bar", "hydra"),
-)
-
 #: half precision overflows, and 64 bits are for the curves of a process, which have them anyway
 PRECISIONS = {"32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
-
-
-def run_name(overrides: list[str]) -> str:
-    """A folder name from a run's overrides, the same for the same overrides in any order; "default" without any.
-
-    A hash is added where characters had to be replaced or left out, so that different overrides never share a folder.
-    """
-    named = ",".join(sorted(o for o in overrides if not o.lstrip("+~").startswith(UNNAMED)))
-    name = re.sub(r"[^A-Za-z0-9=.,_+-]+", "-", named)[:80]
-    if name != named:
-        name = f"{name}-{hashlib.sha256(named.encode()).hexdigest()[:12]}"
-    return name or "default"
 
 
 def _trusted(data: DictConfig, run_dir: Path) -> dict[str, Any]:

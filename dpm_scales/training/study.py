@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
 from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
 
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import write_text
-from dpm_scales.training.run import run_name
+from dpm_scales.training.naming import plain_name, run_folder
 from dpm_scales.training.shards import this_shard
+from dpm_scales.training.stored import key_of
 
 DIRECTIONS = ("minimize", "maximize")
 SPACE, FIXED = "search space", "options"  # of the study's attributes
@@ -35,18 +38,25 @@ def search(
     root: Path,
     objective: str,
     launch: Launch,
+    is_group: Callable[[str], bool],
+    searched: Sequence[str],
     n_trials: int,
     n_jobs: int = 1,
     direction: str = "minimize",
     seed: int = 0,
 ) -> None:
-    """Run trials until the study has `n_trials`; writes `best.yaml` with the best one's overrides.
+    """Run trials until the study has `n_trials`; writes the best one's figure and options, and a config that trains it.
+
+    `best.yaml` holds the figure, all options and the run's folder, `experiment/best.yaml` the options as a config:
+    ``python train.py --config-dir ROOT experiment=best``.
 
     Args:
         arguments: overrides; those with choices, ``interval(a,b)``, ``range(a,b,step)`` or ``tag(log,…)`` are searched.
         root: the sweep's folder.
         objective: what the runs return, for messages.
         launch: Hydra's launcher.
+        is_group: whether an option chooses one of several configs.
+        searched: further folders of configs that the options may choose from.
         n_trials, n_jobs: in all, and at a time, >= 1.
         direction: "minimize" or "maximize".
         seed: of the proposals, >= 0.
@@ -82,7 +92,7 @@ def search(
         direction="minimize" if direction == "minimize" else "maximize",
         load_if_exists=True,
     )
-    _check_study(study, root, space, run_name(fixed))
+    _check_study(study, root, space, plain_name(fixed))
     left = [trial for trial in study.trials if not trial.state.is_finished()]
     jobs = [(trial.number, trial.params) for trial in left]
     finished = len(study.trials) - len(left)
@@ -109,9 +119,44 @@ def search(
         raise failure or UserError(f"no trial of {root} gave a value; choose another run_dir")
     best = study.best_trial
     found = _assigned(best.params)
-    folder = root / run_name([*fixed, *found])
-    write_text(root / "best.yaml", yaml.safe_dump({objective: best.value, "overrides": found, "run": str(folder)}))
-    print(f"best of {len(complete)} trials: {objective} {best.value:.5g} with {' '.join(found)} ({folder})", flush=True)
+    options = [option for option in [*fixed, *found] if key_of(option) != "run_dir"]
+    folder = run_folder(root, options, [key_of(option) for option in fixed])
+    config, rest = as_experiment(options, is_group)
+    path = ["hydra.searchpath=[" + ",".join(f'"{folder}"' for folder in searched) + "]"] if searched else []
+    command = ["--config-dir", str(root), *path, "experiment=best", *rest, f"run_dir=runs/{root.name}-best"]
+    line = f"python train.py {shlex.join(command)}"
+    what = f"best of {len(complete)} trials: {objective} {best.value:.5g}"
+    write_text(root / "best.yaml", yaml.safe_dump({objective: best.value, "overrides": options, "run": str(folder)}))
+    comment = f"# @package _global_\n# {what}\n# {line}\n"
+    write_text(root / "experiment" / "best.yaml", comment + yaml.safe_dump(config, sort_keys=False))
+    print(f"{what} with {' '.join(found)} ({folder}); train with it: {line}", flush=True)
+
+
+def as_experiment(options: Sequence[str], is_group: Callable[[str], bool]) -> tuple[dict[str, Any], list[str]]:
+    """Return options as an experiment's config, and those that no config can express, which remove a key.
+
+    Args:
+        options: ``KEY=VALUE``, each with one value.
+        is_group: whether a key chooses one of several configs.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(options))
+    removed = {o.key_or_group for o in parsed if o.is_delete()}
+    rest = [o.input_line or "" for o in parsed if o.key_or_group in removed]
+    base: list[Any] = []
+    choices: list[Any] = []
+    values = OmegaConf.create()
+    for o in parsed:
+        if o.key_or_group in removed:
+            continue
+        if o.key_or_group == "experiment":
+            base.append(o.value())
+        elif is_group(o.key_or_group):
+            package = f"@{o.package}" if o.package else ""
+            choices.append({f"{'' if o.is_add() else 'override '}/{o.key_or_group}{package}": o.value()})
+        else:
+            OmegaConf.update(values, o.key_or_group, o.value(), force_add=True)
+    defaults = {"defaults": [*base, *choices]} if base or choices else {}
+    return {**defaults, **cast(dict[str, Any], OmegaConf.to_container(values, resolve=False))}, rest
 
 
 def _distribution(override: Override) -> Any:

@@ -32,11 +32,14 @@ class StudySweeper(Sweeper):
         from dpm_scales.training.sweep import sweep_root
 
         assert self.launcher is not None
+        hydra, loader = self.config.hydra, self.hydra_context.config_loader
         search(
             arguments,
-            sweep_root(self.config),
+            sweep_root(self.config, hydra.sweep.dir),
             str(self.config.objective),
             self.launcher.launch,
+            lambda name: bool(loader.get_group_options(name, overrides=list(hydra.overrides.hydra))),
+            [*hydra.searchpath, *(s.path for s in hydra.runtime.config_sources if s.provider == "command-line")],
             self.n_trials,
             self.n_jobs,
             self.direction,

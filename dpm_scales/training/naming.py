@@ -1,0 +1,121 @@
+"""Folders of runs and sweeps, named by their options: the same command finds what it has made, whenever it is given."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from dpm_scales.errors import UserError
+from dpm_scales.training.reading import read_yaml
+from dpm_scales.training.stored import key_of
+
+RUNS, SWEEPS = Path("runs"), Path("sweeps")
+#: options that say where or on what to run, not what: they do not name a run
+UNNAMED = (
+    *("run_dir", "resume", "trainer.devices", "trainer.num_nodes", "trainer.accelerator"),
+    *("trainer.enable_progress_bar", "hydra"),
+)
+LONGEST_NAME = 80  # characters, before the hash
+LONGEST_NUMBER = 7  # characters, before a decimal number is rounded
+_DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?:[eE][+-]?\d+)?(?![\w.])")
+
+
+def run_folder(root: Path, overrides: Sequence[str], constant: Collection[str] = ()) -> Path:
+    """Return the folder below `root` of the run with these options: the one that it has already, or a new one.
+
+    Args:
+        overrides: the run's options, ``KEY=VALUE``, in any order.
+        constant: keys that all runs of the sweep share; they are left out of the name.
+    """
+    new, plain = root / run_name(overrides, constant), root / plain_name(overrides)
+    return plain if plain.is_dir() and not new.exists() else new
+
+
+def plain_name(overrides: Sequence[str]) -> str:
+    """Return the name of a run's folder that shows all options as they are; earlier versions gave no other."""
+    named = sorted(filter(_names, overrides))
+    return _name(named, named)
+
+
+def run_name(overrides: Sequence[str], constant: Collection[str] = ()) -> str:
+    """Return a run's folder name, the same for the same options in any order; "default" without any.
+
+    A hash of all options is added where one is left out, rounded, or spelled otherwise, so that different options never
+    share a folder.
+    """
+    named = _named(overrides)
+    return _name([short_numbers(o) for o in named if key_of(o) not in constant], named)
+
+
+def sweep_folder(overrides: Sequence[str]) -> Path:
+    """Return the folder of a sweep without `run_dir`, which its options name, what varies first.
+
+    Runs of the same sweep that lie in runs/, where earlier versions left them, stay there.
+    """
+    varied = varied_keys(overrides)
+    named = sorted(_named(overrides), key=lambda o: key_of(o) not in varied)
+    folder = SWEEPS / _name([short_numbers(o) for o in named], named)
+    return RUNS if not folder.exists() and _begun_in_runs(named, varied) else folder
+
+
+def varied_keys(overrides: Sequence[str]) -> list[str]:
+    """Return the keys of the options that have several values, in their order."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [key_of(o.input_line or "") for o in parsed if o.is_sweep_override()]
+
+
+def short_numbers(text: str) -> str:
+    """Round the long decimal numbers of a text to four digits: ``rate=0.0023456789`` becomes ``rate=0.002346``."""
+
+    def short(match: re.Match[str]) -> str:
+        number = match.group()
+        rounded = f"{float(number):.4g}"
+        return number if len(number) <= LONGEST_NUMBER or float(rounded) == float(number) else rounded
+
+    return _DECIMAL.sub(short, text)
+
+
+def _named(overrides: Sequence[str]) -> list[str]:
+    """The options that name a run, in alphabetical order; of one that is given twice the last, which counts."""
+    return sorted({o.partition("=")[0]: o for o in overrides if _names(o)}.values())
+
+
+def _names(override: str) -> bool:
+    return not override.lstrip("+~").startswith(UNNAMED)
+
+
+def _name(shown: Sequence[str], named: Sequence[str]) -> str:
+    """A folder's name that shows some options and stands for all."""
+    full = ",".join(named)
+    name = re.sub(r"[^A-Za-z0-9=.,_+-]+", "-", ",".join(shown))[:LONGEST_NAME]
+    if name != full:
+        digest = hashlib.sha256(full.encode()).hexdigest()[:12]
+        name = f"{name}-{digest}" if name else digest
+    return name or "default"
+
+
+def _begun_in_runs(named: Sequence[str], varied: Sequence[str]) -> bool:
+    """Whether runs/ has been a sweep's folder, and holds runs that this sweep may have made."""
+    if not any((RUNS / name).is_file() for name in ("multirun.yaml", "study.db")):
+        return False
+    keys = {key_of(o) for o in named}
+    constant = _values([o for o in named if key_of(o) not in varied])
+    for file in RUNS.glob("*/overrides.yaml"):
+        try:
+            stored = _values(_named(read_yaml(file)))
+        except (UserError, HydraException, TypeError, AttributeError):  # no options of ours
+            continue
+        if stored.keys() == keys and constant.items() <= stored.items():
+            return True
+    return False
+
+
+def _values(overrides: Sequence[str]) -> dict[str, str]:
+    """Keys of options with one value, and that value as Hydra spells it."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return {key_of(o.input_line or ""): o.get_value_element_as_str() for o in parsed}
