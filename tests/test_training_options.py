@@ -6,17 +6,34 @@ import csv
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from shell import FAST, attempt, checkpoint, column, network_weights, small_model, table, train
+import yaml
+from shell import (
+    FAST,
+    SMALL,
+    attempt,
+    call,
+    checkpoint,
+    column,
+    composed,
+    network_weights,
+    settings,
+    small_model,
+    table,
+    train,
+)
 from torch import Tensor
 
 from dpm_scales.networks import UNet
 from dpm_scales.training import load_model
 from dpm_scales.training.callbacks import MetricsFile
+from dpm_scales.training.module import DiffusionModule
 from dpm_scales.training.naming import run_name, short_numbers
+from dpm_scales.training.run import _log_interval
 
 # --- labels, precision, compilation -----------------------------------------------------------------------------------
 
@@ -142,12 +159,53 @@ def test_metrics_file_holds_what_the_progress_bar_shows(tmp_path: Path) -> None:
 
 def test_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     run_dir = train(tmp_path / "run", "logger=tensorboard")
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     losses = [event.value for event in events.Scalars("train/loss")]
     np.testing.assert_allclose(losses, column(run_dir, "train/loss"), rtol=1e-6)
     assert len(events.Images("samples")) == 2
+    found = [events.SummaryMetadata(tag).plugin_data for tag in events.summary_metadata]
+    pages = [HParamsPluginData.FromString(data.content) for data in found if data.plugin_name == "hparams"]
+    (values,) = (page.session_start_info.hparams for page in pages if page.HasField("session_start_info"))
+    (about,) = (page.experiment for page in pages if page.HasField("experiment"))
+    assert values["process._target_"].string_value == "dpm_scales.processes.VP"
+    assert values["optimizer.learning_rate"].number_value == 0.001 and values["network.widths"].string_value == "[8, 8]"
+    assert values["conditional"].string_value == "false" and values["data.pin_memory"].string_value == "null"
+    assert [metric.name.tag for metric in about.metric_infos] == ["val/loss"]
+    assert len(events.Scalars("val/loss")) == 2 and "hp_metric" not in events.Tags()["scalars"]
+    assert yaml.safe_load((run_dir / "tensorboard" / "hparams.yaml").read_text()) == settings(run_dir)
+
+
+def test_short_runs_log_too(tmp_path: Path) -> None:
+    """With the default interval of 50: 20 times, or at every step of fewer; always at the last."""
+    short = [option for option in SMALL if "log_every" not in option and "max_steps" not in option]
+    for steps, logged in ((3, [0, 1, 2]), (43, [*range(1, 43, 2), 42])):
+        run_dir = tmp_path / str(steps)
+        options = (*short, f"trainer.max_steps={steps}", "trainer.val_check_interval=100", f"run_dir={run_dir}")
+        assert call("train.py", *options, cwd=tmp_path).status == 0
+        assert [int(row["step"]) for row in table(run_dir) if row["train/loss"]] == logged
+    assert {_log_interval(composed(f"trainer.max_steps={n}").trainer) for n in (1000, 2200, -1)} == {50}
+
+
+def test_short_run_that_resumes_logs_what_an_undisturbed_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("trainer.max_steps=45", "trainer.log_every_n_steps=50", "checkpoint.every_n_steps=7")
+    train(tmp_path / "whole", *options)
+    step, calls = DiffusionModule.training_step, iter(range(100))
+
+    def cut(self: DiffusionModule, *args: Any) -> Any:
+        if next(calls) == 17:
+            raise ZeroDivisionError
+        return step(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(DiffusionModule, "training_step", cut)
+        attempt(tmp_path / "parts", *options)
+    train(tmp_path / "parts", *options)
+    assert (tmp_path / "parts" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
 
 
 @pytest.mark.slow

@@ -97,12 +97,17 @@ class WeightAverage(WeightAveraging):
 
 
 class LoggedSteps(Callback):
-    """Loggers count optimiser steps. Lightning's own count is one too high where a finished run goes on."""
+    """Lets loggers count optimiser steps, and get the last one's values wherever the next were due.
+
+    Lightning's own count is one too high where a finished run goes on.
+    """
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        if 0 < trainer.max_steps <= trainer.global_step + 1:
+            trainer.log_every_n_steps = 1
 
 
 class LastValidation(Callback):

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import secrets
 import sys
 import time
 import warnings
@@ -48,12 +47,15 @@ from dpm_scales.training.cluster import StopTogether, follow_environment, only_r
 from dpm_scales.training.evaluation import periodic_evaluation
 from dpm_scales.training.export import PARTS, Model, Recipe, build_model, save_model
 from dpm_scales.training.failures import UnreadableImages, told_in_one_line
+from dpm_scales.training.loggers import further_loggers
 from dpm_scales.training.module import DiffusionModule, fit_to_data
 from dpm_scales.training.resuming import KeepOptions, options_of, what_changed
 from dpm_scales.training.sharding import FSDP, ShardedStrategy
 from dpm_scales.training.stored import may_download, stored_result
 from dpm_scales.weights import LossWeight
 
+#: times that a run logs at least, however short
+LOGGED_AT_LEAST = 20
 #: half precision overflows, and 64 bits are for the curves of a process, which have them anyway
 PRECISIONS = {"32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
 
@@ -130,6 +132,12 @@ def _precision(cfg: DictConfig) -> str:
     return PRECISIONS[name]
 
 
+def _log_interval(trainer: DictConfig) -> int:
+    """Steps from one row of metrics.csv to the next."""
+    steps, most = int(trainer.max_steps), int(trainer.log_every_n_steps)
+    return most if steps < 0 else max(1, min(most, steps // LOGGED_AT_LEAST))
+
+
 def _trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback]) -> pl.Trainer:
     environment = follow_environment(cfg)
     strategy = cfg.trainer.strategy
@@ -140,6 +148,7 @@ def _trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback]) -> pl.Tr
         given={
             "strategy": ShardedStrategy() if strategy == FSDP else strategy,
             "precision": _precision(cfg),
+            "log_every_n_steps": _log_interval(cfg.trainer),
             "callbacks": callbacks,
             "logger": False,  # they come when the run folder is there
             "plugins": [AtomicCheckpointIO(), environment],
@@ -328,7 +337,7 @@ def _go_on(
             warnings.warn(line, stacklevel=2)
     metrics = MetricsFile(run_dir / "metrics.csv")
     metrics.forget_from(steps)
-    trainer.loggers = [metrics, *_loggers(cfg, run_dir, main)]
+    trainer.loggers = [metrics, *further_loggers(cfg, run_dir, main)]
     start = time.perf_counter()
     with _children(overrides, run_dir):
         try:
@@ -371,17 +380,3 @@ def _first_line(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, model: Mode
         f"batch {' x '.join(map(str, parts))} = {math.prod(parts)}, learning rate {cfg.optimizer.learning_rate:g}, "
         f"steps {cfg.trainer.max_steps}, {trainer.strategy.root_device}, {trainer.precision}"
     )
-
-
-def _loggers(cfg: DictConfig, run_dir: Path, main: bool) -> list[Any]:
-    """The loggers beside metrics.csv."""
-    if cfg.logger.get("_target_") is None:
-        return []
-    settings = plain(cfg.logger)
-    if settings["_target_"].endswith("WandbLogger") and main:  # the others log nothing
-        # the id is kept, so that a resumed run goes on in the same one
-        kept = run_dir / "wandb_id"
-        if not kept.is_file():
-            write_text(kept, secrets.token_hex(4))
-        settings |= {"id": kept.read_text(), "resume": "allow"}
-    return [build(settings, Logger, "logger")]
