@@ -30,6 +30,8 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+#: a link that Weights & Biases makes anew for each run, to its service's log, and never opens
+KEPT_LINKS = ("debug-core.log",)
 _TEMPORARY = ".{name}.{mark}.tmp"
 
 
@@ -94,7 +96,7 @@ def check_folder(folder: str | Path) -> None:
     """Raise UserError if something in `folder` could lead what is written there elsewhere, or hang a reader.
 
     No entry of the folder itself may be a link, and no deeper one a link that leads out of it (loggers keep links to
-    their newest files). Pipes, sockets and devices are refused at any depth.
+    their newest files), but for `KEPT_LINKS`. Pipes, sockets and devices are refused at any depth.
     """
     root = os.path.realpath(folder)
     stack = [str(folder)]
@@ -107,7 +109,8 @@ def check_folder(folder: str | Path) -> None:
         for entry in entries:
             if entry.is_symlink():
                 inside = os.path.commonpath([root, os.path.realpath(entry.path)]) == root
-                require(inside and place != str(folder), _refusal(entry.path, "a link"))
+                kept = inside or entry.name in KEPT_LINKS
+                require(kept and place != str(folder), _refusal(entry.path, "a link"))
             elif entry.is_dir(follow_symlinks=False):
                 stack.append(entry.path)
             elif not entry.is_file(follow_symlinks=False):

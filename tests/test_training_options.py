@@ -216,7 +216,8 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     run_dir = train(tmp_path / "run", "logger=wandb")
     kept = (run_dir / "wandb_id").read_text()
-    assert list((run_dir / "wandb").glob(f"offline-run-*-{kept}/run-{kept}.wandb"))
+    (log,) = (run_dir / "wandb").glob(f"offline-run-*-{kept}/run-{kept}.wandb")
+    assert b'"max_bad_steps":20' in log.read_bytes()  # the run's options
     assert wandb.run is None
     train(tmp_path / "run", "logger=wandb", "trainer.max_steps=8")
     assert (run_dir / "wandb_id").read_text() == kept
