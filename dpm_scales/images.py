@@ -9,14 +9,15 @@ from __future__ import annotations
 import io
 import math
 import struct
+import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,6 +34,9 @@ PADDING_LEVEL = 128
 
 SMALLEST_CELL = 32
 """Side in pixels to which `make_grid` enlarges smaller images."""
+
+CLASS_COLUMNS, CLASS_ROWS, CAPTION_LENGTH = 10, 20, 24
+"""Of `make_class_grid`: images in a row, classes below each other, characters of a name."""
 
 DECODING_ERRORS = (
     OSError,
@@ -120,11 +124,70 @@ def make_grid(images: Tensor, columns: int | None = None, padding: int = 1, upsc
     return sheet
 
 
-def save_png(path: str | Path, image: Tensor) -> None:
-    """Save a uint8 image (C, H, W) atomically: C = 1 as grey (mode L), C = 3 as RGB."""
-    picture = _to_pillow(image)
+def make_class_grid(images: Tensor, labels: Sequence[int], names: Sequence[str] | None = None) -> Tensor:
+    """Tile uint8 images (N, C, H, W) into one image (C, H', W') with a row for each class, its name on the left.
+
+    Rows are in the order of the labels. A class of more than 10 images takes several rows, and with more than 20
+    classes they stand in several columns.
+
+    Args:
+        images: at least one image; they may be rectangular.
+        labels: class of each image.
+        names: of the classes 0, 1, …; in place of one that Latin letters can't write stands its number.
+    """
+    classes = sorted(set(labels))
+    members = [[i for i, label in enumerate(labels) if label == number] for number in classes]
+    columns = min(CLASS_COLUMNS, max(map(len, members)))
+    strips = [make_grid(images[chosen], columns) for chosen in members]
+    width = max(strip.shape[-1] for strip in strips)
+    side = min(images.shape[-2:])
+    text_size = min(max(side * math.ceil(SMALLEST_CELL / side) // 4, 12), 24)
+    written = [_ascii(names[number]) if names else "" for number in classes]
+    captions = [_caption(text or str(number), text_size) for text, number in zip(written, classes, strict=True)]
+    margin = max(caption.shape[-1] for caption in captions)
+
+    rows = []
+    for strip, caption in zip(strips, captions, strict=True):
+        row = images.new_full((strip.shape[0], strip.shape[1], margin + width), PADDING_LEVEL)
+        row[:, :, margin : margin + strip.shape[2]] = strip
+        height = min(row.shape[1], caption.shape[0])
+        row[:, :height, margin - caption.shape[1] : margin] = caption[:height]
+        rows.append(row)
+    # the lower padding of a row is the upper one of the next
+    blocks = [rows[start : start + CLASS_ROWS] for start in range(0, len(rows), CLASS_ROWS)]
+    sheets = [torch.cat([*(row[:, :-1] for row in block[:-1]), block[-1]], 1) for block in blocks]
+    tallest = max(sheet.shape[1] for sheet in sheets)
+    pad = functional.pad
+    return torch.cat([pad(sheet, (0, 0, 0, tallest - sheet.shape[1]), value=PADDING_LEVEL) for sheet in sheets], 2)
+
+
+def _ascii(name: str) -> str:
+    """`name` without accents, since the font has none; empty if other letters than Latin ones remain."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
+    return plain if plain.isascii() and plain.isprintable() else ""
+
+
+def _caption(text: str, size: int) -> Tensor:
+    """White text on the grey between cells, uint8 (H, W); a long one is cut."""
+    text = text if len(text) <= CAPTION_LENGTH else f"{text[: CAPTION_LENGTH - 3]}..."
+    font = ImageFont.load_default(size)
+    left, top, right, bottom = font.getbbox(text)
+    picture = Image.new("L", (math.ceil(right - left) + size, math.ceil(bottom) + size // 2), PADDING_LEVEL)
+    ImageDraw.Draw(picture).text((size // 2 - left, size // 4), text, fill=LEVELS, font=font)
+    return torch.from_numpy(np.array(picture))
+
+
+def save_png(path: str | Path, image: Tensor, text: Mapping[str, str] | None = None) -> None:
+    """Save a uint8 image (C, H, W) atomically: C = 1 as grey (mode L), C = 3 as RGB.
+
+    Args:
+        text: metadata, as tEXt chunks in this order; `Image.open(path).text` reads them.
+    """
+    picture, chunks = _to_pillow(image), PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value)
     with atomic_write(path) as file:
-        picture.save(file, format="PNG")
+        picture.save(file, format="PNG", pnginfo=chunks)
 
 
 def save_gif(path: str | Path, frames: Tensor | Sequence[Tensor], duration_ms: int) -> None:

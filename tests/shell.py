@@ -8,6 +8,7 @@ import csv
 import functools
 import io
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
@@ -143,6 +145,17 @@ def composed(*overrides: str, name: str = "train") -> DictConfig:
 def files(folder: Path) -> dict[str, bytes]:
     """Contents of all files below a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let processes that share the work of `sample.py` run in turn, in this one: nobody waits, and each decides."""
+    monkeypatch.setattr("dpm_scales.training.shards.barrier", lambda: None)
+    monkeypatch.setattr("dpm_scales.training.shards.first_decides", lambda decide: decide())
+
+
+def drawn(folder: Path) -> dict[str, bytes]:
+    """Contents of the numbered images in a folder."""
+    return {name: data for name, data in files(folder).items() if re.fullmatch(r"\d{6}\.png", name)}
 
 
 def checkpoint(run_dir: Path, name: str = "last") -> dict[str, Any]:

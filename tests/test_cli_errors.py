@@ -247,7 +247,14 @@ SAMPLE = {
     "model=digits out=out weights=avg": "unknown weights 'avg'",
     "model=digits out=file": "can't write to file: .*; choose another folder",
     "model=digits out=file/out": "can't write to file/out: Not a directory; choose another folder",
-    "model=digits out=good num_samples=3": "good holds more images than num_samples=3 already; choose another out",
+    "model=digits out=good num_samples=3": "good holds images already .'000.png'., and no sample.json says that they",
+    "model=digits out=good overwrite=true": "good holds '000.png', which overwrite=true does not replace",
+    "model=digits out=out overwrite=1": "overwrite must be true or false, got 1",
+    "model=labels out=out labels=1.5": "unknown label 1.5; allowed: 0..9",
+    "model=labels out=out labels=true": "unknown label True; allowed: 0..9",
+    "model=labels out=out num_samples=1000000000000": "1000000000000 images need as many files, and the disk of out",
+    "model=digits out=out steps=1000000000000000000000": "exceeds the process's num_scales=1000; lower steps",
+    "model=digits out=out size=true": "size must be a number of pixels or .height,width., got True",
 }
 
 

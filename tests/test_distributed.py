@@ -18,7 +18,20 @@ import torch
 from cluster_shell import Forked, finish, free_port, job_step, start, torchrun, wait_for
 from evaluate_helpers import Means, small_features
 from PIL import Image
-from shell import ROOT, SMALL, assert_equal, call, checkpoint, column, files, run, sample, settings, train
+from shell import (
+    ROOT,
+    SMALL,
+    assert_equal,
+    call,
+    checkpoint,
+    column,
+    files,
+    one_after_the_other,
+    run,
+    sample,
+    settings,
+    train,
+)
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -355,9 +368,9 @@ def test_samples_of_two_processes_are_those_of_one(
     """Also where there is nothing for one of them to draw. Here one comes after the other, and nobody waits."""
     options = (f"num_samples={count}", "batch_size=2", "seed=5", "trajectory=true")
     one = files(sample(alone, tmp_path / "one", *options))
-    assert len(one) == count + 3
-    monkeypatch.setattr("dpm_scales.training.shards.barrier", lambda: None)
-    for rank, own in ((1, count // 2), (0, count + 3)):
+    assert len(one) == count + 5
+    one_after_the_other(monkeypatch)
+    for rank, own in ((1, count // 2 + 2), (0, count + 5)):
         ranks = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
         end = call("sample.py", f"model={alone}", *options, "out=two", cwd=tmp_path, environment=ranks)
         assert end.status == 0, end.err

@@ -12,7 +12,7 @@ import pytest
 import scipy.fft
 import torch
 from PIL import Image
-from shell import Outcome, call, files, small_model
+from shell import Outcome, call, files, one_after_the_other, small_model
 from torch import Tensor
 
 from dpm_scales.images import to_range
@@ -88,7 +88,7 @@ def start(model: Model, first: int, count: int) -> tuple[Tensor, Tensor | None]:
 def test_guidance_of_sample_i_is_image_i_mod_n(name: str, desk: Path) -> None:
     """And the start is its steady state: lambda_1(0) v and the process's own noise, in pixels."""
     model = load_model(desk / name)
-    assert steer(model, str(desk / "set")) == [str(desk / "set" / f"{i}.png") for i in range(3)]
+    assert steer(model, str(desk / "set"))[0] == [str(desk / "set" / f"{i}.png") for i in range(3)]
     process = model.denoiser.process
     assert isinstance(process, InverseOsmosis | OsmosisDiffusion) and isinstance(model.prior, GuidancePrior)
     model.prior.noise_ratio = 0.0
@@ -130,14 +130,15 @@ def test_samples_follow_their_image_and_say_so(name: str, desk: Path, tmp_path: 
         name = f"{number:06d}.png"
         assert every[name] == files(tmp_path / "two")[name] == files(tmp_path / str(number))[name]
     assert files(tmp_path / "0")["000001.png"] != every["000001.png"], "another image, another sample"
-    again = draw(desk, tmp_path / "all", *options)
+    assert "inputs.prior_images.number is 3 there and null here" in draw(desk, tmp_path / "all", *options).err
+    again = draw(desk, tmp_path / "all", *options, "overwrite=true")
     assert again.status == 0 and not (tmp_path / "all" / "prior_images.json").exists(), "the record would not be true"
 
 
 def test_two_processes_draw_what_one_does(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("model=own", "num_samples=5", "prior_images=set")
     assert draw(desk, tmp_path / "one", *options).status == 0
-    monkeypatch.setattr("dpm_scales.training.shards.barrier", lambda: None)
+    one_after_the_other(monkeypatch)
     for rank in ("1", "0"):
         ranks = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"}
         end = draw(desk, tmp_path / "two", *options, **ranks)

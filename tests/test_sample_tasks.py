@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from reference import Array
-from shell import Outcome, call, files, small_model
+from shell import Outcome, call, files, one_after_the_other, small_model
 
 from dpm_scales.images import to_range
 from dpm_scales.training import build_model
@@ -120,7 +121,7 @@ def test_tasks_with_every_kind_of_process(task: str, process: str, desk: Path, t
     side = 2 * SIDE if task == "superres" else SIDE
     assert results.shape == (count, side, side)
     extra = {"interpolate": {"comparison.png", "film.gif"}, "draw": {"grid.png"}}.get(task, {"comparison.png"})
-    assert {name for name in files(tmp_path) if not name.startswith("0")} == extra
+    assert {name for name in files(tmp_path) if not name.startswith("0")} == extra | {"sample.json", ".lock"}
     assert f"{count} images in {tmp_path}" in outcome.out
 
 
@@ -185,7 +186,7 @@ def test_results_of_two_processes_are_those_of_one(
     edit(desk, tmp_path / "one", *options)
     one = files(tmp_path / "one")
     count = sum(name.startswith("0") for name in one)
-    monkeypatch.setattr("dpm_scales.training.shards.barrier", lambda: None)
+    one_after_the_other(monkeypatch)
     written: list[set[str]] = []
     for rank in (1, 0):
         before = set(files(tmp_path / "two"))
@@ -195,14 +196,18 @@ def test_results_of_two_processes_are_those_of_one(
         assert (f"{count} images in" in end.out) == (rank == 0) and ("0:00" in end.out) == (rank == 0)
         written.append(set(files(tmp_path / "two")) - before)
     second, first = ({name for name in names if name.startswith("0")} for names in written)
-    assert written[0] == second and len(second) == (3 if task == "interpolate" else count // 2) and not second & first
+    assert written[0] == second | {"sample.json", ".lock"} and not second & first
+    assert len(second) == (3 if task == "interpolate" else count // 2)
     assert files(tmp_path / "two") == one
 
 
 def test_folder_and_archive_are_the_same(desk: Path, tmp_path: Path) -> None:
     for place in ("set", "set.zip"):
         edit(desk, tmp_path / place, "task=vary", "model=blurring", f"start={place}", "num_samples=1")
-    assert files(tmp_path / "set") == files(tmp_path / "set.zip")
+    one, other = files(tmp_path / "set"), files(tmp_path / "set.zip")
+    assert json.loads(one.pop("sample.json"))["inputs"]["start"]["path"] == "set"
+    assert json.loads(other.pop("sample.json"))["inputs"]["start"]["path"] == "set.zip"
+    assert one == other
 
 
 def test_interpolation_ends_at_its_ends(desk: Path, tmp_path: Path) -> None:
@@ -314,7 +319,15 @@ MISTAKES = {
     "task=inpaint model=vp image=a.png mask=black.png": "black.png is black everywhere",
     "task=interpolate model=vp start=a.png end=set": "start has 1 of 8x8, end 3 of 8x8 pixels",
     "task=interpolate model=vp start=a.png end=wide.png": "start has 1 of 8x8, end 1 of 12x20 pixels",
-    VARY + "out=old": "old holds more images than the 8 that task=vary makes here already; choose another out",
+    VARY + "out=old": "old holds images already .'000009.png'., and no sample.json says that they are of this command",
+    VARY + "out=old overwrite=true": "old holds '000009.png', which overwrite=true does not replace",
+    VARY + "overwrite=yess": "overwrite must be true or false, got 'yess'",
+    VARY + "labels=3": "labels were given, but this model was trained without",
+    # more than there is
+    SUPERRES + "factor=100000": "factor=100000: images of 800000x800000 pixels, 4 at a time, would take .* of memory",
+    INTERPOLATE + "frames=1000000000000": "1000000000000 at a time, would take .* of memory, .*; lower frames",
+    COARSE + "size=100000": "images of 100000x100000 pixels, 48 at a time, would take .* memory, .*; lower batch_size",
+    COARSE + "starts=1000000000000": "8000000000000 images need as many files, and the disk of new has room for",
     VARY + "out=file": "can't write to file",
 }
 
@@ -324,7 +337,7 @@ def test_a_mistake_is_told_in_one_line_and_leaves_nothing(command: str, desk: Pa
     before = {path: path.stat().st_mtime_ns for path in desk.rglob("*")}
     out = [] if "out=" in command else ["out=new"]
     outcome = call("sample.py", *command.split(), *out, cwd=desk)
-    assert outcome.status == 2, outcome.out + outcome.err
+    assert outcome.status == (1 if " memory" in MISTAKES[command] else 2), outcome.out + outcome.err
     lines = outcome.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and re.search(MISTAKES[command], lines[0]), outcome.err
     assert {path: path.stat().st_mtime_ns for path in desk.rglob("*")} == before

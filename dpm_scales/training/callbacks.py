@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from dpm_scales.errors import UserError, require_number
-from dpm_scales.images import make_grid, save_png, to_uint8, write_text
+from dpm_scales.images import make_class_grid, make_grid, save_png, to_uint8, write_text
 from dpm_scales.noise import NoiseSource
 from dpm_scales.tables import csv_text
 from dpm_scales.training.export import Model
@@ -144,7 +144,8 @@ class SampleGrid(Callback):
         x = model.sampler.sample(model.denoiser, model.prior, noise, (recipe.channels, *recipe.image_size), labels)
         if not trainer.is_global_zero:
             return
-        grid = make_grid(to_uint8(x, process.value_range).cpu())
+        images = to_uint8(x, process.value_range).cpu()
+        grid = make_grid(images) if labels is None else make_class_grid(images, labels.tolist(), recipe.class_names)
         save_png(self.folder / f"step-{trainer.global_step:06d}.png", grid)
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):

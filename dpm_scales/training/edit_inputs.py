@@ -1,34 +1,55 @@
-"""What the editing tasks of `sample.py` share: reading images, checking all before work begins, results in batches."""
+"""What the tasks of `sample.py` share: the model, images that are read, numbered results in batches, their record."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dpm_scales.denoisers import Denoiser
-from dpm_scales.errors import UserError, require, require_number
-from dpm_scales.images import LEVELS, load_image, make_grid, save_png, to_range, to_uint8
+from dpm_scales.errors import UserError, is_whole, require, require_number
+from dpm_scales.images import LEVELS, load_image, make_grid, save_png, to_range
 from dpm_scales.noise import NoiseSource
 from dpm_scales.processes import Process
 from dpm_scales.progress import progress_bar
-from dpm_scales.samplers import OnStep
-from dpm_scales.storage import check_writable
+from dpm_scales.samplers import OnStep, Sampler
+from dpm_scales.training import sample_folder, shards
 from dpm_scales.training.building import plain
-from dpm_scales.training.export import Model
+from dpm_scales.training.export import Model, load_model, with_sampler
 from dpm_scales.training.image_sets import read_images, size_of
-from dpm_scales.training.sample_run import check_older, choose_model
-from dpm_scales.training.sampling import check_counts, pick_device, pick_labels
-from dpm_scales.training.shards import Shard, leave, meet, own_device
+from dpm_scales.training.sampling import (
+    check_counts,
+    finished,
+    guidance_settings,
+    label_cycle,
+    pick_device,
+    require_sampling_memory,
+    weights_digest,
+    with_guidance,
+)
+from dpm_scales.training.shards import Shard
 
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_SIDE = 8, 10, 64
 """Of comparison.png: rows, results in a row, and the side in pixels that its cells have at least."""
 
 Make = Callable[[Tensor, NoiseSource, "Tensor | None", OnStep], Tensor]
+
+
+SHARED_OPTIONS = (
+    *("task", "model", "weights", "out", "overwrite", "seed", "batch_size", "device", "size", "trajectory"),
+    *("sampler", "steps", "labels", "guidance", "guidance_interval", "guidance_variable"),
+)
+"""Options of all tasks, which the record holds elsewhere or which change no image; the others are the task's own."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,9 @@ class Setup:
 
     Attributes:
         shard: which of the processes that share the results; the first writes what there is one of.
+        labels: ``(n,)``, that inputs take in turn, or None.
+        weights_sha256: of the model's weights.
+        inputs: of the record, the images that were read, by their options.
     """
 
     model: Model
@@ -44,6 +68,9 @@ class Setup:
     out: Path
     cfg: DictConfig
     shard: Shard
+    labels: Tensor | None
+    weights_sha256: str
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -55,29 +82,127 @@ class Setup:
 
     def images(self, key: str) -> Tensor:
         """uint8 ``(N, C, H, W)``, the images that the config's `key` names; see `read_images`."""
-        return read_images(str(self.cfg[key]), self.model.recipe.channels)[1]
+        images = read_images(str(self.cfg[key]), self.model.recipe.channels)[1]
+        self.note(key, images)
+        return images
+
+    def note(self, key: str, images: Tensor) -> None:
+        """Put images that the config's `key` names into the record."""
+        digest = hashlib.sha256(str(tuple(images.shape)).encode() + images.contiguous().numpy().tobytes()).hexdigest()
+        self.inputs[key] = {"path": str(self.cfg[key]), "number": len(images), "sha256": digest}
 
     def floats(self, images: Tensor) -> Tensor:
         """uint8 images in the process's value range, on the device."""
         return to_range(images.to(self.device), self.process.value_range)
 
+    def require_memory(self, size: tuple[int, int], count: int, together: int = 1, why: str = "") -> None:
+        """Raise OutOfMemoryError unless a batch of `count` results of `size` (H, W) fits, see `produce`.
+
+        Args:
+            why: the option that chose the size, for the message.
+        """
+        batch = min(count, max(self.cfg.batch_size // together, 1) * together)
+        what = f"{why or 'images'} of {size[0]}x{size[1]} pixels, {batch} at a time,"
+        smallest = "lower frames" if together > 1 else "ask for smaller images"
+        remedy = "lower batch_size" if batch > together else smallest
+        require_sampling_memory(self.model, batch, size, what, remedy, self.device)
+
+    def record(self, sampler: Sampler, steps: int, number: int, size: tuple[int, int]) -> dict[str, Any]:
+        """Return what `sample.json` says."""
+        cfg, process = self.cfg, self.process
+        options = {str(key): plain(value) for key, value in cfg.items() if key not in SHARED_OPTIONS}
+        for key in (*self.inputs, "prior_images"):
+            options.pop(key, None)
+        if cfg.task == "draw":
+            options.pop("num_samples")  # which is the number
+        return {
+            "format": sample_folder.FORMAT,
+            "version": sample_folder.VERSION,
+            "task": cfg.task,
+            "model": str(cfg.model),
+            "weights": cfg.weights,
+            "weights_sha256": self.weights_sha256,
+            "process": type(process).__name__,
+            "process_settings": self.model.recipe.parts["process"],
+            "sampler": type(sampler).__name__,
+            "sampler_settings": settings_of(sampler),
+            "steps": steps,
+            "guidance": guidance_settings(cfg),
+            "seed": cfg.seed,
+            "labels": None if self.labels is None else self.labels.tolist(),
+            "size": list(size),
+            "number": number,
+            "options": options,
+            "inputs": self.inputs,
+            "versions": {"dpm-scales": version("dpm-scales"), "torch": torch.__version__},
+        }
+
+
+def settings_of(sampler: Sampler) -> dict[str, Any]:
+    """Return a sampler's arguments as plain values."""
+    settings: dict[str, Any] = {}
+    for name in inspect.signature(type(sampler)).parameters:
+        value = getattr(sampler, name, None)
+        if isinstance(value, Sampler):
+            value = {"name": type(value).__name__, **settings_of(value)}
+        elif isinstance(value, float) and not math.isfinite(value):
+            value = str(value)
+        settings[name] = value
+    return settings
+
+
+def choose_sampler(model: Model, cfg: DictConfig) -> Model:
+    """Return the model with the sampler and number of steps that the config asks for, if it does."""
+    settings = plain(cfg.sampler)
+    if not settings.get("_target_"):
+        if cfg.steps is None:
+            return model
+        settings = dict(model.recipe.parts["sampler"])
+    if cfg.steps is not None:
+        settings["steps"] = cfg.steps
+    return with_sampler(model, OmegaConf.create(settings))
+
+
+def choose_model(cfg: DictConfig) -> Model:
+    """Return the model that the config names, with the sampler and the guidance that it asks for."""
+    model = choose_sampler(load_model(str(cfg.model), cfg.weights), cfg)
+    return with_guidance(model, cfg.guidance, plain(cfg.guidance_interval), cfg.guidance_variable)
+
+
+def image_size(cfg: DictConfig) -> tuple[int, int] | None:
+    """Return the H, W that the config asks for, if it does. Raises UserError for values that can't be meant."""
+    size = plain(cfg.size)
+    if size is None:
+        return None
+    sides = size if isinstance(size, list) else [size, size]
+    pair = len(sides) == 2 and all(is_whole(n, 1) for n in sides)
+    require(pair, f"size must be a number of pixels or [height,width], got {size!r}")
+    return sides[0], sides[1]
+
 
 def prepare(cfg: DictConfig) -> Setup:
     """Model, sampler and device, checked; nothing is written yet."""
     check_counts(cfg)
-    shard = meet()
-    device = own_device(pick_device(str(cfg.device)), shard)
+    require(isinstance(cfg.overwrite, bool), f"overwrite must be true or false, got {cfg.overwrite!r}")
+    shard = shards.meet()
+    device = shards.own_device(pick_device(str(cfg.device)), shard)
     model = choose_model(cfg)
     model.modules().to(device)
-    needs_labels = model.recipe.num_classes is not None and plain(cfg.labels) is None
+    labels = plain(cfg.labels)
     require(
-        not needs_labels, f"this model was trained with labels; say for task={cfg.task} what it shows: labels=CLASS"
+        cfg.task == "draw" or model.recipe.num_classes is None or labels is not None,
+        f"this model was trained with labels; say for task={cfg.task} what it shows: labels=CLASS",
     )
-    return Setup(model, device, Path(str(cfg.out)), cfg, shard)
+    cycle = label_cycle(model, labels)
+    return Setup(model, device, Path(str(cfg.out)), cfg, shard, cycle, weights_digest(model))
 
 
-def read_mask(place: str, like: Tensor, name: str) -> Tensor:
-    """Bool ``(H, W)``, white from half on. Raises UserError for another size, and for one colour alone."""
+def read_mask(setup: Setup, like: Tensor) -> Tensor:
+    """Return the mask of images `like`, bool ``(H, W)``, white from half on.
+
+    Raises: UserError for another size, and for one colour alone.
+    """
+    place, name = str(setup.cfg.mask), str(setup.cfg.image)
     grey = load_image(place, channels=1)[0]
     require(
         grey.shape == like.shape[-2:],
@@ -86,6 +211,7 @@ def read_mask(place: str, like: Tensor, name: str) -> Tensor:
     mask = grey > LEVELS // 2
     require(bool(mask.any()), f"{place} is black everywhere; a mask is white where the image is to be invented")
     require(not bool(mask.all()), f"{place} is white everywhere; nothing of the image would be left")
+    setup.note("mask", mask[None])
     return mask
 
 
@@ -103,47 +229,59 @@ def check_noise_std(setup: Setup) -> float:
     return float(setup.cfg.noise_std) * (high - low)
 
 
+@contextmanager
 def produce(
     setup: Setup,
+    sampler: Sampler,
     inputs: int,
     per_input: int,
+    size: tuple[int, int],
     steps: int,
     make: Make,
     noise_of: Callable[[int, int], NoiseSource] | None = None,
     together: int = 1,
-) -> list[Tensor]:
+    shown: int | None = None,
+) -> Iterator[list[Tensor]]:
     """Write `per_input` numbered results for each of `inputs`, with the other processes, and wait for all of them.
 
+    The folder is this command's until the body has run, see `sample_folder.claimed`.
+
     Args:
+        sampler: that makes them.
+        size: H, W of the results.
         steps: calls of `on_step` that a batch makes.
         make: results in pixels ``(B, C, H, W)`` from numbers of inputs ``(B,)``, noise, labels and a callback.
         noise_of: noise from the count and the first number of a batch; by default one stream for each result.
         together: results that can't be parted, one after the other; divides `per_input`.
+        shown: number of results that are returned; by default those of the first rows of `comparison.png`.
 
-    Returns: those of the first rows, uint8 on the CPU; nothing in other processes than the first.
+    Yields: the first results, uint8 on the CPU; nothing in other processes than the first.
     """
     cfg, total = setup.cfg, inputs * per_input
-    check_older(setup.out, total, f"the {total} that task={cfg.task} makes here")
-    check_writable(setup.out)
-    labels = pick_labels(setup.model, plain(cfg.labels), inputs) if setup.model.recipe.num_classes else None
-    size = max(1, cfg.batch_size // together) * together
     part = setup.shard.part(total // together)
-    own = range(part.start * together, part.stop * together, size)
-    with progress_bar(setup.shard.is_main) as progress:
-        bar = progress.add_task(str(cfg.task), total=steps * len(own))
-        for first in own:
-            count = min(size, own.stop - first)
-            noise = NoiseSource(cfg.seed, count, first, setup.device) if noise_of is None else noise_of(count, first)
-            numbers = torch.arange(first, first + count) // per_input
-            of_batch = None if labels is None else labels[numbers].to(setup.device)
-            x = make(numbers, noise, of_batch, lambda *_: progress.advance(bar))
-            images = to_uint8(x, setup.process.value_range).cpu()
-            for i, image in enumerate(images, start=first):
-                save_png(setup.out / f"{i:06d}.png", image)
-    leave()  # once all results are there
-    if not setup.shard.is_main:
-        return []
-    return [load_image(setup.out / f"{i:06d}.png") for i in range(min(total, SHOWN_ROWS * per_input))]
+    setup.require_memory(size, (part.stop - part.start) * together, together)
+    record = setup.record(sampler, steps, total, size)
+    batch_size = max(1, cfg.batch_size // together) * together
+    own = range(part.start * together, part.stop * together, batch_size)
+    with ExitStack() as held:
+        shards.first_decides(lambda: held.enter_context(sample_folder.claimed(setup.out, record, cfg.overwrite)))
+        with progress_bar(setup.shard.is_main) as progress:
+            bar = progress.add_task(str(cfg.task), total=steps * len(own))
+            for first in own:
+                count = min(batch_size, own.stop - first)
+                noise = noise_of(count, first) if noise_of else NoiseSource(cfg.seed, count, first, setup.device)
+                numbers = torch.arange(first, first + count) // per_input
+                labels = None
+                if setup.labels is not None:
+                    labels = setup.labels[numbers % len(setup.labels)].to(setup.device)
+                x = make(numbers, noise, labels, lambda *_: progress.advance(bar))
+                for number, image in enumerate(finished(x, setup.process.value_range, first), start=first):
+                    path = setup.out / sample_folder.image_name(number)
+                    save_png(path, image, sample_folder.image_text(record, number))
+        shards.leave()  # once all results are there
+        shown = min(total, SHOWN_ROWS * per_input if shown is None else shown)
+        names = map(sample_folder.image_name, range(shown if setup.shard.is_main else 0))
+        yield [load_image(setup.out / name) for name in names]
 
 
 def save_comparison(

@@ -6,6 +6,8 @@ torchrun or srun started share the results; the first makes the rest.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -40,6 +42,7 @@ from dpm_scales.training.edit_inputs import (
     check_noise_std,
     check_scale,
     enlargement,
+    image_size,
     prepare,
     produce,
     read_mask,
@@ -47,7 +50,6 @@ from dpm_scales.training.edit_inputs import (
     save_comparison,
 )
 from dpm_scales.training.image_sets import size_of
-from dpm_scales.training.sample_run import image_size
 
 ROUNDING = 12**-0.5 / LEVELS
 """Standard deviation of what 8 bits round away, black 0 and white 1."""
@@ -64,12 +66,12 @@ def inpaint(cfg: DictConfig) -> None:
     """Everything is checked before work begins."""
     setup = prepare(cfg)
     images = setup.images("image")
-    hole = read_mask(str(cfg.mask), images, str(cfg.image))
+    hole = read_mask(setup, images)
     known = (~hole).to(setup.device)
     size = (images.shape[1], images.shape[2], images.shape[3])
-    results = _restored(setup, Mask(known), images, size, 0.0, _resampling(setup))
     grey = torch.where(hole, torch.full_like(images[:1], LEVELS // 2), images)
-    save_comparison(setup, [images, grey], results, cfg.num_samples)
+    with _restored(setup, Mask(known), images, size, 0.0, _resampling(setup)) as results:
+        save_comparison(setup, [images, grey], results, cfg.num_samples)
     _say(setup, len(images), f"{int(hole.sum())} of {hole.numel()} pixels invented")
 
 
@@ -84,11 +86,13 @@ def deblur(cfg: DictConfig) -> None:
     noise_std = (noise_std**2 + (ROUNDING * (high - low)) ** 2) ** 0.5
     blurs = setup.process.blur is not None and not isinstance(setup.process, Osmosis)
     if cfg.method == "scale" or (cfg.method == "auto" and blurs and setup.process.has_constant_noise()):
-        results, note = _from_blur(setup, images, noise_std)
+        restored, note = _from_blur(setup, images, noise_std)
     else:
         size = (images.shape[1], images.shape[2], images.shape[3])
-        results, note = _restored(setup, degradation, images, size, noise_std, _resampling(setup)), "each estimate bent"
-    _finish(setup, sharp, images, results, note)
+        restored = _restored(setup, degradation, images, size, noise_std, _resampling(setup))
+        note = "each estimate bent"
+    with restored as results:
+        _finish(setup, sharp, images, results, note)
 
 
 def superres(cfg: DictConfig) -> None:
@@ -99,9 +103,11 @@ def superres(cfg: DictConfig) -> None:
     noise_std = check_noise_std(setup)
     sharp, images = _degraded(setup, degradation, noise_std)
     size = (images.shape[1], cfg.factor * images.shape[2], cfg.factor * images.shape[3])
-    results = _restored(setup, degradation, images, size, noise_std, _resampling(setup))
-    blocks = images.repeat_interleave(cfg.factor, 2).repeat_interleave(cfg.factor, 3)
-    _finish(setup, sharp, blocks, results, f"from {size_of(images)} to {size[1]}x{size[2]} pixels")
+    setup.require_memory(size[1:], len(images) * cfg.num_samples, why=f"factor={cfg.factor}: images")
+    with _restored(setup, degradation, images, size, noise_std, _resampling(setup)) as results:
+        blocks = images[:SHOWN_ROWS].repeat_interleave(cfg.factor, 2).repeat_interleave(cfg.factor, 3)
+        note = f"from {size_of(images)} to {size[1]}x{size[2]} pixels"
+        _finish(setup, sharp, blocks, results, note)
 
 
 def interpolate(cfg: DictConfig) -> None:
@@ -146,11 +152,12 @@ def interpolate(cfg: DictConfig) -> None:
         return NoiseSource(cfg.seed, count // frames, first // frames, setup.device)
 
     steps = (len(scales) - 1) * (3 if flow else 1)
-    results = produce(setup, len(ends[0]), per_pair, steps, make, noise_of, together=frames)
-    _save_film(setup, results, frames)
-    chosen = torch.linspace(0, frames - 1, min(frames, 10)).round().long().tolist()
-    strips = [results[i + k] for i in range(0, len(results), per_pair) for k in chosen]
-    save_comparison(setup, [ends[0]], strips, len(chosen), [ends[1]])
+    size = (ends[0].shape[2], ends[0].shape[3])
+    with produce(setup, sampler, len(ends[0]), per_pair, size, steps, make, noise_of, together=frames) as results:
+        _save_film(setup, results, frames)
+        chosen = torch.linspace(0, frames - 1, min(frames, 10)).round().long().tolist()
+        strips = [results[i + k] for i in range(0, len(results), per_pair) for k in chosen]
+        save_comparison(setup, [ends[0]], strips, len(chosen), [ends[1]])
     _say(setup, len(ends[0]), f"mixed at t={float(scales[0]):g} through the {'flow' if flow else 'noise'}")
 
 
@@ -169,8 +176,9 @@ def vary(cfg: DictConfig) -> None:
         y = noised(process, x, scales[0], noise, context)
         return sampler.reverse(setup.denoiser, y, noise, context, labels, scales, on_step)
 
-    results = produce(setup, len(images), cfg.num_samples, len(scales) - 1, make)
-    save_comparison(setup, [images], results, cfg.num_samples)
+    size = (images.shape[2], images.shape[3])
+    with produce(setup, sampler, len(images), cfg.num_samples, size, len(scales) - 1, make) as results:
+        save_comparison(setup, [images], results, cfg.num_samples)
     _say(setup, len(images), f"from t={float(scales[0]):g}")
 
 
@@ -211,10 +219,10 @@ def coarse(cfg: DictConfig) -> None:
 
         return sampler.reverse(setup.denoiser, y, noise, context, labels, scales, then)
 
-    results = produce(setup, cfg.starts, per_start, len(scales) - 1, make, noise_of)
-    if results:
-        rows = torch.stack(results).unflatten(0, (-1, per_start))
-        save_comparison(setup, [rows.float().mean(1).round().to(torch.uint8)], results, per_start)
+    with produce(setup, sampler, cfg.starts, per_start, (height, width), len(scales) - 1, make, noise_of) as results:
+        if results:
+            rows = torch.stack(results).unflatten(0, (-1, per_start))
+            save_comparison(setup, [rows.float().mean(1).round().to(torch.uint8)], results, per_start)
     _say(setup, cfg.starts, f"all is shared down to t={float(scales[max(0, shared_steps)]):g}")
 
 
@@ -228,8 +236,8 @@ def _restored(
     size: tuple[int, int, int],
     noise_std: float,
     sampler: Sampler,
-) -> list[Tensor]:
-    """Results of bending each estimate towards `observed`, uint8 ``(N, C, h, w)``."""
+) -> AbstractContextManager[list[Tensor]]:
+    """Results of bending each estimate towards `observed`, uint8 ``(N, C, h, w)``; see `produce`."""
     Consistent(setup.denoiser, degradation, setup.floats(observed[:1]), noise_std, setup.cfg.covariance)
     scales = sampler.scales(setup.process).to(setup.device)
 
@@ -238,11 +246,11 @@ def _restored(
         denoiser = Consistent(setup.denoiser, degradation, known, noise_std, setup.cfg.covariance)
         return restore(denoiser, sampler, scales, noise, size, labels, on_step)
 
-    return produce(setup, len(observed), setup.cfg.num_samples, len(scales) - 1, make)
+    return produce(setup, sampler, len(observed), setup.cfg.num_samples, size[1:], len(scales) - 1, make)
 
 
-def _from_blur(setup: Setup, observed: Tensor, noise_std: float) -> tuple[list[Tensor], str]:
-    """Results of the reverse process from the scale whose blur is nearest; and what to say of it."""
+def _from_blur(setup: Setup, observed: Tensor, noise_std: float) -> tuple[AbstractContextManager[list[Tensor]], str]:
+    """Results of the reverse process from the scale whose blur is nearest, see `produce`; and what to say of it."""
     process, cfg = setup.process, setup.cfg
     require(not isinstance(process, Osmosis), "a scale of osmosis is no Gaussian blur; set method=estimate")
     start, blur_sigma = nearest_blur(process, cfg.blur_sigma)
@@ -257,7 +265,8 @@ def _from_blur(setup: Setup, observed: Tensor, noise_std: float) -> tuple[list[T
         missing = operator.apply(lambda mu: (process.noise_scale(t, mu) ** 2 - noise_std**2).clamp(min=0).sqrt(), white)
         return sampler.reverse(setup.denoiser, signal * x + missing, noise, None, labels, scales, on_step)
 
-    results = produce(setup, len(observed), cfg.num_samples, len(scales) - 1, make)
+    size = (observed.shape[2], observed.shape[3])
+    results = produce(setup, sampler, len(observed), cfg.num_samples, size, len(scales) - 1, make)
     return results, f"from t={float(scales[0]):g}, a blur of {blur_sigma:.3g} px"
 
 

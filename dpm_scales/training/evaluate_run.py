@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import warnings
@@ -26,12 +25,19 @@ from dpm_scales.metrics.figures import check_measures, check_numbers, few_images
 from dpm_scales.progress import progress_bar
 from dpm_scales.storage import check_writable
 from dpm_scales.training.building import plain
+from dpm_scales.training.edit_inputs import choose_model
 from dpm_scales.training.export import Model
 from dpm_scales.training.image_sets import Pictures, open_pictures
 from dpm_scales.training.likelihood_run import METHODS, bits_per_dim, check_classes, estimator, save_plot
 from dpm_scales.training.reference_cache import cache_folder, reference_features
-from dpm_scales.training.sample_run import choose_model
-from dpm_scales.training.sampling import check_counts, draw, pick_device, pick_labels
+from dpm_scales.training.sampling import (
+    check_counts,
+    draw,
+    guidance_settings,
+    pick_device,
+    pick_labels,
+    weights_digest,
+)
 from dpm_scales.training.shards import Shard, barrier, leave, meet, own_device
 
 RESULT = "evaluation.json"
@@ -82,14 +88,11 @@ class Drawn:
 
     def origin(self) -> dict[str, Any]:
         """All that is needed to draw them again."""
-        weights = hashlib.sha256()
-        for name, tensor in sorted(self.model.modules().state_dict().items()):
-            weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         process, sampler = self.model.denoiser.process, self.model.sampler
         return {
             "model": self.source,
             "weights": self.weights,
-            "weights_sha256": weights.hexdigest(),
+            "weights_sha256": weights_digest(self.model),
             "process": type(process).__name__,
             "sampler": type(sampler).__name__,
             "sampler_settings": self.model.recipe.parts["sampler"],
@@ -267,10 +270,7 @@ def _drawn(cfg: DictConfig, number: int, device: torch.device) -> Drawn:
     model = choose_model(cfg)
     labels = pick_labels(model, plain(cfg.labels), number)
     model.prior.check_size(model.recipe.image_size)
-    guidance = None
-    if cfg.guidance != 1:
-        interval = plain(cfg.guidance_interval)
-        guidance = {"scale": cfg.guidance, "interval": interval, "variable": cfg.guidance_variable}
+    guidance = guidance_settings(cfg)
     return Drawn(model, str(cfg.model), cfg.weights, guidance, number, cfg.seed, labels, device)
 
 

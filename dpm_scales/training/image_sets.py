@@ -25,13 +25,11 @@ from dpm_scales.images import load_image
 from dpm_scales.training.building import build, nodes
 from dpm_scales.training.cli import CONFIGS
 from dpm_scales.training.reading import read_yaml
+from dpm_scales.training.sample_folder import SHEETS
 
 SPLITS = ("train", "val", "all")
 RUN_DATA = "data"
 """What names the data set of the run that made the model."""
-
-OWN_EXTRAS = ("grid.png", "trajectory.png", "trajectory.gif")
-"""Files of `sample.py` that lie beside its samples, and are none."""
 
 ARRAYS = (".npy", ".npz")
 READERS = 4  # threads that decode files
@@ -82,7 +80,7 @@ class PictureFiles(Pictures):
     def __init__(self, store: ImageStore, limit: int | None = None) -> None:
         names = list(store.names)
         if any(Path(name).stem.isdigit() for name in names):
-            names = [name for name in names if name not in OWN_EXTRAS]
+            names = [name for name in names if name not in SHEETS]
         self._names = [names[i] for i in _spread(len(names), limit)]
         self._store, self.source = store, str(store.root)
         self._size_of = require_readable(store, self._names)

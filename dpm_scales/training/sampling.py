@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from dpm_scales.conditioning import Guided
-from dpm_scales.errors import UserError, require, require_number, suggest
+from dpm_scales.errors import UserError, is_whole, require, require_number, suggest
 from dpm_scales.images import to_uint8
+from dpm_scales.memory import lacks_memory, require_memory
 from dpm_scales.noise import NoiseSource
+from dpm_scales.training.building import plain
 from dpm_scales.training.export import Model
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
@@ -37,24 +42,34 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device={name} is not to be had here ({reason}); use device=auto") from error
 
 
-def pick_labels(model: Model, labels: int | str | Sequence[int | str] | None, count: int) -> Tensor | None:
-    """``(count,)`` labels from one class or a list that is repeated; None takes every class in turn."""
+def label_cycle(model: Model, labels: int | str | Sequence[int | str] | None) -> Tensor | None:
+    """Return ``(n,)`` int64 labels that samples take in turn: sample i has number i mod n; None for a model without.
+
+    Args:
+        labels: one class or a list, by number or name; None takes every class.
+
+    Raises: UserError for labels that the model does not know.
+    """
     classes = model.recipe.num_classes
     if classes is None:
         require(labels is None, "labels were given, but this model was trained without; drop labels=")
         return None
     if labels is None:
-        chosen: Sequence[int | str] = range(classes)
-    else:
-        chosen = [labels] if isinstance(labels, int | str) else list(labels)
+        return torch.arange(classes)
+    chosen = list(labels) if isinstance(labels, list | tuple | range) else [labels]
     names = list(model.recipe.class_names or ())
     numbers = [names.index(c) if isinstance(c, str) and c in names else c for c in chosen]
+    known = f"0..{classes - 1}" + (f" or {', '.join(names)}" if names else "")
     for label in numbers:
-        ok = isinstance(label, int) and 0 <= label < classes
-        known = f"0..{classes - 1}" + (f" or {', '.join(names)}" if names else "")
-        require(ok, f"unknown label {label!r}; allowed: {known}")
+        require(is_whole(label, 0) and label < classes, f"unknown label {label!r}; allowed: {known}")  # type: ignore[operator]
     require(len(numbers) > 0, "labels is empty; give one class or a list")
-    return torch.tensor(numbers, dtype=torch.int64)[torch.arange(count) % len(numbers)]
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def pick_labels(model: Model, labels: int | str | Sequence[int | str] | None, count: int) -> Tensor | None:
+    """Return the ``(count,)`` labels of the first samples, see `label_cycle`."""
+    cycle = label_cycle(model, labels)
+    return None if cycle is None else cycle[torch.arange(count) % len(cycle)]
 
 
 def with_guidance(model: Model, scale: float, interval: Sequence[float] | None = None, variable: str = "t") -> Model:
@@ -106,4 +121,77 @@ def draw(
         batch_labels = None if labels is None else labels[start : start + count].to(device)
         shape = (model.recipe.channels, height, width)
         x = model.sampler.sample(model.denoiser, model.prior, noise, shape, batch_labels, scales, on_step)
-        yield to_uint8(x, process.value_range).cpu()
+        yield finished(x, process.value_range, first + start)
+
+
+def finished(x: Tensor, value_range: tuple[float, float], first: int) -> Tensor:
+    """Return samples ``(B, C, H, W)`` in pixels as uint8 on the CPU; they have the numbers from `first` on.
+
+    Raises: UserError for samples that are not finite.
+    """
+    finite = x.isfinite().flatten(1).all(1).cpu()
+    if not finite.all():
+        number = first + int(finite.logical_not().nonzero()[0])
+        raise UserError(f"sample {number} is not finite; take another sampler, more steps or less guidance")
+    return to_uint8(x, value_range).cpu()
+
+
+def require_sampling_memory(
+    model: Model, batch_size: int, size: tuple[int, int], what: str, remedy: str, device: torch.device
+) -> None:
+    """Raise OutOfMemoryError unless a batch of samples of `size` (H, W) fits into the memory of `device`.
+
+    Counted are the images in four places (the sample, its noise, the network's input and its output), and the largest
+    result within the network, which is found by running it without memory.
+
+    Args:
+        what, remedy: see `require_memory`.
+    """
+    process = model.denoiser.process
+    inputs = model.recipe.channels * (1 + process.context_channels)
+    images = 4 * model.recipe.channels * size[0] * size[1]
+    require_memory(4 * batch_size * images, what, remedy, device)
+    try:
+        largest = largest_activation(model.denoiser.network, (inputs, *size))
+    except RuntimeError as error:
+        if lacks_memory(error) is None:
+            raise
+        largest = 2**63
+    require_memory(4 * batch_size * (images + largest), what, remedy, device)
+
+
+def largest_activation(network: nn.Module, size: tuple[int, int, int]) -> int:
+    """Return the number of values in the largest result of a part of a network, for one image of `size` (C, H, W)."""
+    largest = 0
+
+    def note(module: nn.Module, inputs: Any, result: Any) -> None:
+        nonlocal largest
+        if isinstance(result, Tensor):
+            largest = max(largest, result.numel())
+
+    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    meta = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+    hooks = [part.register_forward_hook(note) for part in network.modules()]
+    try:
+        with torch.no_grad():
+            functional_call(network, meta, (torch.empty(1, *size, device="meta"), torch.empty(1, device="meta")))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return largest
+
+
+def weights_digest(model: Model) -> str:
+    """Return the SHA-256 of a model's weights by name, in hexadecimal digits; the same in every file of them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.modules().state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def guidance_settings(cfg: DictConfig) -> dict[str, Any] | None:
+    """Return the guidance that a config asks for; None for none."""
+    if cfg.guidance == 1:
+        return None
+    interval = plain(cfg.guidance_interval)
+    return {"scale": cfg.guidance, "interval": interval, "variable": cfg.guidance_variable}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -141,6 +141,28 @@ def barrier() -> None:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
     torch.distributed.barrier()
+
+
+def first_decides(decide: Callable[[], None]) -> None:
+    """Call `decide` in the first process, while the others wait, and raise its UserError in all of them."""
+    shard = meet()
+    if shard.world_size == 1:
+        decide()
+        return
+    barrier()
+    refusal: list[tuple[str, int] | None] = [None]
+    try:
+        if shard.is_main:
+            decide()
+    except UserError as error:
+        refusal = [(str(error), error.status)]
+        raise
+    finally:
+        torch.distributed.broadcast_object_list(refusal)
+    if refusal[0] is not None:
+        error = UserError(refusal[0][0])
+        error.status = refusal[0][1]
+        raise error
 
 
 def leave() -> None:
