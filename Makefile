@@ -24,7 +24,7 @@ export WANDB_MODE ?= offline
 
 demo: $(INSTALLED)
 	$(PY) train.py run_dir=runs/demo
-	$(PY) sample.py model=runs/demo num_samples=64 seed=0 out=samples/demo
+	$(PY) sample.py model=runs/demo num_samples=64 seed=0 out=samples/demo overwrite=true
 
 # One thread in each test process: two that each start a thread per core wait for one another most of the time.
 test: export OMP_NUM_THREADS := 1

@@ -113,7 +113,8 @@ def test_trajectory_is_drawn_as_picture_and_film(digits: Path, tmp_path: Path) -
     out = sample(digits, tmp_path / "out", "num_samples=4", "trajectory=true", "steps=5")
     with Image.open(out / "trajectory.gif") as film, Image.open(out / "trajectory.png") as picture:
         assert getattr(film, "n_frames", 1) > 1
-        assert picture.width > picture.height  # five steps of four samples
+        assert (picture.width, picture.height) == (5 * 65 + 1, 4 * 65 + 1)  # five steps of four samples
+        assert film.size == (2 * 65 + 1, 2 * 65 + 1)
     plain = sample(digits, tmp_path / "plain", "num_samples=4", "steps=5")
     assert numbers(out) == numbers(plain) and not (plain / "trajectory.png").exists()
 

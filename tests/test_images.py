@@ -70,6 +70,51 @@ def test_grid_defaults_are_near_square_and_visible() -> None:
         images.make_grid(torch.zeros(1, 1, 2, 2))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_class_grid_has_a_named_row_for_each_class(channels: int) -> None:
+    """Images of a class stand in its row, in their order; what is left of them is its name, one for each."""
+    cells = torch.arange(1, 8, dtype=torch.uint8).reshape(7, 1, 1, 1).expand(7, channels, 8, 8).contiguous()
+    sheet = images.make_class_grid(cells, [2, 0, 2, 0, 5, 2, 0], ["cat", "dog", "cow", "ox", "eel", "pig"])
+    margin = sheet.shape[2] - (3 * 33 + 1)
+    assert sheet.shape[:2] == (channels, 3 * 33 + 1) and margin > 20
+    for row, numbers in enumerate(([1, 3, 6], [0, 2, 5], [4])):
+        for column, number in enumerate(numbers):
+            top, left = 33 * row + 1, margin + 33 * column + 1
+            assert (sheet[:, top : top + 32, left : left + 32] == number + 1).all()
+    names = [sheet[0, 33 * row : 33 * row + 33, :margin].tolist() for row in range(3)]
+    assert names[0] != names[1] != names[2] != names[0]
+    assert all(max(max(line) for line in name) > 200 for name in names)
+    assert (sheet[:, 34 + 33 :, margin + 33 + 1 :] == images.PADDING_LEVEL).all()  # a class of one
+
+
+def test_class_grid_of_many_images_and_many_classes_stays_a_sheet() -> None:
+    _, height, width = images.make_class_grid(noise(25, 1, 8, 8), [3] * 25).shape
+    assert height == 3 * 33 + 1 and 10 * 33 < width < 11 * 33 + 30  # rows of ten
+    _, height, width = images.make_class_grid(noise(45, 1, 8, 8), list(range(45))).shape
+    assert height == 20 * 33 + 1 and width > 3 * (33 + 20)
+
+
+@pytest.mark.parametrize("name", ["Z\u00fcrich", "\x1b]0;x\x07\n", "\u732b", "x" * 5000, ""])
+def test_class_grid_takes_any_name(name: str) -> None:
+    """Accents are left out; the number stands for what the font can't write."""
+    sheet = images.make_class_grid(noise(2, 1, 8, 8), [0, 1], [name, "b"])
+    like = {"Z\u00fcrich": "Zurich", "x" * 5000: "x" * 21 + "..."}.get(name, "0")
+    assert torch.equal(sheet, images.make_class_grid(noise(2, 1, 8, 8), [0, 1], [like, "b"]))
+    assert sheet.shape[2] < 400
+
+
+def test_png_metadata_is_read_back_and_changes_no_pixel(tmp_path: Path) -> None:
+    image, path = noise(1, 5, 9), tmp_path / "a.png"
+    images.save_png(path, image)
+    plain = path.read_bytes()
+    images.save_png(path, image, {"seed": "3", "number": "12"})
+    with Image.open(path) as picture:
+        assert picture.info == {"seed": "3", "number": "12"}
+    assert torch.equal(images.load_image(path), image)
+    images.save_png(path, image, {})
+    assert path.read_bytes() == plain
+
+
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_png_round_trip(tmp_path: Path, channels: int, mode: str) -> None:
     image, path = noise(channels, 5, 9), tmp_path / "new" / "a.png"

@@ -28,6 +28,7 @@ from shell import (
 )
 from torch import Tensor
 
+from dpm_scales.images import load_image
 from dpm_scales.networks import UNet
 from dpm_scales.training import load_model
 from dpm_scales.training.callbacks import MetricsFile
@@ -64,6 +65,9 @@ def test_labels_reach_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(labels is not None for labels in seen) and trained
     assert len({tuple(labels.tolist()) for labels in trained}) > 2
     assert any(labels is not None and labels.tolist() == [*range(10), 0, 1] for labels in seen)  # of the grid
+    # ten rows of at most two, names on the left
+    _, height, width = load_image(run_dir / "samples" / "step-000006.png").shape
+    assert height == 10 * 33 + 1 and 2 * 33 + 1 < width < 4 * 33
     recipe = load_model(run_dir).recipe
     assert recipe.num_classes == 10 and recipe.class_names == tuple("0123456789")
     seen.clear()
