@@ -160,9 +160,10 @@ def first_decides(decide: Callable[[], None]) -> None:
     finally:
         torch.distributed.broadcast_object_list(refusal)
     if refusal[0] is not None:
-        error = UserError(refusal[0][0])
-        error.status = refusal[0][1]
-        raise error
+        message, status = refusal[0]
+        refused = UserError(message)
+        refused.status = status
+        raise refused
 
 
 def leave() -> None:
