@@ -280,7 +280,7 @@ def test_unreadable_images_are_left_out_and_counted(folder: str, left: int, plac
     with pytest.warns(UserWarning, match="1 unreadable images are left out: (005.png|a.jpg)"):
         train(tmp_path / "run", *options, "data.val_fraction=0.0")
     outcome = call("train.py", *SMALL, *options, "data.val_fraction=0.0", f"run_dir={tmp_path / 'again'}", cwd=tmp_path)
-    assert f"{left} images of 12x20x3" in outcome.out
+    assert f"{left} + 0 images of 12x20x3" in outcome.out
 
 
 def test_an_object_takes_the_place_of_another(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shell import SMALL, call
 
 from dpm_scales import data
 from dpm_scales.errors import UserError
@@ -50,6 +52,28 @@ def test_folder_split_and_labels(tmp_path: Path) -> None:
         assert source.val()[0][1] == 1
         assert (source.num_classes, source.class_names) == (2, ("cat", "dog"))
     assert data.ImageFolder(tmp_path).train()[0][1] == -1
+
+
+def test_header_says_which_images_train_and_which_classes_there_are(tmp_path: Path) -> None:
+    """How many train and validate, from which folders, and what became of the others."""
+    for name in ("train/cat/a", "train/dog/b", "train/dog/c", "test/dog/d", "val/dog/e", "val/dog/f"):
+        put(tmp_path / "pictures" / f"{name}.png", -ord(name[-1]))
+    options = (*SMALL, "data=folder", "data.root=pictures", "data.labels=folder", "data.batch_size=2")
+
+    def header(*more: str) -> str:
+        outcome = call("train.py", *options, *more, "trainer.max_steps=1", f"run_dir={len(more)}", cwd=tmp_path)
+        assert outcome.status == 0, outcome.err
+        return outcome.out.splitlines()[0]
+
+    line = " 3 + 2 images (train/ + val/; not used: test/) of 8x8x3, 2 classes: cat, dog, batch 2 "
+    assert line in header("conditional=true")
+    shutil.rmtree(tmp_path / "pictures" / "val")
+    line = " 3 + 1 images (train/ + test/) of 8x8x3, 2 classes, not shown without conditional=true, batch 2 "
+    assert line in header()
+    assert data.ImageFolder(tmp_path / "pictures", split="fraction").split_note == ""
+    put(tmp_path / "pictures" / "g.png")
+    note = data.ImageFolder(tmp_path / "pictures").split_note
+    assert note == "train/ + test/; not used: files beside them"
 
 
 def test_random_split_is_seeded_and_complete(tmp_path: Path) -> None:

@@ -40,12 +40,14 @@ class ImageSource(ABC):
         image_size: (H, W) in pixels.
         num_classes: number of labels, or None if the images have none (their label is then -1).
         class_names: one name for each label, or None.
+        split_note: which folders the two parts are, and which are not used; empty where no folders divide them.
     """
 
     channels: int
     image_size: tuple[int, int]
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
+    split_note: str = ""
 
     def prepare(self) -> None:  # noqa: B027 - most sources have nothing to fetch
         """Fetch what must be on disk before `train` and `val`; safe to call from several processes."""

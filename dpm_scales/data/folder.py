@@ -184,13 +184,13 @@ class ImageFolder(ImageSource):
         self.channels = channels
         self.rotate_portrait = rotate_portrait
         self.store = open_store(root)
-        parts = _split_names(self.store, split, val_fraction, split_seed)
+        *parts, self.split_note = _split_names(self.store, split, val_fraction, split_seed)
         require(verify != "none" or size is not None, "verify=none needs image_size, for example image_size=64")
         self.sizes: dict[str, tuple[int, int]] = {}
         self.left_out: dict[str, str] = {}
         if verify != "none":
             self.sizes = self._inspect([*parts[0], *parts[1]], on_error, full=verify == "full")
-            parts = tuple([name for name in part if name in self.sizes] for part in parts)
+            parts = [[name for name in part if name in self.sizes] for part in parts]
         require(bool(parts[0]), f"{root}: no readable training images")
         self.image_size = self._common_size(size, mode)
         classes = _class_of_names([*parts[0], *parts[1]], self.store) if labels == "folder" else None
@@ -299,8 +299,13 @@ class BSDS500(ImageFolder):
         )
 
 
-def _split_names(store: ImageStore, split: str, val_fraction: float, split_seed: int) -> tuple[list[str], ...]:
-    """Training and validation names. Unreadable files take part, so that repairing one moves no other."""
+def _split_names(
+    store: ImageStore, split: str, val_fraction: float, split_seed: int
+) -> tuple[list[str], list[str], str]:
+    """Training and validation names, and which folders those are.
+
+    Unreadable files take part, so that repairing one moves no other.
+    """
     tops: dict[str, list[str]] = {}
     for name, parts in _inner_parts(store.names).items():
         tops.setdefault(parts[0] if len(parts) > 1 else "", []).append(name)
@@ -309,9 +314,11 @@ def _split_names(store: ImageStore, split: str, val_fraction: float, split_seed:
     if split == "folder" or (split == "auto" and both):
         found = ", ".join(sorted(top for top in tops if top)) or "no folders"
         require(both, f"{store.root}: holds {found}; split=folder needs train/ and one of {', '.join(VAL_FOLDERS)}")
-        return tops["train"], tops[val_folder or ""]
+        left = sorted(f"{top}/" if top else "files beside them" for top in set(tops) - {"train", val_folder})
+        unused = f"; not used: {listed(left)}" if left else ""
+        return tops["train"], tops[val_folder or ""], f"train/ + {val_folder}/{unused}"
     train, val = split_indices(len(store.names), val_fraction, split_seed)
-    return [store.names[i] for i in train.tolist()], [store.names[i] for i in val.tolist()]
+    return [store.names[i] for i in train.tolist()], [store.names[i] for i in val.tolist()], ""
 
 
 def _inner_parts(names: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from dpm_scales.data import ImageDataModule, ShuffledBatches
+from dpm_scales.data import ImageDataModule, ShuffledBatches, listed
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.storage import check_folder, check_writable, guarded, remove_leftovers, write_text
 from dpm_scales.training.building import build, check_kind, plain
@@ -369,6 +369,21 @@ def _go_on(
         return result
 
 
+def _images(data: ImageDataModule) -> str:
+    """How many images train and validate, and which folders they come from."""
+    note = f" ({data.source.split_note})" if data.source.split_note else ""
+    return f"{len(data.train_set)} + {len(data.val_set)} images{note}"
+
+
+def _classes(cfg: DictConfig, data: ImageDataModule) -> str:
+    """The classes that the network is shown, or that were asked for and are not; empty without any."""
+    if not cfg.conditional:
+        asked = cfg.data.get("labels") not in (None, "none")
+        return f"{data.num_classes} classes, not shown without conditional=true, " if asked else ""
+    names = data.source.class_names
+    return f"{data.num_classes} classes{f': {listed(names)}' if names else ''}, "
+
+
 def _first_line(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, model: Model, data: ImageDataModule) -> str:
     """What is trained on what; the batch is that of one process, times processes, times accumulated ones."""
     height, width = model.recipe.image_size
@@ -376,7 +391,7 @@ def _first_line(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, model: Mode
     return (
         f"{run_dir}: {type(model.denoiser.process).__name__}, "
         f"{sum(p.numel() for p in model.denoiser.network.parameters()) / 1e6:.2f} M parameters, "
-        f"{len(data.train_set)} images of {height}x{width}x{model.recipe.channels}, "
+        f"{_images(data)} of {height}x{width}x{model.recipe.channels}, {_classes(cfg, data)}"
         f"batch {' x '.join(map(str, parts))} = {math.prod(parts)}, learning rate {cfg.optimizer.learning_rate:g}, "
         f"steps {cfg.trainer.max_steps}, {trainer.strategy.root_device}, {trainer.precision}"
     )
