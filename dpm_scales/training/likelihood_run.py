@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from dpm_scales.data.files import listed
@@ -19,7 +18,6 @@ from dpm_scales.images import LEVELS, to_range
 from dpm_scales.likelihood import FlowLikelihood, VariationalBound, condition_of
 from dpm_scales.noise import NoiseSource
 from dpm_scales.plots import COLOURS, figure
-from dpm_scales.progress import progress_bar
 from dpm_scales.training.export import Model
 from dpm_scales.training.image_sets import Pictures
 
@@ -92,8 +90,7 @@ def bits_per_dim(
     noise_ratio: float = 1.25,
     decoder_std: float | None = None,
     probes: int = 1,
-    total: int | None = None,
-    progress: Progress | None = None,
+    on_images: Callable[[int], None] | None = None,
     use_labels: bool = True,
 ) -> BitsPerDim:
     """Bits per dimension of images under a model; the same for batches of any size.
@@ -107,8 +104,7 @@ def bits_per_dim(
         noise_ratio: of the dissipation.
         decoder_std: see `VariationalBound`.
         probes: of the flow.
-        total: number of images, for the progress bar.
-        progress: bar to show it in; by default one of its own.
+        on_images: called with the number of images of each batch that is done.
         use_labels: of a model with labels, the likelihood given the images' labels; else that without any, which a
             model knows that was trained with `label_dropout`.
 
@@ -125,28 +121,20 @@ def bits_per_dim(
     shape: tuple[int, int, int] | None = None
     finest_first: list[float] = []
     number = 0
-    bar = progress or progress_bar()
-    if progress is None:
-        bar.start()
-    try:
-        task = bar.add_task(f"likelihood ({method})", total=total)
-        for batch in batches:
-            images, labels = batch if isinstance(batch, tuple | list) else (batch, None)
-            images, labels = _fitting(model, images, labels, shape, "label" in given)
-            shape = (images.shape[1], images.shape[2], images.shape[3])
-            x_0 = to_range(images.to(device), model.denoiser.process.value_range)
-            noise = NoiseSource(seed, len(images), number, device)
-            found = look(x_0, noise, None if labels is None else labels.to(device))
-            results.append(tuple(v.cpu() for v in (found.context, found.prior, found.steps.sum(1), found.decoder)))
-            bands = None if found.bands is None else found.bands.sum(0).cpu()
-            sums.append((found.steps.sum(0).cpu(), bands))
-            finest_first = found.scales.tolist()
-            number += len(images)
-            bar.update(task, advance=len(images))
-        bar.update(task, total=number)
-    finally:
-        if progress is None:
-            bar.stop()
+    for batch in batches:
+        images, labels = batch if isinstance(batch, tuple | list) else (batch, None)
+        images, labels = _fitting(model, images, labels, shape, "label" in given)
+        shape = (images.shape[1], images.shape[2], images.shape[3])
+        x_0 = to_range(images.to(device), model.denoiser.process.value_range)
+        noise = NoiseSource(seed, len(images), number, device)
+        found = look(x_0, noise, None if labels is None else labels.to(device))
+        results.append(tuple(v.cpu() for v in (found.context, found.prior, found.steps.sum(1), found.decoder)))
+        bands = None if found.bands is None else found.bands.sum(0).cpu()
+        sums.append((found.steps.sum(0).cpu(), bands))
+        finest_first = found.scales.tolist()
+        number += len(images)
+        if on_images is not None:
+            on_images(len(images))
     require(number > 0 and shape is not None, "likelihood: there are no images")
     assert shape is not None
     unit = 1 / (math.prod(shape) * math.log(2))
