@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -76,8 +77,8 @@ def check_numbers(measures: Sequence[str], *numbers: int) -> None:
     if "manifolds" in measures and min(numbers) < FEWEST_NEIGHBOURS:
         found = " and ".join(map(str, numbers))
         raise UserError(
-            f"nearest neighbours need {FEWEST_NEIGHBOURS} images or more in each set, got {found}; give more, or leave manifolds "
-            "out of measures"
+            f"nearest neighbours need {FEWEST_NEIGHBOURS} images or more in each set, got {found}; give more, or leave "
+            "manifolds out of measures"
         )
 
 
@@ -106,17 +107,20 @@ def gather(
 
     Args:
         keep_rows: keep all of them; without, memory is of order d^2 whatever the number of images.
-        on_images: called with the number of images of each batch.
+        on_images: called with the number of images of each part that went through the network at once.
     """
     statistics = FeatureStatistics()
     rows: list[Array] = []
     for images in batches:
-        features = network(images).cpu()
+        parts = []
+        for part in images.split(network.batch_size):  # as the network does, to tell how far it is
+            parts.append(network(part).cpu())
+            if on_images is not None:
+                on_images(len(part))
+        features = torch.cat(parts)
         statistics.update(features)
         if keep_rows:
             rows.append(features.numpy())
-        if on_images is not None:
-            on_images(len(images))
     return FeatureSet(statistics, np.concatenate(rows) if rows else None)
 
 
@@ -158,7 +162,7 @@ def compare(
         fewer = len(sets[0]) < real.number or len(sets[1]) < fake.number
         images = (len(sets[0]), len(sets[1])) if fewer else None
         advance = begin("nearest neighbours", len(sets[0]) + 2 * len(sets[1]))
-        overlap = manifolds(*sets, on_rows=advance)
+        overlap = manifolds(sets[0], sets[1], on_rows=advance)
         for name, value in overlap._asdict().items():
             k = PRECISION_NEIGHBOURS if name in ("precision", "recall") else DENSITY_NEIGHBOURS
             figures[name] = Measure(value, "higher", neighbours=k, images=images)
