@@ -15,7 +15,7 @@ from torch import Tensor
 from dpm_scales.data.files import listed
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import LEVELS, to_range
-from dpm_scales.likelihood import FlowLikelihood, VariationalBound, condition_of
+from dpm_scales.likelihood import FlowLikelihood, VariationalBound
 from dpm_scales.noise import NoiseSource
 from dpm_scales.plots import COLOURS, figure
 from dpm_scales.training.export import Model
@@ -41,8 +41,8 @@ class BitsPerDim:
         context, prior, steps, decoder: the parts, see `dpm_scales.likelihood`.
         scales: (n + 1), from 1 down to the finest.
         per_scale: (n), `steps` between neighbours of `scales`.
-        per_band: (n, bands), the same by bands of frequency, equally wide in sqrt(mu); None where the operator is not
-            diagonal, and for the flow.
+        per_band: (n, bands), the same by bands of frequency, equally wide in the root of the Laplacian's eigenvalues;
+            None for the flow.
         settings: arguments that the result depends on.
         given: what the likelihood is conditional on, "guidance image" and "label" or nothing: numbers with another
             condition do not compare.
@@ -170,7 +170,7 @@ def conditions(model: Model, use_labels: bool = True) -> tuple[str, ...]:
     """What a likelihood under the model is given, see `BitsPerDim`. Raises UserError if it does not know how to do
     without labels, and should."""
     recipe = model.recipe
-    image = condition_of(model.prior, model.denoiser.process)
+    image = model.denoiser.process.condition
     ok = use_labels or recipe.num_classes is None or recipe.label_dropout > 0
     require(ok, "likelihood: this model was trained with all labels, and knows no images without; set use_labels=True")
     names = (image, "label" if use_labels and recipe.num_classes is not None else None)
