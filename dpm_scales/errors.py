@@ -10,8 +10,6 @@ import difflib
 import math
 from collections.abc import Iterable
 
-MOST = 2**63 - 1
-
 
 class UserError(ValueError):
     """Bad input whose message is one line fit for a person.
@@ -32,12 +30,56 @@ class OutOfMemoryError(UserError):
     status = 1
 
 
+def printable(text: str) -> str:
+    """`text` with escapes, ``\\x1b``, in place of the characters that would steer a terminal or reorder a line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def nearest(name: str, names: Iterable[str], sure: bool = False) -> str | None:
+    """Which of `names` was meant by `name`, a misspelt, shortened or abbreviated one; None if none comes near.
+
+    Options of one level, `optimizer.…`, are compared by what differs, their last part.
+
+    Args:
+        sure: only if hardly another one can be meant.
+    """
+    known = sorted(names)
+    parent = name.rpartition(".")[0]
+    if parent and all(other.startswith(f"{parent}.") for other in known):
+        found = nearest(name[len(parent) + 1 :], [other[len(parent) + 1 :] for other in known], sure)
+        return None if found is None else f"{parent}.{found}"
+    lower = {other.lower(): other for other in known}
+    meant = name.lower()
+    words = meant.split("_")
+    ways = [
+        difflib.get_close_matches(meant, lower, n=1, cutoff=0.8),
+        [other for other in lower if is_initials(meant, other)],
+    ]
+    if not sure:
+        ways += [
+            [other for other in lower if _shortens(words, other.split("_"))],
+            difflib.get_close_matches(meant, lower, n=1, cutoff=0.5),
+        ]
+    return next((lower[found[0]] for found in ways if found), None)
+
+
+def is_initials(name: str, other: str) -> bool:
+    """Whether `name` is made of the initials of the words in `other`: lr, learning_rate."""
+    words = other.split("_")
+    return len(words) > 1 and name == "".join(word[:1] for word in words)
+
+
+def _shortens(words: list[str], others: list[str]) -> bool:
+    """Whether each of `words`, of at least three letters, begins one of `others`, in their order."""
+    rest = iter(others)
+    return all(len(word) > 2 and any(other.startswith(word) for other in rest) for word in words)
+
+
 def suggest(name: str, allowed: Iterable[str]) -> str:
     """``"did you mean 'x'? allowed: a, b, x"`` for an unknown `name`."""
     names = sorted(allowed)
-    lower = {known.lower(): known for known in names}
-    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
-    hint = f"did you mean {lower[close[0]]!r}? " if close else ""
+    close = nearest(name, names)
+    hint = f"did you mean {close!r}? " if close is not None else ""
     return f"{hint}allowed: {', '.join(names)}"
 
 
@@ -55,14 +97,10 @@ def is_whole(value: object, low: float = -math.inf) -> bool:
 def require_number(
     name: str, value: object, low: float = -math.inf, high: float = math.inf, whole: bool = False
 ) -> None:
-    """Raise UserError unless `value` is a number (a whole one if asked for) with `low` <= value <= `high`.
-
-    Infinite ones are refused, and those beyond 64 bits.
-    """
-    fits = is_whole(value) or (not whole and isinstance(value, float) and math.isfinite(value))
-    limit = min(high, MOST) if is_whole(value) and value > MOST else high  # type: ignore[operator]
-    if fits and low <= value <= limit:  # type: ignore[operator]
+    """Raise UserError unless `value` is a number (a whole one if asked for) with `low` <= value <= `high`."""
+    fits = is_whole(value) or (not whole and isinstance(value, float))
+    if fits and low <= value <= high:  # type: ignore[operator]
         return
-    kind = "a whole number" if whole else "a number" if math.isfinite(high) else "a finite number"
-    bounds = [f" {sign} {bound:g}" for sign, bound in ((">=", low), ("<=", limit)) if math.isfinite(bound)]
-    raise UserError(f"{name} must be {kind}{' and'.join(bounds)}, got {value!r:.100}")
+    kind = "a whole number" if whole else "a number"
+    above = f" and <= {high:g}" if math.isfinite(high) else ""
+    raise UserError(f"{name} must be {kind} >= {low:g}{above}, got {value!r}")

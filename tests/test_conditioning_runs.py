@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpm_scales.networks import UNet
 from dpm_scales.training import load_model
-from dpm_scales.training.cli import tidy
+from dpm_scales.training.arguments import tidy
 from dpm_scales.training.export import Recipe
 from dpm_scales.training.module import DiffusionModule
 from dpm_scales.training.sampling import with_guidance

@@ -32,7 +32,7 @@ from dpm_scales import data, images
 from dpm_scales.data.files import ZipStore, inspect_images, open_store
 from dpm_scales.errors import UserError
 from dpm_scales.training import load_model, save_model
-from dpm_scales.training.cli import with_stored_overrides
+from dpm_scales.training.arguments import with_stored_overrides
 from dpm_scales.training.sealed import read_checkpoint, read_tensors, write_checkpoint
 from dpm_scales.training.stored import stored_result
 

@@ -33,6 +33,7 @@ class ShuffledBatches(DistributedSampler[Key]):
         next_batch: the number of the batch to start at, asked at every new iterator.
         drop_last: leave out the images that fill no batch; otherwise images from the front fill the last batch up.
         rank, world_size: this process and how many there are.
+        where: what precedes the arguments' names in messages.
 
     Raises:
         UserError: fewer images than one global batch with `drop_last`.
@@ -47,13 +48,17 @@ class ShuffledBatches(DistributedSampler[Key]):
         drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        where: str = "",
     ) -> None:
         global_batch = batch_size * world_size
         require(num_images > 0, "no training images")
+        devices = f" on {world_size} devices" if world_size > 1 else ""
+        enough = num_images // world_size
+        smaller = f"{where}batch_size <= {enough} or " if enough else ""
         require(
             num_images >= global_batch or not drop_last,
-            f"batch_size={batch_size} on {world_size} devices exceeds the {num_images} training images; "
-            f"set batch_size <= {num_images // world_size} or drop_last=false",
+            f"{where}batch_size={batch_size}{devices} exceeds the {num_images} training images; "
+            f"set {smaller}{where}drop_last=false",
         )
         self.num_images = num_images
         self.batch_size = batch_size

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pydoc
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, get_args, get_type_hints
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -81,7 +83,7 @@ def check_kind(config: Any, kind: type, where: str, late: Iterable[str] | None =
     except pydoc.ErrorDuringImport as error:
         raise UserError(f"{where}._target_={name} can't be imported: {error.value}") from error
     require(found is not None, f"{where}._target_={name}: there is no such class")
-    hints = _hints(found)
+    hints = hints_of(found)
     made = found if inspect.isclass(found) else hints.get("return")
     wrong = not callable(found) or (inspect.isclass(made) and not issubclass(made, kind))
     require(not wrong, _no(kind, f"{where}._target_={name}"))
@@ -93,13 +95,15 @@ def check_kind(config: Any, kind: type, where: str, late: Iterable[str] | None =
         f"set {where}._partial_=false",
     )
     for key, value in settings.items():
+        require_switch(f"{where}.{key}", value, alternatives(hints.get(key)))
         kinds = [k for k in get_args(hints.get(key)) or [hints.get(key)] if inspect.isclass(k) and k is not type(None)]
         if isinstance(value, dict) and "_target_" in value and len(kinds) == 1:
             check_kind(value, kinds[0], f"{where}.{key}")
     return found
 
 
-def _hints(function: Any) -> dict[str, Any]:
+@functools.cache
+def hints_of(function: Any) -> dict[str, Any]:
     """Types of a function's arguments, or of a class's, and what it returns, as far as it tells."""
     try:
         return get_type_hints(function.__init__ if inspect.isclass(function) else function)
@@ -107,15 +111,46 @@ def _hints(function: Any) -> dict[str, Any]:
         return {}
 
 
-def _require_arguments(found: Any, names: Iterable[str], what: str) -> None:
+def locate(name: Any) -> Any:
+    """What a `_target_` names; None if it is not there or can't be imported, which `check_kind` tells."""
+    try:
+        return pydoc.locate(str(name))
+    except pydoc.ErrorDuringImport:
+        return None
+
+
+def arguments_of(found: Any) -> Collection[str] | None:
+    """Names of a function's arguments, or of a class's; None if it takes any, or does not tell."""
     try:
         parameters = inspect.signature(found).parameters
     except (TypeError, ValueError):  # of some built in C nobody knows
+        return None
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else parameters.keys()
+
+
+def alternatives(hint: Any) -> list[Any]:
+    """The types, and the values of Literals, that a hint allows."""
+    if get_origin(hint) in (Union, UnionType):
+        return [one for part in get_args(hint) for one in alternatives(part)]
+    return list(get_args(hint)) if get_origin(hint) is Literal else [hint]
+
+
+def require_switch(key: str, value: Any, allowed: Sequence[Any] = (bool,)) -> None:
+    """Raise UserError if bool is among the `alternatives` that are allowed, and `value` is none of them."""
+    if bool not in allowed or isinstance(value, bool):
         return
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    kinds = tuple(kind for kind in allowed if isinstance(kind, type))
+    if isinstance(value, kinds) or (isinstance(value, str) and value in allowed):
         return
+    words = ["true", "false", *(repr(other) for other in allowed if isinstance(other, str))]
+    words += ["null"] if type(None) in allowed else []
+    raise UserError(f"{key} must be {', '.join(words[:-1])} or {words[-1]}, got {value!r}")
+
+
+def _require_arguments(found: Any, names: Iterable[str], what: str) -> None:
+    taken = arguments_of(found)
     for name in names:
-        require(name in parameters, f"{what} takes no argument {name}, which it would be given here")
+        require(taken is None or name in taken, f"{what} takes no argument {name}, which it would be given here")
 
 
 def _no(kind: type, what: str) -> str:

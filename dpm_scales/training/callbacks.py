@@ -15,13 +15,13 @@ from lightning.pytorch.callbacks import Callback, ProgressBar, WeightAveraging
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 from torch import Tensor
 
-from dpm_scales.errors import OutOfMemoryError, UserError, require_number
+from dpm_scales.errors import UserError, require_number
 from dpm_scales.images import make_class_grid, make_grid, save_png, to_uint8, write_text
-from dpm_scales.memory import lacks_memory
 from dpm_scales.noise import NoiseSource
+from dpm_scales.progress import LineProgress
 from dpm_scales.tables import csv_text
 from dpm_scales.training.export import Model
 from dpm_scales.training.module import DiffusionModule
@@ -142,15 +142,7 @@ class SampleGrid(Callback):
         labels = None
         if recipe.num_classes is not None:
             labels = torch.arange(self.num_images, device=pl_module.device) % recipe.num_classes
-        size = (recipe.channels, *recipe.image_size)
-        try:
-            x = model.sampler.sample(model.denoiser, model.prior, noise, size, labels)
-        except (RuntimeError, MemoryError) as error:
-            place = lacks_memory(error)
-            if place is None:
-                raise
-            what = f"samples.num_images={self.num_images} images of {size[1]}x{size[2]}"
-            raise OutOfMemoryError(f"{place} has no memory to draw {what}; lower samples.num_images") from error
+        x = model.sampler.sample(model.denoiser, model.prior, noise, (recipe.channels, *recipe.image_size), labels)
         if not trainer.is_global_zero:
             return
         images = to_uint8(x, process.value_range).cpu()
@@ -183,17 +175,9 @@ class StepBar(ProgressBar):
         self._started = (time.perf_counter(), trainer.global_step)
         if not self._enabled or not get_console().is_terminal:
             return
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[rate]} left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
-        )
         total = trainer.max_steps if trainer.max_steps > 0 else None
-        self._bar = Progress(*columns, console=get_console())
-        self._bar.add_task("", total=total, completed=trainer.global_step, rate="", losses="")
+        self._bar = LineProgress(console=get_console())
+        self._bar.add_task("step", total=total, completed=trainer.global_step, unit="steps", figures=[])
         self._bar.start()
 
     def on_train_batch_end(
@@ -202,9 +186,9 @@ class StepBar(ProgressBar):
         # the loss is read no more often than it is logged: every reading waits for the device
         if self._bar is None:
             return
-        self._bar.update(TaskID(0), completed=trainer.global_step, rate=f"{self._rate(trainer):.1f} steps/s,")
+        self._bar.update(TaskID(0), completed=trainer.global_step)
         if trainer.global_step % LOSS_EVERY == 0:
-            self._bar.update(TaskID(0), losses=self._losses(trainer))
+            self._bar.update(TaskID(0), figures=self._losses(trainer))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._enabled and self._bar is None and not trainer.sanity_checking:
@@ -213,7 +197,7 @@ class StepBar(ProgressBar):
             if trainer.max_steps > 0:
                 seconds = (trainer.max_steps - trainer.global_step) / max(rate, 1e-9)
                 total, left = f"/{trainer.max_steps}", f", {timedelta(seconds=round(seconds))} left"
-            line = f"step {trainer.global_step}{total}, {rate:.1f} steps/s{left}, {self._losses(trainer)}"
+            line = f"step {trainer.global_step}{total}, {rate:.1f} steps/s{left}, {'  '.join(self._losses(trainer))}"
             print(line, flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -231,9 +215,9 @@ class StepBar(ProgressBar):
         start, first = self._started
         return (trainer.global_step - first) / max(time.perf_counter() - start, 1e-9)
 
-    def _losses(self, trainer: pl.Trainer) -> str:
+    def _losses(self, trainer: pl.Trainer) -> list[str]:
         values = trainer.progress_bar_metrics
-        return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float))
+        return [f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float)]
 
 
 class MetricsFile(Logger):

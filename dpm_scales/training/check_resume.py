@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dpm_scales.errors import UserError, require
-from dpm_scales.training.cli import CONFIGS, is_sweep, tidy
+from dpm_scales.training.arguments import CONFIGS, config_flags, tidy
+from dpm_scales.training.cli import is_sweep
 from dpm_scales.training.sealed import read_checkpoint, read_tensors
 from dpm_scales.training.stored import key_of
 
@@ -58,7 +59,6 @@ def check_resume(cfg: DictConfig, overrides: list[str]) -> int:
 
     Raises: UserError if a run fails by itself, or has no step between its first checkpoint and its last.
     """
-    require(isinstance(cfg.check_resume, bool), f"check_resume must be true or false, got {cfg.check_resume!r}")
     require(not is_sweep(), "check_resume=true checks one run; leave -m out")
     given = [o for o in overrides if key_of(o) not in LEFT_OUT]
     keys = {key_of(o) for o in given}
@@ -74,7 +74,7 @@ def check_resume(cfg: DictConfig, overrides: list[str]) -> int:
     )
     kill = min(every + 1 + (every - 1) // 2, steps)
     folder = Path(tempfile.mkdtemp(prefix="dpm-scales-check-"))
-    options = tidy([*given, *brief])
+    options = tidy([*config_flags(), *given, *brief])
     whole, killed = folder / "undisturbed", folder / "killed"
     with Console(stderr=True).status("") as status:
         start = time.perf_counter()

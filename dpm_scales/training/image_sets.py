@@ -22,8 +22,8 @@ from dpm_scales.data.base import ImageSource
 from dpm_scales.data.files import ImageStore, batches_of_one_size, open_store, require_readable
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.images import load_image
+from dpm_scales.training.arguments import CONFIGS
 from dpm_scales.training.building import build, nodes
-from dpm_scales.training.cli import CONFIGS
 from dpm_scales.training.reading import read_yaml
 from dpm_scales.training.sample_folder import SHEETS
 

@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dpm_scales.errors import UserError, require
+from dpm_scales.storage import open_regular
 from dpm_scales.training.reading import read_yaml
 
 _KEY = re.compile(r"[A-Za-z][\w/-]*(\.\w+)*")
@@ -28,6 +29,8 @@ _LONGEST_KEY = 200
 #: sections whose classes write files, and what those call a place to write to
 _WRITERS = ("logger", "trainer")
 _PLACE = re.compile(r"(.*_)?(dir|dirs|path|folder|root|file|files)")
+#: of the user's config folder, `--config-dir`, that a run was trained with
+CONFIG_DIR_FILE, MAX_PATH_BYTES = "config_dir", 4096
 _ADVICE = "if you trust it, give this option on the command line"
 
 
@@ -65,6 +68,20 @@ def stored_overrides(file: Path, without: Collection[str], paths: Collection[str
     if "data.root" in keys and not {"data.root", "data.download"} & set(without):
         _without_downloads.add(file.parent)
     return stored
+
+
+def stored_config_dir(run_dir: Path) -> str | None:
+    """The user's config folder that a run was trained with, as its folder records it; None if it records none.
+
+    For messages alone: a config imports what it names, so that only the person who types a folder opens it.
+    """
+    file = run_dir / CONFIG_DIR_FILE
+    try:
+        with open_regular(file) as record:
+            text = record.read(MAX_PATH_BYTES).decode(errors="replace").strip()
+    except (OSError, UserError):  # absent, or a pipe or folder in its place
+        return None
+    return text if text and not file.is_symlink() else None
 
 
 def stored_result(file: Path) -> dict[str, Any]:

@@ -17,11 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dpm_scales.errors import UserError
-from dpm_scales.images import write_text
+from dpm_scales.storage import write_text
 from dpm_scales.tables import csv_text
 from dpm_scales.training.cli import is_sweep
 from dpm_scales.training.naming import RUNS, run_folder, short_numbers, sweep_folder, varied_keys
-from dpm_scales.training.shards import this_shard
 from dpm_scales.training.stored import key_of, stored_result
 
 Row = dict[str, Any]
@@ -203,6 +202,8 @@ class SweepTable(Callback):
             hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from dpm_scales.training.shards import this_shard  # loads torch, which a wrong option need not wait for
+
         if not this_shard().is_main:
             return
         root = Path(config.hydra.sweep.dir)
