@@ -1,7 +1,8 @@
-"""Fréchet distance beside clean-fid's: the same features, the same figure, in what time.
+"""Fréchet distance beside clean-fid's: the same features, the same figure, in what time; and all measures by number.
 
     python -m benchmarks.distances                          # d = 2048, 200 and 5000 images; minutes
     python -m benchmarks.distances --dim 256 --numbers 100
+    python -m benchmarks.distances --growth --dim 256 --numbers 2000 5000 10000 20000    # time and memory of each
 
 Both start from features (n, d). clean-fid takes the root of the product of two covariances (d, d); where there are
 fewer images than features that product is singular, and the root both slow and inexact.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -51,12 +53,33 @@ def timed(function: Callable[[Array, Array], Any], a: Array, b: Array) -> tuple[
     return value, time.perf_counter() - start
 
 
+def growth(dim: int, numbers: Sequence[int]) -> None:
+    """Print the time of the CPU, and the memory beside the features at its highest, of each measure by the number."""
+    print("| n | Fréchet | kernel | nearest neighbours |")
+    print("|---|---|---|---|", flush=True)
+    for number in numbers:
+        a, b = (features(number, dim, seed) for seed in (1, 2))
+        cells = []
+        for function in (frechet_distance, kernel_distance, manifolds):
+            tracemalloc.start()
+            start = time.process_time()
+            function(a, b)
+            seconds = time.process_time() - start
+            peak = tracemalloc.get_traced_memory()[1] / 2**20
+            tracemalloc.stop()
+            cells.append(f"{seconds:.1f} s, {peak:.0f} MiB")
+        print(f"| {number} | {' | '.join(cells)} |", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time the distances between sets of features.")
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--numbers", type=int, nargs="+", default=[200, 5000], help="images in each set")
+    parser.add_argument("--growth", action="store_true", help="time and memory of each measure, without clean-fid")
     options = parser.parse_args(arguments)
-
+    if options.growth:
+        growth(options.dim, options.numbers)
+        return
     print("| d | n | ours | clean-fid | ratio | relative difference | kernel | manifolds |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for number in options.numbers:

@@ -72,7 +72,7 @@ class Denoiser(nn.Module):
         return self._predict(operator, y_t, t, context, labels)[0]
 
     def clean(self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None) -> Tensor:
-        """m_s in white coordinates.
+        """m_s in white coordinates; at s = 0 the estimate y_0-hat itself.
 
         Args:
             y_t: ``(B, C, H, W)`` in white coordinates, at scale t.

@@ -10,6 +10,8 @@ import difflib
 import math
 from collections.abc import Iterable
 
+MOST = 2**63 - 1
+
 
 class UserError(ValueError):
     """Bad input whose message is one line fit for a person.
@@ -97,10 +99,14 @@ def is_whole(value: object, low: float = -math.inf) -> bool:
 def require_number(
     name: str, value: object, low: float = -math.inf, high: float = math.inf, whole: bool = False
 ) -> None:
-    """Raise UserError unless `value` is a number (a whole one if asked for) with `low` <= value <= `high`."""
-    fits = is_whole(value) or (not whole and isinstance(value, float))
-    if fits and low <= value <= high:  # type: ignore[operator]
+    """Raise UserError unless `value` is a number (a whole one if asked for) with `low` <= value <= `high`.
+
+    Infinite ones are refused, and those beyond 64 bits.
+    """
+    fits = is_whole(value) or (not whole and isinstance(value, float) and math.isfinite(value))
+    limit = min(high, MOST) if is_whole(value) and value > MOST else high  # type: ignore[operator]
+    if fits and low <= value <= limit:  # type: ignore[operator]
         return
-    kind = "a whole number" if whole else "a number"
-    above = f" and <= {high:g}" if math.isfinite(high) else ""
-    raise UserError(f"{name} must be {kind} >= {low:g}{above}, got {value!r}")
+    kind = "a whole number" if whole else "a number" if math.isfinite(high) else "a finite number"
+    bounds = [f" {sign} {bound:g}" for sign, bound in ((">=", low), ("<=", limit)) if math.isfinite(bound)]
+    raise UserError(f"{name} must be {kind}{' and'.join(bounds)}, got {value!r:.100}")

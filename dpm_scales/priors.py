@@ -7,11 +7,18 @@ are stored as the few DCT coefficients that are left of them, so an export sampl
 osmosis processes. Only those grey values are stored, and what images guide with where the process asks for them.
 
 The last two can be steered: then sampling starts from images that a user chooses, if the start shows images at all.
+
+| prior | fits processes |
+|---|---|
+| GaussianPrior | those with noise, without a context, that leave at most 2 % of a grey value at scale 1 if they blur |
+| DataPrior | those that blur in the DCT basis, without a context |
+| GuidancePrior | those of osmosis |
+
+Every other pair is refused when the model is built.
 """
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -21,8 +28,11 @@ from torch import Tensor, nn
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import HeatOperator
-from dpm_scales.processes import Context, Osmosis, Process
+from dpm_scales.processes import MOST_GREY, Context, Osmosis, Process
 from dpm_scales.schedules import is_number
+
+DCT = HeatOperator()
+"""The basis that blurred images are stored in."""
 
 STEERABLE = "those of heat, of blurring_constant, and of osmosis trained with process.guidance_image=own (or other)"
 """What messages say of models whose start shows an image."""
@@ -30,6 +40,13 @@ STEERABLE = "those of heat, of blurring_constant, and of osmosis trained with pr
 
 class Prior(nn.Module):
     """Distribution at scale 1."""
+
+    def check(self, process: Process) -> None:
+        """Raise UserError, before any training, for a process whose law at scale 1 is not this prior's."""
+        self.check_kind(process)
+
+    def check_kind(self, process: Process) -> None:  # noqa: B027 - a prior of one's own may fit all
+        """Raise UserError for a process of a kind that this prior can't start: it would be another operator's law."""
 
     def fit(self, images: Tensor, process: Process) -> None:
         """Learn from training images ``(N, C, H, W)`` in the process's value range, if there is anything to learn."""
@@ -62,9 +79,23 @@ class Prior(nn.Module):
 class GaussianPrior(Prior):
     """y_1 = gamma_1(L) eps."""
 
+    def check(self, process: Process) -> None:
+        self.check_kind(process)
+        name = type(process).__name__
+        require(process.has_noise(), f"GaussianPrior starts from noise, and {name} has none; set prior=data (or auto)")
+        require(
+            process.blur is None or process.grey_left <= MOST_GREY,
+            f"GaussianPrior starts from noise alone, and {name} ends in blurred images: of a grey value "
+            f"{process.grey_left:.3g} times the noise is left at scale 1; set prior=data (or auto)",
+        )
+
+    def check_kind(self, process: Process) -> None:
+        _require_no_context(self, process)
+
     def sample(
         self, process: Process, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Context]:
+        self.check_kind(process)
         white = noise.normal(size, dtype)
         one = torch.ones((), dtype=torch.float64, device=noise.device)
         return process.operator().apply(lambda mu: process.noise_scale(one, mu), white), None
@@ -75,15 +106,21 @@ class _FittedPrior(Prior):
 
     stored: ClassVar[tuple[str, ...]]
 
-    def __init__(self, noise_ratio: float, max_images: int) -> None:
+    def __init__(self, noise_ratio: float | None, max_images: int) -> None:
         super().__init__()
         name = type(self).__name__
-        ok = is_number(noise_ratio) and noise_ratio >= 0
-        require(ok, f"{name}: noise_ratio must be >= 0, got {noise_ratio!r}")
+        ok = noise_ratio is None or (is_number(noise_ratio) and noise_ratio >= 0)
+        require(ok, f"{name}: noise_ratio must be >= 0 or null, got {noise_ratio!r}")
         ok = is_whole(max_images, 1)
         require(ok, f"{name}: max_images must be a whole number >= 1, got {max_images!r}")
-        self.noise_ratio, self._max_images = float(noise_ratio), max_images
+        self.noise_ratio, self._max_images = None if noise_ratio is None else float(noise_ratio), max_images
         self._in_turn = False
+
+    def ratio(self, process: Process) -> float:
+        """r. By default 1, the law of scale 1 itself, but 1.25 where the noise is constant (Rissanen et al. 2023)."""
+        if self.noise_ratio is not None:
+            return self.noise_ratio
+        return 1.25 if process.has_constant_noise() else 1.0
 
     @property
     def max_images(self) -> int:
@@ -123,7 +160,8 @@ class DataPrior(_FittedPrior):
     """y_1 = lambda_1(L) x + r gamma_1(L) eps, x a random training image (Rissanen et al. 2023).
 
     Args:
-        noise_ratio: r, the noise of the start over the process's own (IHDM: delta / sigma = 1.25).
+        noise_ratio: r, the noise of the start over the process's own; None for 1.25 where the noise is constant (IHDM:
+            delta / sigma), else 1.
         max_images: how many training images to keep.
         tolerance: coefficients that the blur scales below this are dropped.
     """
@@ -132,7 +170,7 @@ class DataPrior(_FittedPrior):
     coefficients: Tensor
     image_size: Tensor
 
-    def __init__(self, noise_ratio: float = 1.25, max_images: int = 10000, tolerance: float = 1e-4) -> None:
+    def __init__(self, noise_ratio: float | None = None, max_images: int = 10000, tolerance: float = 1e-4) -> None:
         super().__init__(noise_ratio, max_images)
         ok = is_number(tolerance) and 0 < tolerance < 1
         require(ok, f"DataPrior: tolerance must lie in (0, 1), got {tolerance!r}")
@@ -140,19 +178,29 @@ class DataPrior(_FittedPrior):
         self.register_buffer("coefficients", torch.zeros(0, 1, 1, 1))
         self.register_buffer("image_size", torch.zeros(2, dtype=torch.int64))
 
+    def check_kind(self, process: Process) -> None:
+        _require_no_context(self, process)
+        require(
+            process.blur is not None and process.operator().is_diagonal,
+            f"DataPrior starts from blurred training images and needs a process that blurs, not "
+            f"{type(process).__name__}; set prior=gaussian (or auto)",
+        )
+
     def _store(self, images: Tensor, process: Process) -> None:
-        operator = _heat_operator(process)
+        self.check_kind(process)
+        operator = process.operator()
         height, width = images.shape[-2:]
         kept = process.signal_scale(1.0, operator.eigenvalues(height, width)) >= self.tolerance
         rows, columns = int(kept.any(1).sum()), int(kept.any(0).sum())
-        spectrum = operator.analysis(images.to(torch.float32))
+        spectrum = DCT.analysis(images.to(torch.float32))
         self.coefficients = spectrum[..., :rows, :columns].contiguous().to(self.coefficients.device)
         self.image_size = torch.tensor([height, width], device=self.coefficients.device)
 
     def sample(
         self, process: Process, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Context]:
-        operator = _heat_operator(process)
+        self.check_kind(process)
+        operator = process.operator()
         count, channels, rows, columns = self.coefficients.shape
         require(count > 0, "DataPrior: no training images stored yet; train the model first")
         require(
@@ -164,8 +212,8 @@ class DataPrior(_FittedPrior):
         u = self.coefficients.new_zeros((noise.count, *size), dtype=dtype)
         u[..., :rows, :columns] = self.coefficients[index].to(dtype)
         white = noise.normal(size, dtype)
-        mean = operator.apply(process.signal(one), operator.synthesis(u))
-        return mean + self.noise_ratio * operator.apply(lambda mu: process.noise_scale(one, mu), white), None
+        mean = operator.apply(process.signal(one), DCT.synthesis(u))
+        return mean + self.ratio(process) * operator.apply(lambda mu: process.noise_scale(one, mu), white), None
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise UserError unless images of `size` (H, W) were fitted."""
@@ -198,8 +246,11 @@ class GuidancePrior(_FittedPrior):
         self.register_buffer("grey", torch.zeros(0, 1))
         self.register_buffer("relief", torch.zeros(0, 1, 1, 1))
 
+    def check_kind(self, process: Process) -> None:
+        as_osmosis(process)
+
     def steer(self, images: Tensor, process: Process) -> None:
-        osmosis = _osmosis(process)
+        osmosis = as_osmosis(process)
         require(
             osmosis.guidance_image != "none",
             f"this model's {type(process).__name__} takes an image's mean grey values alone, and no image can choose "
@@ -208,12 +259,12 @@ class GuidancePrior(_FittedPrior):
         super().steer(images, process)
 
     def _limit(self, process: Process) -> int:
-        guides = _osmosis(process).guidance_image != "none"
+        guides = as_osmosis(process).guidance_image != "none"
         return min(self.max_images, self.max_reliefs) if guides else self.max_images
 
     def _store(self, images: Tensor, process: Process) -> None:
         images, device = images.to(torch.float32), self.grey.device
-        relief = _osmosis(process).relief(images)
+        relief = as_osmosis(process).relief(images)
         self.grey = images.mean((-2, -1)).to(device)
         if relief is not None:
             self.relief = relief.to(device)
@@ -221,7 +272,7 @@ class GuidancePrior(_FittedPrior):
     def sample(
         self, process: Process, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Context]:
-        osmosis = _osmosis(process)
+        osmosis = as_osmosis(process)
         count, channels = self.grey.shape
         require(count > 0, "GuidancePrior: no grey values stored yet; train the model first")
         require(channels == size[0], f"this model was trained on {channels} channel(s); it can't sample {size[0]}")
@@ -237,7 +288,7 @@ class GuidancePrior(_FittedPrior):
         signal = osmosis.signal_scale(one, torch.zeros_like(one)).to(dtype)
         start = signal * operator.to_white(osmosis.steady_state(mean, context))
         white = operator.apply(lambda mu: osmosis.noise_scale(one, mu), noise.normal(size, dtype))
-        return start + self.noise_ratio * white, context
+        return start + self.ratio(process) * white, context
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise UserError unless images of `size` (H, W) were fitted, where images guide."""
@@ -253,25 +304,25 @@ class GuidancePrior(_FittedPrior):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _osmosis(process: Process) -> Osmosis:
+def as_osmosis(process: Process) -> Osmosis:
+    """The process as one of osmosis. Raises UserError for any other."""
     if not isinstance(process, Osmosis):
-        raise UserError(f"a prior of guidance images needs an osmosis process, not {type(process).__name__}")
+        raise UserError(
+            f"GuidancePrior starts from guidance images and needs an osmosis process, not {type(process).__name__}; "
+            "set prior=auto"
+        )
     return process
 
 
-def _heat_operator(process: Process) -> HeatOperator:
-    operator = process.operator()
-    if not isinstance(operator, HeatOperator):
-        raise UserError(f"a prior from blurred data needs a process that blurs, not {type(process).__name__}")
-    return operator
+def _require_no_context(prior: Prior, process: Process) -> None:
+    require(
+        not process.has_context,
+        f"{type(prior).__name__} draws no context (guidance image), and {type(process).__name__} needs one for every "
+        "sample; set prior=auto",
+    )
 
 
 def auto_prior(process: Process) -> Prior:
-    """`GuidancePrior` for osmosis; `DataPrior` if a process that blurs leaves more than 2 % of a grey value at scale 1,
-    in units of its noise; else `GaussianPrior`."""
-    if isinstance(process, Osmosis):
-        return GuidancePrior()
-    grey = process.log_snr(1.0, torch.zeros(1, dtype=torch.float64))
-    if isinstance(process.operator(), HeatOperator) and bool((grey > 2 * math.log(0.02)).all()):
-        return DataPrior(noise_ratio=1.25 if process.has_constant_noise() else 1.0)
-    return GaussianPrior()
+    """The prior that the process asks for, see `Process.default_prior`."""
+    kinds: dict[str, type[Prior]] = {"gaussian": GaussianPrior, "data": DataPrior, "guidance": GuidancePrior}
+    return kinds[process.default_prior()]()

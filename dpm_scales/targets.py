@@ -1,6 +1,7 @@
 r"""What the network is asked for, and how its answer becomes the clean image at the target scale.
 
-A sampler needs only m_s = lambda_s(L) y_0-hat. With F the network, and c_skip, c_out, c_in scalars of t,
+A sampler needs only m_s = lambda_s(L) y_0-hat; at s = 0 that is y_0-hat. With F the network, and c_skip, c_out, c_in
+scalars of t,
 
     prediction = c_skip z + c_out F(c_in z, t),     loss = weight * mean (prediction - truth)^2
 

@@ -120,11 +120,12 @@ def listed_beta(betas: Sequence[float]) -> NoiseTwin:
 
 
 def log_snr_curve(log_snr: Callable[[float], float], num_scales: int) -> NoiseTwin:
-    """Variance preserving, from logSNR: each step then has beta^2 = 1 - alpha^2."""
+    """Variance preserving, from logSNR: each step then has beta^2 = 1 - alpha^2. Scale 0 is the image, and before the
+    first scale gamma^2 / a^2 falls to its 0."""
 
     def at(t: float) -> tuple[float, float]:
-        snr = math.exp(log_snr(t))
-        return math.sqrt(snr / (1 + snr)), 1 / (1 + snr)
+        ratio = math.exp(-log_snr(t)) * min(t * num_scales, 1)
+        return math.sqrt(1 / (1 + ratio)), ratio / (1 + ratio)
 
     def step(k: int) -> tuple[float, float]:
         alpha = at(k / num_scales)[0] / at((k - 1) / num_scales)[0]
@@ -245,10 +246,6 @@ class Twin:
             part * self.chain_noise**2
         )
 
-    def start(self) -> tuple[float, float]:
-        """(lambda_0, gamma_0^2): (1, 0), but for curves that already have a little noise at t = 0."""
-        return (1.0, 0.0) if self.chain_noise is not None else self.noise.at(0.0)
-
     def step(self, k: int, mu: Array) -> tuple[Array, Array]:
         """alpha_k(mu), beta_k^2(mu) of U_k = alpha_k U_{k-1} + beta_k G."""
         now, before = k / self.num_scales, (k - 1) / self.num_scales
@@ -262,8 +259,8 @@ class Twin:
         return alpha, beta_squared + (alpha_scalar**2 - alpha**2) * carried
 
     def chain(self, last: int, mu: Array, first: int = 0) -> tuple[Array, Array]:
-        """Product of alpha_k, and the variance added, over the steps first+1 .. last (from the start if first = 0)."""
-        signal, variance = (np.full_like(mu, v) for v in (self.start() if first == 0 else (1.0, 0.0)))
+        """Product of alpha_k, and the variance added, over the steps first+1 .. last."""
+        signal, variance = np.ones_like(mu), np.zeros_like(mu)
         for k in range(first + 1, last + 1):
             alpha, beta_squared = self.step(k, mu)
             signal, variance = alpha * signal, alpha**2 * variance + beta_squared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,8 +25,8 @@ from dpm_scales.processes import (
     Scale,
     as_scale,
 )
-from dpm_scales.schedules import ConstantNoise, LogBlur, NoiseSchedule, NoNoise
-from dpm_scales.study.audit import audit
+from dpm_scales.schedules import ConstantNoise, LinearTimeBlur, LogBlur, NoiseSchedule, NoNoise
+from dpm_scales.study.audit import Verdict, audit
 
 
 class Falling(NoiseSchedule):
@@ -292,6 +293,47 @@ def test_fault_permutation() -> None:
 class Growing(NoNoise):
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 0.1 * t, torch.log(t)
+
+
+class Unchecked(Process):
+    """No look at the curves when it is made."""
+
+    lyapunov = False
+
+    def _check_consistency(self, tolerance: float = 1e-9) -> None:
+        pass
+
+
+class Sharpening(LinearTimeBlur):
+    """Blurs, and then sharpens: transitions of negative variance, and factors without bound."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        return 2 * self.dissipation_time_max * t * (1 - t)
+
+
+class FadingNoise(NoiseSchedule):
+    """The noise falls and the signal does not: transitions of negative variance."""
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), torch.log(torch.where(t > 0, 0.3 - 0.05 * t, torch.zeros_like(t)))
+
+
+@pytest.mark.parametrize("noise", [ConstantNoise, NoNoise])
+@pytest.mark.parametrize("time", [4.0, 400.0, 40000.0])
+def test_fault_laws_that_are_none_are_violated_and_no_crash(time: float, noise: Callable[[], NoiseSchedule]) -> None:
+    """Finite, beyond 1e300, and inf - inf: every finding has a verdict, and none that rests on no number."""
+    rows = audit(Unchecked(HeatOperator(), 10, noise(), Sharpening(time)), photo(), samples=200)
+    broken = {(row.direction, row.name) for row in rows if row.verdict is Verdict.VIOLATED}
+    assert {("forward", "semigroup"), ("forward", "steady state"), ("reverse", "entropy of the images")} <= broken
+    for row in rows:
+        assert row.verdict in (Verdict.VIOLATED, Verdict.NOT_APPLICABLE) or not math.isnan(row.measured), row
+
+
+def test_fault_entropy_that_falls_in_the_marginals_alone() -> None:
+    """The composed transitions can't take noise away; the marginals do."""
+    rows = audit(Unchecked(PixelOperator(), 10, FadingNoise()), photo(), samples=200)
+    for row in (by_name(rows, "entropy of the images", "reverse"), by_name(rows, "conditional entropy")):
+        assert row.verdict is Verdict.VIOLATED and row.measured < -0.01
 
 
 @pytest.mark.parametrize(("noise", "line"), [(Falling(), "noise falls"), (Growing(), "amplify")])

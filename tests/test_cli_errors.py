@@ -116,6 +116,8 @@ TRAIN = {
     EXTRA + "experiment=typo_choice": "unknown process 'het': did you mean 'heat'",
     # values
     "process.num_scales=0": "num_scales must be a whole number >= 1, got 0",
+    "process.num_scales=1": "process.num_scales=1 leaves samplers no step between noise and image; choose 2 or more",
+    "process=blurring process.num_scales=1": "process.num_scales=1 leaves samplers no step",
     "process.num_scales=2.5": "num_scales must be a whole number >= 1, got 2.5",
     "process=heat process.noise.noise_std=-0.1": "noise_std must be .*-0.1",
     "process=heat process.blur.blur_sigma_min=50": "blur_sigma_min=50 exceeds blur_sigma_max=24; swap them",
@@ -136,11 +138,21 @@ TRAIN = {
     "process.num_scales=10 sampler=ddim sampler.steps=50": "steps=50 exceeds the process's num_scales=10; lower steps",
     "seed=-1": "seed must be a whole number >= 0 and <= 4.29497e.09, got -1",
     "seed=one": "seed must be a whole number .*'one'",
-    "optimizer.learning_rate=-1": "optimizer.learning_rate must be a number >= 0, got -1",
+    "optimizer.learning_rate=-1": "optimizer.learning_rate must be a finite number >= 0, got -1",
+    "optimizer.learning_rate=inf": "optimizer.learning_rate must be a finite number >= 0, got inf",
+    "optimizer.weight_decay=inf": "optimizer.weight_decay must be a finite number >= 0, got inf",
+    f"optimizer.warmup_steps={10**30}": r"optimizer.warmup_steps must be a whole number >= 0 and <= 1e\+09, got 10000",
+    f"trainer.max_steps={10**30}": r"trainer.max_steps must be a whole number >= 1 and <= 1e\+09, got 10000",
+    f"checkpoint.keep_last={10**30}": r"checkpoint.keep_last must be a whole number >= 1 and <= 9.22337e\+18, got 1000",
+    "trainer.gradient_clip_val=inf": "trainer.gradient_clip_val must be a finite number >= 0, got inf",
     "optimizer.decay=cosin": "unknown optimizer.decay 'cosin': did you mean 'cosine'",
     "optimizer.betas=3": "optimizer.betas must be two numbers",
+    "optimizer.betas=[0.9,inf]": "optimizer.betas must be two numbers",
+    "objective=val/nothing": "objective=val/nothing is no figure of this run: did you mean 'val/loss'. allowed: ",
+    "objective=null": "objective=None is no figure of this run",
+    "objective=eval/fid": "objective=eval/fid is no figure .* need evaluation.every_n_steps",
     "ema.decay=abc": "ema.decay must be a number >= 0 and <= 1, got 'abc'",
-    "checkpoint.every_n_steps=0": "checkpoint.every_n_steps must be a whole number >= 1, got 0",
+    "checkpoint.every_n_steps=0": "checkpoint.every_n_steps must be a whole number >= 1 and <= 1e.09, got 0",
     "checkpoint.keep_last=0": "checkpoint.keep_last must be a whole number >= 1, got 0",
     "checkpoint.keep_last=all": "checkpoint.keep_last must be a whole number >= 1, got 'all'",
     "checkpoint.keep_best=-1": "checkpoint.keep_best must be a whole number >= 0, got -1",
@@ -152,10 +164,10 @@ TRAIN = {
     "conditional=true data.val_fraction=2": "val_fraction=2: allowed is 0 <= val_fraction < 1",
     "trainer.precision=bf8": "unknown trainer.precision 'bf8': did you mean 'bf16'",
     "trainer.precision=16-mixed": "trainer.precision=16-mixed overflows; use bf16-mixed or 32-true",
-    "trainer.max_steps=0": "trainer.max_steps must be a whole number >= 1, got 0",
+    "trainer.max_steps=0": "trainer.max_steps must be a whole number >= 1 and <= 1e.09, got 0",
     "trainer.max_steps=-1": "trainer.max_steps=-1 never ends; set trainer.max_time",
     "trainer.max_time=soon": "trainer: .*is not a valid duration",
-    "trainer.val_check_interval=0": "trainer.val_check_interval must be a whole number >= 1, got 0",
+    "trainer.val_check_interval=0": "trainer.val_check_interval must be a whole number >= 1 and <= 1e.09, got 0",
     "trainer.strategy=deepspeed": "trainer.strategy=deepspeed: allowed are auto, ddp .* and fsdp",
     "trainer=fsdp compile=true": "compile=true compiles a network in one piece",
     "trainer.gradient_clip_val=0": "trainer.gradient_clip_val=0 stops all learning; null clips nothing",
@@ -343,6 +355,11 @@ def test_numbers_out_of_range(value: object) -> None:
         require_number("x", value, 1, 10)
     with pytest.raises(UserError, match="^x must be a whole number >= 1, got 2.5$"):
         require_number("x", 2.5, 1, whole=True)
+    for endless in (-float("inf"), float("inf"), float("nan")):
+        with pytest.raises(UserError, match=f"^x must be a finite number, got {endless}$"):
+            require_number("x", endless)
+    with pytest.raises(UserError, match=r"^x must be a finite number <= 9.22337e\+18, got 10{97}"):
+        require_number("x", 10**400)
     require_number("x", 2.5, 1, 10)
     require_number("x", 1, 1, whole=True)
 

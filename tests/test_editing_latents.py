@@ -29,7 +29,7 @@ from oracles import (
 from oracles import (
     noised as twin_noised,
 )
-from reference import Twin
+from reference import Twin, cosine_log_snr, log_snr_curve, sin_squared_blur
 
 from dpm_scales.editing import BranchingNoise, between, context_of, encode, nearest_blur, noised, scales_from, slerp
 from dpm_scales.noise import NoiseSource
@@ -38,7 +38,19 @@ from dpm_scales.samplers import DDIM, Ancestral
 from dpm_scales.schedules import SinSquaredBlur
 from dpm_scales.targets import Clean
 
-FLOWS = ["vp-cosine", "blurring"]
+MANY = 80  # scales, no fewer than steps: before the first one the noise vanishes
+FLOWS = [
+    Twin("vp", lambda: VP(MANY), MANY, log_snr_curve(cosine_log_snr, MANY)),
+    Twin(
+        "blurring",
+        lambda: Blurring(MANY, blur=SinSquaredBlur(4.0)),
+        MANY,
+        log_snr_curve(cosine_log_snr, MANY),
+        sin_squared_blur(4.0),
+        "continuous",
+        0.001,
+    ),
+]
 
 
 def there_and_back(twin: Twin, steps: int, refine: int, start: float = 1.0) -> float:
@@ -55,17 +67,16 @@ def there_and_back(twin: Twin, steps: int, refine: int, start: float = 1.0) -> f
 # --- the flow upwards -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("process", ["vp-cosine", "blurring"])
-def test_the_explicit_inversion_s_error_falls_with_the_steps(process: str) -> None:
-    errors = [there_and_back(BY_NAME[process], steps, refine=0) for steps in (8, 24, 72)]
+@over(FLOWS)
+def test_the_explicit_inversion_s_error_falls_with_the_steps(twin: Twin) -> None:
+    errors = [there_and_back(twin, steps, refine=0) for steps in (8, 24, 72)]
     assert errors[2] < 0.6 * errors[1] < 0.36 * errors[0], errors
 
 
-@pytest.mark.parametrize("process", FLOWS)
-def test_the_fixed_point_is_the_inverse_of_the_very_steps(process: str) -> None:
+@over(FLOWS)
+def test_the_fixed_point_is_the_inverse_of_the_very_steps(twin: Twin) -> None:
     """So that an image comes back nearer and nearer, with the number of steps unchanged; of small steps, where the
     iteration is a contraction."""
-    twin = BY_NAME[process]
     explicit, few, many = (there_and_back(twin, 40, refine, start=0.75) for refine in (0, 3, 8))
     assert few < 0.1 * explicit and many < 0.02 * explicit, (explicit, few, many)
 

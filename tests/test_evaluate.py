@@ -22,6 +22,8 @@ from shell import Outcome, call, photos, sample, small_model, train
 from dpm_scales.data import Digits
 from dpm_scales.images import load_image
 from dpm_scales.metrics import frechet_distance, kernel_distance, manifolds
+from dpm_scales.metrics.figures import memory_needed
+from dpm_scales.reporting import Report
 from dpm_scales.training.evaluate_run import Drawn, _judged
 from dpm_scales.training.export import build_model
 from dpm_scales.training.image_sets import run_data
@@ -334,3 +336,62 @@ def test_nothing_is_fetched_unasked(place: Path, tmp_path: Path) -> None:
         outcome = evaluate(place, "samples=fake", "reference=real", *options)
     assert outcome.status == 2
     assert re.fullmatch(r"error: .*inception.pt: no such file; get https.*, or choose .*efflite0\n", outcome.err)
+
+
+# --- many images ------------------------------------------------------------------------------------------------------
+
+
+def test_every_part_reports_how_far_it_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[float]] = {}
+
+    def part(self: Report, name: str, total: int) -> Any:
+        steps = seen.setdefault(name, [total])
+        return steps.append
+
+    monkeypatch.setattr(Report, "part", part)
+    options = ("model=run", "reference=data", "num_samples=20", "num_reference=30", "yardstick=data", "batch_size=8")
+    assert evaluate(place, *options, "likelihood=vlb", "likelihood_draws=2").status == 0
+    compared = ["Fréchet distance", "kernel distance", "nearest neighbours"]
+    names = ["reference features", "yardstick features", "sampling", "sample features", *compared]
+    assert list(seen) == [*names, *(f"{name} of the yardstick" for name in compared), "likelihood (vlb)"]
+    for name, (total, *steps) in seen.items():
+        assert sum(steps) == pytest.approx(total), name
+    assert len(seen["sampling"]) - 1 == 3 * 3 and seen["sampling"][1] == pytest.approx(8 / 3)  # batches, steps of each
+
+
+def test_neighbours_among_a_part_of_the_images_are_told(place: Path, tmp_path: Path) -> None:
+    options = ("samples=fake", "reference=real")
+    with pytest.warns(UserWarning, match="density and coverage are those of 12 of 40 real images and 12 of 30 samples"):
+        found = result(place, tmp_path / "part", *options, "manifold_images=12")
+    real, fake = features(place / "real"), features(place / "fake")
+    expected = figures(real[np.arange(12) * 40 // 12], fake[np.arange(12) * 30 // 12])
+    expected |= {name: value for name, value in figures(real, fake).items() if "means" in name}
+    assert_figures(found["figures"], expected)
+    assert found["figures"]["recall"]["images"] == [12, 12] and "images" not in found["figures"]["FD-means"]
+    whole = result(place, tmp_path / "whole", *options, "manifold_images=40")
+    assert_figures(whole["figures"], figures(real, fake))
+    assert not any("manifold_images" in line for line in whole["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("num_samples=100000000000",), "labels of num_samples=100000000000 would take"),
+        (("num_samples=2000000",), "features of 40 real images and num_samples=2000000 samples would take 275 MiB"),
+        (("num_samples=2000000", "measures=[kernel]"), "would take 91.6 MiB of memory"),
+    ],
+)
+def test_more_memory_than_there_is_ends_with_one_line_before_any_work(
+    place: Path, monkeypatch: pytest.MonkeyPatch, network: Means, overrides: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr("dpm_scales.memory.available_memory", lambda device=None: 90 * 2**20)
+    outcome = evaluate(place, "model=run", "reference=real", "any_size=true", *overrides)
+    assert outcome.status == 1 and message in outcome.err and outcome.err.count("\n") == 1
+    assert network.calls == 0
+
+
+def test_statistics_alone_need_no_memory_for_more_samples() -> None:
+    assert memory_needed(["frechet"], (10**11, 10**11), 2048, None) == 0
+    assert memory_needed(["kernel"], (10, 20), 3, None) == 4 * 3 * 30
+    assert memory_needed(["kernel", "manifolds"], (10, 20), 3, None) == 12 * 3 * 30
+    assert memory_needed(["manifolds"], (10, 20), 3, 12) == 4 * 3 * 30 + 8 * 3 * 22

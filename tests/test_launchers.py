@@ -209,7 +209,7 @@ def test_trial_that_is_a_mistake_counts_as_failed(tmp_path: Path) -> None:
         (("seed=interval(3,1)",), "seed=interval"),
         (("seed=1,2", "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials"),
         (("seed=1,2", "hydra.sweeper.direction=up"), "hydra.sweeper.direction"),
-        (("seed=1,2", "objective=eval/fid", "trainer.max_steps=1", "hydra.sweeper.n_trials=1"), "have no eval/fid"),
+        (("seed=1,2", "objective=eval/fid", "hydra.sweeper.n_trials=1"), "objective=eval/fid is no figure"),
     ],
 )
 def test_search_says_what_it_can_not_do(options: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -44,9 +44,13 @@ def room_of(path: Path) -> str:
 
 
 #: every other room is of the core too, on top of the ones above
-CORE = {room_of(path) for path in MODULES} - {"data", "training", "study", "plots", "progress", "tables"}
-SHOWN = {"plots", "progress", "tables"}  # what people look at; they know nothing of what they show
-ROOMS = {room: CORE for room in CORE} | {"plots": {"images"}, "progress": set(), "tables": set()} | ROOMS
+CORE = {room_of(path) for path in MODULES} - {"data", "training", "study", "plots", "progress", "reporting", "tables"}
+SHOWN = {"plots", "progress", "reporting", "tables"}  # what people look at; they know nothing of what they show
+ROOMS = (
+    {room: CORE for room in CORE}
+    | {"plots": {"images"}, "progress": set(), "reporting": {"progress"}, "tables": set()}
+    | ROOMS
+)
 ROOMS |= {"training": CORE | SHOWN | {"data"}, "study": CORE | SHOWN | {"data", "training"}}
 #: distributions that a room of the core may import, beside the standard library
 FOREIGN = {room: {"torch", "einops"} for room in CORE} | {

@@ -161,10 +161,8 @@ def test_expected_bound_is_the_entropy_and_the_divergences_of_the_chain(twin: Tw
         # twice the divergence of N(m, v + w) from N(m, v) is w / v - log(1 + w / v)
         excess = tau * signal_s**2 / noise_s**2 * data.uncertainty(*at_t)
         total += 0.5 * (excess - np.log1p(excess)).sum()
-    at_t, signal_0 = curves(twin, scales[-1], *size), curves(twin, 0.0, *size)[0]
-    open_, lost = data.uncertainty(*at_t), 1 - signal_0  # curves that end at a finite SNR return lambda_0 x_0-hat
-    bias = lost**2 * (data.mean**2 + data.variance - open_)
-    total += (np.log(std) - 0.5 * np.log(open_) + (open_ + bias) / (2 * std**2) - 0.5).sum()
+    open_ = data.uncertainty(*curves(twin, scales[-1], *size))
+    total += (np.log(std) - 0.5 * np.log(open_) + open_ / (2 * std**2) - 0.5).sum()
     found = expected_bound(OracleDenoiser(twin, data), data, twin.num_scales, std)
     assert found == pytest.approx(total, abs=1e-8 * (1 + abs(total)))
     assert found > entropy
@@ -204,10 +202,8 @@ def test_steps_lose_in_proportion_to_their_length(twin: Twin) -> None:
     entropy = 0.5 * np.log(2 * np.pi * np.e * data.variance).sum()
     start = gaussian_divergence(signal * data.mean, signal**2 * data.variance + noise**2, 0 * data.mean, noise**2).sum()
     for count in counts:
-        at_t, signal_0 = curves(twin, 1 / count), curves(twin, 0.0)[0]
-        open_ = data.uncertainty(*at_t)
-        bias = (1 - signal_0) ** 2 * (data.mean**2 + data.variance - open_)
-        end = (np.log(std) - 0.5 * np.log(open_) + (open_ + bias) / (2 * std**2) - 0.5).sum()
+        open_ = data.uncertainty(*curves(twin, 1 / count))
+        end = (np.log(std) - 0.5 * np.log(open_) + open_ / (2 * std**2) - 0.5).sum()
         gaps.append(expected_bound(OracleDenoiser(twin, data), data, count, std) - entropy - start - end)
     slope = -np.polyfit(np.log(counts[1:]), np.log(gaps[1:]), 1)[0]
     assert slope == pytest.approx(1, abs=0.1), gaps

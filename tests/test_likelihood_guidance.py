@@ -24,9 +24,9 @@ from reference import Array, cosine_log_snr, dct_basis
 from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
-from dpm_scales.likelihood import FlowLikelihood, VariationalBound, condition_of, start_law
+from dpm_scales.likelihood import FlowLikelihood, VariationalBound, start_law
 from dpm_scales.noise import NoiseSource
-from dpm_scales.priors import GaussianPrior, GuidancePrior
+from dpm_scales.priors import GuidancePrior
 from dpm_scales.processes import VP, InverseOsmosis, Osmosis, OsmosisDiffusion
 from dpm_scales.schedules import CosineLogSNR, LinearTimeBlur
 from dpm_scales.targets import Clean
@@ -330,7 +330,7 @@ def test_own_guidance_gives_the_likelihood_given_it(noise: float, settings: dict
         assert context == 0
         close(found, twin.bound(x_0.ravel(), x_0.mean()), 1e-7, 1e-7)
         assert found > -twin.log_p(x_0.ravel(), x_0.mean())
-    assert condition_of(fitted(process, x_0[None]), process) == "guidance image"
+    assert process.condition == "guidance image"
 
 
 def test_ideal_denoiser_of_images_given_their_guidance_attains_their_entropy() -> None:
@@ -435,8 +435,8 @@ def test_guidance_is_drawn_on_the_device(settings: dict[str, str]) -> None:
 
 def test_only_guidance_by_the_image_itself_is_a_condition() -> None:
     own, other = osmosis(guidance_image="own"), osmosis(guidance_image="other")
-    assert condition_of(GuidancePrior(), own) == "guidance image"
-    assert condition_of(GuidancePrior(), other) is condition_of(GaussianPrior(), VP(4)) is None
+    assert own.condition == "guidance image"
+    assert other.condition is VP(4).condition is None
 
 
 def test_grey_values_are_drawn_as_often_as_they_should() -> None:

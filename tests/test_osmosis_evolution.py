@@ -189,6 +189,30 @@ def test_gradients_flow_to_the_images() -> None:
     assert torch.autograd.gradcheck(lambda u: evolve(u, v, [0.3, 2.0], tol=1e-10), (u,))
 
 
+ROUNDING = {1e-2: (2e-7, 5e-7, 7e-7, 6e-7, 4e-7), 1e-6: (3e-7, 2e-6, 1e-5, 5e-5, 3e-4)}
+
+
+@pytest.mark.parametrize("least", ROUNDING)
+def test_single_precision_is_as_near_as_the_docstring_says(least: float) -> None:
+    """Its table, over the largest pixel, within a factor of 4 either way; float64 stays below the tolerance."""
+    rows = [line.split()[2:] for line in str(evolve.__doc__).splitlines() if line.strip().startswith("v >= ")]
+    assert [least, *ROUNDING[least]] in [[float(number) for number in row] for row in rows]
+    rng, times = torch.Generator().manual_seed(0), [1.0, 10.0, 100.0, 1000.0, 10000.0]
+    u = torch.rand(2, 3, 24, 31, dtype=torch.float64, generator=rng)
+    noise = torch.randn(u.shape, dtype=torch.float64, generator=rng)
+    v = (0.2 * u.mean((-2, -1), keepdim=True) + 0.2 * noise).clamp(least, 1)
+    exact = evolve(u, v, times, tol=1e-12)
+    largest = exact.amax((1, 2, 3, 4))
+
+    def off(found: Tensor) -> Tensor:
+        return (found - exact).abs().amax((1, 2, 3, 4)) / largest
+
+    said = torch.tensor(ROUNDING[least], dtype=torch.float64)
+    single = off(evolve(u.float(), v.float(), times, tol=1e-6).double())
+    assert bool((single < 4 * said).all()) and bool((single > said / 4).all()), single
+    assert bool((off(evolve(u, v, times, tol=1e-6)) < 1e-6).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
     v, u = guidance_images(1, 1, 6, 7), images(1, 1, 6, 7, dtype=dtype)

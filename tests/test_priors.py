@@ -83,11 +83,6 @@ def test_gaussian_prior_has_mean_zero_and_the_variance_of_each_frequency(twin: T
     assert (np.abs((u**2).mean(0) / std**2 - 1) < 5 * math.sqrt(2 / rows)).all()
 
 
-def test_gaussian_prior_of_a_process_without_noise_is_zero() -> None:
-    y, _ = GaussianPrior().sample(Homogeneous(8), NoiseSource(1, 2), (1, H, W))
-    assert not y.any()
-
-
 # --- blurred training images ------------------------------------------------------------------------------------------
 
 
@@ -344,7 +339,7 @@ def test_auto_prior_starts_from_data_where_the_process_ends_in_blur(process: Pro
     if ratio is None:
         assert isinstance(prior, GaussianPrior)
     else:
-        assert isinstance(prior, DataPrior) and prior.noise_ratio == ratio
+        assert isinstance(prior, DataPrior) and prior.ratio(process) == ratio
 
 
 @pytest.mark.parametrize("make", [OsmosisFilter, InverseOsmosis, OsmosisDiffusion])

@@ -51,7 +51,7 @@ def test_cifar10_heat_is_ihdm() -> None:
         np.testing.assert_allclose(process.noise_scale(k / 200, mu).numpy(), 0.01, rtol=1e-12)
     sampler, prior = instantiate(config.sampler), instantiate(config.prior)
     assert isinstance(sampler, Dissipation) and sampler.noise_ratio == 1.25 and len(sampler.scales(process)) == 201
-    assert prior.noise_ratio == 1.25 and process.value_range == (0.0, 1.0)
+    assert prior.ratio(process) == 1.25 and process.value_range == (0.0, 1.0)
 
 
 def test_cifar10_blurring_is_hoogeboom_and_salimans() -> None:

@@ -299,7 +299,8 @@ def test_sigterm_amid_accumulated_gradients(tmp_path: Path, monkeypatch: pytest.
     run_dir = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(DiffusionModule, "on_train_batch_end", terminate)
-        assert attempt(run_dir, *options).status == 143
+        outcome = attempt(run_dir, *options)
+    assert outcome.status == 143 and outcome.err.endswith(f"python train.py run_dir={run_dir}\n")
     assert not (run_dir / "checkpoints" / "last.ckpt").exists()
     assert call("train.py", f"run_dir={run_dir}", cwd=tmp_path).status == 0
     assert_same_run(run_dir, train(tmp_path / "whole", *options))

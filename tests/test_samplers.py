@@ -91,7 +91,7 @@ def of(process: Process, target: Target | None = None, network: nn.Module | None
 @samplers
 @over(TWINS)
 def test_last_step_returns_the_estimate_without_noise(twin: Twin, name: str) -> None:
-    """lambda_0 E[y_0 | y_t] at the last scale before 0, and nothing is drawn for it."""
+    """E[y_0 | y_t] at the last scale before 0, and nothing is drawn for it."""
     denoiser = with_target(twin, Clean(clip=False), TinyNetwork())
     y, t = images(2, 1, H, W), 1 / twin.num_scales
     end = SAMPLERS[name]().reverse(denoiser, y, ScriptedNoise([]), scales=float64([t, 0.0]))
@@ -121,7 +121,7 @@ def test_ancestral_step_draws_from_the_posterior_given_the_estimate(twin: Twin, 
     s, t = float64(0.5), float64(0.625)
     with torch.no_grad():
         m = denoiser.clean(y, t, s)
-        estimate = denoiser.clean(y, t, float64(0.0)) / process.signal_scale(0.0, torch.zeros(1, 1).double())
+        estimate = denoiser.clean(y, t, float64(0.0))
         actual = Ancestral().step(Move(denoiser, t, s, ScriptedNoise([white])), y, m)
     law = process.posterior(y, estimate, s, t)
     expected = law.mean + law.operator.apply(law.std, white)

@@ -141,12 +141,12 @@ CASES = [
 def walk(
     case: Case, twin: Twin, data: Data, scales: Sequence[float], start: Array, whites: Sequence[Array]
 ) -> list[Array]:
-    """The coefficients after each step, by the plain formulas; the last step returns lambda_0 E[y_0 | y_t]."""
+    """The coefficients after each step, by the plain formulas; the last step returns E[y_0 | y_t]."""
     path, u = [], start
     for i, (t, s) in enumerate(zip(scales[:-1], scales[1:], strict=True)):
         at_t, at_s = curves(twin, t), curves(twin, s)
         last = i == len(scales) - 2
-        u = at_s[0] * data.estimate(u, *at_t) if last else case.step(u, data, at_t, at_s, whites[i])
+        u = data.estimate(u, *at_t) if last else case.step(u, data, at_t, at_s, whites[i])
         path.append(u)
     return path
 

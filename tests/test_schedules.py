@@ -194,14 +194,15 @@ def test_cosine_log_snr_ends_middle_and_shift() -> None:
 def test_cosine_is_close_to_the_untruncated_cosine() -> None:
     """tan(pi t / 2) = gamma / a: the signal is cos(pi t / 2)."""
     t = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
-    log_signal, _ = bound(CosineLogSNR(-40, 40))(t)
+    log_signal, _ = bound(CosineLogSNR(-40, 40), 100)(t)
     torch.testing.assert_close(log_signal.exp(), torch.cos(t * math.pi / 2), rtol=1e-6, atol=0)
 
 
 def test_sigmoid_signal_ends_and_symmetry() -> None:
     t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
-    log_signal, _ = bound(SigmoidSignal(minimum=1e-4))(t)
-    np.testing.assert_allclose((2 * log_signal).exp().numpy(), [1 - 1e-4, 0.5, 1e-4], rtol=1e-9)
+    curve = bound(SigmoidSignal(minimum=1e-4))
+    np.testing.assert_allclose(torch.sigmoid(curve.log_snr(t)).numpy(), [1 - 1e-4, 0.5, 1e-4], rtol=1e-9)
+    np.testing.assert_allclose((2 * curve(t)[0]).exp().numpy(), [1, 0.5, 1e-4], rtol=1e-9)  # scale 0 is the image
 
 
 def test_edm_knots_are_karras_grid() -> None:

@@ -181,8 +181,7 @@ def test_velocity_of_a_variance_preserving_process_is_salimans_and_hos() -> None
     v = Velocity().truth(process, process.operator(), x_0, z, noise, t)
     close(v.numpy(), (alpha * noise - sigma * x_0).numpy())
     estimate = Velocity().clean(process, process.operator(), v, z, t, torch.zeros_like(t))
-    lambda_0 = process.signal_scale(0.0, mu)
-    close(estimate.numpy(), (lambda_0 * (alpha * z - sigma * v)).numpy())
+    close(estimate.numpy(), (alpha * z - sigma * v).numpy())
 
 
 # --- preconditioning --------------------------------------------------------------------------------------------------

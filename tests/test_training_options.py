@@ -229,6 +229,25 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (other / "wandb_id").read_text() != kept
 
 
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def test_more_samples_than_memory_holds_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the run begins, or by the name of the option where it turns out later; never as the batch's fault."""
+    outcome = attempt(tmp_path / "run", f"samples.num_images={10**12}")
+    assert outcome.status == 1 and outcome.err.count("\n") == 1, outcome.err
+    assert "samples.num_images=1000000000000 images of 8x8 would take" in outcome.err
+    assert "lower samples.num_images" in outcome.err and list(tmp_path.iterdir()) == []
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("dpm_scales.samplers.loop.Sampler.sample", fail)
+    outcome = attempt(tmp_path / "run", "samples.num_images=5")
+    assert outcome.status == 1 and outcome.err.count("\n") == 1, outcome.err
+    assert "no memory to draw samples.num_images=5 images of 8x8; lower samples.num_images" in outcome.err
+
+
 # --- names, values ----------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from dpm_scales.editing.degradations import HEAT, Degradation
 from dpm_scales.editing.latents import context_of, noised
 from dpm_scales.errors import UserError, is_whole, require, suggest
 from dpm_scales.noise import NoiseSource
-from dpm_scales.operators import HeatOperator, SpectralFunction
+from dpm_scales.operators import SpectralFunction
 from dpm_scales.processes import Context, Process
 from dpm_scales.samplers import Move, OnStep, Sampler
 from dpm_scales.targets import FinerScale, visible_noise, wiener_error
@@ -78,8 +78,8 @@ class Consistent(Denoiser):
         """m_s in white coordinates; see `Denoiser.clean`."""
         operator = self.process.operator(context)
         m_0 = self.inner.clean(y_t, t, torch.zeros_like(t), context, labels)
-        x = operator.to_pixels(m_0) / finest_signal(self.process, t).to(m_0.dtype)
-        return operator.apply(self.process.signal(s), operator.to_white(self.conditioned(x, t)))
+        estimate = self.conditioned(operator.to_pixels(m_0), t)
+        return operator.apply(self.process.signal(s), operator.to_white(estimate))
 
     def conditioned(self, x: Tensor, t: Tensor) -> Tensor:
         """E[x_0 | x_t, y] from x = E[x_0 | x_t], in pixels."""
@@ -129,8 +129,7 @@ def restore(
     guess = denoiser.first_guess(noise, size, dtype)
     context = context_of(process, guess, noise)
     y = noised(process, guess, scales[0], noise, context)
-    x = sampler.reverse(denoiser, y, noise, context, labels, scales, on_step)
-    return x / finest_signal(process, scales[0]).to(dtype)
+    return sampler.reverse(denoiser, y, noise, context, labels, scales, on_step)
 
 
 class Resampling(Sampler):
@@ -164,18 +163,17 @@ def check_estimates(denoiser: Denoiser) -> None:
             "this task needs an estimate of the clean image at each scale, and a model trained with target=finer "
             "knows the next scale only; train with target=clean"
         )
+    require(
+        denoiser.process.operator().is_diagonal,
+        "this task takes the process to be diagonal in the cosine basis, and the operator of "
+        f"{type(denoiser.process).__name__} is not",
+    )
     ends = torch.tensor([1.0, 0.0], dtype=torch.float64, device=denoiser.spectrum.std.device)
     denoiser.target.check_scales(denoiser.process, ends)
 
 
-def finest_signal(process: Process, like: Tensor) -> Tensor:
-    """lambda_0, ``()``: 1, or nearly: schedules of the logSNR end where it is largest. Nothing is blurred there."""
-    zero = torch.zeros((), dtype=torch.float64, device=like.device)
-    return torch.exp(process.signal(zero).log_scale)
-
-
 def _eigenvalues(process: Process, like: Tensor) -> Tensor:
     """mu of the DCT coefficients, as the process counts them."""
-    operator = process.operator()
-    heat = operator if isinstance(operator, HeatOperator) else HEAT
-    return heat.eigenvalues(like.shape[-2], like.shape[-1], like.device)
+    size = (like.shape[-2], like.shape[-1])
+    mu = process.operator().eigenvalues(*size, like.device)
+    return mu if mu.shape == size else HEAT.eigenvalues(*size, like.device)  # L = 0 does not tell frequencies apart

@@ -22,7 +22,7 @@ from torch import Tensor
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError
 from dpm_scales.noise import NoiseSource
-from dpm_scales.processes import Context, Osmosis, Process, Step
+from dpm_scales.processes import Context, Process, Step
 from dpm_scales.samplers import OnStep, Sampler
 from dpm_scales.samplers.grids import tables_of
 
@@ -30,14 +30,9 @@ from dpm_scales.samplers.grids import tables_of
 def context_of(process: Process, x: Tensor, noise: NoiseSource) -> Context:
     """The context that the process draws for images ``(B, C, H, W)`` in pixels; None where there is none.
 
-    Raises: UserError for a process whose guidance comes from images other than x.
+    Raises: UserError for a process whose context comes from images other than x.
     """
-    if not isinstance(process, Osmosis):
-        return None
-    if process.guidance_image == "other":
-        raise UserError("a process with guidance_image=other leads to an image of its own; there is nothing to edit")
-    white = noise.normal(tuple(x.shape[1:]), x.dtype)
-    return process.guidance(x.mean((-2, -1)), white, process.relief(x))
+    return process.context_from(x, noise)
 
 
 def noised(process: Process, x: Tensor, t: Tensor, noise: NoiseSource, context: Context = None) -> Tensor:

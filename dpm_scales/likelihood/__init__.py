@@ -3,7 +3,7 @@
 from dpm_scales.likelihood.bound import REVERSE, Likelihood, VariationalBound
 from dpm_scales.likelihood.decoder import negative_log_likelihood, wiener_std
 from dpm_scales.likelihood.flow import FlowLikelihood, flow_scales, follow_flow
-from dpm_scales.likelihood.start import Start, condition_of, start_law
+from dpm_scales.likelihood.start import Start, start_law
 
 __all__ = [
     "REVERSE",
@@ -11,7 +11,6 @@ __all__ = [
     "Likelihood",
     "Start",
     "VariationalBound",
-    "condition_of",
     "flow_scales",
     "follow_flow",
     "negative_log_likelihood",

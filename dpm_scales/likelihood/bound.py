@@ -33,15 +33,17 @@ from dpm_scales.errors import UserError, is_whole, require, require_number, sugg
 from dpm_scales.likelihood.decoder import check_decoder, decode
 from dpm_scales.likelihood.start import start_law
 from dpm_scales.noise import NoiseSource
-from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator, SpectralFunction
+from dpm_scales.operators import HeatOperator, Operator, SpectralFunction
 from dpm_scales.priors import Prior
-from dpm_scales.processes import Osmosis, Process, Step
+from dpm_scales.processes import Process, Step
 from dpm_scales.samplers.grids import tables_of, uniform_grid
 from dpm_scales.targets import wiener_error
 
 REVERSE = ("ancestral", "dissipation")
 
 OnStep = Callable[[int], None]
+
+_DCT = HeatOperator()
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Likelihood:
     decoder: Tensor
     #: ``(n + 1,)``, from 1 down to the finest scale
     scales: Tensor
-    #: ``(B, n, bands)``, `steps` by bands of frequency, where they were asked for and the operator is diagonal
+    #: ``(B, n, bands)``, `steps` by bands of frequency, where they were asked for; they add up to `steps`
     bands: Tensor | None = None
 
     @property
@@ -90,7 +92,9 @@ class VariationalBound:
         noise_ratio: r of the dissipation.
         decoder_std: of the decoder, in white coordinates and units of the value range; None for `wiener_std`.
         levels: number of values a pixel can have, see `negative_log_likelihood`.
-        num_bands: split the steps' terms by that many bands of frequency, equally wide in sqrt(mu).
+        num_bands: split the steps' terms by that many bands of frequency of the DCT, in white coordinates, equally wide
+            in the root of the Laplacian's eigenvalues; 0 for none. Where the operator mixes frequencies, as that of
+            osmosis does, what two bands have in common is shared between them, and a term may be negative.
 
     Raises: UserError for a process without noise, and for arguments that do not fit.
     """
@@ -126,16 +130,15 @@ class VariationalBound:
         self.denoiser, self.prior, self.draws, self.num_bands = denoiser, prior, draws, num_bands
         self.decoder_std, self.levels = decoder_std, levels
         self._weight = _Weight(process, reverse, noise_ratio)
-        self._degree = 0
-        if isinstance(process, Osmosis) and count > 1:
-            self._degree = process.degree_of(self._weight.function(Step(process, self.scales[1:-1], self.scales[:-2])))
+        chain = Step(process, self.scales[1:-1], self.scales[:-2])
+        self._degree = process.degree_of(self._weight.function(chain)) if count > 1 else 0
 
     @torch.no_grad()
     def __call__(
         self, x_0: Tensor, noise: NoiseSource, labels: Tensor | None = None, on_step: OnStep = lambda number: None
     ) -> Likelihood:
         """One draw of the bound for each image; its expectation bounds -log P(x_0), or -log P(x_0 | v) where each image
-        guides itself (`condition_of`), and given the labels if there are any.
+        guides itself (`Process.condition`), and given the labels if there are any.
 
         Args:
             x_0: images ``(B, C, H, W)`` in the process's value range.
@@ -148,8 +151,7 @@ class VariationalBound:
         denoiser, process, weight = self.denoiser, self.denoiser.process, self._weight
         start, context = start_law(self.prior, process, x_0, noise)
         operator = start.operator.at_degree(self._degree)
-        diagonal = not isinstance(operator, OsmosisOperator)
-        bands = _band_matrix(x_0, self.num_bands) if self.num_bands and diagonal else None
+        bands = _band_matrix(x_0, self.num_bands) if self.num_bands else None
         scales = self.scales.to(x_0.device)
         y_0, size, count = operator.to_white(x_0), tuple(x_0.shape[1:]), len(scales) - 2
 
@@ -208,16 +210,14 @@ class _Weight:
         return 0.0 if self.reverse == "ancestral" else 0.5 * (1 / self.ratio**2 - 1 + 2 * math.log(self.ratio))
 
     def divergence(self, operator: Operator, step: Step, difference: Tensor, bands: Tensor | None) -> Tensor:
-        """KL_ts by bands, ``(B, bands)``; one band if there are none."""
-        f, number = self.function(step), difference[0].numel()
+        """KL_ts by bands, ``(B, bands)``; one band if there are none. With P_b the part of an image in band b,
+        <d, f(L) d> = sum_b <P_b d, f(L) d>, whatever L is."""
+        # float64: the weight spans many orders, and what little is left of d is multiplied by it
+        d = difference.to(torch.float64)
+        weighted = operator.apply(self.function(step), d)
         if bands is None:
-            # float64: the weight spans many orders, and what little is left of d is multiplied by it
-            d = difference.to(torch.float64)
-            return 0.5 * (d * operator.apply(f, d)).flatten(1).sum(1, keepdim=True) + number * self.excess
-        basis = operator if isinstance(operator, HeatOperator) else HeatOperator()
-        u = basis.analysis(difference.to(torch.float64))
-        mu = operator.eigenvalues(u.shape[-2], u.shape[-1], u.device)
-        terms = (0.5 * f(mu) * u**2 + self.excess).sum(1)
+            return 0.5 * (d * weighted).flatten(1).sum(1, keepdim=True) + d[0].numel() * self.excess
+        terms = (0.5 * _DCT.analysis(d) * _DCT.analysis(weighted) + self.excess).sum(1)
         return terms.flatten(1) @ bands
 
 
@@ -234,7 +234,7 @@ def _shares(denoiser: Denoiser, weight: _Weight, scales: Tensor, like: Tensor) -
 
 def _band_matrix(like: Tensor, number: int) -> Tensor:
     """``(H * W, number)`` of zeros and ones: the band of each DCT coefficient, float64."""
-    mu = HeatOperator().eigenvalues(like.shape[-2], like.shape[-1], like.device).flatten()
+    mu = _DCT.eigenvalues(like.shape[-2], like.shape[-1], like.device).flatten()
     largest = mu.max().clamp(min=1e-30)
     band = ((mu / largest).sqrt() * number).long().clamp(max=number - 1)
     return torch.nn.functional.one_hot(band, number).to(torch.float64)

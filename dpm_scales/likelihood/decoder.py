@@ -84,7 +84,9 @@ def decode(
     std: float | None = None,
     levels: int | None = 256,
 ) -> Tensor:
-    """-log P(x_0 | y) for y at the finest scale t, float64 ``(B,)``; the mean is what a sampler's last step returns.
+    """-log P(x_0 | y) for y at the finest scale t, float64 ``(B,)``.
+
+    The mean is what a sampler's last step returns, the estimate of the image at scale 0: x_0-hat, of full contrast.
 
     Args:
         std: in white coordinates and units of the value range; None for `wiener_std`.

@@ -40,7 +40,7 @@ from dpm_scales.likelihood.start import Start, start_law
 from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import Operator, SpectralFunction
 from dpm_scales.priors import Prior
-from dpm_scales.processes import Context, Osmosis, Process, Step
+from dpm_scales.processes import Context, Process, Step
 from dpm_scales.samplers.grids import logsnr_grid, tables_of
 from dpm_scales.targets import FinerScale
 
@@ -88,9 +88,7 @@ class FlowLikelihood:
         denoiser.target.check_scales(process, self.scales)
         self.denoiser, self.prior, self.probes = denoiser, prior, probes
         self.decoder_std, self.levels = decoder_std, levels
-        self._degree = 0
-        if isinstance(process, Osmosis):
-            self._degree = process.degree_of(*_factors(Step(process, self.scales[1:], self.scales[:-1])))
+        self._degree = process.degree_of(*_factors(Step(process, self.scales[1:], self.scales[:-1])))
 
     @torch.no_grad()
     def __call__(

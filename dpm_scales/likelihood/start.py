@@ -30,7 +30,7 @@ the noise of the guidance, M values stored, N pixels, and w the guidance before 
 | smooth noise; noise on other images | w | around m_0 | the same of the mean of w alone, N(m, s^2 b^2 / N) |
 | edges; other images without noise | i | softmax_i(-N snr (m_i - m_0)^2 / 2) | log M + sum_i q_i log q_i |
 | nothing (s = 0) | - | - | 0: of mean one, v is 1 |
-| the image itself | - | - | 0: the likelihood is one given v and m_0, see `condition_of` |
+| the image itself | - | - | 0: the likelihood is one given v and m_0, see `Process.condition` |
 
 A linear pattern changes noise that is constant by a factor b, and the rest of w does not depend on m: so no density of
 the pattern is needed. Edges and images without noise say exactly what m is, so that m_0 itself, which is none of the
@@ -48,8 +48,8 @@ from torch import Tensor
 
 from dpm_scales.errors import UserError, require
 from dpm_scales.noise import NoiseSource
-from dpm_scales.operators import HeatOperator, Operator
-from dpm_scales.priors import DataPrior, GaussianPrior, GuidancePrior, Prior
+from dpm_scales.operators import Operator
+from dpm_scales.priors import DCT, DataPrior, GaussianPrior, GuidancePrior, Prior, as_osmosis
 from dpm_scales.processes import Context, Osmosis, Process
 
 
@@ -103,6 +103,7 @@ def start_law(prior: Prior, process: Process, x_0: Tensor, noise: NoiseSource) -
     Raises: UserError for a prior that has no density (`noise_ratio` 0), that was not fitted, or that fits other images.
     """
     channels, size = x_0.shape[1], (x_0.shape[-2], x_0.shape[-1])
+    prior.check_kind(process)
     prior.check_size(size)
     zero = torch.zeros(x_0.shape[0], dtype=torch.float64, device=x_0.device)
     if isinstance(prior, GaussianPrior):
@@ -113,25 +114,15 @@ def start_law(prior: Prior, process: Process, x_0: Tensor, noise: NoiseSource) -
     name, count = type(prior).__name__, len(stored)
     require(count > 0, f"{name}: no training images stored yet; train the model first")
     require(
-        prior.noise_ratio > 0,
+        prior.ratio(process) > 0,
         f"{name}: noise_ratio=0 leaves no density at scale 1, so there is no likelihood; raise it",
     )
     require(stored.shape[1] == channels, f"{name} has images of {stored.shape[1]} channel(s), not of {channels}")
     equal = torch.full((1, count), -math.log(count), dtype=torch.float64, device=x_0.device)
     if isinstance(prior, DataPrior):
-        return Start(process, prior, process.operator(), equal, prior.noise_ratio, zero), None
-    assert isinstance(process, Osmosis)
-    log_weights, cost, grey, context = _guidance(process, prior, x_0, noise)
-    return Start(process, prior, process.operator(context), log_weights, prior.noise_ratio, cost, grey), context
-
-
-def condition_of(prior: Prior, process: Process) -> str | None:
-    """What the likelihood is given, in words; None if it is that of the image alone.
-
-    Where images guide themselves v is a function of the image, and what the model says is p(x_0 | v, m_0).
-    """
-    own = isinstance(process, Osmosis) and process.guidance_image == "own" and isinstance(prior, GuidancePrior)
-    return "guidance image" if own else None
+        return Start(process, prior, process.operator(), equal, prior.ratio(process), zero), None
+    log_weights, cost, grey, context = _guidance(as_osmosis(process), prior, x_0, noise)
+    return Start(process, prior, process.operator(context), log_weights, prior.ratio(process), cost, grey), context
 
 
 def _guidance(
@@ -219,14 +210,13 @@ def _log_guidance_densities(process: Osmosis, v: Tensor, mean: Tensor, paired: b
 
 def _to_blurred_images(prior: DataPrior, process: Process, operator: Operator, y: Tensor, one: Tensor) -> Tensor:
     """Squared distances to lambda_1(L) x_i in units of gamma_1, of whose coefficients only the kept ones are not 0."""
-    assert isinstance(operator, HeatOperator)
     mu = operator.eigenvalues(y.shape[-2], y.shape[-1], y.device)
     noise = process.noise_scale(one, mu).expand(mu.shape)
     rows, columns = prior.coefficients.shape[-2:]
     kept = (slice(None), slice(None), slice(rows), slice(columns))
     scale = (process.signal_scale(one, mu) / noise)[:rows, :columns]
     centres = scale * prior.coefficients.to(torch.float64)
-    u = operator.analysis(y) / noise
+    u = DCT.analysis(y) / noise
     rest = u.square().flatten(1).sum(1) - u[kept].square().flatten(1).sum(1)
     return rest[:, None] + _squared_distances(u[kept].flatten(1), centres.flatten(1))
 

@@ -13,6 +13,7 @@ has none, so it may fall below 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,6 +58,18 @@ class FeatureStatistics:
         statistics = FeatureStatistics()
         statistics._number, statistics._mean = number, middle
         statistics._factor = factor * np.sqrt(number - 1)
+        return statistics
+
+    @staticmethod
+    def of_rows(features: Array | Tensor) -> FeatureStatistics:
+        """Return the statistics of features (n, d), taken in part by part: no second copy of all of them is made.
+
+        Raises: ValueError as `update` does.
+        """
+        statistics = FeatureStatistics()
+        step = max(FOLD_ROWS, features.shape[-1])
+        for start in range(0, max(len(features), 1), step):
+            statistics.update(features[start : start + step])
         return statistics
 
     def update(self, features: Array | Tensor) -> FeatureStatistics:
@@ -134,7 +147,7 @@ def frechet_distance(a: Array | Tensor | FeatureStatistics, b: Array | Tensor | 
         UserError: fewer than two images.
         ValueError: features of another shape or of two dimensions, or not finite.
     """
-    first, second = (x if isinstance(x, FeatureStatistics) else FeatureStatistics().update(x) for x in (a, b))
+    first, second = (x if isinstance(x, FeatureStatistics) else FeatureStatistics.of_rows(x) for x in (a, b))
     check_same_dimension(first.dim, second.dim)
     roots = first.root, second.root
     cross = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
@@ -155,8 +168,12 @@ def kernel_distance(
     subsets: int = KERNEL_SUBSETS,
     subset_size: int = KERNEL_SUBSET_SIZE,
     seed: int = 0,
+    on_subset: Callable[[int], None] | None = None,
 ) -> KernelDistance:
     """Kernel distance of two sets of features (n_a, d) and (n_b, d), n >= 2: a mean over random subsets.
+
+    `on_subset` is called with 1 after each of `kernel_subsets(n_a, n_b)`. Time and memory, beyond the features
+    themselves, do not grow with their number once it is above `subset_size`.
 
     As in clean-fid each of `subsets` draws takes min(n_a, n_b, `subset_size`) images of both sets, without repetition;
     one draw does where that is all of both. The subsets overlap, so their spread understates the error. The standard
@@ -173,21 +190,29 @@ def kernel_distance(
     """
     require_number("subsets", subsets, 1, whole=True)
     require_number("subset_size", subset_size, 2, whole=True)
-    first, second = feature_rows(a), feature_rows(b)
-    check_same_dimension(first.shape[1], second.shape[1])
-    number_a, number_b = len(first), len(second)
+    for features in (a, b):
+        check_features(features)
+    check_same_dimension(a.shape[1], b.shape[1])
+    number_a, number_b = len(a), len(b)
     size = min(number_a, number_b, subset_size)
     if size < 2:
         raise UserError(f"a kernel distance needs 2 images or more in each set, got {number_a} and {number_b}")
-    if number_a == number_b == size:
-        subsets = 1
     rng = np.random.default_rng(seed)
-    draws = [
-        _kernel_distance_of_equals(first[rng.permutation(number_a)[:size]], second[rng.permutation(number_b)[:size]])
-        for _ in range(subsets)
-    ]
+    draws = []
+    for _ in range(kernel_subsets(number_a, number_b, subsets, subset_size)):
+        parts = (feature_rows(features[rng.permutation(len(features))[:size]]) for features in (a, b))
+        draws.append(_kernel_distance_of_equals(*parts))
+        if on_subset is not None:
+            on_subset(1)
     value, variance_a, variance_b = np.mean(draws, axis=0)
     return KernelDistance(float(value), float(np.sqrt(variance_a / number_a + variance_b / number_b)))
+
+
+def kernel_subsets(
+    number_a: int, number_b: int, subsets: int = KERNEL_SUBSETS, subset_size: int = KERNEL_SUBSET_SIZE
+) -> int:
+    """Return how many subsets the kernel distance of so many features is a mean over: one if it would hold them all."""
+    return 1 if number_a == number_b <= subset_size else subsets
 
 
 def _kernel_distance_of_equals(a: Array, b: Array) -> tuple[float, float, float]:
@@ -210,17 +235,24 @@ def _kernel(x: Array, y: Array) -> Array:
 
 
 def feature_rows(features: Array | Tensor) -> Array:
-    """A copy of features as float64 (n, d) in the memory of the host.
+    """Return a copy of features as float64 (n, d) in the memory of the host.
 
     Raises: ValueError for another shape, or values that are not finite.
     """
     values = features.detach().cpu().double().numpy() if isinstance(features, Tensor) else features
     rows = np.array(values, dtype=np.float64)
-    if rows.ndim != 2 or rows.shape[1] == 0:
-        raise ValueError(f"expected features (n, d), got {rows.shape}")
-    if not np.isfinite(rows).all():
-        raise ValueError("features must be finite")
+    check_features(rows)
     return rows
+
+
+def check_features(features: Array | Tensor) -> None:
+    """Raise ValueError unless features are (n, d), d > 0, and finite."""
+    if features.ndim != 2 or features.shape[1] == 0:
+        raise ValueError(f"expected features (n, d), got {tuple(features.shape)}")
+    for start in range(0, len(features), FOLD_ROWS):
+        part = features[start : start + FOLD_ROWS]
+        if not bool((part.isfinite() if isinstance(part, Tensor) else np.isfinite(part)).all()):
+            raise ValueError("features must be finite")
 
 
 def check_same_dimension(first: int, second: int) -> None:

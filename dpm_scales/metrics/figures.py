@@ -7,18 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dpm_scales.errors import UserError, require, suggest
-from dpm_scales.metrics.distances import FeatureStatistics, frechet_distance, kernel_distance
+from dpm_scales.metrics.distances import FeatureStatistics, frechet_distance, kernel_distance, kernel_subsets
 from dpm_scales.metrics.features import FeatureNetwork
 from dpm_scales.metrics.overlap import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, manifolds
 
 Array = NDArray[Any]
 
+Track = Callable[[str, int], Callable[[int], None]]
+
 MEASURES = ("frechet", "kernel", "manifolds")
 """Kinds of measures; all but the first need the features of all images at once."""
+
+FEWEST_NEIGHBOURS = 1 + max(PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS)
+"""Images of each set that "manifolds" needs."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Measure:
         value: the figure.
         std_error: its standard error, where it is known.
         neighbours: k of the figures of nearest neighbours.
+        images: real and fake ones that were taken, where these are not all.
         better: "lower" or "higher".
     """
 
@@ -54,6 +61,7 @@ class Measure:
     better: str
     std_error: float | None = None
     neighbours: int | None = None
+    images: tuple[int, int] | None = None
 
 
 def check_measures(measures: Any) -> tuple[str, ...]:
@@ -66,12 +74,11 @@ def check_measures(measures: Any) -> tuple[str, ...]:
 
 def check_numbers(measures: Sequence[str], *numbers: int) -> None:
     """Raises UserError for sets of images that are too small for these measures."""
-    needed = 1 + max(PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS)
-    if "manifolds" in measures and min(numbers) < needed:
+    if "manifolds" in measures and min(numbers) < FEWEST_NEIGHBOURS:
         found = " and ".join(map(str, numbers))
         raise UserError(
-            f"nearest neighbours need {needed} images or more in each set, got {found}; give more, or leave manifolds "
-            "out of measures"
+            f"nearest neighbours need {FEWEST_NEIGHBOURS} images or more in each set, got {found}; give more, or leave "
+            "manifolds out of measures"
         )
 
 
@@ -100,44 +107,78 @@ def gather(
 
     Args:
         keep_rows: keep all of them; without, memory is of order d^2 whatever the number of images.
-        on_images: called with the number of images of each batch.
+        on_images: called with the number of images of each part that went through the network at once.
     """
     statistics = FeatureStatistics()
     rows: list[Array] = []
     for images in batches:
-        features = network(images).cpu()
+        parts = []
+        for part in images.split(network.batch_size):  # as the network does, to tell how far it is
+            parts.append(network(part).cpu())
+            if on_images is not None:
+                on_images(len(part))
+        features = torch.cat(parts)
         statistics.update(features)
         if keep_rows:
             rows.append(features.numpy())
-        if on_images is not None:
-            on_images(len(images))
     return FeatureSet(statistics, np.concatenate(rows) if rows else None)
 
 
 def compare(
-    real: FeatureSet, fake: FeatureSet, network: FeatureNetwork, measures: Sequence[str] = MEASURES
+    real: FeatureSet,
+    fake: FeatureSet,
+    network: FeatureNetwork,
+    measures: Sequence[str] = MEASURES,
+    manifold_images: int | None = None,
+    track: Track | None = None,
 ) -> dict[str, Measure]:
     """The figures of two sets by name.
 
     Args:
         real, fake: features by `network`; with `rows` unless `measures` is ("frechet",).
+        manifold_images: at most so many images of each set, spread evenly, for the measures of nearest neighbours,
+            whose time grows with the square of the number; None for all.
+        track: called with the name of each part and its number of steps; returns what is called with those done.
 
     Raises: UserError for too few images, or an unknown measure.
     """
     measures = check_measures(measures)
+    begin = track or (lambda name, steps: lambda count: None)
     figures: dict[str, Measure] = {}
     if "frechet" in measures:
+        advance = begin("Fréchet distance", 1)
         figures[network.distance_name] = Measure(frechet_distance(real.statistics, fake.statistics), "lower")
+        advance(1)
     if not needs_rows(measures):
         return figures
     if real.rows is None or fake.rows is None:
         raise ValueError("measures other than frechet need the features of all images")
     if "kernel" in measures:
-        value, error = kernel_distance(fake.rows, real.rows)
+        advance = begin("kernel distance", kernel_subsets(fake.number, real.number))
+        value, error = kernel_distance(fake.rows, real.rows, on_subset=advance)
         figures[network.kernel_name] = Measure(value, "lower", std_error=error)
     if "manifolds" in measures:
-        overlap = manifolds(real.rows, fake.rows)
+        sets = [spread_evenly(rows, manifold_images) for rows in (real.rows, fake.rows)]
+        fewer = len(sets[0]) < real.number or len(sets[1]) < fake.number
+        images = (len(sets[0]), len(sets[1])) if fewer else None
+        advance = begin("nearest neighbours", len(sets[0]) + 2 * len(sets[1]))
+        overlap = manifolds(sets[0], sets[1], on_rows=advance)
         for name, value in overlap._asdict().items():
             k = PRECISION_NEIGHBOURS if name in ("precision", "recall") else DENSITY_NEIGHBOURS
-            figures[name] = Measure(value, "higher", neighbours=k)
+            figures[name] = Measure(value, "higher", neighbours=k, images=images)
     return figures
+
+
+def spread_evenly(rows: Array, limit: int | None) -> Array:
+    """Return `limit` of the rows, evenly spread over them, or all where there are no more."""
+    if limit is None or len(rows) <= limit:
+        return rows
+    return rows[np.arange(limit) * len(rows) // limit]
+
+
+def memory_needed(measures: Sequence[str], numbers: Sequence[int], dim: int, manifold_images: int | None) -> int:
+    """Return the bytes that the measures of sets of so many images hold at least, at once."""
+    if not needs_rows(measures):
+        return 0
+    compared = numbers if manifold_images is None else [min(number, manifold_images) for number in numbers]
+    return dim * (4 * sum(numbers) + (8 * sum(compared) if "manifolds" in measures else 0))

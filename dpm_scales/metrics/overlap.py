@@ -11,13 +11,13 @@ images and fake ones y_j of M
 The strict signs are those of the authors' code: a set against itself has density 1. All but density lie in [0, 1].
 
 Squares are float64 products of centred features; those closer than `TIE` of their size count as equal, so that a copy
-is at distance 0 and the figures do not hang on the order in which a product is summed. Tables are made in parts: the
-memory is of order `TABLE_CELLS`, whatever the number of images.
+is at distance 0 and the figures do not hang on the order in which a product is summed. Tables are made in parts: beside
+float64 copies of the features the memory is of order `TABLE_CELLS`, whatever the number of images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,10 +56,14 @@ def manifolds(
     fake: Array | Tensor,
     precision_neighbours: int = PRECISION_NEIGHBOURS,
     density_neighbours: int = DENSITY_NEIGHBOURS,
+    on_rows: Callable[[int], None] | None = None,
 ) -> Manifolds:
     """Overlap of features (N, d) of real images and (M, d) of fake ones.
 
+    Every image meets every other one: the time grows with N^2 + M^2 + M N, the memory with N + M.
+
     Args:
+        on_rows: called with numbers of images as they are done; N + 2 M in all.
         precision_neighbours: k of precision and recall, >= 1.
         density_neighbours: k of density and coverage, >= 1.
 
@@ -77,8 +81,8 @@ def manifolds(
     middle = x.mean(axis=0)
     x -= middle
     y -= middle
-    real_wide, real_narrow = _radii(x, (precision_neighbours, density_neighbours))
-    (fake_wide,) = _radii(y, (precision_neighbours,))
+    real_wide, real_narrow = _radii(x, (precision_neighbours, density_neighbours), on_rows)
+    (fake_wide,) = _radii(y, (precision_neighbours,), on_rows)
     real_wide, fake_wide, real_narrow = real_wide * (1 + TIE), fake_wide * (1 + TIE), real_narrow * (1 - TIE)
 
     fakes_inside = pairs = 0
@@ -90,6 +94,8 @@ def manifolds(
         near = table < real_narrow
         covered |= near.any(axis=0)
         pairs += int(near.sum())
+        if on_rows is not None:
+            on_rows(len(table))
     return Manifolds(
         precision=fakes_inside / len(y),
         recall=float(held.mean()),
@@ -98,13 +104,17 @@ def manifolds(
     )
 
 
-def _radii(points: Array, neighbours: tuple[int, ...]) -> tuple[Array, ...]:
+def _radii(
+    points: Array, neighbours: tuple[int, ...], on_rows: Callable[[int], None] | None = None
+) -> tuple[Array, ...]:
     """Squared distances (n,) of each point to its k-th nearest other one, for each k."""
     parts = []
     for rows, table in _tables(points, points):
         table[np.arange(len(table)), np.arange(rows.start, rows.stop)] = np.inf
         places = [k - 1 for k in neighbours]
         parts.append(np.partition(table, places, axis=1)[:, places])
+        if on_rows is not None:
+            on_rows(len(table))
     return tuple(np.concatenate(parts).T)
 
 

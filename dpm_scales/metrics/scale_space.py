@@ -8,6 +8,11 @@ process are closed forms; those of images measure what is there.
 
 The lower bound of the reverse step's entropy always holds: it is H(U_s | U_t, U_0). The upper one needs
 H(U_t) >= H(U_s), which blur without much noise breaks.
+
+Closed forms are sums over the operator's eigenvalues. For osmosis those of the constant guidance image stand for those
+of the image that guides. That is exact where the noise does not depend on the eigenvalue, as gamma_t of every osmosis
+process of the package; the noise that one step adds does, and what is said of steps is then an approximation (8 x 8
+pixels, guidance noise 0.1: -234.19 nats for -234.36, and -201.32 for -201.34).
 """
 
 from __future__ import annotations
@@ -63,7 +68,10 @@ def entropy_increments(process: Process, scales: Tensor, size: Size) -> Tensor:
 
 
 def step_entropy(process: Process, s: Tensor, t: Tensor, size: Size) -> Tensor:
-    """H(U_t | U_s), the entropy of the forward step between scales s < t: ``()``; -inf where nothing is added."""
+    """H(U_t | U_s), the entropy of the forward step between scales s < t: ``()``; -inf where nothing is added.
+
+    For osmosis with another than a constant guidance image an approximation, see above.
+    """
     mu = process.operator().eigenvalues(size[0], size[1], t.device)
     std = process.step(s, t).transition_std(mu).expand(size)
     return (_GAUSSIAN + std.log()).sum()
@@ -72,7 +80,8 @@ def step_entropy(process: Process, s: Tensor, t: Tensor, size: Size) -> Tensor:
 def reverse_entropy_bounds(process: Process, scales: Tensor, size: Size) -> tuple[Tensor, Tensor]:
     """Bounds of H(U_s | U_t) for neighbouring scales s < t: lower and upper ``(T - 1,)`` in white coordinates.
 
-    -inf where a step adds no noise; NaN where nothing is defined (no noise at all).
+    -inf where a step adds no noise; NaN where nothing is defined (no noise at all). For osmosis with another than a
+    constant guidance image an approximation, see above.
     """
     _check(scales)
     steps = [step_entropy(process, s, t, size) for s, t in zip(scales, scales[1:], strict=False)]

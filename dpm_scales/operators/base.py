@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +60,9 @@ class Decay:
 class Operator(ABC):
     """A self-adjoint operator L >= 0 on images, diagonal or not, with its functional calculus."""
 
+    #: whether L is diagonal in the DCT-II, with `eigenvalues` in the order of its coefficients (or one for all of them)
+    is_diagonal: ClassVar[bool] = False
+
     @abstractmethod
     def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
         """Eigenvalues mu in 1/px^2, float64, broadcastable to ``(height, width)``."""
@@ -94,6 +98,8 @@ class Operator(ABC):
 
 class PixelOperator(Operator):
     """L = 0: no diffusion, every pixel for itself (Eq. (3), Peter 2024)."""
+
+    is_diagonal: ClassVar[bool] = True
 
     def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
         return torch.zeros(1, 1, dtype=torch.float64, device=device)

@@ -46,15 +46,26 @@ def evolve(
         method: "chebyshev", exact in time; "bicgstab", implicit Euler, the published scheme; "cg", the same solved by
             conjugate gradients. See `implicit_euler` for general drift, and for iterations and residuals.
         tol: "chebyshev": the terms left out are less than tol / 10 of u(0) - m v, in the norm sum u^2 / v; the largest
-            error of a pixel then stays below tol times the largest pixel, even for dark v. "bicgstab", "cg": the
-            relative residual of each system; their error in time depends on the steps.
+            error of a pixel that this makes stays below tol times the largest pixel, even for dark v; rounding adds to
+            it, see below. "bicgstab", "cg": the relative residual of each system; their error in time depends on the
+            steps.
         num_steps: for "bicgstab" and "cg", equal steps from each time to the next: one number (default 10), or T.
         step_size: for "bicgstab" and "cg", largest step in px^2 instead.
         validate: whether to look at the values of u and v, which waits for the device; None where they lie on the CPU.
 
-    Returns: ``(T, *u.shape)``, same dtype. Every method leaves errors of the order of `tol` or of the number format;
-    so that none of them makes an image negative or changes its mean grey value, values below 0 are set to 0 and each
-    image channel is then rescaled to the mean of u.
+    Returns: ``(T, *u.shape)``, same dtype. Every method leaves errors of `tol` or of rounding; so that none of them
+    makes an image negative or changes its mean grey value, values below 0 are set to 0 and each image channel is then
+    rescaled to the mean of u.
+
+    Rounding in float32 (and half precision, which is computed in it) grows with the time and with the contrast of v.
+    Largest error of a pixel by "chebyshev", over the largest pixel, tol 1e-6, 24 x 31 pixels, a third of them at the
+    least v:
+
+        t in px^2     1       10      100     1000    10000
+        v >= 1e-2     2e-7    5e-7    7e-7    6e-7    4e-7
+        v >= 1e-6     3e-7    2e-6    1e-5    5e-5    3e-4
+
+    In float64 all of these stay below tol; cast u to it where dark guidance and long times need more digits.
 
     Raises: UserError for arguments that do not fit, and for systems that do not converge.
     """

@@ -13,6 +13,7 @@ and back, and than an FFT up to several hundred pixels.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -88,6 +89,8 @@ class HeatOperator(Operator):
     Args:
         spectrum: "continuous" (the Gaussian's, default) or "discrete" (the 5-point stencil's, in [0, 8]).
     """
+
+    is_diagonal: ClassVar[bool] = True
 
     def __init__(self, spectrum: str = "continuous") -> None:
         _check_spectrum(spectrum)

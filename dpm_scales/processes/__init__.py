@@ -1,10 +1,11 @@
 """Processes: the law of every forward process, and its members."""
 
-from dpm_scales.processes.law import Context, Gaussian, Process, Scale, Step, as_scale
+from dpm_scales.processes.law import MOST_GREY, Context, Gaussian, Process, Scale, Step, as_scale
 from dpm_scales.processes.members import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat
 from dpm_scales.processes.osmosis import InverseOsmosis, Osmosis, OsmosisDiffusion, OsmosisFilter
 
 __all__ = [
+    "MOST_GREY",
     "VE",
     "VP",
     "Blurring",

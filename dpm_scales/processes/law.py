@@ -9,6 +9,10 @@ Variances of independent noise add, gamma_k^2 = alpha_k^2 gamma_{k-1}^2 + beta_k
 (23)-(25), (31), (40), (43) add standard deviations and are corrected here. log lambda is kept instead of lambda, since
 blur underflows; all curves are float64 and only the factors that multiply an image are cast.
 
+Scale 0 is the image: lambda_0 = 1 and gamma_0 = 0 at every eigenvalue, for every process. So the last step of a
+sampler, from t down to s = 0, returns m_0 = y_0-hat itself, with the image's full contrast; that is the mean of the
+likelihood's decoder too.
+
 Throughout `t` is a float tensor in [0, 1] of shape ``()`` or ``(B,)`` on the images' device (a Python float is taken
 too); what depends on t and mu has shape ``mu.shape`` or ``(B, 1, *mu.shape)``.
 """
@@ -24,9 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from dpm_scales.errors import UserError, is_whole, require
-from dpm_scales.noise import Randomness
+from dpm_scales.noise import NoiseSource, Randomness
 from dpm_scales.operators import Decay, Operator, SpectralFunction, batch_view
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule, is_number
+
+MOST_GREY = 0.02
+"""What may be left of a grey value at scale 1, in units of its noise, where sampling starts from noise alone."""
 
 Context = Tensor | None
 Scale = Tensor | float
@@ -59,11 +66,13 @@ class Process(nn.Module):
 
     Raises: UserError for values out of range, and for curves of which no Markov chain exists (negative transition
     variance, blur that sharpens, gamma that falls where the Lyapunov property is promised); it names scale and
-    eigenvalue.
+    eigenvalue. Also for curves whose scale 0 is not the image.
     """
 
     #: channels of context that the network sees for each image channel
     context_channels: int = 0
+    #: bound on the error of f(L), relative to the largest f, where the operator expands its functions
+    tolerance: float = 0.0
     #: gamma_t never falls: the Lyapunov property (Prop. 3, 7) is promised, and checked at construction
     lyapunov: ClassVar[bool] = True
     #: a_t^2 + gamma_t^2 = 1 is promised, and checked at construction
@@ -105,6 +114,7 @@ class Process(nn.Module):
         first, last = self.log_noise_scale(1 / num_scales, _grey()), self.log_noise_scale(1.0, _grey())
         self._constant = bool(torch.isclose(first, last, rtol=0, atol=1e-9).all())
         self._noisy = bool((last > -math.inf).all())
+        self._grey_left = float((0.5 * self.log_snr(1.0, _grey())).exp())
         self._check_consistency()
 
     # --- context and operator -----------------------------------------------------------------------------------------
@@ -112,6 +122,18 @@ class Process(nn.Module):
     def context(self, x_0: Tensor, generator: Randomness = None) -> Context:
         """What a sample carries besides its pixels, drawn once per sample; None where there is nothing."""
         return None
+
+    @property
+    def has_context(self) -> bool:
+        """Whether samples carry a context: whether the class draws one."""
+        return type(self).context is not Process.context
+
+    def context_from(self, x: Tensor, noise: NoiseSource) -> Context:
+        """The context of images ``(B, C, H, W)`` in pixels that a user gives, drawn by the number of each.
+
+        Raises: UserError for a process whose context does not come from the image itself.
+        """
+        return self.context(x, noise)
 
     def context_features(self, context: Context) -> Context:
         """The context as channels for the network, ``(B, context_channels * C, H, W)``, or None."""
@@ -167,6 +189,32 @@ class Process(nn.Module):
     def has_noise(self) -> bool:
         """Whether gamma is positive at scale 1."""
         return self._noisy
+
+    @property
+    def grey_left(self) -> float:
+        """lambda_1 / gamma_1 at mu = 0: what is left of a grey value at scale 1, in units of its noise; inf without."""
+        return self._grey_left
+
+    # --- models -------------------------------------------------------------------------------------------------------
+
+    def default_prior(self) -> str:
+        """Where sampling starts: "gaussian", "data" or "guidance", see `priors`.
+
+        "data" if the process blurs and leaves more than 2 % of a grey value at scale 1, in units of its noise.
+
+        Raises: UserError for a process with a context whose class names none.
+        """
+        name = type(self).__name__
+        require(
+            not self.has_context,
+            f"{name} has a context for every sample, and no prior is known that draws it; give the model one that does",
+        )
+        return "gaussian" if self.blur is None or self.grey_left <= MOST_GREY else "data"
+
+    @property
+    def condition(self) -> str | None:
+        """What the law of images is given, in words, where the context is a function of the image; None elsewhere."""
+        return None
 
     # --- laws ---------------------------------------------------------------------------------------------------------
 
@@ -264,6 +312,12 @@ class Process(nn.Module):
                     f"{name}: at scale k={k + 1} of {self.num_scales}, eigenvalue mu={mu[j]:.4g}: {describe(k, j)}"
                 )
 
+        image = bool((log_signal[0].abs() <= tolerance).all()) and bool((variance[0] <= tolerance**2).all())
+        require(
+            image,
+            f"{name}: scale 0 must be the image, and is {math.exp(log_signal[0].min()):.6g} times the image with noise "
+            f"{variance[0].max().sqrt():.4g}; let the schedules start at signal 1, noise 0 and no blur",
+        )
         growth = log_signal[1:] - log_signal[:-1]
         report(
             growth > tolerance,

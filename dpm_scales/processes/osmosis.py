@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.errors import UserError, require, suggest
-from dpm_scales.noise import Randomness, white_noise
+from dpm_scales.noise import NoiseSource, Randomness, white_noise
 from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator, SpectralFunction, chebyshev_degree, heat_blur
 from dpm_scales.processes.law import Context, Process
 from dpm_scales.schedules import (
@@ -124,6 +124,21 @@ class Osmosis(Process):
         if relief is not None and self.guidance_image == "other":
             relief = relief.roll(1, 0)
         return self.guidance(x_0.mean((-2, -1)), white, relief)
+
+    def context_from(self, x: Tensor, noise: NoiseSource) -> Context:
+        require(
+            self.guidance_image != "other",
+            f"{type(self).__name__} with guidance_image=other leads to an image of its own; there is nothing to edit",
+        )
+        white = noise.normal(tuple(x.shape[1:]), x.dtype)
+        return self.guidance(x.mean((-2, -1)), white, self.relief(x))
+
+    def default_prior(self) -> str:
+        return "guidance"
+
+    @property
+    def condition(self) -> str | None:
+        return "guidance image" if self.guidance_image == "own" else None
 
     def relief(self, images: Tensor) -> Tensor | None:
         """What `images` ``(B, C, H, W)`` guide with: blurred, without their mean, white is 1; None if they don't."""

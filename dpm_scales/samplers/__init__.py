@@ -12,13 +12,12 @@ r"""One loop over pairs of scales (t, s), from 1 to 0, for every process.
 | Dissipation | 0 | delta | Rissanen et al. 2023, Algorithm 2 |
 | Cold | 1 | 0 | Bansal et al. 2022, Algorithm 2 |
 
-The last step returns m_0 without noise.
+The last step, from t to s = 0, returns m_0 without noise: y_0-hat itself, since scale 0 is the image (lambda_0 = 1).
 """
 
 from __future__ import annotations
 
 from dpm_scales.denoisers import Denoiser
-from dpm_scales.operators import PixelOperator
 from dpm_scales.samplers.grids import GRIDS, karras_grid, logsnr_grid, quadratic_grid, uniform_grid
 from dpm_scales.samplers.loop import Move, OnStep, Sampler
 from dpm_scales.samplers.multistep import DPMSolver, UniPC
@@ -61,6 +60,6 @@ def auto_sampler(denoiser: Denoiser, steps: int | None = None) -> Sampler:
         return Dissipation(steps=1 if steps is None else steps)
     if isinstance(denoiser.target, FinerScale):
         return Ancestral(steps)
-    if isinstance(process.operator(), PixelOperator):
+    if process.blur is None:
         return Heun(steps=min(18, process.num_scales) if steps is None else steps)
     return DPMSolver(1.0, min(50, process.num_scales) if steps is None else steps, "uniform")

@@ -85,7 +85,9 @@ class UniPC(DPMSolver):
     The probability-flow ODE only; the last steps fall back to what the scales left allow, as published.
 
     Args:
-        order: of the predictor, 1 to 3; the method is then of order 2 to 4 where nothing is faint.
+        order: p of the predictor, 1 to 3; the method is then of order p + 1 where nothing is faint and the first steps,
+            which have no older estimates, do not limit it. Measured on Gaussian data, t = 0.9 to 0.1, 20 to 80 steps:
+            2.0 for p = 1; 2.9 to 3.2 for p = 2; for p = 3 only 2.8 to 3.3 on VP, blurring and heat, and 4.0 on VE.
         steps: number of steps and of evaluations.
         grid, rho: as for `Sampler`.
     """

@@ -93,6 +93,12 @@ class Schedule(nn.Module):
         first = 1 / self.num_scales
         return ((t - first) / (1 - first)).clamp(0, 1) if self.num_scales > 1 else torch.ones_like(t)
 
+    def _before_first(self, t: Tensor) -> Tensor:
+        """From 0 at t = 0 to 1 at k = 1, linear, and 1 from there on: the way from the image to the first scale."""
+        t = t.to(torch.float64)
+        # a curve that no process has bound yet knows of no first scale
+        return (t * self.num_scales).clamp(0, 1) if self.num_scales > 0 else (t > 0).to(torch.float64)
+
     def _fits(self, name: str, values: Sequence[float], num_scales: int) -> None:
         require(
             len(values) == num_scales,
@@ -104,4 +110,4 @@ class Schedule(nn.Module):
         """The square of a value log-spaced from `low` at k = 1 to `high` at t = 1; linear from 0 before k = 1."""
         t = t.to(torch.float64)
         ramp = 2 * (math.log(low) + self._progress(t) * math.log(high / low))
-        return torch.exp(ramp) * (t * self.num_scales).clamp(0, 1)
+        return torch.exp(ramp) * self._before_first(t)

@@ -15,7 +15,10 @@ from dpm_scales.schedules.base import Schedule, numbers_of, require_finite, requ
 
 
 class NoiseSchedule(Schedule):
-    """Signal and noise of the eigenvalue 0: ``forward(t) -> (log a_t, log gamma_t)``, float64, the shape of t."""
+    """Signal and noise of the eigenvalue 0: ``forward(t) -> (log a_t, log gamma_t)``, float64, the shape of t.
+
+    Scale 0 is the image: a_0 = 1 and gamma_0 = 0, log gamma_0 = -inf.
+    """
 
     @abstractmethod
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,19 +26,24 @@ class NoiseSchedule(Schedule):
 
 
 class _LogSNR(NoiseSchedule):
-    """Variance preserving, a^2 + gamma^2 = 1, given by logSNR = log(a^2 / gamma^2)."""
+    """Variance preserving, a^2 + gamma^2 = 1, given by logSNR = log(a^2 / gamma^2).
+
+    Published curves end at t = 0 with a finite logSNR, a little noise and a < 1. They hold from the first scale of the
+    chain on, k >= 1; before it gamma^2 / a^2 falls linearly to 0, so that scale 0 is the image.
+    """
 
     @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
+        """The published curve, in nats, float64."""
         raise NotImplementedError
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        log_snr = self.log_snr(t)
+        log_snr = self.log_snr(t) - torch.log(self._before_first(t))
         return 0.5 * F.logsigmoid(log_snr), 0.5 * F.logsigmoid(-log_snr)
 
 
 class CosineLogSNR(_LogSNR):
-    """logSNR(t) = -2 log tan(a + t (b - a)), between `logsnr_max` at t = 0 and `logsnr_min` at t = 1.
+    """logSNR(t) = -2 log tan(a + t (b - a)), from `logsnr_max` towards t = 0 to `logsnr_min` at t = 1.
 
     Args:
         logsnr_min, logsnr_max: the ends, in nats.
@@ -175,7 +183,7 @@ class EDMNoise(_Exploding):
     def variance(self, t: Tensor) -> Tensor:
         t = t.to(torch.float64)
         low, high = self.noise_min ** (1 / self.rho), self.noise_max ** (1 / self.rho)
-        return (low + self._progress(t) * (high - low)) ** (2 * self.rho) * (t * self.num_scales).clamp(0, 1)
+        return (low + self._progress(t) * (high - low)) ** (2 * self.rho) * self._before_first(t)
 
 
 class ListedNoise(_Exploding):
@@ -203,7 +211,7 @@ class ConstantNoise(_Exploding):
         self.noise_std = noise_std
 
     def variance(self, t: Tensor) -> Tensor:
-        return self.noise_std**2 * (t.to(torch.float64) * self.num_scales).clamp(0, 1)
+        return self.noise_std**2 * self._before_first(t)
 
 
 class NoNoise(_Exploding):

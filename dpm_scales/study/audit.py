@@ -6,6 +6,9 @@ the public interface (`audit_dense`), and random paths. Small images make both c
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -58,7 +61,7 @@ def audit(process: Process, images: Tensor, seed: int = 0, samples: int = 1000) 
     require(samples >= 100, f"audit: samples must be at least 100, got {samples}")
     lab = Lab(process, images, seed, samples)
     back = reverse.way_back(lab)
-    return [
+    found = [
         *(check(lab) for check in FORWARD),
         reverse_step(lab, back),
         reverse.initial_state(lab),
@@ -68,3 +71,11 @@ def audit(process: Process, images: Tensor, seed: int = 0, samples: int = 1000) 
         reverse.steady_state(lab, back),
         *reverse_invariances.invariances(lab, back),
     ]
+    return [_judged(finding) for finding in found]
+
+
+def _judged(finding: Finding) -> Finding:
+    """Laws that are not finite, or of a negative variance, have figures that are no numbers: nothing holds for them."""
+    if finding.verdict is Verdict.NOT_APPLICABLE or not math.isnan(finding.measured):
+        return finding
+    return replace(finding, verdict=Verdict.VIOLATED, corrected="", note="the laws are not finite")

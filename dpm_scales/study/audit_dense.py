@@ -9,6 +9,7 @@ curves, are what is looked at:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,7 @@ class DenseProcess:
 
     def __init__(self, process: Process, size: tuple[int, int], context: Context = None) -> None:
         self.process, self.size, self.context = process, size, context
+        self.operator = process.operator(context)
         pixels = size[0] * size[1]
         self.units = torch.eye(pixels, dtype=torch.float64)
         self._basis = torch.cat([self.units, torch.zeros(1, pixels, dtype=torch.float64)]).reshape(-1, 1, *size)
@@ -110,6 +112,25 @@ def entropy(covariance: Tensor) -> float:
     scaled = 2 * torch.pi * torch.e * covariance
     sign, log_det = torch.linalg.slogdet(scaled)
     return float(0.5 * log_det) if bool(sign > 0) else -torch.inf
+
+
+def root(variance: float) -> float:
+    """Its square root; NaN for what is no variance, as broken laws may have it."""
+    return math.sqrt(variance) if variance >= 0 else math.nan
+
+
+def eigen(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors; NaN for a matrix that is not finite."""
+    if not bool(torch.isfinite(symmetric).all()):
+        return torch.full_like(symmetric[0], math.nan), torch.full_like(symmetric, math.nan)
+    return torch.linalg.eigh(symmetric)
+
+
+def solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """The least of all x with ``matrix x = right``, as nearly as there is one; NaN for matrices that are not finite."""
+    if not bool(torch.isfinite(matrix).all() and torch.isfinite(right).all()):
+        return torch.full((matrix.shape[1], right.shape[1]), math.nan, dtype=matrix.dtype)
+    return torch.linalg.lstsq(matrix, right, driver="gelsd").solution
 
 
 def _affine(mean: Tensor) -> tuple[Tensor, Tensor]:

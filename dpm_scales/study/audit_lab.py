@@ -4,6 +4,7 @@ scales, and paths drawn at random."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from dpm_scales.images import resize, to_range
 from dpm_scales.metrics import entropy_increments
-from dpm_scales.processes import Osmosis, Process
-from dpm_scales.study.audit_dense import DenseProcess, Law, entropy, largest
+from dpm_scales.processes import Process
+from dpm_scales.study.audit_dense import DenseProcess, Law, eigen, entropy, largest
 
 RUNGS = 8
 """Steps of the ladder, even in the scales, beside the first ones and the steepest."""
@@ -82,6 +83,11 @@ class Gap:
     def closed(self) -> bool:
         return self.value <= self.tolerance
 
+    @property
+    def size(self) -> float:
+        """In units of the tolerance; inf for what is no number."""
+        return math.inf if math.isnan(self.value) else self.value / self.tolerance
+
 
 class Lab:
     """One process at work on small grey images.
@@ -102,11 +108,11 @@ class Lab:
         self.generator = torch.Generator().manual_seed(seed)
         self.context = self.process.context(self.images[:1], self.generator)
         self.dense = DenseProcess(self.process, self.size, self.context)
-        self.expands = isinstance(self.process, Osmosis)
+        self.expands = not self.dense.operator.is_diagonal
         low, high = self.process.value_range
         self.span = high - low
         #: of means in units of the value range; relative, of covariances and of entropies per pixel
-        self.mean_tolerance = max(1e-9, 20 * self.process.tolerance) if isinstance(self.process, Osmosis) else 1e-9
+        self.mean_tolerance = max(1e-9, 20 * self.process.tolerance)
         self.noise_tolerance = 5e-3 if self.expands else 1e-7  # an expansion of a root is no better
 
     # --- curves at every scale of the chain, (K + 1, N) ---------------------------------------------------------------
@@ -210,12 +216,17 @@ class Lab:
         mean = Gap(max(largest(a.matrix - b.matrix), largest(a.offset - b.offset) / self.span), self.mean_tolerance)
         spread = max(largest(a.covariance), largest(b.covariance), 1e-9 * float(self.noise.max()) ** 2)
         noise = Gap(largest(a.covariance - b.covariance) / spread if spread > 0 else 0.0, self.noise_tolerance)
-        return max(mean, noise, key=lambda gap: gap.value / gap.tolerance)
+        return max(mean, noise, key=lambda gap: gap.size)
 
     def widest(self, gaps: Sequence[Gap]) -> tuple[int, Gap]:
         """The worst of some gaps, and its number."""
-        index = max(range(len(gaps)), key=lambda k: gaps[k].value / gaps[k].tolerance)
+        index = max(range(len(gaps)), key=lambda k: gaps[k].size)
         return index, gaps[index]
+
+    def over_the_data(self, laws: Sequence[Law]) -> list[Tensor]:
+        """Covariances of u_t, where those of u_t given u_0 are `laws` and u_0 has `data_covariance`."""
+        c = self.data_covariance
+        return [law.matrix @ c @ law.matrix.T + law.covariance for law in laws]
 
     @cached_property
     def chain_entropy(self) -> list[float]:
@@ -264,7 +275,7 @@ def not_applicable(name: str, source: str, printed: str, why: str, direction: st
 
 def whitened(deviation: Tensor, covariance: Tensor) -> Tensor:
     """``(M, N)`` in coordinates in which the covariance is one; without noise in a direction, any deviation is huge."""
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = eigen(covariance)
     return deviation @ vectors / values.clamp(min=1e-12 * float(values.max())).sqrt()
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 
 from dpm_scales.processes import Osmosis
+from dpm_scales.study.audit_dense import eigen, root
 from dpm_scales.study.audit_lab import LIMIT, Finding, Lab, Verdict, not_applicable
 
 LEFT = 0.02
@@ -28,7 +29,7 @@ def _noise(lab: Lab) -> Finding:
     """L = 0."""
     source, printed = "Prop. 5, 6", "p(u_i) converges to N(0, gamma^2 I); gamma = 1 for the variance-preserving chain"
     law = lab.marginals[-1]
-    left, gamma = float(law.matrix.diagonal().mean()), math.sqrt(float(law.covariance.diagonal().mean()))
+    left, gamma = float(law.matrix.diagonal().mean()), root(float(law.covariance.diagonal().mean()))
     if left > 1 - 1e-9:
         return Finding(
             name="steady state",
@@ -65,8 +66,9 @@ def _noise(lab: Lab) -> Finding:
 def _scheduled_blur(lab: Lab) -> Finding:
     """Blur times a variance-preserving schedule ends like a process without blur."""
     law, white = lab.marginals[-1], _white(lab)
-    left = float(torch.linalg.matrix_norm(law.matrix * white / white[:, None], 2))
-    gamma = math.sqrt(float(law.covariance.diagonal().mean()))
+    moved = law.matrix * white / white[:, None]
+    left = root(float(eigen(moved @ moved.T)[0].max()))
+    gamma = root(float(law.covariance.diagonal().mean()))
     drawn, error = _drawn_spread(lab)
     wanted = float(lab.noise[-1, 0])
     fits = abs(gamma / wanted - 1) <= lab.noise_tolerance
@@ -114,7 +116,7 @@ def _blur(lab: Lab) -> Finding:
     settled, shape = lab.process.has_constant_noise(), "diag(v)" if osmosis else "I"
     gammas = lab.noise[-1]
     drawn, error = _drawn_spread(lab)
-    wanted = math.sqrt(float((gammas**2).mean()))
+    wanted = root(float((gammas**2).mean()))
     fits = abs(drawn / wanted - 1) <= LIMIT * error + lab.noise_tolerance and gap <= LEFT
     if settled:
         printed_bound = f"the noise is {float(gammas[0]):.4g} at every scale and frequency"
@@ -163,7 +165,7 @@ def _drawn_spread(lab: Lab) -> tuple[float, float]:
     wanted = float(lab.noise[-1].square().mean())
     per_path = lab.deviations[-1].square().sum(1)
     error = float(per_path.std() / per_path.mean()) / math.sqrt(lab.samples) / 2
-    return math.sqrt(float(level.sum() / weight.sum()) * wanted), error
+    return root(float(level.sum() / weight.sum()) * wanted), error
 
 
 def variance_bound(lab: Lab) -> Finding:
@@ -176,13 +178,11 @@ def variance_bound(lab: Lab) -> Finding:
         why = "there is no noise" if not lab.noisy else "alpha = 1, so no bound exists"
         return not_applicable("bound of the noise", source, printed, why)
     a, b, mu = a[inside], b[inside], lab.mu[inside]
-    # the first scale's own noise is no step of the chain
-    start = lab.noise[0][inside]
     gamma = lab.noise[:, inside].max(0).values
-    true, loose = torch.maximum(b / (1 - a**2).sqrt(), start), b / (1 - a)
+    true, loose = b / (1 - a**2).sqrt(), b / (1 - a)
     ratio = gamma / true
     worst = int(ratio.argmax())
-    dense = max(math.sqrt(float(torch.linalg.eigvalsh(law.covariance).max())) for law in lab.chain)
+    dense = max(root(float(eigen(law.covariance)[0].max())) for law in lab.chain)
     own = float(lab.noise.max()) * float(_white(lab).max())
     fits = float(ratio[worst]) <= 1 + 1e-6 and dense <= own * (1 + lab.noise_tolerance)
     return Finding(

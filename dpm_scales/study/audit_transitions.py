@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from dpm_scales.study.audit_dense import largest
+from dpm_scales.study.audit_dense import eigen, largest, solve
 from dpm_scales.study.audit_lab import LIMIT, Finding, Gap, Lab, Verdict, not_applicable
 from dpm_scales.study.audit_reverse import REVERSE, Return, denoiser
 
@@ -25,15 +25,14 @@ def preserving(lab: Lab) -> Finding:
         values = f"{float(lab.alpha[step, mode]):.6g} and beta = {float(lab.beta[step, mode]):.4g}"
         note = f"at mu = {float(lab.mu[mode]):.3g}, t = {float(lab.ts[step + 1]):.3g} alpha = {values}"
         return not_applicable(name, source, printed, note)
-    # the noise that a truncated schedule has at scale 0 is one more beta before the first
-    kept = torch.cat([1 - lab.noise[:1, 0] ** 2, 1 - lab.beta[:, 0] ** 2]).cumprod(0)
+    kept = torch.cat([lab.beta.new_ones(1), 1 - lab.beta[:, 0] ** 2]).cumprod(0)
     gaps, units = [], lab.dense.units
     for t, chain, marginal in zip(lab.ladder, lab.chain, lab.marginals, strict=True):
         left = kept[round(t * lab.process.num_scales)]
         for law in (chain, marginal):
             mean = Gap(largest(law.matrix - left.sqrt() * units), lab.mean_tolerance)
             noise = Gap(largest(law.covariance - (1 - left) * units), lab.noise_tolerance)
-            gaps.append(max(mean, noise, key=lambda gap: gap.value / gap.tolerance))
+            gaps.append(max(mean, noise, key=lambda gap: gap.size))
     worst, gap = lab.widest(gaps)
     # of the middle of the ladder, so that both products count
     rung = len(lab.ladder) // 2
@@ -70,7 +69,7 @@ def reverse_step(lab: Lab, back: Return) -> Finding:
     for k, posterior in enumerate(back.posteriors[::-1]):
         early, late = back.data[k], back.data[k + 1]
         cross = lab.transitions[k].matrix @ early
-        gain = torch.linalg.lstsq(late, cross, driver="gelsd").solution.T
+        gain = solve(late, cross).T
         spread = early - gain @ cross
         w = denoiser(lab, late, k + 1)
         unknown = lab.data_covariance - w @ lab.chain[k + 1].matrix @ lab.data_covariance
@@ -99,5 +98,5 @@ def reverse_step(lab: Lab, back: Return) -> Finding:
 
 
 def _unevenness(covariance: Tensor) -> float:
-    values = torch.linalg.eigvalsh(covariance)
+    values, _ = eigen(covariance)
     return float((values[-1] - values[0]) / values.mean())

@@ -19,6 +19,7 @@ from dpm_scales.images import write_text
 from dpm_scales.memory import require_memory
 from dpm_scales.metrics import (
     FeatureNetwork,
+    FeatureStatistics,
     entropy_increments,
     few_images,
     frechet_distance,
@@ -27,7 +28,7 @@ from dpm_scales.metrics import (
     reverse_entropy_bounds,
 )
 from dpm_scales.plots import SECOND_DRAW, Look
-from dpm_scales.progress import progress_bar
+from dpm_scales.reporting import Report
 from dpm_scales.storage import check_writable
 from dpm_scales.study.audit_run import audit, write_audit
 from dpm_scales.study.choices import comparison_entries, comparison_images, current_name
@@ -60,11 +61,9 @@ def compare(cfg: DictConfig) -> None:
     for entry in entries:
         entry.process.to(device)
 
-    with progress_bar() as progress:
-        bar = progress.add_task("images", total=len(images.names))
-        parts = measure(
-            entries, images, out, cfg.seed, features, cfg.batch_size, device, lambda n: progress.advance(bar, n)
-        )
+    with Report() as report:
+        advance = report.part("images", len(images.names))
+        parts = measure(entries, images, out, cfg.seed, features, cfg.batch_size, device, advance)
         times = [float(t) for t in plain(cfg.times)]
         names = [entry.name for entry in entries]
         styles = plots.looks(names)
@@ -73,10 +72,8 @@ def compare(cfg: DictConfig) -> None:
         doubts = []
         if features is not None and reference is not None:
             others = [name for name in names if name != reference]
-            bar = progress.add_task("distances", total=len(others) * len(times))
-            doubts = save_distances(
-                out, parts, others, reference, times, features, styles, lambda: progress.advance(bar)
-            )
+            advance = report.part("distances", len(others) * len(times))
+            doubts = save_distances(out, parts, others, reference, times, features, styles, advance)
         save_trajectories(out, entries, images, plain(cfg.show), times, cfg.seed, device)
     if cfg.audit:
         shown = images.load(cfg.show[0])[None]
@@ -203,7 +200,7 @@ def save_distances(
     times: Sequence[float],
     features: FeatureNetwork,
     styles: Mapping[str, Look],
-    on_distance: Callable[[], None],
+    on_distance: Callable[[int], None],
 ) -> list[str]:
     """Write `distance.csv` and `distance.png`, Fig. 4b: each process's images to those of the reference at the same t.
 
@@ -212,15 +209,16 @@ def save_distances(
     rows: list[Row] = []
     for k, t in enumerate(times):
         real = parts.features(reference, k)
+        statistics = FeatureStatistics.of_rows(real)
         for name in others:
             own = parts.features(name, k)
             row: Row = {"process": name, "t": t, "reference": reference, "features": features.name, "n": len(own)}
             if len(own) > 1:
                 kernel = kernel_distance(own, real)
-                row |= {"frechet_name": features.distance_name, "frechet": frechet_distance(own, real)}
+                row |= {"frechet_name": features.distance_name, "frechet": frechet_distance(own, statistics)}
                 row |= {"kernel_name": features.kernel_name, "kernel": kernel.value, "kernel_se": kernel.std_error}
                 rows.append(row)
-            on_distance()
+            on_distance(1)
     if not rows:
         print("distances need 2 images or more; none were measured")
         return []

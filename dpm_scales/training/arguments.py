@@ -155,11 +155,6 @@ def config_flags() -> list[str]:
     return [f"{CONFIG_DIR}{source.path}" for source in sources if source.provider == "command-line"]
 
 
-def resume_command(run_dir: Path) -> str:
-    """The command that resumes the run of this job, for a shell."""
-    return shlex.join(["python", "train.py", *config_flags(), f"run_dir={run_dir}"])
-
-
 def with_stored_overrides(argv: Iterable[str]) -> list[str]:
     """Flags, a resumed run's own overrides, and those given now, so that `run_dir=DIR` alone resumes the run in DIR.
 

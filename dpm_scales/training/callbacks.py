@@ -18,8 +18,9 @@ from rich import get_console
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require_number
+from dpm_scales.errors import OutOfMemoryError, UserError, require_number
 from dpm_scales.images import make_class_grid, make_grid, save_png, to_uint8, write_text
+from dpm_scales.memory import lacks_memory
 from dpm_scales.noise import NoiseSource
 from dpm_scales.progress import LineProgress
 from dpm_scales.tables import csv_text
@@ -142,7 +143,15 @@ class SampleGrid(Callback):
         labels = None
         if recipe.num_classes is not None:
             labels = torch.arange(self.num_images, device=pl_module.device) % recipe.num_classes
-        x = model.sampler.sample(model.denoiser, model.prior, noise, (recipe.channels, *recipe.image_size), labels)
+        size = (recipe.channels, *recipe.image_size)
+        try:
+            x = model.sampler.sample(model.denoiser, model.prior, noise, size, labels)
+        except (RuntimeError, MemoryError) as error:
+            place = lacks_memory(error)
+            if place is None:
+                raise
+            what = f"samples.num_images={self.num_images} images of {size[1]}x{size[2]}"
+            raise OutOfMemoryError(f"{place} has no memory to draw {what}; lower samples.num_images") from error
         if not trainer.is_global_zero:
             return
         images = to_uint8(x, process.value_range).cpu()

@@ -21,6 +21,8 @@ from dpm_scales.errors import UserError, require_number
 from dpm_scales.storage import link
 from dpm_scales.training.cluster import validation_follows
 from dpm_scales.training.export import checkpoints
+from dpm_scales.training.health import Health
+from dpm_scales.training.module import MOST_STEPS
 from dpm_scales.training.sealed import DamagedFileError, checkpoint_step, read_checkpoint, write_checkpoint
 
 #: what a run needs to go on, beside its weights
@@ -128,15 +130,15 @@ def restore_last(good: Path) -> None:
 
 
 class LastCheckpoint(Callback):
-    """`last.ckpt` every n steps, and after the step with which `StopTogether` ends the run.
+    """`last.ckpt` every n steps, and after the step with which `StopTogether` ends the run, if that step was finite.
 
     Where a validation follows the step, the checkpoint waits for its end: a run that went on from between would leave
     it out. Must come after `WeightAverage`, which averages after every step.
     """
 
-    def __init__(self, folder: CheckpointFolder, every_n_steps: int) -> None:
-        require_number("checkpoint.every_n_steps", every_n_steps, 1, whole=True)
-        self.folder, self.every_n_steps = folder, every_n_steps
+    def __init__(self, folder: CheckpointFolder, health: Health, every_n_steps: int) -> None:
+        require_number("checkpoint.every_n_steps", every_n_steps, 1, MOST_STEPS, whole=True)
+        self.folder, self.health, self.every_n_steps = folder, health, every_n_steps
         self._step = self._saved = 0  # the last one seen, and the last one in a checkpoint
         self._waits = False
 
@@ -168,17 +170,22 @@ class LastCheckpoint(Callback):
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
-        self.folder.save_last(trainer)
-        self._saved = self._step
+        if self.health.good(trainer):
+            self.folder.save_last(trainer)
+            self._saved = self._step
 
 
 class FinalCheckpoint(Callback):
-    """`last.ckpt` at the end of training too. Must come before `WeightAverage`, which then replaces the raw weights."""
+    """`last.ckpt` at the end of training too, which must be finite.
 
-    def __init__(self, folder: CheckpointFolder) -> None:
-        self.folder = folder
+    Must come before `WeightAverage`, which then replaces the raw weights.
+    """
+
+    def __init__(self, folder: CheckpointFolder, health: Health) -> None:
+        self.folder, self.health = folder, health
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.health.check_end(trainer)
         self.folder.save_last(trainer)
 
 
@@ -188,13 +195,13 @@ class BestCheckpoint(Callback):
     Of equal losses the earlier one is the better.
     """
 
-    def __init__(self, folder: CheckpointFolder) -> None:
-        self.folder = folder
+    def __init__(self, folder: CheckpointFolder, health: Health) -> None:
+        self.folder, self.health = folder, health
         self._ranked: list[tuple[float, int]] = []  # (loss, step), best first
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loss = trainer.callback_metrics.get("val/loss")
-        if trainer.sanity_checking or loss is None or not math.isfinite(float(loss)):
+        if trainer.sanity_checking or loss is None or not math.isfinite(float(loss)) or not self.health.good(trainer):
             return
         step = trainer.global_step
         # a run that went on from an earlier checkpoint meets its own steps again

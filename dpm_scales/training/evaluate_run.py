@@ -18,11 +18,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import UserError, require, require_number
 from dpm_scales.images import write_text
+from dpm_scales.memory import require_memory
 from dpm_scales.metrics import FeatureNetwork, FeatureSet, FeatureStatistics, Measure, compare, gather, pick_features
-from dpm_scales.metrics.figures import check_measures, check_numbers, few_images, needs_rows
-from dpm_scales.progress import progress_bar
+from dpm_scales.metrics.figures import (
+    FEWEST_NEIGHBOURS,
+    check_measures,
+    check_numbers,
+    few_images,
+    memory_needed,
+    needs_rows,
+)
+from dpm_scales.reporting import Report
 from dpm_scales.storage import check_writable
 from dpm_scales.training.building import plain
 from dpm_scales.training.edit_inputs import choose_model
@@ -73,13 +81,25 @@ class Drawn:
     def __len__(self) -> int:
         return self.number
 
-    def batches(self, batch_size: int, numbers: range | None = None) -> Iterator[Tensor]:
-        """uint8 (B, C, H, W) of the samples of these numbers, without gaps; of all by default."""
+    def batches(
+        self, batch_size: int, numbers: range | None = None, on_samples: Callable[[float], None] | None = None
+    ) -> Iterator[Tensor]:
+        """Draw uint8 (B, C, H, W) of the samples of these numbers, without gaps; of all by default.
+
+        `on_samples` is called with the share of the samples that each step of the sampler is.
+        """
         part = range(self.number) if numbers is None else numbers
         if not part:
             return iter(())
         labels = None if self.labels is None else self.labels[part.start : part.stop]
-        return draw(self.model, len(part), self.seed, batch_size, labels=labels, device=self.device, first=part.start)
+        steps = len(self.model.sampler.scales(self.model.denoiser.process)) - 1
+
+        def on_step(index: int, x: Tensor) -> None:
+            if on_samples is not None:
+                on_samples(len(x) / steps)
+
+        given = (self.model, len(part), self.seed, batch_size)
+        return draw(*given, labels=labels, device=self.device, on_step=on_step, first=part.start)
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -119,7 +139,9 @@ def evaluate(cfg: DictConfig) -> None:
     if run is None:
         fake = open_pictures(str(cfg.samples), "samples", "all", cfg.num_samples)
     else:
-        fake = _drawn(cfg, cfg.num_samples or len(real), device)
+        number = cfg.num_samples or len(real)
+        require_memory(8 * number, f"labels of num_samples={number}", "lower num_samples")
+        fake = _drawn(cfg, number, device)
     yardstick = None
     if cfg.yardstick is not None:
         yardstick = open_pictures(str(cfg.yardstick), "yardstick", str(cfg.yardstick_split), len(fake), run)
@@ -128,6 +150,11 @@ def evaluate(cfg: DictConfig) -> None:
         check_numbers(measures, len(real), len(other))
     held = _held_out(cfg, fake, run)
     network = pick_features(str(cfg.features), cfg.inception, device, cfg.download)
+    require_memory(
+        memory_needed(measures, (len(real), len(fake)), network.dim, cfg.manifold_images),
+        f"features of {len(real)} real images and num_samples={len(fake)} samples",
+        "lower num_samples, num_reference or manifold_images, or take measures=[frechet]",
+    )
     out = None if cfg.out is None else Path(str(cfg.out))
     if out is not None and shard.is_main:
         check_writable(out)
@@ -138,22 +165,26 @@ def evaluate(cfg: DictConfig) -> None:
         return
 
     rows, folder = needs_rows(measures), cache_folder() if cfg.cache else None
-    with progress_bar() as progress:
-
-        def counted(name: str, total: int) -> Callable[[int], None]:
-            bar = progress.add_task(name, total=total)
-            return lambda count: progress.advance(bar, count)
+    with Report() as report:
 
         def known(name: str, pictures: Pictures) -> FeatureSet:
-            return reference_features(pictures, network, cfg.batch_size, rows, folder, counted(name, len(pictures)))
+            advance = report.part(f"{name} features", len(pictures))
+            return reference_features(pictures, network, cfg.batch_size, rows, folder, advance)
 
         reference = known("reference", real)
         bound = None if yardstick is None else known("yardstick", yardstick)
-        own = len(shard.part(len(fake)) if isinstance(fake, Drawn) else fake)
-        judged = _judged(fake, network, cfg.batch_size, rows, shard, counted("samples", own))
-    figures = compare(reference, judged, network, measures)
-    bounds = None if bound is None else compare(reference, bound, network, measures)
+        judged = _judged(fake, network, cfg.batch_size, rows, shard, report)
+        figures = compare(reference, judged, network, measures, cfg.manifold_images, report.part)
+        bounds = None
+        if bound is not None:
+
+            def of_yardstick(name: str, steps: int) -> Callable[[float], None]:
+                return report.part(f"{name} of the yardstick", steps)
+
+            bounds = compare(reference, bound, network, measures, cfg.manifold_images, of_yardstick)
+        likelihoods = likelihood(cfg, fake, held, device, out, report)
     doubts = find_doubts(len(real), len(fake), network, real.sizes)
+    doubts += [doubt for doubt in [_part_alone(figures, len(real), len(fake))] if doubt is not None]
     result = {
         "format": FORMAT,
         "version": VERSION,
@@ -170,7 +201,7 @@ def evaluate(cfg: DictConfig) -> None:
         "yardstick": None
         if yardstick is None or bounds is None
         else _origin(yardstick) | {"figures": _as_table(bounds)},
-        "likelihood": likelihood(cfg, fake, held, device, out),
+        "likelihood": likelihoods,
         "warnings": doubts,
         "device": str(device),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -190,12 +221,19 @@ def _judged(
     batch_size: int,
     rows: bool,
     shard: Shard,
-    on_images: Callable[[int], None] | None,
+    report: Report | None,
 ) -> FeatureSet:
-    """Features of all samples, of a model with the other processes, which must call it too."""
-    if shard.world_size == 1 or not isinstance(fake, Drawn):
-        return gather(network, fake.batches(batch_size), rows, on_images)
-    own = gather(network, fake.batches(batch_size, shard.part(len(fake))), True, on_images)
+    """Features of all samples, of a model with the other processes, which must call it too; they report nothing."""
+    share = shard.part(len(fake)) if isinstance(fake, Drawn) else range(len(fake))
+
+    def part(name: str) -> Callable[[float], None] | None:
+        return None if report is None else report.part(name, len(share))
+
+    batches = fake.batches(batch_size, share, part("sampling")) if isinstance(fake, Drawn) else fake.batches(batch_size)
+    alone = shard.world_size == 1 or not isinstance(fake, Drawn)
+    own = gather(network, batches, rows or not alone, part("sample features"))
+    if alone:
+        return own
     parts = [len(replace(shard, rank=rank).part(len(fake))) for rank in range(shard.world_size)]
     padded = torch.zeros(max(parts), network.dim)
     if own.rows is not None:
@@ -218,7 +256,12 @@ def _held_out(cfg: DictConfig, fake: Pictures | Drawn, run: Path | None) -> Pict
 
 
 def likelihood(
-    cfg: DictConfig, fake: Pictures | Drawn, held: Pictures | None, device: torch.device, out: Path | None
+    cfg: DictConfig,
+    fake: Pictures | Drawn,
+    held: Pictures | None,
+    device: torch.device,
+    out: Path | None,
+    report: Report,
 ) -> dict[str, Any] | None:
     """Bits per dimension of the images held out, if the config asks for them."""
     if held is None or not isinstance(fake, Drawn):
@@ -226,13 +269,14 @@ def likelihood(
     wanted = (str(cfg.likelihood), cfg.likelihood_scales, cfg.likelihood_draws, cfg.seed, device)
     recipe = fake.model.recipe
     batches = held.batches(cfg.batch_size) if recipe.num_classes is None else held.labelled(cfg.batch_size)
-    result = bits_per_dim(fake.model, batches, *wanted, total=len(held))
+    advance = report.part(f"likelihood ({cfg.likelihood})", len(held))
+    result = bits_per_dim(fake.model, batches, *wanted, on_images=advance)
     print(f"likelihood: {result.line()}")
     plain_result = None
     if recipe.num_classes is not None and recipe.label_dropout > 0:
-        plain_result = bits_per_dim(
-            fake.model, held.batches(cfg.batch_size), *wanted, total=len(held), use_labels=False
-        )
+        advance = report.part("likelihood without labels", len(held))
+        batches = held.batches(cfg.batch_size)
+        plain_result = bits_per_dim(fake.model, batches, *wanted, on_images=advance, use_labels=False)
         print(f"without labels: {plain_result.line()}")
     if out is not None:
         save_plot(out / "likelihood.png", result)
@@ -252,6 +296,8 @@ def _check(cfg: DictConfig) -> tuple[str, ...]:
         "give one of model=RUN_OR_EXPORT_OR_CKPT, which is sampled, and samples=DIR",
     )
     check_counts(cfg, [key for key in ("num_samples", "num_reference") if cfg[key] is not None], 2)
+    if cfg.manifold_images is not None:
+        require_number("manifold_images", cfg.manifold_images, FEWEST_NEIGHBOURS, whole=True)
     ok = cfg.likelihood is None or cfg.likelihood in METHODS
     require(ok, f"likelihood={cfg.likelihood!r}: allowed is null, {', '.join(METHODS)}")
     ok = cfg.likelihood is None or cfg.model is not None
@@ -306,6 +352,18 @@ def find_doubts(real: int, fake: int, network: FeatureNetwork, sizes: Sequence[t
             "rank models of one data set, and mean little beside those of another"
         )
     return doubts
+
+
+def _part_alone(figures: dict[str, Measure], real: int, fake: int) -> str | None:
+    """A line that says so if some figures are those of a part of the images."""
+    parts = {name: figure.images for name, figure in figures.items() if figure.images is not None}
+    if not parts:
+        return None
+    (taken, drawn), names = next(iter(parts.values())), list(parts)
+    return (
+        f"{', '.join(names[:-1])} and {names[-1]} are those of {taken} of {real} real images and {drawn} of {fake} "
+        "samples (manifold_images); compare them with figures of as many alone"
+    )
 
 
 def _as_table(figures: dict[str, Measure]) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from dpm_scales.errors import require, require_number
 from dpm_scales.images import to_uint8
 from dpm_scales.metrics import FeatureSet, FeatureStatistics, compare, pick_features
 from dpm_scales.metrics.figures import check_measures, check_numbers, needs_rows
+from dpm_scales.metrics.overlap import Manifolds
 from dpm_scales.noise import NoiseSource
 from dpm_scales.training.building import plain
 from dpm_scales.training.callbacks import WeightAverage
@@ -62,6 +63,12 @@ class PeriodicEvaluation(Callback):
             self.network = pick_features(str(settings.features), settings.inception)
         self._known: FeatureSet | None = None
         self._step = 0
+
+    def names(self) -> list[str]:
+        """Of the figures, as `metrics.csv` and `result.json` have them."""
+        kinds = {"frechet": [self.network.distance_name], "kernel": [self.network.kernel_name]}
+        kinds["manifolds"] = list(Manifolds._fields)
+        return [f"{PREFIX}{_key(name)}" for measure in self.measures for name in kinds[measure]]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -114,7 +121,7 @@ class PeriodicEvaluation(Callback):
 
 def periodic_evaluation(
     average: WeightAverage, data: ImageDataModule, seed: int, settings: DictConfig
-) -> list[Callback]:
+) -> list[PeriodicEvaluation]:
     """The callback that the section `evaluation` asks for, if it does."""
     return [] if settings.every_n_steps is None else [PeriodicEvaluation(average, data, seed, settings)]
 

@@ -115,6 +115,7 @@ def build_model(recipe: Recipe, data_std: float = 0.5) -> Model:
     require(trainable, f"network: {type(network).__name__} has no weights to train")
     target = build(parts["target"], Target, "target")
     prior = build(parts["prior"], Prior, "prior", {"process": process})
+    prior.check(process)
     denoiser = Denoiser(network, process, target, data_std)
     sampler = build(parts["sampler"], Sampler, "sampler", {"denoiser": denoiser})
     sampler.check(denoiser)

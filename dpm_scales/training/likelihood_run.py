@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from dpm_scales.data.files import listed
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import LEVELS, to_range
-from dpm_scales.likelihood import FlowLikelihood, VariationalBound, condition_of
+from dpm_scales.likelihood import FlowLikelihood, VariationalBound
 from dpm_scales.noise import NoiseSource
 from dpm_scales.plots import COLOURS, figure
-from dpm_scales.progress import progress_bar
 from dpm_scales.training.export import Model
 from dpm_scales.training.image_sets import Pictures
 
@@ -43,8 +41,8 @@ class BitsPerDim:
         context, prior, steps, decoder: the parts, see `dpm_scales.likelihood`.
         scales: (n + 1), from 1 down to the finest.
         per_scale: (n), `steps` between neighbours of `scales`.
-        per_band: (n, bands), the same by bands of frequency, equally wide in sqrt(mu); None where the operator is not
-            diagonal, and for the flow.
+        per_band: (n, bands), the same by bands of frequency, equally wide in the root of the Laplacian's eigenvalues;
+            None for the flow.
         settings: arguments that the result depends on.
         given: what the likelihood is conditional on, "guidance image" and "label" or nothing: numbers with another
             condition do not compare.
@@ -92,8 +90,7 @@ def bits_per_dim(
     noise_ratio: float = 1.25,
     decoder_std: float | None = None,
     probes: int = 1,
-    total: int | None = None,
-    progress: Progress | None = None,
+    on_images: Callable[[int], None] | None = None,
     use_labels: bool = True,
 ) -> BitsPerDim:
     """Bits per dimension of images under a model; the same for batches of any size.
@@ -107,8 +104,7 @@ def bits_per_dim(
         noise_ratio: of the dissipation.
         decoder_std: see `VariationalBound`.
         probes: of the flow.
-        total: number of images, for the progress bar.
-        progress: bar to show it in; by default one of its own.
+        on_images: called with the number of images of each batch that is done.
         use_labels: of a model with labels, the likelihood given the images' labels; else that without any, which a
             model knows that was trained with `label_dropout`.
 
@@ -125,28 +121,20 @@ def bits_per_dim(
     shape: tuple[int, int, int] | None = None
     finest_first: list[float] = []
     number = 0
-    bar = progress or progress_bar()
-    if progress is None:
-        bar.start()
-    try:
-        task = bar.add_task(f"likelihood ({method})", total=total)
-        for batch in batches:
-            images, labels = batch if isinstance(batch, tuple | list) else (batch, None)
-            images, labels = _fitting(model, images, labels, shape, "label" in given)
-            shape = (images.shape[1], images.shape[2], images.shape[3])
-            x_0 = to_range(images.to(device), model.denoiser.process.value_range)
-            noise = NoiseSource(seed, len(images), number, device)
-            found = look(x_0, noise, None if labels is None else labels.to(device))
-            results.append(tuple(v.cpu() for v in (found.context, found.prior, found.steps.sum(1), found.decoder)))
-            bands = None if found.bands is None else found.bands.sum(0).cpu()
-            sums.append((found.steps.sum(0).cpu(), bands))
-            finest_first = found.scales.tolist()
-            number += len(images)
-            bar.update(task, advance=len(images))
-        bar.update(task, total=number)
-    finally:
-        if progress is None:
-            bar.stop()
+    for batch in batches:
+        images, labels = batch if isinstance(batch, tuple | list) else (batch, None)
+        images, labels = _fitting(model, images, labels, shape, "label" in given)
+        shape = (images.shape[1], images.shape[2], images.shape[3])
+        x_0 = to_range(images.to(device), model.denoiser.process.value_range)
+        noise = NoiseSource(seed, len(images), number, device)
+        found = look(x_0, noise, None if labels is None else labels.to(device))
+        results.append(tuple(v.cpu() for v in (found.context, found.prior, found.steps.sum(1), found.decoder)))
+        bands = None if found.bands is None else found.bands.sum(0).cpu()
+        sums.append((found.steps.sum(0).cpu(), bands))
+        finest_first = found.scales.tolist()
+        number += len(images)
+        if on_images is not None:
+            on_images(len(images))
     require(number > 0 and shape is not None, "likelihood: there are no images")
     assert shape is not None
     unit = 1 / (math.prod(shape) * math.log(2))
@@ -182,7 +170,7 @@ def conditions(model: Model, use_labels: bool = True) -> tuple[str, ...]:
     """What a likelihood under the model is given, see `BitsPerDim`. Raises UserError if it does not know how to do
     without labels, and should."""
     recipe = model.recipe
-    image = condition_of(model.prior, model.denoiser.process)
+    image = model.denoiser.process.condition
     ok = use_labels or recipe.num_classes is None or recipe.label_dropout > 0
     require(ok, "likelihood: this model was trained with all labels, and knows no images without; set use_labels=True")
     names = (image, "label" if use_labels and recipe.num_classes is not None else None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dpm_scales.data import ImageDataModule
-from dpm_scales.errors import UserError, require, require_number, suggest
+from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.images import to_range
 from dpm_scales.noise import NoiseSource
 from dpm_scales.scale_sampling import SCALE_SAMPLINGS, ImportanceScales, spread_evenly, uniform_scales
@@ -22,9 +22,11 @@ from dpm_scales.weights import LossWeight
 
 DECAYS = ("cosine", "constant")
 BANDS = 4
+MOST_STEPS = 10**9
+"""That a run, its warm-up or an interval may have."""
+
 BETAS = "optimizer.betas must be two numbers in [0, 1)"
 SPECTRUM_IMAGES = 2000  # enough for a curve of 26 numbers
-HEALTH_CHECK_STEPS = 50  # the host waits for the device only this often
 TRAINING, VALIDATION, LABELS = (
     2**32,
     2**32 + 1,
@@ -41,7 +43,6 @@ class DiffusionModule(pl.LightningModule):
         warmup_steps: linear warm-up, in optimiser steps.
         decay: "cosine" to zero at the trainer's max_steps, or "constant".
         betas, weight_decay: AdamW's.
-        max_bad_steps: non-finite steps in a row before training ends with an error.
         conditional: give the labels to the network, but for the recipe's share of them that is dropped in training.
         scale_sampling: "uniform", or "importance": scales whose loss varies more come more often and count less.
         loss_weight: of a scale in the training loss, None for the target's own, which validation keeps.
@@ -58,7 +59,6 @@ class DiffusionModule(pl.LightningModule):
         decay: str = "cosine",
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        max_bad_steps: int = 20,
         conditional: bool = False,
         seed: int = 0,
         compile_network: bool = False,
@@ -67,12 +67,11 @@ class DiffusionModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         require_number("optimizer.learning_rate", learning_rate, 0)
-        require_number("optimizer.warmup_steps", warmup_steps, 0, whole=True)
+        require_number("optimizer.warmup_steps", warmup_steps, 0, MOST_STEPS, whole=True)
         require(decay in DECAYS, f"unknown optimizer.decay {decay!r}: {suggest(str(decay), DECAYS)}")
         pair = isinstance(betas, list | tuple) and len(betas) == 2
         require(pair and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas), BETAS + f", got {betas!r}")
         require_number("optimizer.weight_decay", weight_decay, 0)
-        require_number("optimizer.max_bad_steps", max_bad_steps, 1, whole=True)
         known = suggest(str(scale_sampling), SCALE_SAMPLINGS)
         require(scale_sampling in SCALE_SAMPLINGS, f"unknown scale_sampling {scale_sampling!r}: {known}")
         if loss_weight is not None:
@@ -81,7 +80,7 @@ class DiffusionModule(pl.LightningModule):
         self.model = model.modules()
         self.learning_rate, self.warmup_steps, self.decay = learning_rate, warmup_steps, decay
         self.betas, self.weight_decay = (betas[0], betas[1]), weight_decay
-        self.max_bad_steps, self.conditional, self.seed = max_bad_steps, conditional, seed
+        self.conditional, self.seed = conditional, seed
         self.loss_weight = loss_weight
         if compile_network:
             model.denoiser.network.compile(fullgraph=True)
@@ -178,19 +177,6 @@ class DiffusionModule(pl.LightningModule):
         self.bad_steps = torch.stack([total + bad, row, torch.maximum(longest, row)])
         self.log("train/grad_norm", norm, on_step=True)
         self.log("train/bad_steps", self.bad_steps[0], on_step=True)
-        if (self.global_step + 1) % HEALTH_CHECK_STEPS == 0:
-            self._check_health()
-
-    def on_train_end(self) -> None:
-        self._check_health()
-
-    def _check_health(self) -> None:
-        bad = int(self.bad_steps[2])
-        if bad >= self.max_bad_steps:
-            raise UserError(
-                f"the loss was not finite for {bad} steps in a row before step {self.global_step}; the last "
-                "checkpoint is kept: lower optimizer.learning_rate or set trainer.precision=32-true, then resume"
-            )
 
     # --- validation ---------------------------------------------------------------------------------------------------
 

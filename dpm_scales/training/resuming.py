@@ -7,14 +7,17 @@ is refused (the checkpoint's recipe tells), the rest takes effect from the resum
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
+from dpm_scales.training.arguments import config_flags
 from dpm_scales.training.building import plain
 
 TAKES, WARNED, REFUSED, APART = "takes effect", "takes effect, with a warning", "refused", "no option of the training"
@@ -97,6 +100,11 @@ RULES = {
 
 Change = tuple[str, Any, Any]
 """Option, before, now."""
+
+
+def resume_command(run_dir: Path, *options: str) -> str:
+    """The command that resumes a run, as a shell takes it."""
+    return " ".join(["python train.py", *map(shlex.quote, (*config_flags(), f"run_dir={run_dir}", *options))])
 
 
 def rule_of(key: str) -> Rule | None:

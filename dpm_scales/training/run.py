@@ -22,9 +22,9 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from dpm_scales.data import ImageDataModule, ShuffledBatches, listed
-from dpm_scales.errors import UserError, require, require_number, suggest
+from dpm_scales.errors import UserError, require, require_number
 from dpm_scales.storage import check_folder, check_writable, guarded, remove_leftovers, write_text
-from dpm_scales.training.arguments import CONFIGS, TRAIN, config_dirs, config_flags, resume_command, tidy
+from dpm_scales.training.arguments import TRAIN, config_dirs, config_flags, tidy
 from dpm_scales.training.building import build, check_kind, plain
 from dpm_scales.training.callbacks import (
     LastValidation,
@@ -43,21 +43,29 @@ from dpm_scales.training.checkpoints import (
     find_checkpoint,
     restore_last,
 )
+from dpm_scales.training.checks import (
+    check_grid,
+    check_keys,
+    check_numbers,
+    check_objective,
+    check_same_model,
+    precision_of,
+)
 from dpm_scales.training.cluster import StopTogether, follow_environment, only_run, requeue
 from dpm_scales.training.evaluation import periodic_evaluation
-from dpm_scales.training.export import PARTS, Model, Recipe, build_model, save_model
+from dpm_scales.training.export import PARTS, Model, Recipe, build_model, checkpoints, save_model
 from dpm_scales.training.failures import UnreadableImages, told_in_one_line
+from dpm_scales.training.health import Health, StopDiverged
 from dpm_scales.training.loggers import further_loggers
 from dpm_scales.training.module import DiffusionModule, fit_to_data
-from dpm_scales.training.resuming import KeepOptions, options_of, what_changed
+from dpm_scales.training.resuming import KeepOptions, options_of, resume_command, what_changed
+from dpm_scales.training.sealed import checkpoint_step
 from dpm_scales.training.sharding import FSDP, ShardedStrategy
 from dpm_scales.training.stored import CONFIG_DIR_FILE, may_download, stored_result
 from dpm_scales.weights import LossWeight
 
 #: times that a run logs at least, however short
 LOGGED_AT_LEAST = 20
-#: half precision overflows, and 64 bits are for the curves of a process, which have them anyway
-PRECISIONS = {"32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
 
 
 def _trusted(data: DictConfig, run_dir: Path) -> dict[str, Any]:
@@ -82,56 +90,6 @@ def _recipe(cfg: DictConfig, data: ImageDataModule) -> Recipe:
     return Recipe(parts, data.channels, data.image_size, classes, names or None, dropout)
 
 
-def _check_keys(cfg: DictConfig) -> None:
-    """Refuse keys that nothing reads: Hydra lets an experiment file add any."""
-    known = yaml.safe_load((CONFIGS / "train.yaml").read_text())
-    read = {"": [*PARTS, "data", "weight", "trainer", "logger", *known]}
-    read |= {section: list(known[section]) for section in ("optimizer", "ema", "checkpoint", "samples", "evaluation")}
-    for section, names in read.items():
-        kind = f"{section} holds options, {section}.NAME=VALUE, and is none itself: got {section}={cfg.get(section)}"
-        require(not section or OmegaConf.is_dict(cfg.get(section)), kind)
-        for key in cfg[section] if section else cfg:
-            if key not in names:
-                full = [f"{section}.{name}".lstrip(".") for name in (key, *names)]
-                raise UserError(f"unknown option {full[0]!r}: {suggest(full[0], full[1:])}")
-
-
-def _check_numbers(cfg: DictConfig) -> None:
-    """What would otherwise fail late, or below Lightning with its words."""
-    require_number("seed", cfg.seed, 0, 2**32 - 1, whole=True)
-    trainer = cfg.trainer
-    if trainer.max_steps != -1:
-        require_number("trainer.max_steps", trainer.max_steps, 1, whole=True)
-    require(
-        trainer.max_steps != -1 or trainer.max_time is not None,
-        "trainer.max_steps=-1 never ends; set trainer.max_time=DD:HH:MM:SS or a number of steps",
-    )
-    require_number("trainer.val_check_interval", trainer.val_check_interval, 1, whole=True)
-    require_number("trainer.log_every_n_steps", trainer.log_every_n_steps, 1, whole=True)
-    require_number("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1, whole=True)
-    strategy = str(trainer.strategy)
-    require(
-        strategy in ("auto", FSDP) or strategy.startswith("ddp"),
-        f"trainer.strategy={strategy}: allowed are auto, ddp (whole weights on every device) and fsdp (slices of them)",
-    )
-    require(
-        strategy != FSDP or not cfg.compile,
-        "compile=true compiles a network in one piece, trainer=fsdp computes it block by block; leave one of them out",
-    )
-    if trainer.gradient_clip_val is not None:
-        require_number("trainer.gradient_clip_val", trainer.gradient_clip_val, 0)
-        require(trainer.gradient_clip_val > 0, "trainer.gradient_clip_val=0 stops all learning; null clips nothing")
-
-
-def _precision(cfg: DictConfig) -> str:
-    cuda = torch.cuda.is_available() and cfg.trainer.accelerator in ("auto", "gpu", "cuda")
-    wanted = cfg.trainer.precision
-    name = str(("bf16-mixed" if cuda else "32-true") if wanted is None else wanted)
-    require(not name.startswith("16"), f"trainer.precision={name} overflows; use bf16-mixed or 32-true")
-    require(name in PRECISIONS, f"unknown trainer.precision {name!r}: {suggest(name, PRECISIONS)}")
-    return PRECISIONS[name]
-
-
 def _log_interval(trainer: DictConfig) -> int:
     """Steps from one row of metrics.csv to the next."""
     steps, most = int(trainer.max_steps), int(trainer.log_every_n_steps)
@@ -147,7 +105,7 @@ def _trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback]) -> pl.Tr
         "trainer",
         given={
             "strategy": ShardedStrategy() if strategy == FSDP else strategy,
-            "precision": _precision(cfg),
+            "precision": precision_of(cfg),
             "log_every_n_steps": _log_interval(cfg.trainer),
             "callbacks": callbacks,
             "logger": False,  # they come when the run folder is there
@@ -174,23 +132,6 @@ def _quiet() -> None:
         ".*returned a view tensor.*",  # FSDP's; nothing is done in place with what a network returns
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def _check_same(before: Any, now: Any, run_dir: Path, key: str = "") -> None:
-    """Raise UserError, naming the first key, if a run would go on as another model. The sampler may change."""
-    if key == "sampler" or before == now:
-        return
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted({**before, **now}, key=lambda name: name != "_target_"):
-            _check_same(before.get(name), now.get(name), run_dir, f"{key}.{name}".lstrip("."))
-        return
-    name = key.removesuffix("._target_")
-    if name != key:
-        before, now = (str(target).rpartition(".")[2] for target in (before, now))
-    raise UserError(
-        f"{run_dir} was trained with {name}={before}, and now {name} is {now}; choose another run_dir, "
-        f"or leave {name} as it was"
-    )
 
 
 def _steps_done(run_dir: Path, max_steps: int) -> dict[str, Any] | None:
@@ -251,13 +192,15 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     Everything that the user can get wrong is looked at before the run folder is made.
     """
     _quiet()
-    _check_keys(cfg)
-    _check_numbers(cfg)
+    check_keys(cfg)
+    check_numbers(cfg)
     data: ImageDataModule = build(_trusted(cfg.data, run_dir), ImageDataModule, "data")
     data.prepare_data()
     recipe = _recipe(cfg, data)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     model = build_model(recipe)
+    optimizer = plain(cfg.optimizer)
+    max_bad_steps = optimizer.pop("max_bad_steps", 20)
     module = DiffusionModule(
         model,
         conditional=bool(cfg.conditional),
@@ -265,28 +208,33 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
         compile_network=bool(cfg.compile),
         scale_sampling=cfg.scale_sampling,
         loss_weight=None if cfg.weight.get("_target_") is None else build(cfg.weight, LossWeight, "weight"),
-        **plain(cfg.optimizer),
+        **optimizer,
     )
     if cfg.channels_last:
         module.to(memory_format=torch.channels_last)
     kept = CheckpointFolder(run_dir / "checkpoints", cfg.checkpoint.keep_last, cfg.checkpoint.keep_best)
+    health = Health(kept.folder, max_bad_steps)
     average, stop = WeightAverage(cfg.ema.decay), StopTogether()
+    evaluations = periodic_evaluation(average, data, cfg.seed, cfg.evaluation)
+    check_objective(cfg.objective, [name for evaluation in evaluations for name in evaluation.names()])
     if cfg.logger.get("_target_") is not None:
         check_kind(cfg.logger, Logger, "logger")
     callbacks: list[Callback] = [
         LoggedSteps(),
         stop,
-        FinalCheckpoint(kept),
+        StopDiverged(health),
+        FinalCheckpoint(kept, health),
         SampleGrid(run_dir / "samples", cfg.samples.num_images, cfg.seed),
         average,
-        *periodic_evaluation(average, data, cfg.seed, cfg.evaluation),
+        *evaluations,
         LastValidation(),
-        BestCheckpoint(kept),
-        LastCheckpoint(kept, cfg.checkpoint.every_n_steps),
+        BestCheckpoint(kept, health),
+        LastCheckpoint(kept, health, cfg.checkpoint.every_n_steps),
         LearningRateMonitor("step"),
         KeepOptions(cfg),
         UnreadableImages(data, run_dir / "unreadable.txt"),
     ]
+    check_grid(cfg.samples.num_images, recipe)
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepBar())
     trainer = _trainer(cfg, run_dir, callbacks)
@@ -316,7 +264,7 @@ def _go_on(
     found = find_checkpoint(run_dir / "checkpoints")
     if found is not None:
         resume, checkpoint = found
-        _check_same(checkpoint["recipe"], model.recipe.to_dict(), run_dir)
+        check_same_model(checkpoint["recipe"], model.recipe.to_dict(), run_dir)
         steps = int(checkpoint["global_step"])
         rate = module.learning_rate * module.rate(steps, cfg.trainer.max_steps)
         changed, warned = what_changed(checkpoint, options_of(cfg), rate)
@@ -350,8 +298,10 @@ def _go_on(
             # Lightning's end after Ctrl-C or a signal of SIGNALS
             if not main:
                 raise SystemExit(0) from None  # a status of its own would let Lightning kill the others
-            stopped = f"stopped at step {trainer.global_step}; go on with: {resume_command(run_dir)}"
-            print(stopped, file=sys.stderr)
+            saved = next(map(checkpoint_step, checkpoints(run_dir / "checkpoints")), 0)
+            again = f", from step {saved}" if saved != trainer.global_step else ""
+            command = resume_command(run_dir)
+            print(f"stopped at step {trainer.global_step}; go on with: {command}{again}", file=sys.stderr)
             requeue(stop.received)
             raise SystemExit(128 + (stop.received or 15) if trainer.received_sigterm else 130) from None
         seconds = time.perf_counter() - start
