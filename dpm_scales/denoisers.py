@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dpm_scales.memory import require_memory
 from dpm_scales.noise import Randomness, white_noise
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context, Process
@@ -41,6 +42,9 @@ class Denoiser(nn.Module):
     def _filter_degree(self) -> int:
         """Degree that the preconditioning's filter needs, for white data: the measured spectrum bends it little."""
         white, process = DataSpectrum(), self.process
+        # seven curves of all eigenvalues, float64
+        num_bytes = 56 * process.operator().eigenvalues(8, 8).numel() * process.num_scales
+        require_memory(num_bytes, f"num_scales={process.num_scales}", "lower num_scales")
         scales = torch.arange(1, process.num_scales + 1, dtype=torch.float64) / process.num_scales
         wiener = self.target.scalings(moments(process, process.operator(), scales, white, (8, 8))).filter
         return 0 if wiener is None else process.degree_of(wiener)

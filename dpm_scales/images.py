@@ -12,6 +12,7 @@ import struct
 import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dpm_scales.errors import UserError, require
-from dpm_scales.storage import atomic_write
+from dpm_scales.storage import atomic_write, open_regular
 from dpm_scales.storage import write_bytes as write_bytes
 from dpm_scales.storage import write_text as write_text
 
@@ -217,15 +218,23 @@ def load_image(source: str | Path | bytes | BinaryIO, channels: int | None = Non
     if name is None:
         name = str(source) if isinstance(source, (str, Path)) else str(getattr(source, "name", "image"))
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        with _opened(source) as file, Image.open(file) as picture:
             picture.load()
             array = _to_array(ImageOps.exif_transpose(picture), channels)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{name}: no such file") from None
     except DECODING_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"{name}: not a readable image ({reason}); replace or remove it") from error
     return torch.from_numpy(array)
+
+
+def _opened(source: str | Path | bytes | BinaryIO) -> AbstractContextManager[BinaryIO]:
+    if isinstance(source, str | Path):
+        return open_regular(source)
+    return nullcontext(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
 def _to_array(picture: Image.Image, channels: int | None) -> np.ndarray:

@@ -148,11 +148,11 @@ class _FittedPrior(Prior):
         return noise.numbers % count if self._in_turn else (noise.uniform() * count).long()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # how much is stored is the data's matter, not the constructor's
+        # how much is stored is the data's matter, not the constructor's; torch refuses other numbers of dimensions
         for name in self.stored:
-            values = state_dict.get(prefix + name)
-            if values is not None:
-                setattr(self, name, getattr(self, name).new_zeros(values.shape))
+            values, own = state_dict.get(prefix + name), getattr(self, name)
+            if values is not None and values.ndim == own.ndim:
+                setattr(self, name, own.new_zeros(values.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -222,6 +222,12 @@ class DataPrior(_FittedPrior):
             trained == tuple(size),
             f"this model starts from blurred training images of {trained[0]}x{trained[1]} pixels; "
             f"it can't sample {size[0]}x{size[1]}",
+        )
+        rows, columns = self.coefficients.shape[-2:]
+        require(
+            rows <= size[0] and columns <= size[1],
+            f"this model's prior has {rows}x{columns} coefficients of images of {size[0]}x{size[1]} pixels: its file "
+            "is damaged; train it again",
         )
 
 
@@ -296,6 +302,11 @@ class GuidancePrior(_FittedPrior):
         require(
             len(self.relief) == 0 or trained == tuple(size),
             f"this model is guided by images of {trained[0]}x{trained[1]} pixels; it can't sample {size[0]}x{size[1]}",
+        )
+        require(
+            len(self.relief) == 0 or self.relief.shape[:2] == self.grey.shape,
+            f"this model's prior has {tuple(self.grey.shape)} grey values and {tuple(self.relief.shape[:2])} guidance "
+            "images: its file is damaged; train it again",
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -17,6 +17,11 @@ from dpm_scales import images
 from dpm_scales.data.base import ImageDataset, ImageSource
 from dpm_scales.data.sampler import EpochImages, ShuffledBatches, collate
 from dpm_scales.errors import require
+from dpm_scales.memory import require_memory
+
+BYTES_PER_IMAGE, BYTES_PER_PIXEL = 400, 14
+"""What a batch takes at least: the loaded images twice as they are collated, then as floats, with noise and a result;
+and for each of them objects of Python."""
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -35,6 +40,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     Raises:
         UserError: a value out of range.
+        OutOfMemoryError: batches larger than the machine's memory.
     """
 
     def __init__(
@@ -50,6 +56,12 @@ class ImageDataModule(pl.LightningDataModule):
         require(batch_size >= 1, f"batch_size={batch_size}: allowed is 1 or more")
         require(num_workers >= 0, f"num_workers={num_workers}: allowed is 0 or more")
         require(seed >= 0, f"seed={seed}: allowed is 0 or more")
+        size = (source.channels, *source.image_size)
+        require_memory(
+            batch_size * (BYTES_PER_IMAGE + BYTES_PER_PIXEL * math.prod(size)),
+            f"batch_size={batch_size} images of {size[1]}x{size[2]}x{size[0]}",
+            "lower data.batch_size (trainer.accumulate_grad_batches makes up for it)",
+        )
         self.source = source
         self.batch_size = batch_size
         self.num_workers = num_workers

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_scales.errors import UserError, is_whole, require
+from dpm_scales.memory import require_memory
 from dpm_scales.noise import NoiseSource, Randomness
 from dpm_scales.operators import Decay, Operator, SpectralFunction, batch_view
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule, is_number
@@ -66,7 +67,8 @@ class Process(nn.Module):
 
     Raises: UserError for values out of range, and for curves of which no Markov chain exists (negative transition
     variance, blur that sharpens, gamma that falls where the Lyapunov property is promised); it names scale and
-    eigenvalue. Also for curves whose scale 0 is not the image.
+    eigenvalue. Also for curves whose scale 0 is not the image. OutOfMemoryError for more scales than the machine's
+    memory can hold.
     """
 
     #: channels of context that the network sees for each image channel
@@ -103,6 +105,9 @@ class Process(nn.Module):
         ):
             require(ok, f"{type(self).__name__}: {key}={got!r} is no {key} schedule; see dpm_scales.schedules")
         self._operator = operator
+        # what `_check_consistency` takes at its peak, and all tables together less
+        num_bytes = num_scales * (80 + 40 * len(self._probes()))
+        require_memory(num_bytes, f"{type(self).__name__}: num_scales={num_scales}", "lower num_scales")
         self.num_scales = num_scales
         self.min_decay = float(min_decay)
         self.value_range: tuple[float, float] = (float(values[0]), float(values[1]))
@@ -295,12 +300,16 @@ class Process(nn.Module):
 
     # --- construction -------------------------------------------------------------------------------------------------
 
+    def _probes(self) -> Tensor:
+        """Eigenvalues that span the spectrum, float64; one where there is one only."""
+        largest = self._operator.eigenvalues(64, 64).max().item()
+        return torch.linspace(0, 1, 24, dtype=torch.float64) ** 3 * largest if largest > 0 else torch.zeros(1).double()
+
     def _check_consistency(self, tolerance: float = 1e-9) -> None:
         """Every step of the chain exists: look at all scales and at eigenvalues that span the spectrum."""
         name = type(self).__name__
         ts = torch.arange(self.num_scales + 1, dtype=torch.float64) / self.num_scales
-        largest = self._operator.eigenvalues(64, 64).max().item()
-        mu = torch.linspace(0, 1, 24, dtype=torch.float64) ** 3 * largest if largest > 0 else torch.zeros(1).double()
+        mu = self._probes()
         log_signal = self.signal(ts).log(mu)[:, 0]
         variance = self.noise_scale(ts, mu)[:, 0] ** 2
         log_signal, variance = (v.expand(len(ts), len(mu)) for v in (log_signal, variance))

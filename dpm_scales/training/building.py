@@ -13,7 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import OutOfMemoryError, UserError, require
+from dpm_scales.memory import lacks_memory
 
 MAX_NODES, MAX_DEPTH = 10**5, 50
 
@@ -48,14 +49,20 @@ def build(
         late: for places where `_partial_` may stand: what the function that then makes the object is given.
         given: further arguments, which every class for this place takes.
 
-    Raises: UserError if there is no such class, or if it makes something else.
+    Raises: UserError if there is no such class, or if it makes something else; OutOfMemoryError if memory runs out.
     """
     settings, given = plain(config), given or {}
     found = check_kind(settings, kind, where, late=late)
     what = f"{where}._target_={settings['_target_']}"
     _require_arguments(found, given, what)
-    # under its key, which Hydra's errors tell
-    built = instantiate(OmegaConf.create({where: settings})[where], _convert_="all", **given)
+    try:
+        # under its key, which Hydra's errors tell
+        built = instantiate(OmegaConf.create({where: settings})[where], _convert_="all", **given)
+    except Exception as error:
+        place = lacks_memory(root(error))
+        if place is None:
+            raise
+        raise OutOfMemoryError(f"{what} needs more memory than {place} has left; choose smaller values") from error
     if late is not None and settings.get("_partial_"):
         _require_arguments(found, late, what)
         built = built(**late)
@@ -161,8 +168,14 @@ def _no(kind: type, what: str) -> str:
     return f"{what} makes no {kind.__name__}; name a class derived from {room}.{kind.__name__}"
 
 
-def cause(error: BaseException) -> str:
-    """The first line of what lies at the bottom of an exception."""
+def root(error: BaseException) -> BaseException:
+    """The exception that the others of a chain were raised from."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def cause(error: BaseException) -> str:
+    """The first line of what lies at the bottom of an exception."""
+    error = root(error)
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -6,9 +6,10 @@ against `dpm_scales.` before anything is built from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ import yaml
 from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
-from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.errors import OutOfMemoryError, UserError, require, suggest
 from dpm_scales.images import write_text
+from dpm_scales.memory import lacks_memory
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Process
 from dpm_scales.samplers import Sampler
 from dpm_scales.targets import Target
-from dpm_scales.training.building import build, cause, nodes, plain
+from dpm_scales.training.building import build, cause, nodes, plain, root
 from dpm_scales.training.reading import read_yaml
 from dpm_scales.training.sealed import (
     FORMAT,
@@ -34,6 +36,7 @@ from dpm_scales.training.sealed import (
     read_tensors,
     write_tensors,
 )
+from dpm_scales.training.weights_fit import MisfitError, not_finite, require_dtypes, require_fit, within_memory
 
 WEIGHTS = ("averaged", "raw")
 #: parts of a model; each is a config with a `_target_` of this package
@@ -80,10 +83,15 @@ class Recipe:
             image, labels = values["image"], values["labels"]
             parts = {name: values[name] for name in PARTS}
             size = (int(image["height"]), int(image["width"]))
-            names = labels["class_names"]
-            names, dropout = tuple(names) if names else None, float(labels.get("label_dropout", 0.0))
+            names = labels["class_names"] or None
+            if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+                raise ValueError("class_names are no list of names")
+            dropout = float(labels.get("label_dropout", 0.0))
+            if not 0 <= dropout < 1:
+                raise ValueError(f"label_dropout={dropout}")
+            names = None if names is None else tuple(names)
             recipe = Recipe(parts, int(image["channels"]), size, labels["num_classes"], names, dropout)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{source}: the model's config is incomplete or damaged ({error!r})") from error
         sides = (recipe.channels, *recipe.image_size)
         require(all(0 < side <= MAX_SIDE for side in sides), f"{source}: the model's images can't be {sides}")
@@ -104,14 +112,27 @@ class Model:
         return nn.ModuleDict({"denoiser": self.denoiser, "prior": self.prior})
 
 
-def build_model(recipe: Recipe, data_std: float = 0.5) -> Model:
-    """Build a model with fresh weights. Raises UserError for parts that do not fit together."""
+def build_model(recipe: Recipe, data_std: float = 0.5, weights: Mapping[str, Tensor] | None = None) -> Model:
+    """Build a model with fresh weights.
+
+    Args:
+        data_std: as in `Denoiser`.
+        weights: that the model is to be given, by the names of `Model.modules`: its network is compared with them
+            before memory is taken for it.
+
+    Raises: UserError for parts that do not fit together, MisfitError for weights of another network, OutOfMemoryError
+    for a network larger than the machine's memory.
+    """
     parts = recipe.parts
     process = build(parts["process"], Process, "process")
     inputs = recipe.channels * (1 + process.context_channels)
     given = {"in_channels": inputs, "out_channels": recipe.channels, "num_classes": recipe.num_classes}
-    network = build(parts["network"], nn.Module, "network", given=given)
-    trainable = any(weights.requires_grad for weights in network.parameters())
+    make = partial(build, parts["network"], nn.Module, "network", given=given)
+    if weights is not None:
+        require_fit(make, weights, "denoiser.network.")
+    with within_memory("this network"):
+        network = make()
+    trainable = any(parameter.requires_grad for parameter in network.parameters())
     require(trainable, f"network: {type(network).__name__} has no weights to train")
     target = build(parts["target"], Target, "target")
     prior = build(parts["prior"], Prior, "prior", {"process": process})
@@ -123,8 +144,17 @@ def build_model(recipe: Recipe, data_std: float = 0.5) -> Model:
 
 
 def save_model(folder: Path, model: Model, state: dict[str, Tensor] | None = None) -> None:
-    """Write `model.safetensors` and `config.yaml` into `folder`, each whole or not at all."""
+    """Write `model.safetensors` and `config.yaml` into `folder`, each whole or not at all.
+
+    Raises: UserError, and writes nothing, if a weight is not finite.
+    """
     state = model.modules().state_dict() if state is None else state
+    bad = not_finite(state)
+    require(
+        bad is None,
+        f"the model is not exported to {folder}: {bad} is not finite, so training has diverged; go back to an earlier "
+        "checkpoint, or train again with a lower optimizer.learning_rate",
+    )
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     write_tensors(folder / "model.safetensors", tensors)
     write_text(folder / "config.yaml", yaml.safe_dump(model.recipe.to_dict(), sort_keys=False))
@@ -136,7 +166,8 @@ def load_model(path: str | Path, weights: str = "averaged") -> Model:
     Args:
         weights: "averaged", or "raw" for the last step's weights, which only checkpoints hold.
 
-    Raises: UserError if nothing is there, if it is not a model of ours, or if its weights do not fit its config.
+    Raises: UserError if nothing is there, if it is not a model of ours, or if its weights are not finite or do not fit
+    its config.
     """
     path = Path(path)
     require(weights in WEIGHTS, f"unknown weights {weights!r}: {suggest(str(weights), WEIGHTS)}")
@@ -202,16 +233,28 @@ def _load_checkpoint(path: Path, weights: str) -> Model:
 
 def _with_weights(recipe: Recipe, state: dict[str, Tensor], source: str) -> Model:
     try:
-        model = build_model(recipe)
-    except Exception as error:
-        raise UserError(f"{source}: the model's config can't be built: {cause(error)}") from error
-    try:
+        model = build_model(recipe, weights=state)
+        require_dtypes(state, model.modules().state_dict())
         model.modules().load_state_dict(state)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"{source}: the weights do not fit the config: {first}") from error
+    except Exception as error:
+        raise _refused(error, source) from error
+    bad = not_finite(state)
+    require(bad is None, f"{source}: the weights are not finite ({bad}): training has diverged; choose another model")
     model.modules().eval()
     return model
+
+
+def _refused(error: Exception, source: str) -> UserError:
+    """The line for a model that could not be built and given its weights."""
+    first = root(error)
+    if isinstance(first, OutOfMemoryError) or lacks_memory(first) is not None:
+        return OutOfMemoryError(f"{source}: the model needs more memory than there is: {cause(error)}")
+    if isinstance(first, MisfitError):
+        return UserError(f"{source}: the weights do not fit the config: {first}")
+    if str(first).startswith("Error(s) in loading state_dict"):
+        lines = str(first).splitlines()
+        return UserError(f"{source}: the weights do not fit the config: {lines[min(1, len(lines) - 1)].strip()}")
+    return UserError(f"{source}: the model's config can't be built: {cause(error)}")
 
 
 def _check_targets(value: Any, source: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from dpm_scales.errors import UserError, require
+from dpm_scales.storage import open_regular
 
 MAX_CONFIG_BYTES = 2**20
 
@@ -15,7 +16,7 @@ MAX_CONFIG_BYTES = 2**20
 def read_yaml(path: Path) -> Any:
     """Plain values of a YAML file, which constructs nothing. Raises UserError for anything else."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             text = file.read(MAX_CONFIG_BYTES + 1)
         require(len(text) <= MAX_CONFIG_BYTES, f"{path} is larger than {MAX_CONFIG_BYTES} bytes: no config of ours")
         return yaml.safe_load(text.decode())

@@ -58,6 +58,7 @@ from dpm_scales.training.failures import UnreadableImages, told_in_one_line
 from dpm_scales.training.health import Health, StopDiverged
 from dpm_scales.training.loggers import further_loggers
 from dpm_scales.training.module import DiffusionModule, fit_to_data
+from dpm_scales.training.resumable import require_resumable, restored_in_one_line
 from dpm_scales.training.resuming import KeepOptions, options_of, resume_command, what_changed
 from dpm_scales.training.sealed import checkpoint_step
 from dpm_scales.training.sharding import FSDP, ShardedStrategy
@@ -264,6 +265,7 @@ def _go_on(
     found = find_checkpoint(run_dir / "checkpoints")
     if found is not None:
         resume, checkpoint = found
+        require_resumable(checkpoint, resume, trainer, module, data)
         check_same_model(checkpoint["recipe"], model.recipe.to_dict(), run_dir)
         steps = int(checkpoint["global_step"])
         rate = module.learning_rate * module.rate(steps, cfg.trainer.max_steps)
@@ -292,7 +294,8 @@ def _go_on(
     start = time.perf_counter()
     with _children(overrides, run_dir):
         try:
-            with told_in_one_line(data.batch_size, model.recipe.image_size, data.num_workers):
+            size = model.recipe.image_size
+            with restored_in_one_line(trainer, resume), told_in_one_line(data.batch_size, size, data.num_workers):
                 trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         except SystemExit:
             # Lightning's end after Ctrl-C or a signal of SIGNALS

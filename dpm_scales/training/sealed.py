@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
+import zipfile
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dpm_scales.errors import UserError
-from dpm_scales.storage import atomic_write, write_bytes
+from dpm_scales.storage import atomic_write, open_regular, write_bytes
 
 FORMAT = "dpm_scales model"
 VERSION = 3
@@ -80,9 +82,9 @@ def write_checkpoint(path: str | Path, values: dict[str, Any]) -> None:
 def checkpoint_step(path: Path) -> int | None:
     """The step after which a checkpoint was written, without reading it; None if there is none at `path`."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             found, _ = _seal(file)
-    except OSError:
+    except (OSError, UserError):
         return None
     return int(found[2]) if found else None
 
@@ -98,14 +100,15 @@ def read_checkpoint(path: Path, map_location: Any = None) -> dict[str, Any]:
         UserError: another version wrote it.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             seal, size = _seal(file)
             if seal and _digest(file, size + seal.start(3)) != seal[3].decode():
                 raise DamagedFileError(f"{path} {_DAMAGED}")
             if seal and int(seal[1]) != VERSION:
                 raise UserError(f"{path} has model format {int(seal[1])}; this version reads {VERSION}")
-            file.seek(0)
-            values = torch.load(file, map_location=map_location or "cpu", weights_only=True)
+            _check_records(file)
+            with warnings.catch_warnings(action="ignore"):  # what torch thinks of foreign pickles
+                values = torch.load(file, map_location=map_location or "cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # torch and pickle raise nearly anything for a file that is not theirs
@@ -114,18 +117,43 @@ def read_checkpoint(path: Path, map_location: Any = None) -> dict[str, Any]:
     version = recipe.get("version") if isinstance(recipe, dict) else None
     if isinstance(version, int) and version != VERSION:
         raise UserError(f"{path} has model format {version}; this version reads {VERSION}")
-    if not _plain_states(values) or recipe is None:
+    if recipe is None or not _plain_states(values, size, on_meta=str(map_location) == "meta"):
         raise DamagedFileError(f"{path} {_FOREIGN}")
     if not seal:
         raise DamagedFileError(f"{path} is damaged: its end, which holds the checksum, is missing")
     return dict(values)
 
 
-def _plain_states(values: Any) -> bool:
+def _check_records(file: BinaryIO) -> None:
+    """Raise unless the records of a zip file are stored as they are: nothing unpacks to more than the file's size."""
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        size = file.seek(0, 2)
+    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    if packed or sum(record.file_size for record in records) > size:
+        raise ValueError("packed records")
+    file.seek(0)
+
+
+def _plain_states(values: Any, size: int, on_meta: bool) -> bool:
+    """Whether weights are tensors by name, of no more bytes than the file's `size`: views may claim any shape."""
     if not isinstance(values, dict) or "state_dict" not in values:
         return False
-    states = [values.get(key, {}) for key in ("state_dict", "current_model_state")]
-    return all(isinstance(state, dict) and all(isinstance(name, str) for name in state) for state in states)
+    for key in ("state_dict", "current_model_state"):
+        state = values.get(key, {})
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            return False
+        if not all(is_plain_tensor(value) and value.is_meta == on_meta for value in state.values()):
+            return False
+        if sum(value.numel() * value.element_size() for value in state.values()) > size:
+            return False
+    return True
+
+
+def is_plain_tensor(value: Any) -> bool:
+    """Whether a value is a dense tensor, neither sparse nor nested nor quantised."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return dense and not (value.is_nested or value.is_quantized)
 
 
 def _seal(file: BinaryIO) -> tuple[re.Match[bytes] | None, int]:
@@ -162,7 +190,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         UserError: another version wrote it.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
