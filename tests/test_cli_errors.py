@@ -266,6 +266,9 @@ SAMPLE = {
     "model=labels out=out labels=true": "unknown label True; allowed: 0..9",
     "model=labels out=out num_samples=1000000000000": "1000000000000 images need as many files, and the disk of out",
     "model=digits out=out steps=1000000000000000000000": "exceeds the process's num_scales=1000; lower steps",
+    "model=digits out=out seed=9223372036854775808": "seed must be a whole number >= 0 and <= 9.22337e.18, got 922",
+    "model=labels out=out guidance=1e300": "guidance must be a number >= 0 and <= 1e.30, got 1e.300",
+    "model=digits out=out device=cpu:99": "device=cpu:99 is not to be had here; use device=cpu",
     "model=digits out=out size=true": "size must be a number of pixels or .height,width., got True",
 }
 

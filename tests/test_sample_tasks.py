@@ -324,9 +324,10 @@ MISTAKES = {
     VARY + "overwrite=yess": "overwrite must be true or false, got 'yess'",
     VARY + "labels=3": "labels were given, but this model was trained without",
     # more than there is
-    SUPERRES + "factor=100000": "factor=100000: images of 800000x800000 pixels, 4 at a time, would take .* of memory",
+    SUPERRES + "factor=100000": "factor=100000: images of 800000x800000 pixels, 1 at a time, would take .* of memory",
     INTERPOLATE + "frames=1000000000000": "1000000000000 at a time, would take .* of memory, .*; lower frames",
-    COARSE + "size=100000": "images of 100000x100000 pixels, 48 at a time, would take .* memory, .*; lower batch_size",
+    COARSE + "size=100000": "images of 100000x100000 pixels, 1 at a time, would take .* memory, .*; ask for smaller",
+    COARSE + "size=2000 batch_size=100000 starts=1000": "8000 at a time, would take .* memory, .*; lower batch_size",
     COARSE + "starts=1000000000000": "8000000000000 images need as many files, and the disk of new has room for",
     VARY + "out=file": "can't write to file",
 }

@@ -19,6 +19,7 @@ from torch import Tensor
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, is_whole, require, require_number
 from dpm_scales.images import LEVELS, load_image, make_grid, save_png, to_range
+from dpm_scales.memory import require_memory
 from dpm_scales.noise import NoiseSource
 from dpm_scales.processes import Process
 from dpm_scales.progress import progress_bar
@@ -33,7 +34,7 @@ from dpm_scales.training.sampling import (
     guidance_settings,
     label_cycle,
     pick_device,
-    require_sampling_memory,
+    sample_bytes,
     weights_digest,
     with_guidance,
 )
@@ -95,17 +96,18 @@ class Setup:
         """uint8 images in the process's value range, on the device."""
         return to_range(images.to(self.device), self.process.value_range)
 
-    def require_memory(self, size: tuple[int, int], count: int, together: int = 1, why: str = "") -> None:
+    def require_memory(self, size: tuple[int, int], count: int, together: int = 1, why: str = "images") -> None:
         """Raise OutOfMemoryError unless a batch of `count` results of `size` (H, W) fits, see `produce`.
 
         Args:
-            why: the option that chose the size, for the message.
+            why: what is that large, with the option that chose it.
         """
+        each = sample_bytes(self.model, size)
         batch = min(count, max(self.cfg.batch_size // together, 1) * together)
-        what = f"{why or 'images'} of {size[0]}x{size[1]} pixels, {batch} at a time,"
-        smallest = "lower frames" if together > 1 else "ask for smaller images"
-        remedy = "lower batch_size" if batch > together else smallest
-        require_sampling_memory(self.model, batch, size, what, remedy, self.device)
+        smaller = "ask for smaller images" if together == 1 else "lower frames"
+        for number, remedy in ((min(together, batch), smaller), (batch, "lower batch_size")):
+            what = f"{why} of {size[0]}x{size[1]} pixels, {number} at a time,"
+            require_memory(each * number, what, remedy, self.device)
 
     def record(self, sampler: Sampler, steps: int, number: int, size: tuple[int, int]) -> dict[str, Any]:
         """Return what `sample.json` says."""

@@ -15,12 +15,13 @@ from torch.func import functional_call
 from dpm_scales.conditioning import Guided
 from dpm_scales.errors import UserError, is_whole, require, require_number, suggest
 from dpm_scales.images import to_uint8
-from dpm_scales.memory import lacks_memory, require_memory
+from dpm_scales.memory import lacks_memory
 from dpm_scales.noise import NoiseSource
 from dpm_scales.training.building import plain
 from dpm_scales.training.export import Model
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+MAX_GUIDANCE = 1e30  # single precision ends soon after
 
 
 def check_counts(cfg: DictConfig, numbers: Sequence[str] = ("num_samples",), least: int = 1) -> None:
@@ -35,6 +36,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = name.partition(":")[0]
     require(kind in DEVICES, f"unknown device {name!r}: {suggest(kind, DEVICES)}")
+    require(kind != "cpu" or name in ("cpu", "cpu:0"), f"device={name} is not to be had here; use device=cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -77,7 +79,7 @@ def with_guidance(model: Model, scale: float, interval: Sequence[float] | None =
 
     Raises: UserError for values that can't be meant, and for models that have not learnt to do without labels.
     """
-    require_number("guidance", scale, 0)
+    require_number("guidance", scale, 0, MAX_GUIDANCE)
     if scale == 1:
         return model
     classes = model.recipe.num_classes
@@ -136,28 +138,21 @@ def finished(x: Tensor, value_range: tuple[float, float], first: int) -> Tensor:
     return to_uint8(x, value_range).cpu()
 
 
-def require_sampling_memory(
-    model: Model, batch_size: int, size: tuple[int, int], what: str, remedy: str, device: torch.device
-) -> None:
-    """Raise OutOfMemoryError unless a batch of samples of `size` (H, W) fits into the memory of `device`.
+def sample_bytes(model: Model, size: tuple[int, int]) -> int:
+    """Return how many bytes a sample of `size` (H, W) takes at least while it is drawn.
 
     Counted are the images in four places (the sample, its noise, the network's input and its output), and the largest
-    result within the network, which is found by running it without memory.
-
-    Args:
-        what, remedy: see `require_memory`.
+    result within the network, as far as that runs without memory.
     """
-    process = model.denoiser.process
-    inputs = model.recipe.channels * (1 + process.context_channels)
-    images = 4 * model.recipe.channels * size[0] * size[1]
-    require_memory(4 * batch_size * images, what, remedy, device)
+    channels = model.recipe.channels
+    images = 4 * channels * size[0] * size[1]
     try:
-        largest = largest_activation(model.denoiser.network, (inputs, *size))
-    except RuntimeError as error:
-        if lacks_memory(error) is None:
-            raise
-        largest = 2**63
-    require_memory(4 * batch_size * (images + largest), what, remedy, device)
+        largest = largest_activation(
+            model.denoiser.network, (channels * (1 + model.denoiser.process.context_channels), *size)
+        )
+    except Exception as error:  # not every network does
+        largest = 0 if lacks_memory(error) is None else 2**63
+    return 4 * (images + largest)
 
 
 def largest_activation(network: nn.Module, size: tuple[int, int, int]) -> int:
