@@ -144,15 +144,15 @@ def make_class_grid(images: Tensor, labels: Sequence[int], names: Sequence[str] 
     side = min(images.shape[-2:])
     text_size = min(max(side * math.ceil(SMALLEST_CELL / side) // 4, 12), 24)
     written = [_ascii(names[number]) if names else "" for number in classes]
-    captions = [_caption(text or str(number), text_size) for text, number in zip(written, classes, strict=True)]
-    margin = max(caption.shape[-1] for caption in captions)
+    captions = [caption(text or str(number), text_size) for text, number in zip(written, classes, strict=True)]
+    margin = max(name.shape[-1] for name in captions)
 
     rows = []
-    for strip, caption in zip(strips, captions, strict=True):
+    for strip, name in zip(strips, captions, strict=True):
         row = images.new_full((strip.shape[0], strip.shape[1], margin + width), PADDING_LEVEL)
         row[:, :, margin : margin + strip.shape[2]] = strip
-        height = min(row.shape[1], caption.shape[0])
-        row[:, :height, margin - caption.shape[1] : margin] = caption[:height]
+        height = min(row.shape[1], name.shape[0])
+        row[:, :height, margin - name.shape[1] : margin] = name[:height]
         rows.append(row)
     # the lower padding of a row is the upper one of the next
     blocks = [rows[start : start + CLASS_ROWS] for start in range(0, len(rows), CLASS_ROWS)]
@@ -168,8 +168,8 @@ def _ascii(name: str) -> str:
     return plain if plain.isascii() and plain.isprintable() else ""
 
 
-def _caption(text: str, size: int) -> Tensor:
-    """White text on the grey between cells, uint8 (H, W); a long one is cut."""
+def caption(text: str, size: int) -> Tensor:
+    """Write white text of `size` pixels on the grey between cells, uint8 (H, W); a long one is cut."""
     text = text if len(text) <= CAPTION_LENGTH else f"{text[: CAPTION_LENGTH - 3]}..."
     font = ImageFont.load_default(size)
     left, top, right, bottom = font.getbbox(text)

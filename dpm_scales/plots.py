@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dpm_scales.images import LEVELS, PADDING_LEVEL, make_grid, write_bytes
+from dpm_scales.images import PADDING_LEVEL, caption, make_grid, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -225,15 +224,13 @@ def titled_row(pictures: Mapping[str, Tensor]) -> Tensor:
 
     Pixels stay as they are, in whole multiples where a title needs the width; they end `ROW_PADDING` above the bottom.
     """
-    font = ImageFont.load_default(TITLE_SIZE)
-    first = next(iter(pictures.values()))
-    widest = max(font.getlength(title) for title in pictures) + TITLE_SIZE
-    factor = max(1, math.ceil(widest / first.shape[-1]))
+    titles = [caption(title, TITLE_SIZE) for title in pictures]
+    own = next(iter(pictures.values())).shape[-1]
+    factor = max(1, math.ceil(max(title.shape[-1] for title in titles) / own))
     row = make_grid(torch.stack(list(pictures.values())), len(pictures), ROW_PADDING, factor)
-    strip = Image.new("L", (row.shape[-1], 2 * TITLE_SIZE), PADDING_LEVEL)
-    step = first.shape[-1] * factor + ROW_PADDING
-    for index, title in enumerate(pictures):
-        middle = index * step + (step + ROW_PADDING) / 2
-        ImageDraw.Draw(strip).text((middle, TITLE_SIZE), title, fill=LEVELS, font=font, anchor="mm")
-    above = torch.from_numpy(np.array(strip)).expand(len(row), -1, -1)
+    above = row.new_full((len(row), max(len(title) for title in titles), row.shape[-1]), PADDING_LEVEL)
+    for index, title in enumerate(titles):
+        height, width = title.shape
+        left = index * (own * factor + ROW_PADDING) + ROW_PADDING + (own * factor - width) // 2
+        above[:, :height, left : left + width] = title
     return torch.cat([above, row], 1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.processes import Process
+from dpm_scales.schedules import is_number
 from dpm_scales.study.comparison import FORMER_NAMES, Entry
 from dpm_scales.study.images import ImageSet, image_set
 from dpm_scales.training.building import build, plain
@@ -29,7 +30,7 @@ def chosen_name() -> str | None:
 def comparison_entries(cfg: DictConfig) -> list[Entry]:
     """The processes of the config, then the chosen one. Raises UserError for times or scales that do not fit."""
     times = plain(cfg.times)
-    good = isinstance(times, list) and times and all(isinstance(t, int | float) and t > 0 for t in times)
+    good = isinstance(times, list) and times and all(is_number(t) and t > 0 for t in times)
     require(bool(good) and sorted(set(times)) == times, f"times must be ascending numbers > 0, got {times!r}")
     even = tuple((k + 1) / len(times) for k in range(len(times)))
     entries = []
@@ -43,7 +44,7 @@ def comparison_entries(cfg: DictConfig) -> list[Entry]:
         entries.append(Entry(str(name), process, even))
     if cfg.get("process") is not None:
         scales = plain(cfg.scales) or list(even)
-        good = isinstance(scales, list) and all(isinstance(t, int | float) and 0 <= t <= 1 for t in scales)
+        good = isinstance(scales, list) and all(is_number(t) and 0 <= t <= 1 for t in scales)
         if not good or sorted(scales) != scales or len(scales) != len(times):
             raise UserError(f"scales must be {len(times)} ascending numbers in [0, 1], one for each time, got {scales}")
         name = chosen_name() or str(cfg.process.get("_target_", "")).rpartition(".")[2]
@@ -58,6 +59,6 @@ def comparison_images(cfg: DictConfig) -> ImageSet:
     check_counts(cfg, [] if cfg.limit is None else ["limit"])
     images = image_set(str(cfg.folder), cfg.limit)
     show = plain(cfg.show)
-    fits = isinstance(show, list) and show and all(isinstance(i, int) and 0 <= i < len(images.names) for i in show)
+    fits = isinstance(show, list) and show and all(is_whole(i, 0) and i < len(images.names) for i in show)
     require(bool(fits), f"show must list numbers of images from 0 to {len(images.names) - 1}, got {show!r}")
     return images
