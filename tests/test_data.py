@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,37 @@ def test_bad_arrays_are_refused(tmp_path: Path) -> None:
         data.ArraySource(tmp_path / "text.npy")
     with pytest.raises(UserError, match="no such file"):
         data.ArraySource(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize("largest", [20, 19000, 2**40, 2**63 - 1])
+def test_more_classes_than_images_are_refused(largest: int, tmp_path: Path) -> None:
+    images, labels = np.zeros((20, 4, 4), np.uint8), np.arange(20)
+    np.savez(tmp_path / "a.npz", images=images, labels=labels)
+    assert data.ArraySource(tmp_path / "a.npz", val_fraction=0.0).num_classes == 20
+    labels[3] = largest
+    np.savez(tmp_path / "a.npz", images=images, labels=labels)
+    with pytest.raises(
+        UserError, match=rf"a\.npz: labels go up to {largest}, .* classes of 20 images; number"
+    ) as caught:
+        data.ArraySource(tmp_path / "a.npz")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_advice_to_unpickle(tmp_path: Path) -> None:
+    """NumPy tells that a text would load with `allow_pickle`, and that a pickle may be loaded "unsafely"."""
+    (tmp_path / "text.npz").write_text("hello, world\n")
+    np.save(tmp_path / "objects.npy", np.array([object()]))
+    np.savez(tmp_path / "objects.npz", images=np.array([object()]))
+    (tmp_path / "pickle.npy").write_bytes(pickle.dumps([1]))
+    for name, reason in {
+        "text.npz": "begins as neither of them does",
+        "pickle.npy": "begins as neither of them does",
+        "objects.npy": "holds Python objects",
+        "objects.npz": "holds Python objects",
+    }.items():
+        with pytest.raises(UserError, match=rf"{name}: not a readable .*{reason}") as caught:
+            data.ArraySource(tmp_path / name)
+        assert "allow_pickle" not in str(caught.value) and "unsafe" not in str(caught.value)
 
 
 # downloads

@@ -9,10 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra.errors import InstantiationException
+from shell import composed
 
 from dpm_scales import memory
+from dpm_scales.data import Digits, ImageDataModule
 from dpm_scales.errors import OutOfMemoryError
 from dpm_scales.memory import NEGLIGIBLE, available_memory, lacks_memory, require_memory
+from dpm_scales.processes import Process
+from dpm_scales.training.building import build
 
 
 def test_what_does_not_fit_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +83,26 @@ def test_errors_that_tell_of_memory() -> None:
     assert lacks_memory(torch.OutOfMemoryError("CUDA out of memory")) == "the device"
     assert lacks_memory(RuntimeError("shapes do not fit")) is None
     assert lacks_memory(ValueError("DefaultCPUAllocator")) is None
+
+
+# --- what a user's numbers ask for ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [10**9, 10**12, 10**30])
+@pytest.mark.parametrize("process", ["vp", "ve", "heat", "blurring", "blurring_chain", "osmosis_diffusion"])
+def test_scales_are_counted_before_their_tables_are_made(process: str, number: int) -> None:
+    config = composed(f"process={process}", f"process.num_scales={number}").process
+    with pytest.raises(InstantiationException) as caught:
+        build(config, Process, "process")
+    told = caught.value.__cause__
+    assert isinstance(told, OutOfMemoryError) and f"num_scales={number} would take" in str(told)
+
+
+@pytest.mark.parametrize("number", [10**8, 10**12])
+def test_batches_are_counted_before_they_are_loaded(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda device: 2.0**34)
+    with pytest.raises(
+        OutOfMemoryError, match=f"batch_size={number} images of 8x8x1 would take .*; lower data.batch_si"
+    ):
+        ImageDataModule(Digits(), number, drop_last=False)
+    ImageDataModule(Digits(), 10**5, drop_last=False)

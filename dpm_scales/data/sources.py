@@ -13,6 +13,9 @@ from dpm_scales import images
 from dpm_scales.data.base import ImageSource, TensorImages, size_pair, split_indices
 from dpm_scales.errors import UserError, require, suggest
 
+MAGIC = (b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06")
+"""How .npy files and .npz files, which are zip files, begin."""
+
 
 class Digits(ImageSource):
     """The 1797 handwritten digits of scikit-learn, 8x8 pixels, grey, ten classes; split evenly over the classes."""
@@ -103,7 +106,7 @@ class ArraySource(ImageSource):
         random_flip: mirror half of the training images.
 
     Raises:
-        UserError: no such file, pickled objects in it, or arrays of another type or shape.
+        UserError: no such file, pickled objects in it, arrays of another type or shape, or more classes than images.
     """
 
     def __init__(
@@ -121,8 +124,13 @@ class ArraySource(ImageSource):
         if labels is not None:
             integer = labels.shape == (len(data),) and labels.dtype.kind in "iu" and labels.min() >= 0
             require(integer, f"{path}: labels are {labels.dtype} {labels.shape}; need integers >= 0, ({len(data)},)")
-            targets = torch.from_numpy(labels.astype(np.int64))
             self.num_classes = int(labels.max()) + 1
+            require(
+                self.num_classes <= len(data),
+                f"{path}: labels go up to {self.num_classes - 1}, which makes {self.num_classes} classes of "
+                f"{len(data)} images; number the classes from 0 without gaps",
+            )
+            targets = torch.from_numpy(labels.astype(np.int64))
         self.channels = tensor.shape[1]
         self.image_size = (tensor.shape[2], tensor.shape[3])
         train, val = split_indices(len(tensor), val_fraction, split_seed, labels)
@@ -139,16 +147,23 @@ class ArraySource(ImageSource):
 def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Images and labels, or None, from a .npy or .npz file; objects are never unpickled."""
     require(path.is_file(), f"{path}: no such file; give a .npy or .npz file")
+    kind = f"{path}: not a readable .npy or .npz file without pickled objects"
     try:
+        with path.open("rb") as file:
+            start = file.read(len(MAGIC[0]))
+        require(start.startswith(MAGIC), f"{kind} (it begins as neither of them does)")
         content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray):
             return content, None
         with content:
             keys = list(content.keys())
-            require("images" in keys, f"{path}: holds {', '.join(keys) or 'nothing'}; save the array under 'images'")
+            names = ", ".join(map(repr, keys)) or "nothing"
+            require("images" in keys, f"{path}: holds {names}; save the array under 'images'")
             return content["images"], content["labels"] if "labels" in keys else None
     except UserError:
         raise
     except Exception as error:  # NumPy parses headers as Python code: it raises nearly anything for a damaged one
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: not a readable .npy or .npz file without pickled objects ({reason})") from error
+        # NumPy's advice is to read them nevertheless
+        reason = "it holds Python objects; save arrays of numbers" if "allow_pickle" in reason else reason
+        raise UserError(f"{kind} ({reason})") from error
