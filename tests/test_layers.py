@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,30 @@ def test_the_rules_can_be_broken() -> None:
     assert violations("targets", "from dpm_scales.training.export import Model") == ["dpm_scales.training.export"]
     assert violations("data", "from dpm_scales.processes import VP") == ["dpm_scales.processes"]
     assert violations("processes", "import math\nfrom dpm_scales.operators.heat import HeatOperator") == []
+
+
+def circle(sources: dict[str, str]) -> list[str] | None:
+    """Modules that import each other in a circle, also inside functions, among sources by their full names."""
+    graph: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        froms = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+        modules = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+        graph[name] = (modules | imports(source)) & sources.keys() - {name}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return None
+
+
+def test_no_modules_import_each_other() -> None:
+    sources = {}
+    for path in MODULES:
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        sources[".".join(parts).removesuffix(".__init__")] = path.read_text()
+    assert circle(sources) is None
+    inside = "def f():\n    from dpm_scales.study.compare import measure"
+    assert circle({"dpm_scales.study.compare": "from dpm_scales.study import audit", "dpm_scales.study.audit": inside})
 
 
 def test_package_itself_imports_nothing() -> None:
