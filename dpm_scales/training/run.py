@@ -58,6 +58,7 @@ from dpm_scales.training.failures import UnreadableImages, told_in_one_line
 from dpm_scales.training.health import Health, StopDiverged
 from dpm_scales.training.loggers import further_loggers
 from dpm_scales.training.module import DiffusionModule, fit_to_data
+from dpm_scales.training.peers import told_if_one_is_lost
 from dpm_scales.training.resumable import require_resumable, restored_in_one_line
 from dpm_scales.training.resuming import KeepOptions, options_of, resume_command, what_changed
 from dpm_scales.training.sealed import checkpoint_step
@@ -294,8 +295,9 @@ def _go_on(
     start = time.perf_counter()
     with _children(overrides, run_dir):
         try:
-            size = model.recipe.image_size
-            with restored_in_one_line(trainer, resume), told_in_one_line(data.batch_size, size, data.num_workers):
+            shape = (data.batch_size, model.recipe.image_size, data.num_workers)
+            told = told_in_one_line(*shape)
+            with restored_in_one_line(trainer, resume), told_if_one_is_lost(run_dir, main), told:
                 trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         except SystemExit:
             # Lightning's end after Ctrl-C or a signal of SIGNALS

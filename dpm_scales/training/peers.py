@@ -1,0 +1,89 @@
+"""Several processes train one run, and one of them is gone: the others end with one line that says what to do.
+
+torchrun prints a report of its own after that, with the message that each process left in its error file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from torch import distributed
+
+from dpm_scales.errors import UserError
+from dpm_scales.training.cluster import only_run
+
+AGAIN = "the same command resumes the run from its last checkpoint"
+_LOST = re.compile(r"gloo|nccl|connection (reset|closed|refused)|broken pipe", re.IGNORECASE)
+
+
+class LostProcessError(UserError):
+    """Another process of the run has ended: no mistake of the user's."""
+
+    status = 1
+
+
+@contextmanager
+def told_if_one_is_lost(run_dir: Path, main: bool) -> Iterator[None]:
+    """Turn the end of another process, which breaks off what processes do together, into one line.
+
+    The first process says it; another one does if the first is gone too, which the run folder's lock tells.
+
+    Args:
+        main: whether this process is the first.
+
+    Raises:
+        LostProcessError: another process is gone.
+        SystemExit: the same, and the first process says it.
+    """
+    _leave_message(f"it was killed, or used up the machine's memory; {AGAIN}")
+    try:
+        yield
+    except SystemExit:
+        _leave_message(f"it was stopped; {AGAIN}")
+        raise
+    except UserError as error:
+        _leave_message(str(error))
+        raise
+    except Exception as error:
+        _leave_message(None)
+        if not is_lost(error):
+            raise
+        _leave_message(f"another process was gone; {AGAIN}")
+        if not main and _is_held(run_dir):
+            raise SystemExit(LostProcessError.status) from None
+        raise LostProcessError(f"another process of this run is gone, and this one ends too; {AGAIN}") from error
+    _leave_message(None)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an exception tells that another process does not answer any more."""
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    known = isinstance(error, distributed.DistError) or _LOST.search(str(error)) is not None
+    return several and isinstance(error, RuntimeError) and known
+
+
+def _is_held(run_dir: Path) -> bool:
+    try:
+        with only_run(run_dir):
+            return False
+    except UserError:
+        return True
+
+
+def _leave_message(text: str | None) -> None:
+    """Let torchrun's report say `text` of this process, should it fail; None for nothing."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    with suppress(OSError):
+        if text is None:
+            Path(file).unlink(missing_ok=True)
+        else:
+            more = {"timestamp": str(int(time.time()))}  # without a call stack, for which torchrun would show that
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": more}}))
