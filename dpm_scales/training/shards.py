@@ -144,26 +144,26 @@ def barrier() -> None:
 
 
 def first_decides(decide: Callable[[], None]) -> None:
-    """Call `decide` in the first process, while the others wait, and raise its UserError in all of them."""
+    """Call `decide` in the first process, while the others wait.
+
+    Raises: its UserError there, and SystemExit with the same status in the others: one line is enough.
+    """
     shard = meet()
     if shard.world_size == 1:
         decide()
         return
     barrier()
-    refusal: list[tuple[str, int] | None] = [None]
+    status: list[int | None] = [None]
     try:
         if shard.is_main:
             decide()
     except UserError as error:
-        refusal = [(str(error), error.status)]
+        status = [error.status]
         raise
     finally:
-        torch.distributed.broadcast_object_list(refusal)
-    if refusal[0] is not None:
-        message, status = refusal[0]
-        refused = UserError(message)
-        refused.status = status
-        raise refused
+        torch.distributed.broadcast_object_list(status)
+    if status[0] is not None:
+        raise SystemExit(status[0])
 
 
 def leave() -> None:
