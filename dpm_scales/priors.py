@@ -181,7 +181,7 @@ class DataPrior(_FittedPrior):
     def check_kind(self, process: Process) -> None:
         _require_no_context(self, process)
         require(
-            process.blur is not None and process.operator().is_diagonal,
+            process.is_heat_blur,
             f"DataPrior starts from blurred training images and needs a process that blurs, not "
             f"{type(process).__name__}; set prior=gaussian (or auto)",
         )

@@ -18,7 +18,7 @@ from dpm_scales.likelihood import FlowLikelihood, VariationalBound, start_law
 from dpm_scales.noise import NoiseSource, Randomness, white_noise
 from dpm_scales.operators import Operator, PixelOperator, SpectralFunction
 from dpm_scales.priors import DataPrior, GaussianPrior, auto_prior
-from dpm_scales.processes import Blurring, Context, OsmosisDiffusion, Process
+from dpm_scales.processes import VP, Blurring, Context, InverseHeat, OsmosisDiffusion, Process
 from dpm_scales.samplers import DDIM
 from dpm_scales.schedules import CosineLogSNR, LinearTimeBlur
 from dpm_scales.targets import Clean
@@ -143,7 +143,10 @@ def test_likelihoods_ask_the_process_for_the_degree_of_their_functions() -> None
 
 
 def test_what_needs_the_cosine_basis_refuses_another() -> None:
+    """DataPrior, degraded images, and in `edit=deblur` the scale that is as blurred as the image."""
     process, x_0 = RotatedDiffusion(), images(2, 1, H, W)
+    assert not process.is_heat_blur and not OsmosisDiffusion(K).is_heat_blur and not VP(K).is_heat_blur
+    assert Blurring(K).is_heat_blur and InverseHeat(K).is_heat_blur
     with refused("DataPrior", "RotatedDiffusion"):
         DataPrior().fit(x_0, process)
     with refused("cosine basis", "RotatedDiffusion"):
@@ -157,8 +160,9 @@ def test_edits_draw_the_context_and_use_it() -> None:
     """noised, encode and restore in the coordinates of the field; the same field for a sample, whatever its batch."""
     process, x_0 = UnevenNoise(), images(3, 1, H, W)
     context = context_of(process, x_0, NoiseSource(5, 3))
-    assert context is not None and torch.equal(context, process.context(x_0, NoiseSource(5, 3)))
-    assert torch.equal(context_of(process, x_0[1:], NoiseSource(5, 2, 1)), context[1:])  # type: ignore[arg-type]
+    same, rest = process.context(x_0, NoiseSource(5, 3)), context_of(process, x_0[1:], NoiseSource(5, 2, 1))
+    assert context is not None and same is not None and rest is not None
+    assert torch.equal(context, same) and torch.equal(context[1:], rest)
     t, mu = float64(0.5), torch.zeros(1, 1, dtype=torch.float64)
     y = noised(process, x_0, t, NoiseSource(6, 3), context)
     white = NoiseSource(6, 3).normal((1, H, W), torch.float64)

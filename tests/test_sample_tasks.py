@@ -308,7 +308,7 @@ MISTAKES = {
     "task=vary model=homogeneous start=a.png": "Homogeneous has no noise, so nothing varies",
     "task=inpaint model=finer image=a.png mask=m.png": "a model trained with target=finer knows the next scale only",
     "task=vary model=classes start=a.png": "this model was trained with labels; say for task=vary",
-    "task=deblur model=osmosis_diffusion image=a.png blur_sigma=1 method=scale": "a scale of osmosis is no",
+    "task=deblur model=osmosis_diffusion image=a.png blur_sigma=1 method=scale": "a scale of OsmosisDiffusion is no",
     DEBLUR + "method=scale": "VP does not blur, so no scale of it is the blurred image",
     # files
     "task=inpaint model=vp image=none.png mask=m.png": "none.png: no such file",

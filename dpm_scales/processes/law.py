@@ -133,6 +133,11 @@ class Process(nn.Module):
         """Whether samples carry a context: whether the class draws one."""
         return type(self).context is not Process.context
 
+    @property
+    def is_heat_blur(self) -> bool:
+        """Whether the means are images blurred by the heat equation, all alike: in the DCT basis, without a context."""
+        return self.blur is not None and not self.has_context and self._operator.is_diagonal
+
     def context_from(self, x: Tensor, noise: NoiseSource) -> Context:
         """The context of images ``(B, C, H, W)`` in pixels that a user gives, drawn by the number of each.
 

@@ -33,7 +33,7 @@ from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.images import LEVELS, make_grid, psnr, save_gif, to_uint8
 from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import batch_view
-from dpm_scales.processes import Osmosis, Process
+from dpm_scales.processes import Process
 from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, OnStep, Sampler
 from dpm_scales.training.building import plain
 from dpm_scales.training.edit_inputs import (
@@ -84,8 +84,8 @@ def deblur(cfg: DictConfig) -> None:
     sharp, images = _degraded(setup, degradation, noise_std)
     low, high = setup.process.value_range
     noise_std = (noise_std**2 + (ROUNDING * (high - low)) ** 2) ** 0.5
-    blurs = setup.process.blur is not None and not isinstance(setup.process, Osmosis)
-    if cfg.method == "scale" or (cfg.method == "auto" and blurs and setup.process.has_constant_noise()):
+    blurs_alone = setup.process.is_heat_blur and setup.process.has_constant_noise()
+    if cfg.method == "scale" or (cfg.method == "auto" and blurs_alone):
         restored, note = _from_blur(setup, images, noise_std)
     else:
         size = (images.shape[1], images.shape[2], images.shape[3])
@@ -252,7 +252,10 @@ def _restored(
 def _from_blur(setup: Setup, observed: Tensor, noise_std: float) -> tuple[AbstractContextManager[list[Tensor]], str]:
     """Results of the reverse process from the scale whose blur is nearest, see `produce`; and what to say of it."""
     process, cfg = setup.process, setup.cfg
-    require(not isinstance(process, Osmosis), "a scale of osmosis is no Gaussian blur; set method=estimate")
+    require(
+        process.blur is None or process.is_heat_blur,
+        f"a scale of {type(process).__name__} is no Gaussian blur; set method=estimate",
+    )
     start, blur_sigma = nearest_blur(process, cfg.blur_sigma)
     sampler = setup.model.sampler
     scales = scales_from(sampler, process, start).to(setup.device)
