@@ -13,6 +13,7 @@ import runpy
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from PIL import Image
 from dpm_scales.training import Model, Recipe, build_model
 from dpm_scales.training.building import plain
 from dpm_scales.training.export import PARTS
+from dpm_scales.training.module import DiffusionModule
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -129,6 +131,20 @@ def sample(model: Path, out: Path, *overrides: str) -> Path:
     outcome = call("sample.py", f"model={model}", f"out={out}", *overrides, cwd=out.parent)
     assert outcome.status == 0, outcome.err
     return out
+
+
+@contextlib.contextmanager
+def broken_off(after: int) -> Iterator[None]:
+    """Training ends in its step number `after`, from 0, with a ZeroDivisionError."""
+    step, calls = DiffusionModule.training_step, iter(range(10**6))
+
+    def cut(self: DiffusionModule, *args: Any) -> Any:
+        if next(calls) == after:
+            raise ZeroDivisionError
+        return step(self, *args)
+
+    with mock.patch.object(DiffusionModule, "training_step", cut), pytest.raises(ZeroDivisionError):
+        yield
 
 
 @functools.cache

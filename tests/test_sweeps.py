@@ -293,11 +293,15 @@ def test_losses_of_different_processes_are_not_sorted_as_if_they_compared() -> N
     def order(objective: str, highest: bool = False, rows: Any = found) -> list[list[str]]:
         return [[row["run"] for row in group] for group in sweep.compared(varied, rows, objective, highest)]
 
-    assert order("val/loss") == [["vp2", "vp1"], ["heat3", "heat1", "heat2"]]
-    assert order("val/loss", highest=True) == [["vp1", "vp2"], ["heat1", "heat3", "heat2"]]
+    assert order("val/loss") == [["heat3", "heat1", "heat2"], ["vp2", "vp1"]]
+    assert order("val/loss", highest=True) == [["heat1", "heat3", "heat2"], ["vp1", "vp2"]]
     assert order("eval/fid") == [["vp2", "heat3", "vp1", "heat1", "heat2"]]
     shown = lines(sweep.summary(Path("a"), varied, found, "val/loss"))
-    assert ["".join(line.split()[:2]) for line in shown[3:8]] == ["vp2", "vp1", "heat3", "heat1", "heat2"]
+    assert ["".join(line.split()[:2]) for line in shown[3:8]] == ["heat3", "heat1", "heat2", "vp2", "vp1"]
+    pairs = [(scales, process) for scales in "12" for process in ("vp", "ve")]
+    grid = [{"run": f"{s}{p}", "process.num_scales": s, "process": p, "val/loss": 1.0} for s, p in pairs]
+    together = [group[0]["run"] for group in sweep.compared(["process.num_scales", "process"], grid, "val/loss")]
+    assert together == ["1ve", "2ve", "1vp", "2vp"]
     assert "measure different things" in " ".join(shown)
     for rows, objective in ((found, "eval/fid"), (found[:2], "val/loss")):
         assert "different" not in " ".join(lines(sweep.summary(Path("a"), varied, rows, objective)))

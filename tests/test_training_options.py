@@ -6,7 +6,6 @@ import csv
 import functools
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from shell import (
     FAST,
     SMALL,
     attempt,
+    broken_off,
     call,
     checkpoint,
     column,
@@ -32,7 +32,6 @@ from dpm_scales.images import load_image
 from dpm_scales.networks import UNet
 from dpm_scales.training import load_model
 from dpm_scales.training.callbacks import MetricsFile
-from dpm_scales.training.module import DiffusionModule
 from dpm_scales.training.naming import run_name, short_numbers
 from dpm_scales.training.run import _log_interval
 
@@ -193,20 +192,10 @@ def test_short_runs_log_too(tmp_path: Path) -> None:
     assert {_log_interval(composed(f"trainer.max_steps={n}").trainer) for n in (1000, 2200, -1)} == {50}
 
 
-def test_short_run_that_resumes_logs_what_an_undisturbed_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_run_that_resumes_logs_what_an_undisturbed_one_does(tmp_path: Path) -> None:
     options = ("trainer.max_steps=45", "trainer.log_every_n_steps=50", "checkpoint.every_n_steps=7")
     train(tmp_path / "whole", *options)
-    step, calls = DiffusionModule.training_step, iter(range(100))
-
-    def cut(self: DiffusionModule, *args: Any) -> Any:
-        if next(calls) == 17:
-            raise ZeroDivisionError
-        return step(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(DiffusionModule, "training_step", cut)
+    with broken_off(after=17):
         attempt(tmp_path / "parts", *options)
     train(tmp_path / "parts", *options)
     assert (tmp_path / "parts" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
@@ -218,10 +207,17 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     monkeypatch.setenv("WANDB_SILENT", "true")
+    shown, finish = [], wandb.Run.finish
+
+    def shows(self: wandb.Run) -> None:
+        shown.append(dict(self.config))
+        finish(self)
+
+    monkeypatch.setattr(wandb.Run, "finish", shows)
     run_dir = train(tmp_path / "run", "logger=wandb")
     kept = (run_dir / "wandb_id").read_text()
-    (log,) = (run_dir / "wandb").glob(f"offline-run-*-{kept}/run-{kept}.wandb")
-    assert b'"max_bad_steps":20' in log.read_bytes()  # the run's options
+    assert list((run_dir / "wandb").glob(f"offline-run-*-{kept}/run-{kept}.wandb"))
+    assert shown == [settings(run_dir)]
     assert wandb.run is None
     train(tmp_path / "run", "logger=wandb", "trainer.max_steps=8")
     assert (run_dir / "wandb_id").read_text() == kept

@@ -110,10 +110,11 @@ def compared(varied: Sequence[str], rows: Iterable[Row], objective: str, highest
         highest: whether the best is the highest, not the lowest.
     """
     laws = [key for key in varied if _is_law(key)] if objective.startswith("val/") else []
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+    laws.sort(key=lambda key: "." in key)  # choices first, so that those of one process stand together
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in laws), []).append(row)
-    return [sorted(group, key=lambda row: _rank(row.get(objective), highest)) for group in groups.values()]
+        groups.setdefault(tuple(str(row[key]) for key in laws), []).append(row)
+    return [sorted(groups[law], key=lambda row: _rank(row.get(objective), highest)) for law in sorted(groups)]
 
 
 def summary(
