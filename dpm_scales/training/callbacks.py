@@ -109,7 +109,7 @@ class LoggedSteps(Callback):
     ) -> None:
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         if 0 < trainer.max_steps <= trainer.global_step + 1:
-            trainer.log_every_n_steps = 1
+            trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
 
 
 class LastValidation(Callback):
