@@ -248,6 +248,7 @@ class GuidancePrior(_FittedPrior):
     relief: Tensor
 
     def __init__(self, noise_ratio: float = 1.0, max_images: int = 10000) -> None:
+        require(noise_ratio is not None, "GuidancePrior: noise_ratio must be >= 0, got None")
         super().__init__(noise_ratio, max_images)
         self.register_buffer("grey", torch.zeros(0, 1))
         self.register_buffer("relief", torch.zeros(0, 1, 1, 1))

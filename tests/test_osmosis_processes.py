@@ -330,7 +330,7 @@ def test_prior_says_what_is_missing() -> None:
     prior.fit(images(2, 1, 4, 4), OsmosisDiffusion(20))
     with refused("1 channel(s)", "3"):
         prior.sample(OsmosisDiffusion(20), NoiseSource(0, 1), (3, 4, 4))
-    for bad in ({"noise_ratio": -1.0}, {"max_images": 0}):
+    for bad in ({"noise_ratio": -1.0}, {"noise_ratio": None}, {"max_images": 0}):
         with refused("GuidancePrior"):
             GuidancePrior(**bad)  # type: ignore[arg-type]
 

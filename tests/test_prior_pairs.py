@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpm_scales.likelihood import start_law
 from dpm_scales.noise import NoiseSource
-from dpm_scales.priors import DataPrior, GaussianPrior, GuidancePrior, auto_prior
+from dpm_scales.priors import DataPrior, GaussianPrior, GuidancePrior, Prior, auto_prior
 from dpm_scales.processes import Blurring, InverseHeat, OsmosisDiffusion, Process
 from dpm_scales.schedules import CosineLogSNR
 
@@ -42,7 +42,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return rows.mean(0), rows.std(0) / math.sqrt(len(rows)), rows, grey
 
 
-def assert_law(process: Process, prior: GaussianPrior | DataPrior | GuidancePrior) -> None:
+def assert_law(process: Process, prior: Prior) -> None:
     """6000 starts against 6000 images that the process itself took from the data to scale 1: first and second moments
     of each pixel and of the grey value, in pixels, within 5 standard errors of both."""
     count, (low, high) = 6000, process.value_range
