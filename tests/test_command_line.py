@@ -167,6 +167,10 @@ HINTS = {
     "train.py -x": "-x: options are KEY=VALUE: x=VALUE",
     "train.py --config-dir": "--config-dir needs a value: --config-dir VALUE",
     "train.py --config-dir=": "--config-dir is empty",
+    "train.py --cfg jop": "unknown --cfg 'jop': did you mean 'job'? allowed: all, hydra, job",
+    "train.py --": "--: options are KEY=VALUE: KEY=VALUE",
+    "train.py data=3": "data is chosen by a name, and can't be 3; leave it out for the default",
+    "train.py process=haet --help": "unknown process 'haet': did you mean 'heat'? allowed: ",
     "train.py --config-dir nowhere": "Additional config directory '",
 }
 

@@ -43,7 +43,6 @@ Row = dict[str, Any]
 
 def compare(cfg: DictConfig) -> None:
     """Everything is checked before the first image is read."""
-    require(isinstance(cfg.audit, bool), f"audit must be true or false, got {cfg.audit!r}")
     if cfg.folder is None:
         require(cfg.audit, "data=DIR names the folder of images to compare the processes on (data=photos: bundled)")
         audit(cfg)

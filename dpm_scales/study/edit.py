@@ -51,7 +51,6 @@ def shadow(cfg: DictConfig) -> None:
 def clone(cfg: DictConfig) -> None:
     """Everything is checked before work begins."""
     check_match(cfg.match, MATCHES)
-    require(isinstance(cfg.mixed, bool), f"mixed must be true or false, got {cfg.mixed!r}")
     device = _check_common(cfg)
     background, foreground = load_image(str(cfg.background)), load_image(str(cfg.foreground))
     if len(background) != len(foreground):

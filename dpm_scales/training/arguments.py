@@ -14,7 +14,7 @@ from types import MappingProxyType
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.training.stored import key_of, stored_config_dir, stored_overrides
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -29,6 +29,10 @@ PLAIN_FLAGS = (
 )
 SHORT_FLAGS = {"-cd": "--config-dir", "-cp": "--config-path", "-cn": "--config-name", "-c": "--cfg", "-p": "--package"}
 VALUE_FLAGS = (*SHORT_FLAGS.values(), "--experimental-rerun", "--info")
+FLAG_CHOICES = {
+    "--cfg": ("job", "hydra", "all"),
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}
 CONFIG_DIR = "--config-dir="
 #: options whose values are paths: they may hold what Hydra's grammar wants in quotes (run folders hold = and ,)
 PATHS = (
@@ -75,18 +79,20 @@ def split_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
         if not typed.startswith("-"):
             options.append(typed)
         elif name in INFO_FLAGS and not equals and not alone:
-            flags.append(f"--info={rest.pop(0)}")
+            rest.insert(0, f"--info={rest.pop(0)}")
         elif name in PLAIN_FLAGS and not equals:
             flags.append(name)
         elif name in VALUE_FLAGS:
             require(bool(equals or rest), f"{typed} needs a value: {name} VALUE")
             value = value if equals else rest.pop(0)
             require(not EMPTY.fullmatch(value), f"{name} is empty; give it a value or leave it out")
+            known = FLAG_CHOICES.get(name, (value,))
+            require(value in known, f"unknown {name} {value!r}: {suggest(value, known)}")
             flags.append(f"{name}={value}")
         else:
             whole = typed if alone else f"{typed} {rest[0]}"
             value = value if equals else "VALUE" if alone else rest[0]
-            raise UnknownFlagError(whole, name.lstrip("-").replace("-", "_"), value)
+            raise UnknownFlagError(whole, name.lstrip("-").replace("-", "_") or "KEY", value)
     return flags, options
 
 

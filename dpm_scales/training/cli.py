@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import NoReturn, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -34,7 +35,7 @@ from dpm_scales.training.arguments import (
     with_stored_overrides,
 )
 from dpm_scales.training.building import arguments_of, locate, plain
-from dpm_scales.training.configs import switches
+from dpm_scales.training.configs import all_groups, switches
 from dpm_scales.training.hints import TASK_GROUPS, option_of_flag, unknown_option
 from dpm_scales.training.stored import key_of
 from dpm_scales.training.switches import check_switches
@@ -189,8 +190,7 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
             key = re.search(r"(?:full_key: |mandatory value: )([\w.]+)", str(link))
             return f"{key.group(1) if key else 'a key'} has no value yet; give it on the command line: KEY=VALUE"
     if type(error) is ValueError and "Config group override must be a string" in str(error):  # Hydra's
-        group = next((a.partition("=")[0] for a in sys.argv if a.endswith("=null")), "a config group")
-        return f"{group} is chosen by a name, and can't be null; leave it out for the default"
+        return _not_a_name(config_name)
     if isinstance(error, InstantiationException):
         return _instantiation(error, chain[-1])
     for link in reversed(chain):
@@ -199,6 +199,17 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
         if type(link).__name__ == "MisconfigurationException":  # Lightning's; importing it would take seconds
             return " ".join(str(link).split())
     return None
+
+
+def _not_a_name(config_name: str) -> str:
+    """The line for a config group that is given null, a number or a switch."""
+    key, value = "a config group", "null"
+    for argument in sys.argv[1:]:
+        name, equals, rest = argument.partition("=")
+        if equals and name in all_groups(config_name):
+            chosen = OverridesParser.create().parse_override(argument).value()
+            key, value = (key, value) if isinstance(chosen, str | list) else (name, rest)
+    return f"{key} is chosen by a name, and can't be {value}; leave it out for the default"
 
 
 def _shorten(message: str, config_name: str) -> str:

@@ -185,7 +185,6 @@ def image_size(cfg: DictConfig) -> tuple[int, int] | None:
 def prepare(cfg: DictConfig) -> Setup:
     """Model, sampler and device, checked; nothing is written yet."""
     check_counts(cfg)
-    require(isinstance(cfg.overwrite, bool), f"overwrite must be true or false, got {cfg.overwrite!r}")
     shard = shards.meet()
     device = shards.own_device(pick_device(str(cfg.device)), shard)
     model = choose_model(cfg)

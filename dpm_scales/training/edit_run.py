@@ -275,7 +275,6 @@ def _from_blur(setup: Setup, observed: Tensor, noise_std: float) -> tuple[Abstra
 
 def _degraded(setup: Setup, degradation: Degradation, noise_std: float) -> tuple[Tensor | None, Tensor]:
     """The sharp images, if they were given, and the degraded ones; uint8."""
-    require(isinstance(setup.cfg.degrade, bool), f"degrade must be true or false, got {setup.cfg.degrade!r}")
     images = setup.images("image")
     if not setup.cfg.degrade:
         return None, images

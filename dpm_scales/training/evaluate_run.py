@@ -302,8 +302,6 @@ def _check(cfg: DictConfig) -> tuple[str, ...]:
     require(ok, f"likelihood={cfg.likelihood!r}: allowed is null, {', '.join(METHODS)}")
     ok = cfg.likelihood is None or cfg.model is not None
     require(ok, f"likelihood={cfg.likelihood} is that of images under a model: give model=, not samples=")
-    for key in ("cache", "download", "any_size"):
-        require(isinstance(cfg[key], bool), f"{key} must be true or false, got {cfg[key]!r}")
     if cfg.samples is not None:
         for key, usual in {"steps": None, "labels": None, "guidance": 1, "weights": "averaged"}.items():
             require(cfg[key] == usual, f"{key} is for sampling a model, and samples={cfg.samples} are there already")

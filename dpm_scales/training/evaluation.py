@@ -50,7 +50,6 @@ class PeriodicEvaluation(Callback):
             require_number(f"evaluation.{key}", settings[key], low, whole=True)
         if settings.num_reference is not None:
             require_number("evaluation.num_reference", settings.num_reference, 2, whole=True)
-        require(isinstance(settings.cache, bool), f"evaluation.cache must be true or false, got {settings.cache!r}")
         self.measures = check_measures(plain(settings.measures))
         self.average, self.seed = average, seed
         self.every_n_steps, self.num_samples = int(settings.every_n_steps), int(settings.num_samples)

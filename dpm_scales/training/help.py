@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from dpm_scales.errors import UserError, suggest
 from dpm_scales.training import configs
 from dpm_scales.training.arguments import ALIASES, CONFIGS, config_dirs
 from dpm_scales.training.configs import Option
@@ -42,12 +43,13 @@ def help_text(config_name: str, argv: Sequence[str]) -> str:
     ]
     for group, choice in _chosen(config_name, argv).items():
         path = configs.config_file(group, choice, config_dirs(argv))
-        if path is not None:
-            names = {key: alias for alias, key in ALIASES.get(config_name, {}).items()}
-            own = [replace(o, key=names.get(o.key, o.key)) for o in configs.chosen_options(group, path).values()]
-            lines = _lines([o for o in own if o.key != "task"], width)
-            about = " ".join(configs.read_options(path)[0])
-            sections += ["\n".join([*textwrap.wrap(f"{_name(group)}={choice}: {about}", width), *lines])]
+        if path is None:
+            raise UserError(f"unknown {_name(group)} {choice!r}: {suggest(choice, configs.choices(group))}")
+        names = {key: alias for alias, key in ALIASES.get(config_name, {}).items()}
+        own = [replace(o, key=names.get(o.key, o.key)) for o in configs.chosen_options(group, path).values()]
+        lines = _lines([o for o in own if o.key != "task"], width)
+        about = " ".join(configs.read_options(path)[0])
+        sections += ["\n".join([*textwrap.wrap(f"{_name(group)}={choice}: {about}", width), *lines])]
     sweeps = config_name == "train"
     flags = [line for flag, text in FLAGS.items() if sweeps or "-m" not in flag for line in _row(flag, text, width)]
     return "\n\n".join([*sections, "\n".join(["flags:", *flags])])
@@ -81,7 +83,7 @@ def _chosen(config_name: str, argv: Sequence[str]) -> dict[str, str]:
         chosen[group] = choice
         path = configs.config_file(group, choice, config_dirs(argv))
         for inner, name in configs.defaults(path) if path else ():
-            if inner and name is not None:
+            if inner and name is not None and not inner.startswith("override"):
                 chosen[f"{group}/{inner}"] = typed.get(f"{group}/{inner}", name)
     return chosen
 

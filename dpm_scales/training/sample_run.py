@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import UserError
 from dpm_scales.images import make_class_grid, make_grid, save_gif, save_png, to_range, to_uint8
 from dpm_scales.noise import NoiseSource
 from dpm_scales.samplers import OnStep
@@ -58,7 +58,6 @@ def steer(model: Model, place: str) -> tuple[list[str], Tensor]:
 
 def sample(cfg: DictConfig) -> None:
     """Draw images from the prior. Everything is checked before the first one is drawn."""
-    require(isinstance(cfg.trajectory, bool), f"trajectory must be true or false, got {cfg.trajectory!r}")
     size = image_size(cfg)
     setup = prepare(cfg)
     model, process = setup.model, setup.process
