@@ -120,10 +120,10 @@ def _check(text: str, file: Path, paths: Collection[str]) -> list[str]:
         if section in _WRITERS and names:
             place = bool(_PLACE.fullmatch(names[-1]))
             base = Path() if place else file.parent  # other names become folders below it
-            text = isinstance(entry, str)
-            inside = text and "$" not in entry and _is_below(base / entry, file.parent)
+            is_text = isinstance(entry, str)
+            inside = is_text and "$" not in entry and _is_below(base, entry, file.parent)
             outside = f"{refused}, which names a place to write to outside of {file.parent}; {_ADVICE}"
-            require(inside or not (text or place), outside)
+            require(inside or not (is_text or place), outside)
     return [name for name, _ in leaves]
 
 
@@ -139,10 +139,10 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _is_below(place: Path, folder: Path) -> bool:
-    """Whether a place is a folder or something in it, links resolved."""
+def _is_below(base: Path, name: str, folder: Path) -> bool:
+    """Whether what `name` means, starting from `base`, is a folder or something in it, links resolved."""
     try:
-        return place.expanduser().resolve().is_relative_to(folder.resolve())
+        return (base / Path(name).expanduser()).resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError):
         return False
 
