@@ -14,7 +14,7 @@ from shell import composed
 
 from dpm_scales import memory
 from dpm_scales.data import Digits, ImageDataModule
-from dpm_scales.errors import OutOfMemoryError
+from dpm_scales.errors import OutOfMemoryError, UserError
 from dpm_scales.memory import NEGLIGIBLE, available_memory, lacks_memory, require_memory
 from dpm_scales.processes import Process
 from dpm_scales.training.building import build
@@ -106,3 +106,10 @@ def test_batches_are_counted_before_they_are_loaded(number: int, monkeypatch: py
     ):
         ImageDataModule(Digits(), number, drop_last=False)
     ImageDataModule(Digits(), 10**5, drop_last=False)
+
+
+@pytest.mark.parametrize("option", ["batch_size", "num_workers", "seed"])
+@pytest.mark.parametrize("value", [1.5, 1e30, float("nan"), True, -1])
+def test_batches_are_counted_in_whole_numbers(option: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{option}=.*: allowed is a whole number"):
+        ImageDataModule(Digits(), **{"batch_size": 8, option: value})  # type: ignore[arg-type]

@@ -100,6 +100,14 @@ CHANGES: dict[str, tuple[Change, str]] = {
         lambda c: c["state_dict"].update({k: v.double() for k, v in c["state_dict"].items()}),
         "must be a tensor torch.float32",
     ),
+    "raw weights not finite": (
+        lambda c: c["current_model_state"]["model.denoiser.network.conv_in.weight"].fill_(float("nan")),
+        "current_model_state.model.denoiser.network.conv_in.weight is not finite, so that training had diverged",
+    ),
+    "average infinite": (
+        lambda c: c["state_dict"]["model.denoiser.network.conv_in.bias"].fill_(float("inf")),
+        "state_dict.model.denoiser.network.conv_in.bias is not finite",
+    ),
     "weights missing": (lambda c: c["state_dict"].popitem(), "state_dict lacks or adds model"),
 }
 

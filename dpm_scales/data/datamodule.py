@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from dpm_scales import images
 from dpm_scales.data.base import ImageDataset, ImageSource
 from dpm_scales.data.sampler import EpochImages, ShuffledBatches, collate
-from dpm_scales.errors import require
+from dpm_scales.errors import is_whole, require
 from dpm_scales.memory import require_memory
 
 BYTES_PER_IMAGE, BYTES_PER_PIXEL = 400, 14
@@ -53,9 +53,9 @@ class ImageDataModule(pl.LightningDataModule):
         drop_last: bool = True,
     ) -> None:
         super().__init__()
-        require(batch_size >= 1, f"batch_size={batch_size}: allowed is 1 or more")
-        require(num_workers >= 0, f"num_workers={num_workers}: allowed is 0 or more")
-        require(seed >= 0, f"seed={seed}: allowed is 0 or more")
+        require(is_whole(batch_size, 1), f"batch_size={batch_size}: allowed is a whole number >= 1")
+        require(is_whole(num_workers, 0), f"num_workers={num_workers}: allowed is a whole number >= 0")
+        require(is_whole(seed, 0), f"seed={seed}: allowed is a whole number >= 0")
         size = (source.channels, *source.image_size)
         require_memory(
             batch_size * (BYTES_PER_IMAGE + BYTES_PER_PIXEL * math.prod(size)),
@@ -142,7 +142,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def set_start_batch(self, number: int) -> None:
         """Let the next training iterator start at batch `number` >= 0, counted over the whole run."""
-        require(number >= 0, f"start batch {number}: allowed is 0 or more")
+        require(number >= 0, f"start batch {number}: allowed is a whole number >= 0")
         self._start_batch = number
         self._anchor = None
 
@@ -180,7 +180,7 @@ class ImageDataModule(pl.LightningDataModule):
 
         Taken from at most `max_images` images spread evenly over the training set.
         """
-        require(max_images >= 1, f"max_images={max_images}: allowed is 1 or more")
+        require(max_images >= 1, f"max_images={max_images}: allowed is a whole number >= 1")
         self.prepare_data()
         train = self.train_set
         require(len(train) > 0, "no training images")

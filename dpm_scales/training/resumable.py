@@ -24,6 +24,7 @@ from dpm_scales.training.building import cause, root
 from dpm_scales.training.export import Recipe
 from dpm_scales.training.module import DiffusionModule
 from dpm_scales.training.sealed import is_plain_tensor
+from dpm_scales.training.weights_fit import not_finite
 
 LARGEST = 2**53
 """No counter of a run is larger."""
@@ -165,4 +166,7 @@ def _odd_weights(checkpoint: dict[str, Any], module: DiffusionModule) -> str | N
             shape = value.shape if name in parameters else found[name].shape
             if found[name].shape != shape or found[name].dtype != value.dtype or found[name].ndim != value.ndim:
                 return _not_a(f"{key}.{name}", f"a tensor {value.dtype} {tuple(value.shape)}", found[name])
+        bad = not_finite(found)
+        if bad is not None:
+            return f"{key}.{bad} is not finite, so that training had diverged"
     return None
