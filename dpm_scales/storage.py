@@ -42,8 +42,9 @@ class FolderGoneError(UserError):
         folder: that was guarded.
     """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(f"{folder} is gone: it was deleted, moved or unmounted while it was written to")
+    def __init__(self, folder: Path, more: str = "") -> None:
+        gone = f"{folder} is gone: it was deleted, moved or unmounted while a command wrote to it"
+        super().__init__(f"{gone}; {more}" if more else gone)
         self.folder = folder
 
 
@@ -51,7 +52,7 @@ class _Guard:
     """A folder that was entered: its absolute path, and itself, held open so that no other one can take its number."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder.absolute()
+        self.folder, self.path, self.gone = folder, folder.absolute(), False
         self._open: int | None = None
         with suppress(OSError, AttributeError):  # not readable, or Windows
             self._open = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -60,9 +61,10 @@ class _Guard:
         """Raise FolderGoneError unless the folder is still at its path."""
         try:
             now = os.stat(self.path)
-        except OSError as error:
-            raise FolderGoneError(self.folder) from error
-        if self._open is not None and not os.path.samestat(os.fstat(self._open), now):
+            self.gone = self._open is not None and not os.path.samestat(os.fstat(self._open), now)
+        except OSError:
+            self.gone = True
+        if self.gone:
             raise FolderGoneError(self.folder)
 
     def close(self) -> None:
@@ -90,6 +92,11 @@ def guarded(folder: str | Path) -> Iterator[None]:
     finally:
         _GUARDS.remove(guard)
         guard.close()
+
+
+def any_gone() -> bool:
+    """Whether a write found that a guarded folder is gone. Looks at no disk."""
+    return any(guard.gone for guard in _GUARDS)
 
 
 def check_folder(folder: str | Path) -> None:

@@ -29,6 +29,7 @@ from dpm_scales.errors import UserError, require
 from dpm_scales.images import to_range, to_uint8, write_bytes, write_text
 from dpm_scales.metrics import FeatureNetwork, average_grey, image_variance, relative_entropy
 from dpm_scales.processes import Osmosis, Process
+from dpm_scales.storage import guarded, make_folder, open_regular, read_text
 from dpm_scales.study.fingerprint import describe, describe_images, fingerprint
 from dpm_scales.study.images import ImageSet
 
@@ -148,9 +149,12 @@ class Parts:
         self.known: list[int] = []
 
     def claim(self, fingerprint: str) -> None:
-        """Take the folder for this comparison. Raises UserError if it is another's."""
+        """Take the folder for this comparison. Raises UserError if it is another's, or no real folder."""
+        make_folder(self.folder.parent)
+        with guarded(self.folder.parent):
+            make_folder(self.folder)
         mark = self.folder / "comparison.txt"
-        if mark.is_file() and mark.read_text().strip() != fingerprint:
+        if mark.exists() and read_text(mark).strip() != fingerprint:
             raise UserError(
                 f"{self.folder} holds figures of other processes, images or settings; choose another out or remove it"
             )
@@ -175,7 +179,7 @@ class Parts:
 
     def _read(self, key: str) -> Iterator[Array]:
         for first in self.known:
-            with np.load(self._file(first), allow_pickle=False) as part:
+            with open_regular(self._file(first)) as file, np.load(file, allow_pickle=False) as part:
                 if key in part:
                     yield part[key]
 

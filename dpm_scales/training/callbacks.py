@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from dpm_scales.errors import OutOfMemoryError, UserError, require_number
-from dpm_scales.images import make_class_grid, make_grid, save_png, to_uint8, write_text
+from dpm_scales.images import make_class_grid, make_grid, save_png, to_uint8
 from dpm_scales.memory import lacks_memory
 from dpm_scales.noise import NoiseSource
 from dpm_scales.progress import LineProgress
+from dpm_scales.storage import FolderGoneError, open_regular, write_text
 from dpm_scales.tables import csv_text
 from dpm_scales.training.export import Model
 from dpm_scales.training.module import DiffusionModule
@@ -156,7 +159,8 @@ class SampleGrid(Callback):
             return
         images = to_uint8(x, process.value_range).cpu()
         grid = make_grid(images) if labels is None else make_class_grid(images, labels.tolist(), recipe.class_names)
-        save_png(self.folder / f"step-{trainer.global_step:06d}.png", grid)
+        with suppress(FolderGoneError):  # in the middle of a validation, of which no checkpoint is made
+            save_png(self.folder / f"step-{trainer.global_step:06d}.png", grid)
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("samples", [grid.permute(1, 2, 0).numpy()], step=trainer.global_step)
@@ -232,7 +236,10 @@ class StepBar(ProgressBar):
 class MetricsFile(Logger):
     """`metrics.csv`: one row for each time something is logged; a resumed run goes on in the same file.
 
-    Lightning's CSVLogger rewrites from memory, so that a resumed run would lose the rows before it.
+    Lightning's CSVLogger rewrites from memory, so that a resumed run would lose the rows before it. Where the run's
+    folder is gone, the rows are kept in memory alone, and the next checkpoint tells.
+
+    Raises: UserError if what is at `path` is no table of a run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -242,11 +249,15 @@ class MetricsFile(Logger):
         self._columns: list[str] = ["step", "epoch"]
         if path.is_file():
             try:
-                with path.open(newline="") as file:
+                with io.TextIOWrapper(open_regular(path), "utf-8", newline="") as file:
                     reader = csv.DictReader(file, strict=True)
-                    self._rows = [row for row in reader if int(row["step"]) >= 0]
                     self._columns = list(reader.fieldnames or self._columns)
+                    self._rows = [_figures(row) for row in reader]
+                if "step" not in self._columns or len({*self._columns}) < len(self._columns):
+                    raise ValueError("no column 'step', or two of one name")
             except (csv.Error, KeyError, TypeError, ValueError, OSError) as error:
+                if isinstance(error, UserError):
+                    raise
                 raise UserError(f"{path} is damaged ({error!r}); remove it: the run begins a new one") from error
 
     @property
@@ -256,6 +267,15 @@ class MetricsFile(Logger):
     @property
     def version(self) -> str:
         return ""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no rows."""
+        return not self._rows
+
+    def text(self) -> str:
+        """Content of the file."""
+        return csv_text(self._columns, self._rows)
 
     def last(self, prefix: str) -> dict[str, float]:
         """The last value of every column that begins with `prefix`."""
@@ -281,8 +301,18 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        write_text(self.path, csv_text(self._columns, self._rows))
+        with suppress(FolderGoneError):
+            write_text(self.path, self.text())
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
+
+
+def _figures(row: dict[str, str]) -> dict[str, str]:
+    """A row of `metrics.csv`. Raises ValueError, KeyError or TypeError unless it is one: a step >= 0, and numbers."""
+    if None in row or int(row["step"]) < 0:
+        raise ValueError(f"row {row}")
+    for value in row.values():
+        float(value or 0)
+    return row

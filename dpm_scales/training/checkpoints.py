@@ -18,11 +18,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dpm_scales.errors import UserError, require_number
-from dpm_scales.storage import link
+from dpm_scales.storage import FolderGoneError, link
 from dpm_scales.training.cluster import validation_follows
 from dpm_scales.training.export import checkpoints
 from dpm_scales.training.health import Health
 from dpm_scales.training.module import MOST_STEPS
+from dpm_scales.training.run_folder import Rescue
 from dpm_scales.training.sealed import DamagedFileError, checkpoint_step, read_checkpoint, write_checkpoint
 
 #: what a run needs to go on, beside its weights
@@ -30,10 +31,25 @@ NEEDED = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "averaging_
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that appear whole or not at all, with a checksum, and are read without unpickling."""
+    """Checkpoints that appear whole or not at all, with a checksum, and are read without unpickling.
+
+    Args:
+        rescue: saves the run elsewhere if its folder is gone.
+    """
+
+    def __init__(self, rescue: Rescue | None = None) -> None:
+        super().__init__()
+        self.rescue = rescue
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        write_checkpoint(Path(path), checkpoint)
+        try:
+            write_checkpoint(Path(path), checkpoint)
+        except FolderGoneError as error:
+            if self.rescue is None:
+                raise
+            raise self.rescue.save(
+                error, lambda folder: write_checkpoint(folder / "checkpoints" / "last.ckpt", checkpoint)
+            ) from error
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None

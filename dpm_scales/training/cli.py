@@ -6,6 +6,7 @@ status 2; whatever is not one keeps its traceback. HYDRA_FULL_ERROR=1 gives the 
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -47,6 +48,8 @@ Result = TypeVar("Result")
 TRACEBACK = "HYDRA_FULL_ERROR"
 #: the user's own wish for tracebacks; Hydra's variable is set in any case, or Hydra would not hand us its exceptions
 WISH = "DPM_SCALES_TRACEBACK"
+#: what the operating system says of a place that the user named; anything else is a defect
+PLACE_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.EIO, errno.ESTALE)
 
 
 def is_sweep() -> bool:
@@ -193,6 +196,9 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
         return _not_a_name(config_name)
     if isinstance(error, InstantiationException):
         return _instantiation(error, chain[-1])
+    for link in chain:
+        if isinstance(link, OSError) and link.errno in PLACE_ERRORS and link.filename is not None:
+            return f"{str(link.filename)[:200]!r}: {link.strerror}; choose another place"
     for link in reversed(chain):
         if isinstance(link, HydraException | OmegaConfBaseException):
             return _shorten(str(link), config_name)

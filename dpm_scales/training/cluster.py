@@ -30,7 +30,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from torch import distributed
 
-from dpm_scales.storage import lock
+from dpm_scales.storage import any_gone, lock
 from dpm_scales.training.shards import meet
 
 REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
@@ -56,6 +56,8 @@ def follow_environment(cfg: DictConfig) -> ClusterEnvironment:
 
 class StopTogether(Callback):
     """After a signal to any process, all of them end after the same step, which `LastCheckpoint` then saves.
+
+    So they do once a grid or a figure found that the run's folder is gone; the checkpoint is then saved elsewhere.
 
     A validation that follows the step, or has begun, is finished after a first Ctrl-C; the other signals break it off.
     A second Ctrl-C ends its process at once. Must come before `LastCheckpoint`. Processes agree once a step, on the
@@ -86,6 +88,7 @@ class StopTogether(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # no checkpoint holds gradients that are being accumulated; and after the last step the run ends anyway
+        self._note_gone()
         if trainer.global_step != self._step and not 0 < trainer.max_steps <= trainer.global_step:
             self._step = trainer.global_step
             self._agree(trainer, patient=validation_follows(trainer))
@@ -103,6 +106,7 @@ class StopTogether(Callback):
             self._agree(trainer, patient=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._note_gone()
         if not 0 < trainer.max_steps <= trainer.global_step:
             self._agree(trainer)
 
@@ -117,6 +121,11 @@ class StopTogether(Callback):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if self._speaks:
                 print(STOPPING, file=sys.stderr, flush=True)
+
+    def _note_gone(self) -> None:
+        """Stop as after Ctrl-C, which finishes a validation: in the middle of one there is no checkpoint to save."""
+        if any_gone():
+            self.received = self.received or signal.SIGINT
 
     def _agree(self, trainer: pl.Trainer, patient: bool = False) -> None:
         """Stop if any process has a signal; `patient`: not yet after Ctrl-C."""

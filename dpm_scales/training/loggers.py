@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig
 
-from dpm_scales.storage import write_text
+from dpm_scales.storage import read_text, write_text
 from dpm_scales.training.building import build, plain
 
 
@@ -31,7 +31,7 @@ def further_loggers(cfg: DictConfig, run_dir: Path, main: bool) -> list[Logger]:
         kept = run_dir / "wandb_id"
         if not kept.is_file():
             write_text(kept, secrets.token_hex(4))
-        settings |= {"id": kept.read_text(), "resume": "allow"}
+        settings |= {"id": read_text(kept), "resume": "allow"}
     logger: Logger = build(settings, Logger, "logger")
     if main:
         logger.log_hyperparams(plain(cfg))

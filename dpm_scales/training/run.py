@@ -16,15 +16,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dpm_scales.data import ImageDataModule, ShuffledBatches, listed
 from dpm_scales.errors import UserError, require, require_number
-from dpm_scales.storage import check_folder, check_writable, guarded, remove_leftovers, write_text
-from dpm_scales.training.arguments import TRAIN, config_dirs, config_flags, tidy
+from dpm_scales.storage import FolderGoneError, write_text
+from dpm_scales.training.arguments import TRAIN, config_flags, tidy
 from dpm_scales.training.building import build, check_kind, plain
 from dpm_scales.training.callbacks import (
     LastValidation,
@@ -51,7 +50,7 @@ from dpm_scales.training.checks import (
     check_same_model,
     precision_of,
 )
-from dpm_scales.training.cluster import StopTogether, follow_environment, only_run, requeue
+from dpm_scales.training.cluster import StopTogether, follow_environment, requeue
 from dpm_scales.training.evaluation import periodic_evaluation
 from dpm_scales.training.export import PARTS, Model, Recipe, build_model, checkpoints, save_model
 from dpm_scales.training.failures import UnreadableImages, told_in_one_line
@@ -61,21 +60,13 @@ from dpm_scales.training.module import DiffusionModule, fit_to_data
 from dpm_scales.training.peers import told_if_one_is_lost
 from dpm_scales.training.resumable import require_resumable, restored_in_one_line
 from dpm_scales.training.resuming import KeepOptions, options_of, resume_command, what_changed
+from dpm_scales.training.run_folder import Rescue, prepare, steps_done, taken, trusted_data
 from dpm_scales.training.sealed import checkpoint_step
 from dpm_scales.training.sharding import FSDP, ShardedStrategy
-from dpm_scales.training.stored import CONFIG_DIR_FILE, may_download, stored_result
 from dpm_scales.weights import LossWeight
 
 #: times that a run logs at least, however short
 LOGGED_AT_LEAST = 20
-
-
-def _trusted(data: DictConfig, run_dir: Path) -> dict[str, Any]:
-    """The data's config, without downloads to a place that the run's folder alone names."""
-    settings: dict[str, Any] = plain(data)
-    if "download" in settings and not may_download(run_dir):
-        settings["download"] = False
-    return settings
 
 
 def _recipe(cfg: DictConfig, data: ImageDataModule) -> Recipe:
@@ -98,7 +89,7 @@ def _log_interval(trainer: DictConfig) -> int:
     return most if steps < 0 else max(1, min(most, steps // LOGGED_AT_LEAST))
 
 
-def _trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback]) -> pl.Trainer:
+def _trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback], rescue: Rescue) -> pl.Trainer:
     environment = follow_environment(cfg)
     strategy = cfg.trainer.strategy
     return build(
@@ -111,7 +102,7 @@ def _trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback]) -> pl.Tr
             "log_every_n_steps": _log_interval(cfg.trainer),
             "callbacks": callbacks,
             "logger": False,  # they come when the run folder is there
-            "plugins": [AtomicCheckpointIO(), environment],
+            "plugins": [AtomicCheckpointIO(rescue), environment],
             "default_root_dir": str(run_dir),
             "num_sanity_val_steps": 0,
             "check_val_every_n_epoch": None,
@@ -134,35 +125,6 @@ def _quiet() -> None:
         ".*returned a view tensor.*",  # FSDP's; nothing is done in place with what a network returns
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def _steps_done(run_dir: Path, max_steps: int) -> dict[str, Any] | None:
-    """The result of a run that has taken all its steps, else None."""
-    done = run_dir / "result.json"
-    if not done.is_file():
-        return None
-    result = stored_result(done)
-    return result if 0 < max_steps <= result["steps"] else None
-
-
-@contextmanager
-def _taken(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder, made if it is missing, for this process alone, and write nowhere else."""
-    if not run_dir.is_dir():
-        check_writable(run_dir)
-    check_folder(run_dir)
-    with guarded(run_dir), only_run(run_dir):
-        yield
-
-
-def _prepare_folder(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> None:
-    check_writable(run_dir)
-    remove_leftovers(run_dir)
-    config = OmegaConf.to_container(cfg, resolve=True)
-    write_text(run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-    write_text(run_dir / "overrides.yaml", yaml.safe_dump(overrides))
-    for place in config_dirs(config_flags()):
-        write_text(run_dir / CONFIG_DIR_FILE, f"{place}\n")
 
 
 @contextmanager
@@ -196,7 +158,7 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     _quiet()
     check_keys(cfg)
     check_numbers(cfg)
-    data: ImageDataModule = build(_trusted(cfg.data, run_dir), ImageDataModule, "data")
+    data: ImageDataModule = build(trusted_data(cfg, run_dir), ImageDataModule, "data")
     data.prepare_data()
     recipe = _recipe(cfg, data)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -239,14 +201,15 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     check_grid(cfg.samples.num_images, recipe)
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepBar())
-    trainer = _trainer(cfg, run_dir, callbacks)
+    rescue = Rescue(run_dir)
+    trainer = _trainer(cfg, run_dir, callbacks, rescue)
     # an empty sampler, for its checks
     world_size = trainer.world_size
     ShuffledBatches(len(data.train_set), data.batch_size, 0, int, data.drop_last, 0, world_size, "data.")
     fit_to_data(model, data)
 
-    with _taken(run_dir) if trainer.is_global_zero else nullcontext():
-        return _go_on(cfg, run_dir, overrides, trainer, module, data, average, stop)
+    with taken(run_dir) if trainer.is_global_zero else nullcontext():
+        return _go_on(cfg, run_dir, overrides, trainer, module, data, average, stop, rescue)
 
 
 def _go_on(
@@ -258,6 +221,7 @@ def _go_on(
     data: ImageDataModule,
     average: WeightAverage,
     stop: StopTogether,
+    rescue: Rescue,
 ) -> dict[str, Any]:
     """Train from where the run folder stands; returns and saves the result."""
     model, main = module.parts, trainer.is_global_zero
@@ -273,23 +237,27 @@ def _go_on(
         changed, warned = what_changed(checkpoint, options_of(cfg), rate)
         del checkpoint  # as large as the weights, their average and the optimiser's state together
     del found
-    finished = _steps_done(run_dir, cfg.trainer.max_steps)
+    finished = steps_done(run_dir, cfg.trainer.max_steps)
     if finished is not None:
         if main:
             more = "raise trainer.max_steps or choose another run_dir"
             print(f"{run_dir} is finished ({finished['steps']} steps); {more}")
         return finished
 
+    metrics = MetricsFile(run_dir / "metrics.csv")
     if main:
-        _prepare_folder(cfg, run_dir, overrides)
+        rescue.texts, rescue.metrics = prepare(cfg, run_dir, overrides), metrics.text
         if resume is not None:
             restore_last(resume)
         print(_first_line(cfg, run_dir, trainer, model, data) + (f", resuming {resume}" if resume else ""))
         if changed:
             print(changed)
+        if steps >= cfg.trainer.log_every_n_steps and metrics.is_empty:
+            warned.append(f"{metrics.path} is missing or empty: what was logged before step {steps} is lost")
+        if len(data.val_set) == 0:
+            warned.append("there are no validation images: no val/loss, no best.ckpt and no sample grids will be made")
         for line in warned:
             warnings.warn(line, stacklevel=2)
-    metrics = MetricsFile(run_dir / "metrics.csv")
     metrics.forget_from(steps)
     trainer.loggers = [metrics, *further_loggers(cfg, run_dir, main)]
     start = time.perf_counter()
@@ -319,8 +287,15 @@ def _go_on(
         }
         state = average.averaged(keep=main)
         if main:
-            save_model(run_dir / "model", model, state)
-            write_text(run_dir / "result.json", json.dumps(result, indent=1))
+
+            def finish(folder: Path) -> None:
+                save_model(folder / "model", model, state)
+                write_text(folder / "result.json", json.dumps(result, indent=1))
+
+            try:
+                finish(run_dir)
+            except FolderGoneError as error:
+                raise rescue.save(error, finish) from error
         for logger in trainer.loggers:
             if hasattr(logger, "experiment") and hasattr(logger.experiment, "finish"):
                 logger.experiment.finish()  # or the next run of a sweep would go on in this one

@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dpm_scales.errors import UserError, require
-from dpm_scales.storage import open_regular
+from dpm_scales.storage import open_regular, read_text
 from dpm_scales.training.reading import read_yaml
 
 _KEY = re.compile(r"[A-Za-z][\w/-]*(\.\w+)*")
@@ -87,7 +87,7 @@ def stored_config_dir(run_dir: Path) -> str | None:
 def stored_result(file: Path) -> dict[str, Any]:
     """A finished run's figures and its `overrides`. Raises UserError if the file is damaged."""
     try:
-        result = json.loads(file.read_text())
+        result = json.loads(read_text(file))
         if not isinstance(result["overrides"], list) or not all(isinstance(o, str) for o in result["overrides"]):
             raise ValueError("overrides are no options")
         return {**result, "steps": int(result["steps"])}

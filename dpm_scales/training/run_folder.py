@@ -1,0 +1,138 @@
+"""The folder of a run: what may lie in it, who writes to it, and where a run is saved when its folder goes away."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from dpm_scales.errors import UserError, require
+from dpm_scales.storage import (
+    FolderGoneError,
+    check_folder,
+    check_writable,
+    guarded,
+    make_folder,
+    remove_leftovers,
+    write_text,
+)
+from dpm_scales.training.arguments import config_dirs, config_flags
+from dpm_scales.training.building import plain
+from dpm_scales.training.cluster import only_run
+from dpm_scales.training.stored import CONFIG_DIR_FILE, may_download, stored_result
+
+#: what a run writes, as patterns below its folder; a folder at the name of a file would fail at the first write, hours
+#: after the start
+FILES = (
+    *("config.yaml", "overrides.yaml", "result.json", "metrics.csv", "unreadable.txt", "wandb_id", CONFIG_DIR_FILE),
+    *("checkpoints/*.ckpt", "checkpoints/last.damaged", "samples/step-*.png"),
+    *("model/model.safetensors", "model/config.yaml"),
+)
+FOLDERS = ("checkpoints", "samples", "model")
+
+
+@contextmanager
+def taken(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder, made if it is missing, for this process alone, and write only into real folders in it.
+
+    Raises:
+        UserError: something in it is not what a run would write there, or another process holds it.
+    """
+    if not run_dir.is_dir():
+        check_writable(run_dir)
+    check_folder(run_dir)
+    for path in (path for pattern in FILES for path in run_dir.glob(pattern)):
+        require(not path.is_dir(), f"{path} is a folder, where a file belongs; remove it, or choose another run_dir")
+    for path in (run_dir / name for name in FOLDERS):
+        require(not path.is_file(), f"{path} is a file, where a folder belongs; remove it, or choose another run_dir")
+    with guarded(run_dir), only_run(run_dir):
+        yield
+
+
+def prepare(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, str]:
+    """Write the files that a run begins with, its options; returns their texts by name."""
+    check_writable(run_dir)
+    remove_leftovers(run_dir)
+    config = OmegaConf.to_container(cfg, resolve=True)
+    texts = {"config.yaml": yaml.safe_dump(config, sort_keys=False), "overrides.yaml": yaml.safe_dump(overrides)}
+    texts |= {CONFIG_DIR_FILE: f"{place}\n" for place in config_dirs(config_flags())}
+    for name, text in texts.items():
+        write_text(run_dir / name, text)
+    return texts
+
+
+def steps_done(run_dir: Path, max_steps: int) -> dict[str, Any] | None:
+    """The result of a run that has taken all its steps, else None."""
+    done = run_dir / "result.json"
+    if not done.is_file():
+        return None
+    result = stored_result(done)
+    return result if 0 < max_steps <= result["steps"] else None
+
+
+def trusted_data(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
+    """The data's config, without downloads to a place that the run's folder alone names.
+
+    Raises: UserError if the run would write its images among those that it is trained on.
+    """
+    settings: dict[str, Any] = plain(cfg.data)
+    if "download" in settings:  # reads its own files, whatever lies beside them
+        return settings if may_download(run_dir) else {**settings, "download": False}
+    root = settings.get("root")
+    if isinstance(root, str):
+        inside = run_dir.resolve().is_relative_to(Path(root).expanduser().resolve())
+        require(
+            not inside,
+            f"run_dir={run_dir} lies in data.root={root}: the run's sample grids would become training images; "
+            "choose another run_dir",
+        )
+    return settings
+
+
+class Rescue:
+    """Saves a run elsewhere once its folder is gone.
+
+    Attributes:
+        texts: of the files that are saved too, by name.
+        metrics: returns that of `metrics.csv`.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.texts: dict[str, str] = {}
+        self.metrics: Callable[[], str] | None = None
+
+    def save(self, error: FolderGoneError, write: Callable[[Path], None]) -> FolderGoneError:
+        """Let `write` save the run in a new folder, and return the error that names it."""
+        for place in (self._beside(), Path(tempfile.gettempdir()) / f"{self.run_dir.name[:80]}-rescued"):
+            if place is None:
+                continue
+            folder = _unused(place)
+            with suppress(UserError, OSError):
+                make_folder(folder)
+                write(folder)
+                for name, text in self.texts.items():
+                    write_text(folder / name, text)
+                if self.metrics is not None:
+                    write_text(folder / "metrics.csv", self.metrics())
+                return FolderGoneError(error.folder, f"the run is saved in {folder}, and run_dir={folder} resumes it")
+        return error
+
+    def _beside(self) -> Path | None:
+        """A place beside the run's folder; None if what held that is gone too."""
+        beside = self.run_dir.absolute().with_name(f"{self.run_dir.name[:200]}-rescued")
+        return beside if beside.parent.is_dir() else None
+
+
+def _unused(place: Path) -> Path:
+    """The place, or the first of its numbered neighbours at which nothing is."""
+    number, found = 1, place
+    while found.is_symlink() or found.exists():
+        number += 1
+        found = place.with_name(f"{place.name}-{number}")
+    return found
