@@ -12,7 +12,7 @@ import shutil
 import socket
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -123,6 +123,13 @@ def check_folder(folder: str | Path) -> None:
             elif not entry.is_file(follow_symlinks=False):
                 kind = _kind(entry.path)
                 require(kind is None, _refusal(entry.path, str(kind)))
+
+
+def check_names(folder: str | Path, names: Iterable[str]) -> None:
+    """Raise UserError if one of these entries of a folder is neither a file nor a folder: for writers not of ours."""
+    for name in names:
+        kind = _kind(Path(folder, name))
+        require(kind in (None, "a file", "a folder"), _refusal(Path(folder, name), str(kind)))
 
 
 def make_folder(folder: str | Path) -> None:

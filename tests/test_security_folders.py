@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from shell import Outcome, call, files, train
+from shell import SMALL, Outcome, call, files, train
 
 from dpm_scales import storage
 from dpm_scales.errors import UserError
@@ -121,6 +121,24 @@ def test_the_links_are_dangerous(run: Path, victim: Path, tmp_path: Path, monkey
     with replaced(copied / "model", "link", victim):
         assert resume(copied, "logger=csv").status == 0
     assert (victim / "config.yaml").read_text() != "precious"
+
+
+def test_links_in_the_folder_of_a_sweep(victim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Hydra and Optuna write too, and where a run's own folder may be a link."""
+    root, precious = tmp_path / "sweep", files(victim)
+    root.mkdir()
+    sweep = ("-m", "seed=0,1", f"run_dir={root}", *SMALL, "trainer.max_steps=1", "samples.num_images=0")
+    for name in ("multirun.yaml", "study.db", ".submitit"):
+        (root / name).symlink_to(victim / "precious")
+        assert_refused(call("train.py", *sweep, cwd=tmp_path), f"sweep/{name}' is a link, and nothing is written")
+        (root / name).unlink()
+    assert call("train.py", *sweep, cwd=tmp_path).status == 0
+    first = next(path.parent for path in sorted(root.glob("*/result.json")))
+    shutil.rmtree(first)
+    first.symlink_to(victim)
+    outcome = call("train.py", *sweep, cwd=tmp_path)
+    assert outcome.status == 2 and f"{first.name}' is a link, and nothing is written" in outcome.err, outcome.err
+    assert files(victim) == precious
 
 
 # --- places in stored options -----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.storage import check_names
 from dpm_scales.training.stored import key_of, stored_config_dir, stored_overrides
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -45,6 +46,8 @@ NEVER_EMPTY = (*PATHS, "logger.save_dir")
 LISTS = ("labels", "guidance_interval")
 #: options of an entry point that Hydra would take for one of the config groups, or that had another name once
 ALIASES = {"evolve": {"data": "folder", "processes.dpm": "processes.vp"}, "sample": {"task": "edit"}}
+#: what Hydra, Optuna and submitit write into a sweep's folder
+SWEEP_FILES = ("multirun.yaml", "study.db", "study.db-journal", "study.db-wal", "study.db-shm", ".submitit")
 PLAIN_VALUE = re.compile(r"""null|\$\{.*|".*"|'.*'|[A-Za-z_./][A-Za-z0-9_./+-]*""", re.DOTALL)
 EMPTY = re.compile(r"""\s*|'\s*'|"\s*\"""")
 
@@ -177,6 +180,8 @@ def with_stored_overrides(argv: Iterable[str]) -> list[str]:
         require((Path(resume) / "overrides.yaml").is_file(), f"resume={resume}: no run there")
         options = tidy([a for a in options if not a.startswith(("resume=", "run_dir="))] + [f"run_dir={resume}"])
     folder = _path_option(options, "run_dir", sweep)
+    if sweep and folder is not None:
+        check_names(folder, SWEEP_FILES)
     if folder is None or sweep or not (Path(folder) / "overrides.yaml").is_file():
         return [*flags, *options]
     keys = {key_of(a) for a in options} | {"run_dir", "resume"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dpm_scales.storage import (
 )
 from dpm_scales.training.arguments import config_dirs, config_flags
 from dpm_scales.training.building import plain
+from dpm_scales.training.cli import is_sweep
 from dpm_scales.training.cluster import only_run
 from dpm_scales.training.stored import CONFIG_DIR_FILE, may_download, stored_result
 
@@ -43,8 +44,9 @@ def taken(run_dir: Path) -> Iterator[None]:
     Raises:
         UserError: something in it is not what a run would write there, or another process holds it.
     """
-    if not run_dir.is_dir():
-        check_writable(run_dir)
+    in_sweep = is_sweep() and run_dir.parent.is_dir()  # then that folder is the one that was named
+    with guarded(run_dir.parent) if in_sweep else nullcontext():
+        make_folder(run_dir) if run_dir.is_dir() else check_writable(run_dir)
     check_folder(run_dir)
     for path in (path for pattern in FILES for path in run_dir.glob(pattern)):
         require(not path.is_dir(), f"{path} is a folder, where a file belongs; remove it, or choose another run_dir")
@@ -60,7 +62,8 @@ def prepare(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, s
     remove_leftovers(run_dir)
     config = OmegaConf.to_container(cfg, resolve=True)
     texts = {"config.yaml": yaml.safe_dump(config, sort_keys=False), "overrides.yaml": yaml.safe_dump(overrides)}
-    texts |= {CONFIG_DIR_FILE: f"{place}\n" for place in config_dirs(config_flags())}
+    for place in config_dirs(config_flags()):
+        texts[CONFIG_DIR_FILE] = f"{place}\n"
     for name, text in texts.items():
         write_text(run_dir / name, text)
     return texts
