@@ -98,7 +98,7 @@ def test_links_that_appear_later_are_not_followed(
     run: Path, victim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or that the first look misses. Files are replaced by new ones; a lock and folders are refused."""
-    monkeypatch.setattr("dpm_scales.training.run.check_folder", lambda *_: None)
+    monkeypatch.setattr("dpm_scales.training.run_folder.check_folder", lambda *_: None)
     precious = files(victim)
     cases = ("metrics.csv config.yaml result.json", ".lock", "samples", "model", "checkpoints")
     for number, name in enumerate(cases):
@@ -115,8 +115,8 @@ def test_links_that_appear_later_are_not_followed(
 
 def test_the_links_are_dangerous(run: Path, victim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the two looks, what they point to is lost."""
-    monkeypatch.setattr("dpm_scales.training.run.check_folder", lambda *_: None)
-    monkeypatch.setattr("dpm_scales.training.run.guarded", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("dpm_scales.training.run_folder.check_folder", lambda *_: None)
+    monkeypatch.setattr("dpm_scales.training.run_folder.guarded", lambda *_: contextlib.nullcontext())
     copied = Path(shutil.copytree(run, tmp_path / "run"))
     with replaced(copied / "model", "link", victim):
         assert resume(copied, "logger=csv").status == 0
