@@ -169,8 +169,9 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
     for name in kept:
         (tmp_path / name).write_text("")
     (tmp_path / "deep").mkdir()
+    (tmp_path / ".b.0123456789ab.tmp").mkdir()
     left = storage._temporary(tmp_path / "deep" / "a.ckpt")
     left.write_text("half")
     assert left.name.startswith(".a.ckpt.") and left.name.endswith(".tmp")
     storage.remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted([*kept, "deep"])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted([*kept, "deep", ".b.0123456789ab.tmp"])

@@ -258,7 +258,8 @@ class MetricsFile(Logger):
             except (csv.Error, KeyError, TypeError, ValueError, OSError) as error:
                 if isinstance(error, UserError):
                     raise
-                raise UserError(f"{path} is damaged ({error!r}); remove it: the run begins a new one") from error
+                reason = repr(error)[:200]
+                raise UserError(f"{path} is damaged ({reason}); remove it: the run begins a new one") from error
 
     @property
     def name(self) -> str:
