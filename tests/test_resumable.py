@@ -89,7 +89,8 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "ranking": (lambda c: c["callbacks"]["BestCheckpoint"].update(ranked=[[1.0]]), "can't be resumed"),
     "callbacks": (lambda c: c.update(callbacks=3), "callbacks must be a mapping"),
     "order": (lambda c: c["ImageDataModule"].update(next_batch=-1), "ImageDataModule.next_batch must be a number"),
-    "density": (lambda c: c.update(importance=[["x"]]), "can't be resumed"),
+    "density": (lambda c: c.update(importance=[["x"]]), "importance must be a list of 2"),
+    "density a tensor": (lambda c: c.update(importance=torch.zeros(3)), "importance must be a list of 2"),
     "version": (lambda c: c.update({"pytorch-lightning_version": 5}), "can't be resumed"),
     "recipe of tensors": (lambda c: c["recipe"]["process"].update(num_scales=torch.zeros(3)), "holds a Tensor"),
     "raw weights of another shape": (
@@ -113,7 +114,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
 
 
 #: that are found while a checkpoint is restored, by those whose state it is
-LATE = {"no fit loop", "ranking", "density", "version"}
+LATE = {"no fit loop", "ranking", "version"}
 
 
 @pytest.fixture(scope="module")

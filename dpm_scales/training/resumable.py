@@ -42,10 +42,12 @@ def require_resumable(
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], fused=True)
     schedule = LambdaLR(optimizer, lambda _: 1.0).state_dict()
     del schedule["lr_lambdas"]  # a function of ours, of which nothing is stored
-    wanted = {
+    wanted: dict[str, Any] = {}
+    module.on_save_checkpoint(wanted)
+    del wanted["recipe"]  # which is compared by itself
+    wanted |= {
         "global_step": 0,
         "epoch": 0,
-        "bad_steps": [0.0] * 3,
         "averaging_state": {"n_averaged": torch.zeros((), dtype=torch.int64)},
         "loops": {"fit_loop": trainer.fit_loop.state_dict()},
         "callbacks": {callback.state_key: callback.state_dict() for callback in _callbacks(trainer)},
