@@ -7,6 +7,7 @@ import inspect
 import linecache
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,12 @@ class Own(NoiseSchedule):
         return -t, 0.5 * torch.log(-torch.expm1(-2 * t))
 
 
+@dataclass
 class Pair:
-    def __init__(self, a: float) -> None:
-        self.a, self.b = a, {"c": (1, 2.0, None)}
+    a: float
+
+    def __post_init__(self) -> None:
+        self.b = {"c": (1, 2.0, None)}
 
 
 @pytest.mark.parametrize(
