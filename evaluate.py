@@ -5,13 +5,13 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from dpm_scales.training.cli import job, main
+from dpm_scales.cli.main import job, main
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 @job
 def run(cfg: DictConfig) -> None:
-    from dpm_scales.training.evaluate_run import evaluate
+    from dpm_scales.commands.evaluate import evaluate
 
     evaluate(cfg)
 

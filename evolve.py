@@ -5,15 +5,15 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from dpm_scales.training.cli import job, main
+from dpm_scales.cli.main import job, main
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="evolve")
 @job
 def run(cfg: DictConfig) -> None:
-    from dpm_scales import study
+    from dpm_scales.commands.evolve import run as run_task
 
-    study.run(cfg)
+    run_task(cfg)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,16 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dpm_scales.training.cli import is_sweep, job, main, with_stored_overrides
+from dpm_scales.cli.arguments import with_stored_overrides
+from dpm_scales.cli.main import is_sweep, job, main
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 @job
 def run(cfg: DictConfig) -> float | None:
+    from dpm_scales.distributed.ranks import this_shard
     from dpm_scales.training.run import train
-    from dpm_scales.training.shards import this_shard
-    from dpm_scales.training.sweep import job_folders, write_table
+    from dpm_scales.training.sweeps import job_folders, write_table
 
     overrides = list(HydraConfig.get().overrides.task)
     if cfg.check_resume:

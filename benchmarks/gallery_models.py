@@ -25,9 +25,9 @@ from torch import Tensor
 
 from dpm_scales.editing import Consistent, Mask, Resampling, restore
 from dpm_scales.images import save_png, to_range, to_uint8
-from dpm_scales.noise import NoiseSource
+from dpm_scales.models.io import load_model
+from dpm_scales.rng import NoiseSource
 from dpm_scales.samplers import Ancestral
-from dpm_scales.training.export import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATIONS = 96

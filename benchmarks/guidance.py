@@ -23,10 +23,10 @@ from torch import Tensor
 from benchmarks.judges import JUDGES, Judge, read_samples
 from benchmarks.quality import run_recipe
 from dpm_scales.images import make_grid, save_png, to_range, to_uint8
+from dpm_scales.models.draw import draw
+from dpm_scales.models.io import load_model
 from dpm_scales.operators import heat_blur
 from dpm_scales.processes import Osmosis
-from dpm_scales.training.export import load_model
-from dpm_scales.training.sampling import draw
 
 #: the steady state shows the guidance image only where grey values are positive
 POSITIVE = ("process.value_range=[0,1]", "process.guidance_blur_sigma=1.0", "process.guidance_min=0.1")

@@ -24,12 +24,13 @@ import torch
 
 from benchmarks.judges import JUDGES, PhotosJudge
 from dpm_scales import plots
-from dpm_scales.images import write_text
+from dpm_scales.models.draw import draw
+from dpm_scales.models.io import load_model
+from dpm_scales.models.model import Model
 from dpm_scales.processes import Process
 from dpm_scales.samplers import DDIM, GRIDS, Ancestral, DPMSolver, Heun, Sampler, UniPC
+from dpm_scales.storage import write_text
 from dpm_scales.tables import csv_text
-from dpm_scales.training.export import Model, load_model
-from dpm_scales.training.sampling import draw
 
 EVALUATIONS = (5, 10, 20, 50, 200)
 RECIPES = ("vp", "ve", "heat", "blurring")

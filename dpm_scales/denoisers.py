@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dpm_scales.memory import require_memory
-from dpm_scales.noise import Randomness, white_noise
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context, Process
+from dpm_scales.rng import Randomness, white_noise
 from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Target, moments
 from dpm_scales.weights import LossWeight

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Real
 
 MOST = 2**63 - 1
 
@@ -110,3 +111,21 @@ def require_number(
     kind = "a whole number" if whole else "a number" if math.isfinite(high) else "a finite number"
     bounds = [f" {sign} {bound:g}" for sign, bound in ((">=", low), ("<=", limit)) if math.isfinite(bound)]
     raise UserError(f"{name} must be {kind}{' and'.join(bounds)}, got {value!r:.100}")
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite real number, of Python's or NumPy's kinds; True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def require_positive(owner: object, **values: float) -> None:
+    """Raise UserError, naming owner and argument, unless every value is a positive finite number."""
+    for name, value in values.items():
+        ok = is_number(value) and value > 0
+        require(ok, f"{type(owner).__name__}: {name} must be a positive number, got {value!r}")
+
+
+def require_finite(owner: object, **values: float) -> None:
+    """Raise UserError, naming owner and argument, unless every value is a finite number."""
+    for name, value in values.items():
+        require(is_number(value), f"{type(owner).__name__}: {name} must be a number, got {value!r}")

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpm_scales.images import PADDING_LEVEL, caption, make_grid, write_bytes
+from dpm_scales.images import PADDING_LEVEL, caption, make_grid
+from dpm_scales.storage import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from dpm_scales.errors import UserError, is_whole, require
-from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import HeatOperator
 from dpm_scales.processes import MOST_GREY, Context, Osmosis, Process
+from dpm_scales.rng import NoiseSource
 from dpm_scales.schedules import is_number
 
 DCT = HeatOperator()

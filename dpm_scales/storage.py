@@ -15,7 +15,9 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import yaml
 
 from dpm_scales.errors import UserError, require
 
@@ -340,3 +342,19 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+MAX_CONFIG_BYTES = 2**20
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain values of a YAML file, which constructs nothing. Raises UserError for anything else."""
+    try:
+        with open_regular(path) as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        require(len(text) <= MAX_CONFIG_BYTES, f"{path} is larger than {MAX_CONFIG_BYTES} bytes: no config of ours")
+        return yaml.safe_load(text.decode())
+    except (yaml.YAMLError, ValueError, RecursionError, OSError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not YAML: {error or type(error).__name__}") from error

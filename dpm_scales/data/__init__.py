@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from dpm_scales.data.base import ImageDataset, ImageSource, TensorImages
-from dpm_scales.data.builders import array_data, bsds500_data, digits_data, folder_data, photos_data, torchvision_data
-from dpm_scales.data.datamodule import ImageDataModule
 from dpm_scales.data.downloads import TorchvisionSource
 from dpm_scales.data.files import listed
 from dpm_scales.data.folder import BSDS500, FileImages, ImageFolder
 from dpm_scales.data.sampler import ShuffledBatches
 from dpm_scales.data.sources import ArraySource, Digits, Photos
+
+if TYPE_CHECKING:
+    from dpm_scales.data.builders import (
+        array_data,
+        bsds500_data,
+        digits_data,
+        folder_data,
+        photos_data,
+        torchvision_data,
+    )
+    from dpm_scales.data.datamodule import ImageDataModule
 
 __all__ = [
     "BSDS500",
@@ -32,3 +44,10 @@ __all__ = [
     "photos_data",
     "torchvision_data",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # the data module is Lightning's, which takes seconds to import
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{'datamodule' if name == 'ImageDataModule' else 'builders'}"), name)

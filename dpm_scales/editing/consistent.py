@@ -26,9 +26,9 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.editing.degradations import HEAT, Degradation
 from dpm_scales.editing.latents import context_of, noised
 from dpm_scales.errors import UserError, is_whole, require, suggest
-from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import SpectralFunction
 from dpm_scales.processes import Context, Process
+from dpm_scales.rng import NoiseSource
 from dpm_scales.samplers import Move, OnStep, Sampler
 from dpm_scales.targets import FinerScale, visible_noise, wiener_error
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError
-from dpm_scales.noise import NoiseSource
 from dpm_scales.processes import Context, Process, Step
+from dpm_scales.rng import NoiseSource
 from dpm_scales.samplers import OnStep, Sampler
 from dpm_scales.samplers.grids import tables_of
 

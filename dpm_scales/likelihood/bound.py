@@ -32,10 +32,10 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, is_whole, require, require_number, suggest
 from dpm_scales.likelihood.decoder import check_decoder, decode
 from dpm_scales.likelihood.start import start_law
-from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import HeatOperator, Operator, SpectralFunction
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Process, Step
+from dpm_scales.rng import NoiseSource
 from dpm_scales.samplers.grids import tables_of, uniform_grid
 from dpm_scales.targets import wiener_error
 

@@ -37,10 +37,10 @@ from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.likelihood.bound import Likelihood, OnStep, check_noise
 from dpm_scales.likelihood.decoder import check_decoder, decode
 from dpm_scales.likelihood.start import Start, start_law
-from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import Operator, SpectralFunction
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Context, Process, Step
+from dpm_scales.rng import NoiseSource
 from dpm_scales.samplers.grids import logsnr_grid, tables_of
 from dpm_scales.targets import FinerScale
 

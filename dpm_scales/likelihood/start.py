@@ -47,10 +47,10 @@ import torch
 from torch import Tensor
 
 from dpm_scales.errors import UserError, require
-from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import Operator
 from dpm_scales.priors import DCT, DataPrior, GaussianPrior, GuidancePrior, Prior, as_osmosis
 from dpm_scales.processes import Context, Osmosis, Process
+from dpm_scales.rng import NoiseSource
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.memory import require_memory
-from dpm_scales.noise import NoiseSource, Randomness
 from dpm_scales.operators import Decay, Operator, SpectralFunction, batch_view
+from dpm_scales.rng import NoiseSource, Randomness
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule, is_number
 
 MOST_GREY = 0.02

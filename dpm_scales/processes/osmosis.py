@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from dpm_scales.errors import UserError, require, suggest
-from dpm_scales.noise import NoiseSource, Randomness, white_noise
 from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator, SpectralFunction, chebyshev_degree, heat_blur
 from dpm_scales.processes.law import Context, Process
+from dpm_scales.rng import NoiseSource, Randomness, white_noise
 from dpm_scales.schedules import (
     BlurSchedule,
     ConstantNoise,

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, is_whole, require, suggest
-from dpm_scales.noise import NoiseSource
 from dpm_scales.operators import Operator
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Context, Process, Step
+from dpm_scales.rng import NoiseSource
 from dpm_scales.samplers.grids import (
     GRIDS,
     karras_grid,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, require, suggest
-from dpm_scales.noise import NoiseSource
 from dpm_scales.processes import Context, Process, Step
+from dpm_scales.rng import NoiseSource
 from dpm_scales.samplers.grids import noise_level, scales_at, tables_of
 from dpm_scales.samplers.loop import Move, Sampler
 from dpm_scales.schedules import is_number

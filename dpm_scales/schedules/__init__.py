@@ -20,7 +20,8 @@ beta_k here is the paper's: a standard deviation (its square is DDPM's beta).
 
 from __future__ import annotations
 
-from dpm_scales.schedules.base import Schedule, is_number, require_finite, require_positive
+from dpm_scales.errors import is_number, require_finite, require_positive
+from dpm_scales.schedules.base import Schedule
 from dpm_scales.schedules.blur import (
     BlurSchedule,
     LinearTimeBlur,

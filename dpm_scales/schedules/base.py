@@ -4,30 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from dpm_scales.errors import UserError, require
-
-
-def is_number(value: object) -> bool:
-    """Whether `value` is a finite real number, of Python's or NumPy's kinds; True and False are not."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def require_positive(owner: object, **values: float) -> None:
-    """Raise UserError, naming owner and argument, unless every value is a positive finite number."""
-    for name, value in values.items():
-        ok = is_number(value) and value > 0
-        require(ok, f"{type(owner).__name__}: {name} must be a positive number, got {value!r}")
-
-
-def require_finite(owner: object, **values: float) -> None:
-    """Raise UserError, naming owner and argument, unless every value is a finite number."""
-    for name, value in values.items():
-        require(is_number(value), f"{type(owner).__name__}: {name} must be a number, got {value!r}")
+from dpm_scales.errors import UserError, is_number, require, require_positive
 
 
 def require_ordered(owner: object, low: str, low_value: float, high: str, high_value: float) -> None:

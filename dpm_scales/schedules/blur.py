@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import require
-from dpm_scales.schedules.base import Schedule, numbers_of, require_ordered, require_positive
+from dpm_scales.errors import require, require_positive
+from dpm_scales.schedules.base import Schedule, numbers_of, require_ordered
 
 
 class BlurSchedule(Schedule):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpm_scales.errors import UserError, require
-from dpm_scales.schedules.base import Schedule, numbers_of, require_finite, require_ordered, require_positive
+from dpm_scales.errors import UserError, require, require_finite, require_positive
+from dpm_scales.schedules.base import Schedule, numbers_of, require_ordered
 
 
 class NoiseSchedule(Schedule):

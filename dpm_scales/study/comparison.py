@@ -25,13 +25,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpm_scales.data.image_sets import ImageSet
 from dpm_scales.errors import UserError, require
-from dpm_scales.images import to_range, to_uint8, write_bytes, write_text
+from dpm_scales.images import to_range, to_uint8
 from dpm_scales.metrics import FeatureNetwork, average_grey, image_variance, relative_entropy
 from dpm_scales.processes import Osmosis, Process
-from dpm_scales.storage import guarded, make_folder, open_regular, read_text
+from dpm_scales.storage import guarded, make_folder, open_regular, read_text, write_bytes, write_text
 from dpm_scales.study.fingerprint import describe, describe_images, fingerprint
-from dpm_scales.study.images import ImageSet
 
 Array = NDArray[Any]
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpm_scales.data.image_sets import ImageSet
 from dpm_scales.errors import UserError
-from dpm_scales.study.images import ImageSet
 
 _CONTENT = ("_parameters", "_buffers", "_modules")
 _BOOKKEEPING = vars(nn.Module()).keys() - set(_CONTENT)

@@ -26,11 +26,12 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dpm_scales.cli.arguments import config_flags, tidy
+from dpm_scales.cli.main import is_sweep
+from dpm_scales.cli.stored import key_of
 from dpm_scales.errors import UserError, require
-from dpm_scales.training.arguments import CONFIGS, config_flags, tidy
-from dpm_scales.training.cli import is_sweep
-from dpm_scales.training.sealed import read_checkpoint, read_tensors
-from dpm_scales.training.stored import key_of
+from dpm_scales.models.checksums import read_checkpoint, read_tensors
+from dpm_scales.models.instantiate import CONFIGS
 
 #: what makes the runs short, where the user does not say otherwise; a validation lies between checkpoint and kill
 BRIEF = {

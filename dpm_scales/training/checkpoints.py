@@ -17,14 +17,14 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dpm_scales.distributed.signals import validation_follows
 from dpm_scales.errors import UserError, require_number
+from dpm_scales.models.checksums import DamagedFileError, checkpoint_step, read_checkpoint, write_checkpoint
+from dpm_scales.models.io import checkpoints
 from dpm_scales.storage import FolderGoneError, link
-from dpm_scales.training.cluster import validation_follows
-from dpm_scales.training.export import checkpoints
 from dpm_scales.training.health import Health
 from dpm_scales.training.module import MOST_STEPS
 from dpm_scales.training.run_folder import Rescue
-from dpm_scales.training.sealed import DamagedFileError, checkpoint_step, read_checkpoint, write_checkpoint
 
 #: what a run needs to go on, beside its weights
 NEEDED = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "averaging_state", "bad_steps", "global_step")

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from dpm_scales.data import FileImages, ImageDataModule, listed
 from dpm_scales.errors import OutOfMemoryError, UserError
-from dpm_scales.images import write_bytes
+from dpm_scales.storage import write_bytes
 
 MOST_NAMES = 1000
 """Unreadable images that `unreadable.txt` names."""

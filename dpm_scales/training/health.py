@@ -14,13 +14,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from dpm_scales.distributed.fsdp import local
 from dpm_scales.errors import UserError, require_number
+from dpm_scales.models.checksums import checkpoint_step
+from dpm_scales.models.io import checkpoints
 from dpm_scales.storage import link
-from dpm_scales.training.export import checkpoints
 from dpm_scales.training.module import MOST_STEPS, DiffusionModule
 from dpm_scales.training.resuming import resume_command
-from dpm_scales.training.sealed import checkpoint_step
-from dpm_scales.training.sharding import local
 
 CHECK_STEPS = 50
 SAFE_RATE = 1e-4

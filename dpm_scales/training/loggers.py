@@ -11,8 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import DictConfig
 
+from dpm_scales.models.instantiate import build, plain
 from dpm_scales.storage import read_text, write_text
-from dpm_scales.training.building import build, plain
 
 
 def further_loggers(cfg: DictConfig, run_dir: Path, main: bool) -> list[Logger]:

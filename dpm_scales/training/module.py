@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Sized
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dpm_scales.data import ImageDataModule
+from dpm_scales.distributed.fsdp import clip_norm, like_parameters
 from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.images import to_range
-from dpm_scales.noise import NoiseSource
-from dpm_scales.scale_sampling import SCALE_SAMPLINGS, ImportanceScales, spread_evenly, uniform_scales
-from dpm_scales.training.export import Model
-from dpm_scales.training.sharding import clip_norm, like_parameters
+from dpm_scales.models.model import Model
+from dpm_scales.rng import NoiseSource
+from dpm_scales.training.scale_sampling import SCALE_SAMPLINGS, ImportanceScales, spread_evenly, uniform_scales
 from dpm_scales.weights import LossWeight
 
 DECAYS = ("cosine", "constant")
@@ -26,7 +25,6 @@ MOST_STEPS = 10**9
 """That a run, its warm-up or an interval may have."""
 
 BETAS = "optimizer.betas must be two numbers in [0, 1)"
-SPECTRUM_IMAGES = 2000  # enough for a curve of 26 numbers
 TRAINING, VALIDATION, LABELS = (
     2**32,
     2**32 + 1,
@@ -110,7 +108,7 @@ class DiffusionModule(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         number = int(getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed", 0))
-        torch.manual_seed(_step_seed(self.seed, self.global_rank, number))
+        torch.manual_seed(step_seed(self.seed, self.global_rank, number))
         x_0, labels = self._images(batch)
         count = x_0.shape[0] * self.trainer.world_size
         noise = self._noise(TRAINING, x_0, number * count)
@@ -230,46 +228,17 @@ class DiffusionModule(pl.LightningModule):
 
     def _noise(self, purpose: int, x_0: Tensor, first: int) -> NoiseSource:
         """Noise of this process's images, every `world_size`-th of those numbered from `first`."""
-        seed, world_size = _step_seed(self.seed, purpose, 0), self.trainer.world_size
+        seed, world_size = step_seed(self.seed, purpose, 0), self.trainer.world_size
         return NoiseSource(seed, x_0.shape[0], first + self.global_rank, x_0.device, world_size)
 
     def _even(self, purpose: int, places: Tensor, count: int, number: int) -> Tensor:
         """Uniform numbers for the images at these places of batch `number`, which has `count` in all processes."""
-        return spread_evenly(places, count, _step_seed(self.seed, purpose, number + 1) / 2**63)
+        return spread_evenly(places, count, step_seed(self.seed, purpose, number + 1) / 2**63)
 
 
-def _step_seed(seed: int, stream: int, number: int) -> int:
+def step_seed(seed: int, stream: int, number: int) -> int:
     """Well-mixed 63 bits (SplitMix64's finaliser), so that neighbouring steps share nothing."""
     x = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + (number + 1) * 0x8CB92BA72F3D8DD7) % 2**64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
     return (x ^ (x >> 31)) >> 1
-
-
-def fit_to_data(model: Model, data: ImageDataModule) -> None:
-    """Measure the data's spectrum, settle what depends on it, and hand training images to a prior that starts there."""
-    process, spectrum = model.denoiser.process, model.denoiser.spectrum
-    low, high = process.value_range
-    std = data.statistics()["std"] * (high - low)
-    require(std > 0, "all training images are the same grey: nothing to learn")
-    spectrum.std.fill_(std)
-    train = data.train_set
-
-    def spread(count: int) -> list[int]:
-        """Numbers of at most `count` training images, evenly over the set."""
-        return torch.linspace(0, len(train) - 1, min(count, len(train))).round().long().tolist()
-
-    def loaded(index: list[int]) -> Tensor:
-        return to_range(torch.stack([train[i][0] for i in index]), (low, high))
-
-    def white_batches() -> Iterator[tuple[Tensor, Tensor]]:
-        generator, chosen = torch.Generator().manual_seed(0), spread(SPECTRUM_IMAGES)
-        for start in range(0, len(chosen), 64):
-            x = loaded(chosen[start : start + 64])
-            context, grey = process.context(x, generator), x.mean((-2, -1))
-            yield process.operator(context).to_white(x - process.steady_state(grey, context)), grey
-
-    spectrum.fit(white_batches())
-    model.recipe.parts["target"].update(model.denoiser.settle(model.recipe.image_size))
-    if model.prior.max_images > 0:
-        model.prior.fit(loaded(spread(model.prior.max_images)), process)

@@ -10,9 +10,9 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from dpm_scales.cli.stored import key_of
 from dpm_scales.errors import UserError
-from dpm_scales.training.reading import read_yaml
-from dpm_scales.training.stored import key_of
+from dpm_scales.storage import read_yaml
 
 RUNS, SWEEPS = Path("runs"), Path("sweeps")
 #: options that say where or on what to run, not what: they do not name a run

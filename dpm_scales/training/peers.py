@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import distributed
 
 from dpm_scales.errors import UserError
-from dpm_scales.training.cluster import only_run
+from dpm_scales.training.run_folder import only_run
 
 AGAIN = "the same command resumes the run from its last checkpoint"
 _LOST = re.compile(r"gloo|nccl|connection (reset|closed|refused)|broken pipe", re.IGNORECASE)

@@ -20,11 +20,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dpm_scales.data import ImageDataModule
 from dpm_scales.errors import UserError
-from dpm_scales.training.building import cause, root
-from dpm_scales.training.export import Recipe
+from dpm_scales.models.checksums import is_plain_tensor
+from dpm_scales.models.instantiate import cause, root
+from dpm_scales.models.model import Recipe
+from dpm_scales.models.weights_fit import not_finite
 from dpm_scales.training.module import DiffusionModule
-from dpm_scales.training.sealed import is_plain_tensor
-from dpm_scales.training.weights_fit import not_finite
 
 LARGEST = 2**53
 """No counter of a run is larger."""

@@ -17,8 +17,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
-from dpm_scales.training.arguments import config_flags
-from dpm_scales.training.building import plain
+from dpm_scales.cli.arguments import config_flags
+from dpm_scales.models.instantiate import plain
 
 TAKES, WARNED, REFUSED, APART = "takes effect", "takes effect, with a warning", "refused", "no option of the training"
 KEY = "options"

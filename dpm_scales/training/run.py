@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +18,14 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from dpm_scales.data import ImageDataModule, ShuffledBatches, listed
+from dpm_scales.distributed.signals import StopTogether, requeue
 from dpm_scales.errors import UserError, require, require_number
+from dpm_scales.models.checksums import checkpoint_step
+from dpm_scales.models.instantiate import build, check_kind, plain
+from dpm_scales.models.io import checkpoints, save_model
+from dpm_scales.models.model import PARTS, Model, Recipe, build_model
 from dpm_scales.storage import FolderGoneError, write_text
-from dpm_scales.training.arguments import TRAIN, config_flags, tidy
-from dpm_scales.training.building import build, check_kind, plain
-from dpm_scales.training.callbacks import (
-    LastValidation,
-    LoggedSteps,
-    MetricsFile,
-    SampleGrid,
-    StepBar,
-    WeightAverage,
-)
 from dpm_scales.training.checkpoints import (
-    AtomicCheckpointIO,
     BestCheckpoint,
     CheckpointFolder,
     FinalCheckpoint,
@@ -42,31 +33,27 @@ from dpm_scales.training.checkpoints import (
     find_checkpoint,
     restore_last,
 )
-from dpm_scales.training.checks import (
+from dpm_scales.training.ema import WeightAverage
+from dpm_scales.training.failures import UnreadableImages, told_in_one_line
+from dpm_scales.training.fit import fit_to_data
+from dpm_scales.training.health import Health, StopDiverged
+from dpm_scales.training.loggers import further_loggers
+from dpm_scales.training.module import DiffusionModule
+from dpm_scales.training.monitoring import SampleGrid, periodic_evaluation
+from dpm_scales.training.peers import told_if_one_is_lost
+from dpm_scales.training.reporting import LastValidation, LoggedSteps, MetricsFile, StepBar
+from dpm_scales.training.resumable import require_resumable, restored_in_one_line
+from dpm_scales.training.resuming import KeepOptions, options_of, resume_command, what_changed
+from dpm_scales.training.run_folder import Rescue, prepare, steps_done, taken, trusted_data
+from dpm_scales.training.settings import (
     check_grid,
     check_keys,
     check_numbers,
     check_objective,
     check_same_model,
-    precision_of,
 )
-from dpm_scales.training.cluster import StopTogether, follow_environment, requeue
-from dpm_scales.training.evaluation import periodic_evaluation
-from dpm_scales.training.export import PARTS, Model, Recipe, build_model, checkpoints, save_model
-from dpm_scales.training.failures import UnreadableImages, told_in_one_line
-from dpm_scales.training.health import Health, StopDiverged
-from dpm_scales.training.loggers import further_loggers
-from dpm_scales.training.module import DiffusionModule, fit_to_data
-from dpm_scales.training.peers import told_if_one_is_lost
-from dpm_scales.training.resumable import require_resumable, restored_in_one_line
-from dpm_scales.training.resuming import KeepOptions, options_of, resume_command, what_changed
-from dpm_scales.training.run_folder import Rescue, prepare, steps_done, taken, trusted_data
-from dpm_scales.training.sealed import checkpoint_step
-from dpm_scales.training.sharding import FSDP, ShardedStrategy
+from dpm_scales.training.trainer import make_trainer, repeat_command, silence_lightning
 from dpm_scales.weights import LossWeight
-
-#: times that a run logs at least, however short
-LOGGED_AT_LEAST = 20
 
 
 def _recipe(cfg: DictConfig, data: ImageDataModule) -> Recipe:
@@ -83,79 +70,12 @@ def _recipe(cfg: DictConfig, data: ImageDataModule) -> Recipe:
     return Recipe(parts, data.channels, data.image_size, classes, names or None, dropout)
 
 
-def _log_interval(trainer: DictConfig) -> int:
-    """Steps from one row of metrics.csv to the next."""
-    steps, most = int(trainer.max_steps), int(trainer.log_every_n_steps)
-    return most if steps < 0 else max(1, min(most, steps // LOGGED_AT_LEAST))
-
-
-def _trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback], rescue: Rescue) -> pl.Trainer:
-    environment = follow_environment(cfg)
-    strategy = cfg.trainer.strategy
-    return build(
-        cfg.trainer,
-        pl.Trainer,
-        "trainer",
-        given={
-            "strategy": ShardedStrategy() if strategy == FSDP else strategy,
-            "precision": precision_of(cfg),
-            "log_every_n_steps": _log_interval(cfg.trainer),
-            "callbacks": callbacks,
-            "logger": False,  # they come when the run folder is there
-            "plugins": [AtomicCheckpointIO(rescue), environment],
-            "default_root_dir": str(run_dir),
-            "num_sanity_val_steps": 0,
-            "check_val_every_n_epoch": None,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,  # the callbacks of ours do it
-        },
-    )
-
-
-def _quiet() -> None:
-    """Lightning's advertisements and what is true of every short run; our own first line says the rest."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (
-        ".*LeafSpec.*",
-        ".*number of training batches.*",
-        ".*many workers.*",
-        ".*exists and is not empty.*",
-        ".*across ranks is zero.*",  # without validation images
-        ".*returned a view tensor.*",  # FSDP's; nothing is done in place with what a network returns
-    ):
-        warnings.filterwarnings("ignore", message)
-
-
-@contextmanager
-def _children(overrides: list[str], run_dir: Path) -> Iterator[None]:
-    """Let the processes that Lightning starts for further devices train this run, also where a sweep started it.
-
-    They repeat this process's command line, so theirs is this run's; and afterwards nothing is left of their group that
-    the next run would take for its own.
-    """
-    argv, environment = sys.argv, dict(os.environ)
-    options = tidy([*config_flags(), *(o for o in overrides if not o.startswith("run_dir=")), f"run_dir={run_dir}"])
-    program = sys.modules["__main__"]
-    spec = getattr(program, "__spec__", None)
-    sys.argv, program.__spec__ = [str(TRAIN), *options], None  # the program may be joblib's, or submitit's
-    try:
-        yield
-    finally:
-        sys.argv, program.__spec__ = argv, spec
-        if "LOCAL_RANK" not in environment and "LOCAL_RANK" in os.environ and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            if name in os.environ and name not in environment:
-                del os.environ[name]
-
-
 def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     """Train to the end, from the last checkpoint if there is one; returns and saves the result.
 
     Everything that the user can get wrong is looked at before the run folder is made.
     """
-    _quiet()
+    silence_lightning()
     check_keys(cfg)
     check_numbers(cfg)
     data: ImageDataModule = build(trusted_data(cfg, run_dir), ImageDataModule, "data")
@@ -202,7 +122,7 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepBar())
     rescue = Rescue(run_dir)
-    trainer = _trainer(cfg, run_dir, callbacks, rescue)
+    trainer = make_trainer(cfg, run_dir, callbacks, rescue)
     # an empty sampler, for its checks
     world_size = trainer.world_size
     ShuffledBatches(len(data.train_set), data.batch_size, 0, int, data.drop_last, 0, world_size, "data.")
@@ -261,7 +181,7 @@ def _go_on(
     metrics.forget_from(steps)
     trainer.loggers = [metrics, *further_loggers(cfg, run_dir, main)]
     start = time.perf_counter()
-    with _children(overrides, run_dir):
+    with repeat_command(overrides, run_dir):
         try:
             shape = (data.batch_size, model.recipe.image_size, data.num_workers)
             told = told_in_one_line(*shape)

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from dpm_scales.cli.arguments import config_dirs, config_flags
+from dpm_scales.cli.main import is_sweep
+from dpm_scales.cli.stored import CONFIG_DIR_FILE, may_download
 from dpm_scales.errors import UserError, require
+from dpm_scales.models.instantiate import plain
 from dpm_scales.storage import (
     FolderGoneError,
     check_folder,
     check_writable,
     guarded,
+    lock,
     make_folder,
+    read_text,
     remove_leftovers,
     write_text,
 )
-from dpm_scales.training.arguments import config_dirs, config_flags
-from dpm_scales.training.building import plain
-from dpm_scales.training.cli import is_sweep
-from dpm_scales.training.cluster import only_run
-from dpm_scales.training.stored import CONFIG_DIR_FILE, may_download, stored_result
 
 #: what a run writes, as patterns below its folder; a folder at the name of a file would fail at the first write, hours
 #: after the start
@@ -139,3 +141,19 @@ def _unused(place: Path) -> Path:
         number += 1
         found = place.with_name(f"{place.name}-{number}")
     return found
+
+
+def only_run(folder: Path) -> AbstractContextManager[None]:
+    """Keep other processes, also on other machines, from training in the same folder meanwhile: see `storage.lock`."""
+    return lock(folder / ".lock", "is being trained by", "wait for it, or choose another run_dir")
+
+
+def stored_result(file: Path) -> dict[str, Any]:
+    """A finished run's figures and its `overrides`. Raises UserError if the file is damaged."""
+    try:
+        result = json.loads(read_text(file))
+        if not isinstance(result["overrides"], list) or not all(isinstance(o, str) for o in result["overrides"]):
+            raise ValueError("overrides are no options")
+        return {**result, "steps": int(result["steps"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise UserError(f"{file} is damaged ({error!r}); remove it: the run writes it anew") from error

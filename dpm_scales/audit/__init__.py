@@ -1,0 +1,78 @@
+"""Every proposition and property of Peter 2024, for any process, forward and reverse.
+
+Each finding compares a closed form with something independent of it: laws composed as matrices from the transitions of
+the public interface (`audit_dense`), and random paths. Small images make both cheap; nothing in a law depends on size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dpm_scales.audit import forward, invariances, reverse, reverse_invariances
+from dpm_scales.audit.lab import Finding, Lab, Verdict
+from dpm_scales.audit.steady import steady_state, variance_bound
+from dpm_scales.audit.transitions import preserving, reverse_step
+from dpm_scales.errors import require
+from dpm_scales.processes import Process
+
+__all__ = ["Finding", "Verdict", "audit"]
+
+FORWARD = (
+    forward.initial_state,
+    forward.markov,
+    forward.initial_transition,
+    preserving,
+    forward.semigroup,
+    forward.conditional_entropy,
+    forward.entropy_condition,
+    forward.entropy_formula,
+    invariances.permutation,
+    steady_state,
+    variance_bound,
+    invariances.average_grey,
+    invariances.rotation,
+    invariances.positivity,
+    invariances.osmosis_entropy,
+)
+
+
+@torch.no_grad()
+def audit(process: Process, images: Tensor, seed: int = 0, samples: int = 1000) -> list[Finding]:
+    """What becomes of the paper's statements in one process.
+
+    Args:
+        process: any, with any schedule; it is not changed.
+        images: uint8 ``(B, C, H, W)``; scaled down to at most 6 x 9 pixels.
+        seed: of the guidance image and of the random paths.
+        samples: number of random paths, at least 100.
+
+    Returns: findings of the forward direction in the paper's order, then of the reverse direction.
+    Raises: UserError for images that are no uint8 batch or of fewer than 2 x 2 pixels.
+    """
+    fits = images.ndim == 4 and images.dtype == torch.uint8 and len(images) > 0 and min(images.shape[-2:]) >= 2
+    require(fits, f"audit: images must be uint8 (B, C, H, W) of 2 x 2 pixels or more, got {tuple(images.shape)}")
+    require(samples >= 100, f"audit: samples must be at least 100, got {samples}")
+    lab = Lab(process, images, seed, samples)
+    back = reverse.way_back(lab)
+    found = [
+        *(check(lab) for check in FORWARD),
+        reverse_step(lab, back),
+        reverse.initial_state(lab),
+        reverse.semigroup(lab, back),
+        *reverse.entropies(lab, back),
+        reverse.entropy_bounds(lab, back),
+        reverse.steady_state(lab, back),
+        *reverse_invariances.invariances(lab, back),
+    ]
+    return [sample_features(finding) for finding in found]
+
+
+def sample_features(finding: Finding) -> Finding:
+    """Laws that are not finite, or of a negative variance, have figures that are no numbers: nothing holds for them."""
+    if finding.verdict is Verdict.NOT_APPLICABLE or not math.isnan(finding.measured):
+        return finding
+    return replace(finding, verdict=Verdict.VIOLATED, corrected="", note="the laws are not finite")

@@ -1,0 +1,287 @@
+"""What an audit works with: a process on a small image, its curves at every scale, its laws as matrices on a ladder of
+scales, and paths drawn at random."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dpm_scales.audit.dense import DenseProcess, Law, eigen, entropy, largest
+from dpm_scales.images import resize, to_range
+from dpm_scales.metrics import entropy_increments
+from dpm_scales.processes import Process
+
+RUNGS = 8
+"""Steps of the ladder, even in the scales, beside the first ones and the steepest."""
+
+LIMIT = 5.0
+"""Standard errors that a figure of random paths may lie off."""
+
+
+class Verdict(StrEnum):
+    """How a statement fares."""
+
+    EXACTLY = "exactly"
+    IN_LAW = "in law"
+    IN_EXPECTATION = "in expectation"
+    CORRECTED = "corrected"  # not as printed, but the corrected statement holds
+    VIOLATED = "violated"
+    NOT_APPLICABLE = "not applicable"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One statement of the paper and how a process fares.
+
+    Attributes:
+        name: of the property.
+        source: where the paper has it.
+        direction: "forward" or "reverse".
+        printed: the statement as it is printed.
+        verdict: how it fares.
+        figure: what was measured.
+        measured, expected: that, and what it is compared with; NaN for nothing to measure.
+        tolerance: how far the two may lie apart, or the first beyond the second.
+        drawn, std_error: the same figure from random paths, and its standard error; None without.
+        corrected: the statement that holds, where it is not the printed one.
+        scale, eigenvalue: where it is worst.
+        note: what else there is to know.
+    """
+
+    name: str
+    source: str
+    direction: str
+    printed: str
+    verdict: Verdict
+    figure: str = ""
+    measured: float = float("nan")
+    expected: float = float("nan")
+    tolerance: float = 0.0
+    drawn: float | None = None
+    std_error: float | None = None
+    corrected: str = ""
+    scale: float | None = None
+    eigenvalue: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far two laws lie apart, and how far they may."""
+
+    value: float
+    tolerance: float
+
+    @property
+    def closed(self) -> bool:
+        return self.value <= self.tolerance
+
+    @property
+    def size(self) -> float:
+        """In units of the tolerance; inf for what is no number."""
+        return math.inf if math.isnan(self.value) else self.value / self.tolerance
+
+
+class Lab:
+    """One process at work on small grey images.
+
+    Args:
+        process: any; it is copied and left as it is.
+        images: uint8 ``(B, C, H, W)``; scaled down to at most 6 x 9 pixels, and turned grey.
+        seed: of the guidance image and of the paths.
+        samples: number of paths.
+    """
+
+    def __init__(self, process: Process, images: Tensor, seed: int = 0, samples: int = 1000) -> None:
+        self.process = copy.deepcopy(process).cpu()
+        self.seed, self.samples = seed, samples
+        self.images = _small(images, self.process.value_range)
+        self.size = (self.images.shape[-2], self.images.shape[-1])
+        self.pixels = self.size[0] * self.size[1]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.context = self.process.context(self.images[:1], self.generator)
+        self.dense = DenseProcess(self.process, self.size, self.context)
+        self.expands = not self.dense.operator.is_diagonal
+        low, high = self.process.value_range
+        self.span = high - low
+        #: of means in units of the value range; relative, of covariances and of entropies per pixel
+        self.mean_tolerance = max(1e-9, 20 * self.process.tolerance)
+        self.noise_tolerance = 5e-3 if self.expands else 1e-7  # an expansion of a root is no better
+
+    # --- curves at every scale of the chain, (K + 1, N) ---------------------------------------------------------------
+
+    @cached_property
+    def ts(self) -> Tensor:
+        """All scales of the chain, ``(K + 1,)``."""
+        return torch.arange(self.process.num_scales + 1, dtype=torch.float64) / self.process.num_scales
+
+    @cached_property
+    def mu(self) -> Tensor:
+        """Eigenvalues of the operator, ascending, ``(N,)``; for osmosis those of the constant guidance image."""
+        return self.process.operator().eigenvalues(*self.size).expand(self.size).flatten().sort().values
+
+    @cached_property
+    def log_signal(self) -> Tensor:
+        return self._table(self.process.signal(self.ts).log(self.mu))
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """gamma."""
+        return self._table(self.process.noise_scale(self.ts, self.mu))
+
+    @cached_property
+    def alpha(self) -> Tensor:
+        """Mean factor of each step of the chain, ``(K, N)``."""
+        return self._table(self.process.step(self.ts[:-1], self.ts[1:]).rho(self.mu))
+
+    @cached_property
+    def beta(self) -> Tensor:
+        """Standard deviation that each step adds, ``(K, N)``."""
+        return self._table(self.process.step(self.ts[:-1], self.ts[1:]).transition_std(self.mu))
+
+    def _table(self, values: Tensor) -> Tensor:
+        return values.reshape(len(values), -1).expand(len(values), self.pixels)
+
+    @cached_property
+    def increments(self) -> Tensor:
+        """H(U_k | U_0) - H(U_{k-1} | U_0) per pixel in nats, closed form, ``(K,)``."""
+        return entropy_increments(self.process, self.ts, self.size) / self.pixels
+
+    # --- kinds of processes -------------------------------------------------------------------------------------------
+
+    @property
+    def noisy(self) -> bool:
+        return self.process.has_noise()
+
+    @property
+    def blurs(self) -> bool:
+        """Whether pixels see one another."""
+        return bool(self.mu.max() > 0)
+
+    @property
+    def scales_grey(self) -> bool:
+        """Whether noise takes the place of the signal at all eigenvalues, the average grey value's too."""
+        first, last = self.log_signal[0, 0], self.log_signal[-1, 0]
+        variances = torch.stack(
+            [torch.exp(2 * first) + self.noise[0, 0] ** 2, torch.exp(2 * last) + self.noise[-1, 0] ** 2]
+        )
+        return bool(torch.isclose(variances, torch.ones_like(variances), rtol=1e-6, atol=0).all()) and bool(
+            last < -1e-6
+        )
+
+    # --- laws as matrices ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def ladder(self) -> list[float]:
+        """A few scales of the chain, 0 and 1 among them, and both sides of the steps whose entropy rises least."""
+        last = self.process.num_scales
+        numbers = {round(last * k / RUNGS) for k in range(RUNGS + 1)} | {min(1, last), min(2, last)}
+        finite = self.increments.nan_to_num(nan=torch.inf)
+        worst = int(finite.argmin())
+        numbers |= {worst, worst + 1}
+        return [k / last for k in sorted(numbers)]
+
+    @property
+    def steps(self) -> list[tuple[float, float]]:
+        """Neighbouring rungs (s, t), s < t."""
+        return list(zip(self.ladder, self.ladder[1:], strict=False))
+
+    @cached_property
+    def marginals(self) -> list[Law]:
+        """q(u_t | u_0) on the ladder."""
+        return [self.dense.marginal(t) for t in self.ladder]
+
+    @cached_property
+    def transitions(self) -> list[Law]:
+        """q(u_t | u_s) between the rungs."""
+        return [self.dense.transition(s, t) for s, t in self.steps]
+
+    @cached_property
+    def chain(self) -> list[Law]:
+        """The law given u_0 that the transitions alone make, rung by rung, from that at scale 0."""
+        laws = [self.marginals[0]]
+        for step in self.transitions:
+            laws.append(step.after(laws[-1]))
+        return laws
+
+    def gap(self, a: Law, b: Law) -> Gap:
+        """How far two laws lie apart: in their means, or in their covariances, whichever is worse."""
+        mean = Gap(max(largest(a.matrix - b.matrix), largest(a.offset - b.offset) / self.span), self.mean_tolerance)
+        spread = max(largest(a.covariance), largest(b.covariance), 1e-9 * float(self.noise.max()) ** 2)
+        noise = Gap(largest(a.covariance - b.covariance) / spread if spread > 0 else 0.0, self.noise_tolerance)
+        return max(mean, noise, key=lambda gap: gap.size)
+
+    def widest(self, gaps: Sequence[Gap]) -> tuple[int, Gap]:
+        """The worst of some gaps, and its number."""
+        index = max(range(len(gaps)), key=lambda k: gaps[k].size)
+        return index, gaps[index]
+
+    def over_the_data(self, laws: Sequence[Law]) -> list[Tensor]:
+        """Covariances of u_t, where those of u_t given u_0 are `laws` and u_0 has `data_covariance`."""
+        c = self.data_covariance
+        return [law.matrix @ c @ law.matrix.T + law.covariance for law in laws]
+
+    @cached_property
+    def chain_entropy(self) -> list[float]:
+        """H(U_t | U_0) in nats by the determinants of the chain's covariances."""
+        return [entropy(law.covariance) for law in self.chain]
+
+    @cached_property
+    def data_covariance(self) -> Tensor:
+        """A model of the data: the images' variance, and a correlation that falls with the distance, exp(-d / 4 px)."""
+        rows, columns = torch.meshgrid(*(torch.arange(float(n)) for n in self.size), indexing="ij")
+        place = torch.stack([rows.flatten(), columns.flatten()], 1).double()
+        variance = self.images.var(unbiased=False).clamp(min=1e-2 * self.span**2)
+        return variance * torch.exp(-torch.cdist(place, place) / 4)
+
+    # --- random paths -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def start(self) -> Tensor:
+        """The first image as a vector, ``(N,)``."""
+        return self.images[0].flatten()
+
+    @cached_property
+    def paths(self) -> Tensor:
+        """Independent paths of the first image up the ladder, ``(T, M, N)``; one path where nothing is random."""
+        number = self.samples if self.noisy else 1
+        x_0 = self.images[:1].expand(number, -1, -1, -1)
+        return self.process.trajectory(x_0, self.ladder, self.generator, self.context).flatten(2)
+
+    @cached_property
+    def samples_at_the_end(self) -> Tensor:
+        """Draws of `process.sample` at scale 1, from the first image at one go: ``(M, N)``."""
+        number = self.samples if self.noisy else 1
+        x_0, generator = self.images[:1].expand(number, -1, -1, -1), torch.Generator().manual_seed(self.seed + 1)
+        return self.process.sample(x_0, 1.0, generator, self.context).flatten(1)
+
+    @cached_property
+    def deviations(self) -> Tensor:
+        """Paths minus their mean by the marginals, ``(T, M, N)``."""
+        return torch.stack([path - law.mean(self.start) for path, law in zip(self.paths, self.marginals, strict=True)])
+
+
+def not_applicable(name: str, source: str, printed: str, why: str, direction: str = "forward") -> Finding:
+    """A finding without a figure."""
+    return Finding(name, source, direction, printed, Verdict.NOT_APPLICABLE, note=why)
+
+
+def whitened(deviation: Tensor, covariance: Tensor) -> Tensor:
+    """``(M, N)`` in coordinates in which the covariance is one; without noise in a direction, any deviation is huge."""
+    values, vectors = eigen(covariance)
+    return deviation @ vectors / values.clamp(min=1e-12 * float(values.max())).sqrt()
+
+
+def _small(images: Tensor, value_range: tuple[float, float]) -> Tensor:
+    """Float64 ``(B, 1, H, W)``, at most 6 x 9 pixels or 9 x 6."""
+    height, width = images.shape[-2:]
+    most = (6, 9) if width >= height else (9, 6)
+    size = (min(height, most[0]), min(width, most[1]))
+    return to_range(resize(images, size), value_range, torch.float64).mean(1, keepdim=True)

@@ -1,0 +1,102 @@
+"""Two transitions that the paper writes out: the variance-preserving one, Eq. (15), and that of the reverse process,
+Eq. (32), Peter 2024."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dpm_scales.audit.dense import eigen, largest, solve
+from dpm_scales.audit.lab import LIMIT, Finding, Gap, Lab, Verdict, not_applicable
+from dpm_scales.audit.reverse import REVERSE, Return, denoiser
+
+
+def preserving(lab: Lab) -> Finding:
+    """Eq. (15): for alpha = sqrt(1 - beta^2) mean and variance are products of the betas alone."""
+    name, source = "variance-preserving transition", "Eq. (15)"
+    printed = "for alpha_i = sqrt(1 - beta_i^2): N(prod_j sqrt(1 - beta_j^2) u_0, (1 - prod_j (1 - beta_j^2)) I)"
+    if not lab.noisy:
+        return not_applicable(name, source, printed, "there is no noise")
+    off = (lab.alpha**2 + lab.beta**2 - 1).abs()
+    if float(off.max()) > 1e-9:
+        step, mode = divmod(int(off.argmax()), lab.pixels)
+        values = f"{float(lab.alpha[step, mode]):.6g} and beta = {float(lab.beta[step, mode]):.4g}"
+        note = f"at mu = {float(lab.mu[mode]):.3g}, t = {float(lab.ts[step + 1]):.3g} alpha = {values}"
+        return not_applicable(name, source, printed, note)
+    kept = torch.cat([lab.beta.new_ones(1), 1 - lab.beta[:, 0] ** 2]).cumprod(0)
+    gaps, units = [], lab.dense.units
+    for t, chain, marginal in zip(lab.ladder, lab.chain, lab.marginals, strict=True):
+        left = kept[round(t * lab.process.num_scales)]
+        for law in (chain, marginal):
+            mean = Gap(largest(law.matrix - left.sqrt() * units), lab.mean_tolerance)
+            noise = Gap(largest(law.covariance - (1 - left) * units), lab.noise_tolerance)
+            gaps.append(max(mean, noise, key=lambda gap: gap.size))
+    worst, gap = lab.widest(gaps)
+    # of the middle of the ladder, so that both products count
+    rung = len(lab.ladder) // 2
+    wanted = 1 - kept[round(lab.ladder[rung] * lab.process.num_scales)]
+    squares = lab.deviations[rung].square()
+    drawn, error = float(squares.mean() / wanted) - 1, math.sqrt(2 / squares.numel())
+    fits = gap.closed and abs(drawn) <= LIMIT * error + lab.noise_tolerance
+    return Finding(
+        name=name,
+        source=source,
+        direction="forward",
+        printed=printed,
+        verdict=Verdict.IN_LAW if fits else Verdict.VIOLATED,
+        figure="composed transitions and marginals against the products",
+        measured=gap.value,
+        expected=0.0,
+        tolerance=gap.tolerance,
+        drawn=drawn,
+        std_error=error,
+        scale=lab.ladder[worst // 2],
+        note=f"drawn: variance of {lab.samples} paths at t = {lab.ladder[rung]:.3g}, relative; the printed variance is "
+        f"{float(wanted):.4g} there",
+    )
+
+
+def reverse_step(lab: Lab, back: Return) -> Finding:
+    """Eq. (32): a step back is normal; Bayes' rule for Gaussian data knows of no posterior and of no denoiser."""
+    name, source = "transition", "Eq. (32), Sect. 5.2"
+    printed = "q(u_{i-1} | u_i) = N(mu(u_i, i), Sigma(u_i, i)), neither the same for all pixels"
+    if not lab.noisy:
+        return not_applicable(name, source, printed, "without noise there is one way back at most", REVERSE)
+    tolerance = max(lab.noise_tolerance, 1e-6)
+    gaps, uneven = [], []
+    for k, posterior in enumerate(back.posteriors[::-1]):
+        early, late = back.data[k], back.data[k + 1]
+        cross = lab.transitions[k].matrix @ early
+        gain = solve(late, cross).T
+        spread = early - gain @ cross
+        w = denoiser(lab, late, k + 1)
+        unknown = lab.data_covariance - w @ lab.chain[k + 1].matrix @ lab.data_covariance
+        apart = posterior.keep + posterior.pull @ w - gain
+        ideal = posterior.covariance + posterior.pull @ unknown @ posterior.pull.T
+        scale = float(early.diagonal().max())
+        means = largest(apart @ late @ apart.T) / scale  # how far they lie apart on images of that scale
+        gaps.append(Gap(max(math.sqrt(means), largest(ideal - spread) / scale), tolerance))
+        uneven.append(_unevenness(spread))
+    worst, gap = lab.widest(gaps)
+    most = max(range(len(uneven)), key=uneven.__getitem__)
+    return Finding(
+        name=name,
+        source=source,
+        direction=REVERSE,
+        printed=printed,
+        verdict=Verdict.IN_LAW if gap.closed else Verdict.VIOLATED,
+        figure="posterior and ideal denoiser against Bayes' rule, mean and covariance, relative",
+        measured=gap.value,
+        expected=0.0,
+        tolerance=tolerance,
+        scale=lab.ladder[worst],
+        note="Gaussian data, so that Sigma depends on the scale alone; its eigenvalues differ by up to "
+        f"{uneven[most]:.3g} of their mean, at t = {lab.ladder[most]:.3g}",
+    )
+
+
+def _unevenness(covariance: Tensor) -> float:
+    values, _ = eigen(covariance)
+    return float((values[-1] - values[0]) / values.mean())

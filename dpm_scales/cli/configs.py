@@ -1,0 +1,152 @@
+"""The YAML files below configs/ as they are written: options, values and comments, without composing them.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.constructor import SafeConstructor
+
+from dpm_scales.models.instantiate import CONFIGS
+
+GLOBAL = "# @package _global_"
+#: given by the training data, not by the user
+GIVEN = ("network.in_channels", "network.out_channels", "network.num_classes")
+
+
+@dataclass(frozen=True)
+class Option:
+    """A line of a config.
+
+    Attributes:
+        key: in full, dotted.
+        text: the value as it is written; empty for a section.
+        value: the value itself; None for a section.
+        comment: what the file says of it.
+        above: comments on lines of their own before it.
+    """
+
+    key: str
+    text: str
+    value: Any
+    comment: str
+    above: tuple[str, ...] = ()
+
+
+def _comment(line: str) -> str:
+    return line.partition("#")[2].strip()
+
+
+def _options(node: yaml.MappingNode, prefix: str, lines: list[str], header: int) -> Iterator[Option]:
+    for key_node, value_node in node.value:
+        key, start, end = f"{prefix}{key_node.value}", key_node.start_mark.line, value_node.end_mark
+        if key_node.value in ("defaults", "hydra"):
+            continue
+        above: list[str] = []
+        for line in reversed(lines[header:start]):
+            if not line.strip().startswith("#"):
+                break
+            above.insert(0, _comment(line))
+        block = isinstance(value_node, yaml.MappingNode) and not value_node.flow_style
+        if block:
+            yield Option(key, "", None, _comment(lines[start]), tuple(above))
+            yield from _options(value_node, f"{key}.", lines, header)
+            continue
+        first, last = value_node.start_mark, value_node.end_mark
+        text = "".join(value_node.start_mark.buffer[first.pointer : last.pointer].split("\n")).strip()
+        tail = lines[end.line][end.column :] if end.line < len(lines) else ""
+        yield Option(key, text, SafeConstructor().construct_document(value_node), _comment(tail), tuple(above))
+
+
+@functools.cache
+def read_options(path: Path, package: str = "") -> tuple[tuple[str, ...], tuple[Option, ...]]:
+    """The comments at the head of a config, and its options in their order.
+
+    Args:
+        package: key below which they stand.
+    """
+    text = path.read_text()
+    lines = text.splitlines()
+    header = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    head = tuple(_comment(line) for line in lines[:header] if line != GLOBAL)
+    root = yaml.compose(text)
+    prefix = "" if GLOBAL in lines or not package else f"{package}."
+    return head, tuple(_options(root, prefix, lines, header)) if isinstance(root, yaml.MappingNode) else ()
+
+
+@functools.cache
+def defaults(path: Path) -> tuple[tuple[str, str | None], ...]:
+    """Group and choice of each entry of a config's list of defaults; a config of the same group has the group ""."""
+    listed = (yaml.safe_load(path.read_text()) or {}).get("defaults", [])
+    entries = [entry if isinstance(entry, dict) else {"": entry} for entry in listed if entry != "_self_"]
+    return tuple((str(group), choice) for entry in entries for group, choice in entry.items())
+
+
+def groups(config_name: str) -> dict[str, str | None]:
+    """Config groups of an entry point and the default choice of each, in their order."""
+    listed = defaults(CONFIGS / f"{config_name}.yaml")
+    return {group: choice for group, choice in listed if not group.startswith("override")}
+
+
+def choices(group: str) -> list[str]:
+    """Names of the configs of a group."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def package(group: str) -> str:
+    """The key below which the configs of a group stand, unless they say `_global_`."""
+    return group.replace("/", ".")
+
+
+def inner_groups(group: str) -> list[str]:
+    """Groups inside of a group: process/noise, process/blur."""
+    return sorted(path.relative_to(CONFIGS).as_posix() for path in (CONFIGS / group).iterdir() if path.is_dir())
+
+
+def config_file(group: str, choice: str, own: Sequence[str] = ()) -> Path | None:
+    """The file of a choice, among the package's configs or in one of the folders `own`; None if it is not there."""
+    places = [place / group / f"{choice}.yaml" for place in (CONFIGS, *map(Path, own))]
+    return next((path for path in places if path.is_file()), None)
+
+
+def chosen_options(group: str, path: Path) -> dict[str, Option]:
+    """Options of one config of a group by their keys, those that it inherits from others of the group first."""
+    found: dict[str, Option] = {}
+    for inner, name in defaults(path):
+        inherited = config_file(group, name, (str(path.parents[group.count("/") + 1]),)) if name and not inner else None
+        found |= chosen_options(group, inherited) if inherited else {}
+    return found | {option.key: option for option in read_options(path, package(group))[1]}
+
+
+def keys(group: str, choice: str) -> set[str]:
+    """Keys that stand in one config of a group, those of its inner groups as a whole."""
+    path = CONFIGS / group / f"{choice}.yaml"
+    inner = {f"{package(group)}.{name}" for name, _ in defaults(path) if name and not name.startswith("override")}
+    return inner | set(chosen_options(group, path))
+
+
+def all_groups(config_name: str) -> list[str]:
+    """Config groups of an entry point, and the inner groups of each after it; without `experiment`, which has none of
+    its own options."""
+    outer = [group for group in groups(config_name) if group != "experiment"]
+    return [name for group in outer for name in (group, *inner_groups(group))]
+
+
+@functools.cache
+def switches(config_name: str) -> frozenset[str]:
+    """Keys that some config of an entry point gives true or false; none for a config of the user's own."""
+    path = CONFIGS / f"{config_name}.yaml"
+    if not path.is_file():
+        return frozenset()
+    found = [*read_options(path)[1]]
+    for group in all_groups(config_name):
+        for choice in choices(group):
+            found += chosen_options(group, CONFIGS / group / f"{choice}.yaml").values()
+    return frozenset(option.key for option in found if isinstance(option.value, bool))

@@ -1,0 +1,113 @@
+"""What an option that is not there was meant to be: another name, another choice of its group, another place.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpm_scales.cli import configs
+from dpm_scales.cli.arguments import config_dirs
+from dpm_scales.errors import is_initials, nearest, suggest
+from dpm_scales.models.instantiate import CONFIGS
+
+#: config groups whose choices are tasks
+TASK_GROUPS = ("task", "edit")
+MOST_NAMED = 4
+
+
+def unknown_option(config_name: str, full: str, argv: Sequence[str]) -> str:
+    """The line for the option `full` that is not there, with what was probably meant.
+
+    Args:
+        config_name: of the entry point; empty where no command line asked for the option, but our own code.
+        argv: the tidy command line.
+    """
+    if not config_name:
+        return f"the option {full!r} was removed, and is needed; leave it as it is"
+    owners = _owners(config_name, full)
+    if owners:
+        more = [f"{len(owners) - MOST_NAMED} more"] if len(owners) > MOST_NAMED else []
+        return f"unknown option {full!r}: it belongs to {' and '.join([*owners[:MOST_NAMED], *more])}"
+    config = _composed(config_name, argv)
+    level = _level(config_name, config, full)
+    elsewhere = _elsewhere(config, full) if nearest(full, level, sure=True) is None else []
+    if elsewhere:
+        level_too = f"; allowed: {', '.join(sorted(level))}" if level else ""
+        return f"unknown option {full!r}: did you mean {' or '.join(map(repr, elsewhere[:MOST_NAMED]))}?{level_too}"
+    return f"unknown option {full!r}: {suggest(full, level)}"
+
+
+def option_of_flag(config_name: str, key: str) -> str:
+    """The option that the flag `--key` was meant to be; `key` itself where none comes near."""
+    config = _composed(config_name, ())
+    level = _level(config_name, config, key)
+    if key in level:
+        return key
+    return next(iter(_elsewhere(config, key)), nearest(key, level) or key)
+
+
+def _owners(config_name: str, full: str) -> list[str]:
+    """The choices of config groups, `process/blur=listed_sigmas`, that have the option."""
+    parent = full.rpartition(".")[0]
+    found = []
+    for group in configs.all_groups(config_name):
+        name = "task" if group in TASK_GROUPS else group
+        if parent == ("" if name == "task" else configs.package(group)):
+            owners = [choice for choice in configs.choices(group) if full in configs.keys(group, choice)]
+            found += [f"{name}={choice}" for choice in owners]
+    return found
+
+
+def _composed(config_name: str, argv: Sequence[str]) -> Any:
+    """The config with the choices made on the command line; the default one where they can't be made."""
+    outer = configs.groups(config_name)
+    choices = [a for a in argv if re.fullmatch(rf"({'|'.join(outer)})(/\w+)*=\w+", a)]
+    places = ",".join(f"'file://{Path(place).absolute()}'" for place in config_dirs(argv))
+    own = [f"hydra.searchpath=[{places}]"] if places else []
+    for overrides in ([*own, *choices], []):
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+                return compose(config_name, overrides=overrides)
+        except (HydraException, OmegaConfBaseException):
+            continue
+    return OmegaConf.create()
+
+
+def _level(config_name: str, config: Any, full: str) -> list[str]:
+    """Keys of the config at the level of `full`."""
+    parent = full.rpartition(".")[0]
+    node = OmegaConf.select(config, parent) if parent else config
+    if not OmegaConf.is_dict(node):
+        return []
+    chosen = ["experiment"] if config_name == "train" and not parent else []  # leaves no key of its own behind
+    return chosen + [f"{parent}.{key!s}".lstrip(".") for key in node if key != "_target_"]
+
+
+def _elsewhere(config: Any, full: str) -> list[str]:
+    """Options of any level whose last part is that of `full`, or has it for its initials."""
+    last = full.rpartition(".")[2]
+    every = list(_keys(config, ""))
+    same = [key for key in every if key.rpartition(".")[2] == last]
+    return same or [key for key in every if is_initials(last, key.rpartition(".")[2])]
+
+
+def _keys(node: Any, where: str) -> Iterator[str]:
+    for key in node:
+        full = f"{where}{key}"
+        if key != "_target_" and full not in configs.GIVEN:
+            yield full
+            child = node._get_node(key)
+            if OmegaConf.is_dict(child) and not child._is_none() and not child._is_missing():
+                yield from _keys(child, f"{full}.")

@@ -1,0 +1,156 @@
+"""What the entry points share: one clear line for a user's mistake, and the way a run is found again.
+
+Hydra is asked for its exceptions instead of its own reports. A user's mistake ends with one line on standard error and
+status 2; whatever is not one keeps its traceback. HYDRA_FULL_ERROR=1 gives the traceback of both.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from typing import NoReturn, TypeVar
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from dpm_scales.cli.arguments import (
+    ALIASES,
+    HELP_FLAGS,
+    NEVER_EMPTY,
+    TRAIN,
+    tidy,
+    with_stored_overrides,
+)
+from dpm_scales.cli.configs import switches
+from dpm_scales.cli.messages import TRACEBACK, causes, one_line
+from dpm_scales.cli.stored import key_of
+from dpm_scales.cli.switches import check_switches
+from dpm_scales.errors import UserError, printable, require
+from dpm_scales.models.instantiate import CONFIGS, arguments_of, locate, plain
+
+__all__ = ["CONFIGS", "TRAIN", "is_sweep", "job", "main", "one_line", "tidy", "with_stored_overrides"]
+
+Result = TypeVar("Result")
+
+#: the user's own wish for tracebacks; Hydra's variable is set in any case, or Hydra would not hand us its exceptions
+WISH = "DPM_SCALES_TRACEBACK"
+
+
+def is_sweep() -> bool:
+    """Whether this job is one of several."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def job(function: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result]:
+    """Decorator below `hydra.main`: a single run ends here with its line, before Hydra adds lines of its own.
+
+    A run of a sweep says its line at once, since at the end Hydra hands on the first failure alone.
+    """
+
+    @functools.wraps(function)
+    def run(cfg: DictConfig) -> Result:
+        try:
+            _prepare(cfg)
+            return function(cfg)
+        except Exception as error:
+            line = one_line(error)
+            if line is None or os.environ.get(WISH) == "1":
+                raise
+            if not is_sweep():
+                _fail(line, error)
+            _say(f"failed: {' '.join(HydraConfig.get().overrides.task)}: {line}")
+            raise UserError(line) from None
+
+    return run
+
+
+def main(entry: Callable[[], None], config_name: str) -> None:
+    """Run a `hydra.main` function; exits with status 2 and one line on standard error for a user's mistake."""
+    os.environ.setdefault(WISH, os.environ.get(TRACEBACK, "0"))  # processes started from here inherit it
+    os.environ[TRACEBACK] = "1"
+    os.environ.setdefault("OC_CAUSE", "0")  # under a debugger OmegaConf would chain what its message already says
+    warnings.formatwarning = lambda message, *_args, **_kwargs: _line(f"warning: {message}") + "\n"
+    try:
+        sys.argv[1:] = tidy(sys.argv[1:], ALIASES.get(config_name, {}))
+        if not set(HELP_FLAGS).isdisjoint(sys.argv[1:]):
+            from dpm_scales.cli.help import help_text
+
+            with suppress(BrokenPipeError):  # a pager that has seen enough
+                print(help_text(config_name, sys.argv[1:]), flush=True)
+            return
+        entry()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        line = one_line(error, config_name)
+        if line is None or os.environ[WISH] == "1":
+            raise
+        _fail(line, error)
+
+
+def _prepare(cfg: DictConfig) -> None:
+    """Make the config of a job what the code below may rely on, while torch is loaded.
+
+    Raises: UserError for empty paths, wherever they come from, and for switches that are neither true nor false.
+    """
+    for key in NEVER_EMPTY:
+        value = OmegaConf.select(cfg, key)
+        require(not isinstance(value, str) or bool(value.strip()), f"{key} is empty; give it a value, or leave it out")
+    declared = switches(HydraConfig.get().job.config_name)
+    check_switches(plain(cfg), declared, built=False)
+    with loading("torch"):
+        import_module("torch")
+        forget_old_options(cfg, HydraConfig.get().overrides.task)
+        check_switches(plain(cfg), declared, built=True)
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """On a terminal, say what takes its time meanwhile; the line is gone afterwards."""
+    shown = sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
+    if shown:
+        print(f"loading {what} …", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def forget_old_options(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    """Remove what belongs to the class that `KEY._target_=…` has replaced: options that the new class does not take.
+
+    Those that were given on the command line stay, for the class to refuse.
+    """
+    given = [key_of(override) for override in overrides]
+    for key in [key.removesuffix("._target_") for key in given if key.endswith("._target_")]:
+        node = OmegaConf.select(cfg, key)
+        if not OmegaConf.is_dict(node) or key == "trainer":  # whose options the run reads itself
+            continue
+        taken = arguments_of(locate(node.get("_target_")))
+        for name in list(node):
+            typed = any(one == f"{key}.{name}" or one.startswith(f"{key}.{name}.") for one in given)
+            if not (str(name).startswith("_") or typed or taken is None or name in taken):
+                with open_dict(node):
+                    del node[name]
+
+
+def _line(text: str) -> str:
+    """One line for a terminal, whatever names of files and keys it holds."""
+    return printable(" ".join(text.split()))
+
+
+def _say(text: str) -> None:
+    """The one place where errors are printed."""
+    print(_line(text), file=sys.stderr, flush=True)
+
+
+def _fail(line: str, error: BaseException) -> NoReturn:
+    _say(f"error: {line}")
+    sys.exit(next((link.status for link in causes(error) if isinstance(link, UserError)), 2))

@@ -1,0 +1,107 @@
+"""One line for each mistake of a user, None for a defect."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+from collections.abc import Iterator
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from dpm_scales.cli.arguments import (
+    UnknownFlagError,
+)
+from dpm_scales.cli.configs import all_groups
+from dpm_scales.cli.hints import TASK_GROUPS, option_of_flag, unknown_option
+from dpm_scales.errors import UserError, suggest
+
+TRACEBACK = "HYDRA_FULL_ERROR"
+
+#: what the operating system says of a place that the user named; anything else is a defect
+PLACE_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.EIO, errno.ESTALE)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__
+
+
+def one_line(error: BaseException, config_name: str = "") -> str | None:
+    """The line for a user's mistake, None for a defect."""
+    chain = list(causes(error))
+    for link in chain:
+        if isinstance(link, UnknownFlagError) and config_name:
+            return str(UnknownFlagError(link.typed, option_of_flag(config_name, link.key), link.value))
+        if isinstance(link, UserError):
+            return str(link)
+    for link in chain:
+        if isinstance(link, MissingConfigException) and link.options:
+            name = str(link.missing_cfg_file or "").removesuffix(".yaml")
+            group, _, choice = name.rpartition("/")
+            group = "task" if group in TASK_GROUPS else group
+            return f"unknown {group or 'config'} {choice!r}: {suggest(choice, link.options)}"
+        if isinstance(link, OverrideParseException):
+            return f"{link.override!r} is not an option: write KEY=VALUE, and quote values with spaces or brackets"
+        if isinstance(link, MissingMandatoryValue):
+            key = re.search(r"(?:full_key: |mandatory value: )([\w.]+)", str(link))
+            return f"{key.group(1) if key else 'a key'} has no value yet; give it on the command line: KEY=VALUE"
+    if type(error) is ValueError and "Config group override must be a string" in str(error):  # Hydra's
+        return _not_a_name(config_name)
+    if isinstance(error, InstantiationException):
+        return _instantiation(error, chain[-1])
+    for link in chain:
+        if isinstance(link, OSError) and link.errno in PLACE_ERRORS and link.filename is not None:
+            return f"{str(link.filename)[:200]!r}: {link.strerror}; choose another place"
+    for link in reversed(chain):
+        if isinstance(link, HydraException | OmegaConfBaseException):
+            return _shorten(str(link), config_name)
+        if type(link).__name__ == "MisconfigurationException":  # Lightning's; importing it would take seconds
+            return " ".join(str(link).split())
+    return None
+
+
+def _not_a_name(config_name: str) -> str:
+    """The line for a config group that is given null, a number or a switch."""
+    key, value = "a config group", "null"
+    for argument in sys.argv[1:]:
+        name, equals, rest = argument.partition("=")
+        if equals and name in all_groups(config_name):
+            chosen = OverridesParser.create().parse_override(argument).value()
+            key, value = (key, value) if isinstance(chosen, str | list) else (name, rest)
+    return f"{key} is chosen by a name, and can't be {value}; leave it out for the default"
+
+
+def _shorten(message: str, config_name: str) -> str:
+    """Hydra's several lines as one, with the nearest key for an unknown one."""
+    unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", message)
+    if unknown:
+        return unknown_option(config_name, unknown.group(2), sys.argv[1:])
+    no_group = re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", message)
+    found = no_group or re.search(r"Could not delete from config\. '([^']+)' does not exist", message)
+    if found:
+        return unknown_option(config_name, found.group(1), sys.argv[1:])
+    if "hydra/launcher/submitit" in message:
+        return "this launcher needs the submitit plugin: pip install '.[slurm]'"
+    lines = [line.strip() for line in message.splitlines() if line.strip() and "hydra.cc" not in line]
+    return " ".join(lines)
+
+
+def _instantiation(error: InstantiationException, root: BaseException) -> str | None:
+    """Arguments that a config's class does not take: the user's mistake; anything else below it: ours."""
+    text = " ".join(str(root).split()) or type(root).__name__
+    key = re.search(r"full_key: (\S+)", str(error))
+    target = re.search(r"target '([\w.]+)'", str(error))
+    where = key.group(1) if key else target.group(1) if target else "config"
+    unexpected = re.search(r"got an unexpected keyword argument '(\w+)'", text)
+    if unexpected:
+        return f"unknown option {where}.{unexpected.group(1)}"
+    if isinstance(root, InstantiationException):
+        return text
+    if isinstance(root, TypeError | ValueError | ImportError | AttributeError) or "Misconfig" in type(root).__name__:
+        return f"{where}: {text} ({TRACEBACK}=1 shows where)"
+    return None

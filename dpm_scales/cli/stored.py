@@ -1,0 +1,153 @@
+"""The options of a run as its folder keeps them, `overrides.yaml`, and its figures, `result.json`.
+
+Resuming a stranger's run executes nothing, and writes nowhere but into its folder.
+
+What a person types may name any class of any package. What a folder holds may not: it may choose among this package's
+configs and classes, and set values. Hydra would otherwise import and call whatever a `_target_` names, read configs
+from any folder (`hydra.searchpath`, `process=../../elsewhere`), or take `--config-dir` from there. Nor may it name a
+place to write to (`logger.save_dir`), or one to download a data set to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from dpm_scales.errors import UserError, require
+from dpm_scales.models.trust import ADVICE, check_class
+from dpm_scales.storage import open_regular, read_yaml
+
+_KEY = re.compile(r"[A-Za-z][\w/-]*(\.\w+)*")
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:\w+(,[^{}$]*)?\}")
+_LONGEST_KEY = 200
+#: sections whose classes write files, and what those call a place to write to
+_WRITERS = ("logger", "trainer")
+_PLACE = re.compile(r"(.*_)?(dir|dirs|path|folder|root|file|files)")
+#: of the user's config folder, `--config-dir`, that a run was trained with
+CONFIG_DIR_FILE, MAX_PATH_BYTES = "config_dir", 4096
+
+
+def key_of(override: str) -> str:
+    """The key that an override changes, adds or removes."""
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+_without_downloads: set[Path] = set()
+
+
+def may_download(run_dir: Path) -> bool:
+    """Whether a run may download its data set: not if its folder alone named the place, see `stored_overrides`."""
+    return run_dir not in _without_downloads
+
+
+def stored_overrides(file: Path, without: Collection[str], paths: Collection[str]) -> list[str]:
+    """The options in a run's `overrides.yaml`.
+
+    Args:
+        without: keys to leave out, which may therefore hold anything.
+        paths: keys whose values are places: they may name any, with the help of environment variables.
+
+    Raises: UserError if the file is damaged, or holds an option that could do more than choose and set.
+    """
+    damaged = f"{file} is damaged; remove it and give the run's options again"
+    try:
+        values = read_yaml(file)
+    except UserError as error:
+        raise UserError(damaged) from error
+    require(isinstance(values, list) and all(isinstance(value, str) for value in values), damaged)
+    stored = [value for value in values if key_of(value) not in without]
+    keys = {key for override in stored for key in _check(override, file, paths)}
+    _without_downloads.discard(file.parent)
+    if "data.root" in keys and not {"data.root", "data.download"} & set(without):
+        _without_downloads.add(file.parent)
+    return stored
+
+
+def stored_config_dir(run_dir: Path) -> str | None:
+    """The user's config folder that a run was trained with, as its folder records it; None if it records none.
+
+    For messages alone: a config imports what it names, so that only the person who types a folder opens it.
+    """
+    file = run_dir / CONFIG_DIR_FILE
+    try:
+        with open_regular(file) as record:
+            text = record.read(MAX_PATH_BYTES).decode(errors="replace").strip()
+    except (OSError, UserError):  # absent, or a pipe or folder in its place
+        return None
+    return text if text and not file.is_symlink() else None
+
+
+def _check(text: str, file: Path, paths: Collection[str]) -> list[str]:
+    """Raise UserError for an option that a folder may not hold; returns the keys of the values that it sets."""
+    refused = f"{file} holds the option {text[:200]!r}"
+    try:
+        override = OverridesParser.create().parse_override(text)
+        value = None if override.is_sweep_override() else override.value()
+    except (HydraException, RecursionError) as error:
+        raise UserError(f"{refused}, which is none") from error
+    key = override.key_or_group
+    require(not override.is_sweep_override(), f"{refused}: a sweep, where a run has one value")
+    require(bool(_KEY.fullmatch(key)) and len(key) <= _LONGEST_KEY, f"{refused}, which is none")
+    parts = re.split(r"[./]", key)
+    require(parts[0] != "hydra", f"{refused}, and settings of Hydra are not a run's; {ADVICE}")
+    names_class = parts[-1] == "_target_"
+    hidden = any(part.startswith("_") for part in (parts[:-1] if names_class else parts))
+    require(not hidden, f"{refused}, which a stored run may not; {ADVICE}")
+    if names_class:
+        check_class(value, refused)
+    _check_value(value, key, refused, paths)
+    leaves = list(_leaves(value, key))
+    for name, entry in leaves:
+        section, *names = name.split(".")
+        if section in _WRITERS and names:
+            place = bool(_PLACE.fullmatch(names[-1]))
+            base = Path() if place else file.parent  # other names become folders below it
+            is_text = isinstance(entry, str)
+            inside = is_text and "$" not in entry and _is_below(base, entry, file.parent)
+            outside = f"{refused}, which names a place to write to outside of {file.parent}; {ADVICE}"
+            require(inside or not (is_text or place), outside)
+    return [name for name, _ in leaves]
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Dotted keys of the plain values in the value of an option, and these."""
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            yield from _leaves(entry, f"{key}.{name}")
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _leaves(entry, key)
+    else:
+        yield key, value
+
+
+def _is_below(base: Path, name: str, folder: Path) -> bool:
+    """Whether what `name` means, starting from `base`, is a folder or something in it, links resolved."""
+    try:
+        return (base / Path(name).expanduser()).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def _check_value(value: Any, key: str, refused: str, paths: Collection[str]) -> None:
+    from dpm_scales.models.trust import nodes
+
+    for node in nodes(value, refused):
+        if isinstance(node, dict):
+            for name, entry in node.items():
+                if name == "_target_":
+                    check_class(entry, refused)
+                else:
+                    plain = not str(name).startswith("_") or name == "_partial_"
+                    require(plain, f"{refused}, with a key that a stored run may not have; {ADVICE}")
+        elif isinstance(node, str):
+            rest = _ENVIRONMENT.sub("", node) if key in paths else node
+            require("${" not in rest, f"{refused}, with an interpolation; {ADVICE}")
+            # config groups are chosen by keys without a dot
+            inside = not (node.startswith(("/", "~")) or "\\" in node or ".." in node.split("/"))
+            require(inside or "." in key or key in paths, f"{refused}, which leads out of the configs; {ADVICE}")

@@ -1,0 +1,41 @@
+"""Options that are on or off take true and false alone: Hydra reads `no`, `off` and `n` as strings, which are true.
+
+An option is a switch if one of the package's own configs gives it true or false, or if the class that its config names
+hints a bool there; the class may also allow null, or a few words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from dpm_scales.models.instantiate import alternatives, hints_of, locate, require_switch
+
+
+def check_switches(settings: Mapping[str, Any], declared: Collection[str], built: bool) -> None:
+    """Raise UserError for the first switch of a composed config that is neither true nor false.
+
+    Args:
+        settings: plain containers.
+        declared: keys to which the package's configs give true or false.
+        built: look at configs of objects, whose classes are imported; else at all others.
+    """
+    for where, node in _nodes(settings, ""):
+        name = node.get("_target_")
+        if isinstance(name, str) != built:
+            continue
+        hints = hints_of(locate(name)) if isinstance(name, str) else {}
+        for key, value in node.items():
+            full = f"{where}{key}"
+            if full in declared:  # to be given, so that null is no way to leave it to the class
+                allowed = [one for one in alternatives(hints.get(key, bool)) if one is not type(None)]
+                require_switch(full, value, allowed)
+            elif key in hints:
+                require_switch(full, value, alternatives(hints[key]))
+
+
+def _nodes(node: Mapping[str, Any], where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield where, node
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _nodes(value, f"{where}{key}.")

@@ -1,0 +1,341 @@
+"""The editing tasks of `sample.py`: numbered results, and `comparison.png` with what they come from beside them.
+
+Result j of input i has the number i * num_samples + j and depends on the seed and on that number alone. Processes that
+torchrun or srun started share the results; the first makes the rest.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from dpm_scales.cli.options import image_size
+from dpm_scales.commands.shared import (
+    SHOWN_ROWS,
+    Setup,
+    check_noise_std,
+    check_scale,
+    enlargement,
+    prepare,
+    produce,
+    read_mask,
+    refuse_sampler,
+    save_comparison,
+)
+from dpm_scales.data.image_sets import size_of
+from dpm_scales.editing import (
+    Average,
+    Blur,
+    BranchingNoise,
+    Consistent,
+    Degradation,
+    Mask,
+    Resampling,
+    between,
+    check_estimates,
+    context_of,
+    encode,
+    nearest_blur,
+    noised,
+    restore,
+    scales_from,
+)
+from dpm_scales.errors import require, require_number, suggest
+from dpm_scales.images import LEVELS, make_grid, psnr, save_gif, to_uint8
+from dpm_scales.models.instantiate import plain
+from dpm_scales.operators import batch_view
+from dpm_scales.processes import Process
+from dpm_scales.rng import NoiseSource
+from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, OnStep, Sampler
+
+ROUNDING = 12**-0.5 / LEVELS
+"""Standard deviation of what 8 bits round away, black 0 and white 1."""
+
+EVALUATIONS = 100
+"""Of the network, where steps= says nothing."""
+
+RESAMPLE = 2
+METHODS = ("auto", "estimate", "scale")
+THROUGH = ("auto", "flow", "noise")
+
+
+def inpaint(cfg: DictConfig) -> None:
+    """Everything is checked before work begins."""
+    setup = prepare(cfg)
+    images = setup.images("image")
+    hole = read_mask(setup, images)
+    known = (~hole).to(setup.device)
+    size = (images.shape[1], images.shape[2], images.shape[3])
+    grey = torch.where(hole, torch.full_like(images[:1], LEVELS // 2), images)
+    with _restored(setup, Mask(known), images, size, 0.0, _resampling(setup)) as results:
+        save_comparison(setup, [images, grey], results, cfg.num_samples)
+    _say(setup, len(images), f"{int(hole.sum())} of {hole.numel()} pixels invented")
+
+
+def deblur(cfg: DictConfig) -> None:
+    """Everything is checked before work begins."""
+    degradation = Blur(cfg.blur_sigma)
+    require(cfg.method in METHODS, f"unknown method {cfg.method!r}: {suggest(str(cfg.method), METHODS)}")
+    setup = prepare(cfg)
+    noise_std = check_noise_std(setup)
+    sharp, images = _degraded(setup, degradation, noise_std)
+    low, high = setup.process.value_range
+    noise_std = (noise_std**2 + (ROUNDING * (high - low)) ** 2) ** 0.5
+    blurs_alone = setup.process.is_heat_blur and setup.process.has_constant_noise()
+    if cfg.method == "scale" or (cfg.method == "auto" and blurs_alone):
+        restored, note = _from_blur(setup, images, noise_std)
+    else:
+        size = (images.shape[1], images.shape[2], images.shape[3])
+        restored = _restored(setup, degradation, images, size, noise_std, _resampling(setup))
+        note = "each estimate bent"
+    with restored as results:
+        _finish(setup, sharp, images, results, note)
+
+
+def superres(cfg: DictConfig) -> None:
+    """Everything is checked before work begins."""
+    require_number("factor", cfg.factor, 2, whole=True)
+    degradation = Average(cfg.factor)
+    setup = prepare(cfg)
+    noise_std = check_noise_std(setup)
+    sharp, images = _degraded(setup, degradation, noise_std)
+    size = (images.shape[1], cfg.factor * images.shape[2], cfg.factor * images.shape[3])
+    setup.require_memory(size[1:], len(images) * cfg.num_samples, why=f"factor={cfg.factor}: images")
+    with _restored(setup, degradation, images, size, noise_std, _resampling(setup)) as results:
+        blocks = images[:SHOWN_ROWS].repeat_interleave(cfg.factor, 2).repeat_interleave(cfg.factor, 3)
+        note = f"from {size_of(images)} to {size[1]}x{size[2]} pixels"
+        _finish(setup, sharp, blocks, results, note)
+
+
+def interpolate(cfg: DictConfig) -> None:
+    """Everything is checked before work begins."""
+    require(cfg.through in THROUGH, f"unknown through {cfg.through!r}: {suggest(str(cfg.through), THROUGH)}")
+    require_number("frames", cfg.frames, 2, whole=True)
+    require_number("refine", cfg.refine, 0, whole=True)
+    start = check_scale("from", cfg["from"])
+    refuse_sampler(cfg, "follows the probability flow by DDIM steps")
+    setup = prepare(cfg)
+    process, denoiser = setup.process, setup.denoiser
+    require(process.has_noise(), f"{type(process).__name__} has no noise, and so but one way down; nothing is between")
+    check_estimates(denoiser)
+    flow = cfg.through == "flow" or (cfg.through == "auto" and not process.has_constant_noise())
+    require(not flow or cfg.num_samples == 1, "through=flow leads to one sequence for each pair; drop num_samples=")
+    ends = setup.images("start"), setup.images("end")
+    same = ends[0].shape == ends[1].shape
+    require(same, f"start has {len(ends[0])} of {size_of(ends[0])}, end {len(ends[1])} of {size_of(ends[1])} pixels")
+    sampler = DDIM(0.0, min(EVALUATIONS, process.num_scales) if cfg.steps is None else cfg.steps)
+    sampler.check(denoiser)
+    scales = scales_from(sampler, process, start).to(setup.device)
+    frames, per_pair = cfg.frames, cfg.frames * cfg.num_samples
+
+    def make(numbers: Tensor, noise: NoiseSource, labels: Tensor | None, on_step: OnStep) -> Tensor:
+        a, b = (setup.floats(images[numbers]) for images in ends)
+        first = torch.arange(0, len(numbers), frames, device=setup.device)
+        every = torch.arange(len(numbers), device=setup.device) // frames
+        context = context_of(process, (a[first] + b[first]) / 2, noise)
+        few = None if labels is None else labels[first]
+        if flow:
+            latents = [encode(denoiser, x[first], scales, context, few, cfg.refine, on_step) for x in (a, b)]
+        else:
+            white = noised(process, torch.zeros_like(a[first]), scales[0], noise, context)
+            operator = process.operator(context)
+            latents = [operator.apply(process.signal(scales[0]), operator.to_white(x[first])) + white for x in (a, b)]
+        many = None if context is None else context[every]
+        weight = torch.arange(len(numbers), device=setup.device) % frames / (frames - 1)
+        y = between(process, (a, b), (latents[0][every], latents[1][every]), scales[0], weight, many)
+        return sampler.reverse(denoiser, y, noise, many, labels, scales, on_step)
+
+    def noise_of(count: int, first: int) -> NoiseSource:
+        return NoiseSource(cfg.seed, count // frames, first // frames, setup.device)
+
+    steps = (len(scales) - 1) * (3 if flow else 1)
+    size = (ends[0].shape[2], ends[0].shape[3])
+    with produce(setup, sampler, len(ends[0]), per_pair, size, steps, make, noise_of, together=frames) as results:
+        _save_film(setup, results, frames)
+        chosen = torch.linspace(0, frames - 1, min(frames, 10)).round().long().tolist()
+        strips = [results[i + k] for i in range(0, len(results), per_pair) for k in chosen]
+        save_comparison(setup, [ends[0]], strips, len(chosen), [ends[1]])
+    _say(setup, len(ends[0]), f"mixed at t={float(scales[0]):g} through the {'flow' if flow else 'noise'}")
+
+
+def vary(cfg: DictConfig) -> None:
+    """Everything is checked before work begins."""
+    start = check_scale("from", cfg["from"])
+    setup = prepare(cfg)
+    process, sampler = setup.process, setup.model.sampler
+    require(process.has_noise(), f"{type(process).__name__} has no noise, so nothing varies; use task=deblur")
+    images = setup.images("start")
+    scales = scales_from(sampler, process, start).to(setup.device)
+
+    def make(numbers: Tensor, noise: NoiseSource, labels: Tensor | None, on_step: OnStep) -> Tensor:
+        x = setup.floats(images[numbers])
+        context = context_of(process, x, noise)
+        y = noised(process, x, scales[0], noise, context)
+        return sampler.reverse(setup.denoiser, y, noise, context, labels, scales, on_step)
+
+    size = (images.shape[2], images.shape[3])
+    with produce(setup, sampler, len(images), cfg.num_samples, size, len(scales) - 1, make) as results:
+        save_comparison(setup, [images], results, cfg.num_samples)
+    _say(setup, len(images), f"from t={float(scales[0]):g}")
+
+
+def coarse(cfg: DictConfig) -> None:
+    """Everything is checked before work begins."""
+    require_number("starts", cfg.starts, 1, whole=True)
+    branch_at = None if cfg.branch_at == "auto" else check_scale("branch_at", cfg.branch_at)
+    setup = prepare(cfg)
+    process, model = setup.process, setup.model
+    if branch_at is None:
+        branch_at = 1.0 if process.has_constant_noise() else 0.5
+    require(process.has_noise(), f"{type(process).__name__} has no noise, so all that share a start are the same")
+    sampler = _random_sampler(setup)
+    require(
+        _draws_noise(sampler, process),
+        f"sampler {type(sampler).__name__} draws no noise on its way, so all that share a start are the same; "
+        "use sampler=ancestral or ddim with sampler.eta=1",
+    )
+    height, width = image_size(cfg) or model.recipe.image_size
+    model.prior.check_size((height, width))
+    scales = sampler.scales(process)
+    shared_steps = int((scales >= branch_at - 1e-9).sum()) - 1
+    require(shared_steps < len(scales) - 2, f"branch_at={branch_at:g} leaves no steps to differ in; raise it or steps")
+    scales = scales.to(setup.device)
+    per_start = cfg.num_samples
+
+    def noise_of(count: int, first: int) -> BranchingNoise:
+        return BranchingNoise(cfg.seed, count, first, per_start, setup.device)
+
+    def make(_: Tensor, noise: NoiseSource, labels: Tensor | None, on_step: OnStep) -> Tensor:
+        assert isinstance(noise, BranchingNoise)
+        y, context = model.prior.sample(process, noise, (model.recipe.channels, height, width))
+        noise.shared = shared_steps > 0
+
+        def then(index: int, x: Tensor) -> None:
+            noise.shared = index + 1 < shared_steps
+            on_step(index, x)
+
+        return sampler.reverse(setup.denoiser, y, noise, context, labels, scales, then)
+
+    with produce(setup, sampler, cfg.starts, per_start, (height, width), len(scales) - 1, make, noise_of) as results:
+        if results:
+            rows = torch.stack(results).unflatten(0, (-1, per_start))
+            save_comparison(setup, [rows.float().mean(1).round().to(torch.uint8)], results, per_start)
+    _say(setup, cfg.starts, f"all is shared down to t={float(scales[max(0, shared_steps)]):g}")
+
+
+# --- what they share --------------------------------------------------------------------------------------------------
+
+
+def _restored(
+    setup: Setup,
+    degradation: Degradation,
+    observed: Tensor,
+    size: tuple[int, int, int],
+    noise_std: float,
+    sampler: Sampler,
+) -> AbstractContextManager[list[Tensor]]:
+    """Results of bending each estimate towards `observed`, uint8 ``(N, C, h, w)``; see `produce`."""
+    Consistent(setup.denoiser, degradation, setup.floats(observed[:1]), noise_std, setup.cfg.covariance)
+    scales = sampler.scales(setup.process).to(setup.device)
+
+    def make(numbers: Tensor, noise: NoiseSource, labels: Tensor | None, on_step: OnStep) -> Tensor:
+        known = setup.floats(observed[numbers])
+        denoiser = Consistent(setup.denoiser, degradation, known, noise_std, setup.cfg.covariance)
+        return restore(denoiser, sampler, scales, noise, size, labels, on_step)
+
+    return produce(setup, sampler, len(observed), setup.cfg.num_samples, size[1:], len(scales) - 1, make)
+
+
+def _from_blur(setup: Setup, observed: Tensor, noise_std: float) -> tuple[AbstractContextManager[list[Tensor]], str]:
+    """Results of the reverse process from the scale whose blur is nearest, see `produce`; and what to say of it."""
+    process, cfg = setup.process, setup.cfg
+    require(
+        process.blur is None or process.is_heat_blur,
+        f"a scale of {type(process).__name__} is no Gaussian blur; set method=estimate",
+    )
+    start, blur_sigma = nearest_blur(process, cfg.blur_sigma)
+    sampler = setup.model.sampler
+    scales = scales_from(sampler, process, start).to(setup.device)
+
+    def make(numbers: Tensor, noise: NoiseSource, labels: Tensor | None, on_step: OnStep) -> Tensor:
+        x, t = setup.floats(observed[numbers]), scales[0]
+        signal = torch.exp(batch_view(process.signal(t).log_scale, x[0])).to(x.dtype)
+        white, operator = noise.normal(tuple(x.shape[1:]), x.dtype), process.operator()
+        # the image brings noise of its own
+        missing = operator.apply(lambda mu: (process.noise_scale(t, mu) ** 2 - noise_std**2).clamp(min=0).sqrt(), white)
+        return sampler.reverse(setup.denoiser, signal * x + missing, noise, None, labels, scales, on_step)
+
+    size = (observed.shape[2], observed.shape[3])
+    results = produce(setup, sampler, len(observed), cfg.num_samples, size, len(scales) - 1, make)
+    return results, f"from t={float(scales[0]):g}, a blur of {blur_sigma:.3g} px"
+
+
+def _degraded(setup: Setup, degradation: Degradation, noise_std: float) -> tuple[Tensor | None, Tensor]:
+    """The sharp images, if they were given, and the degraded ones; uint8."""
+    images = setup.images("image")
+    if not setup.cfg.degrade:
+        return None, images
+    y = degradation.forward(setup.floats(images).cpu())
+    if noise_std > 0:
+        y = y + noise_std * NoiseSource(setup.cfg.seed, len(y)).normal(tuple(y.shape[1:]), y.dtype)
+    return images, to_uint8(y, setup.process.value_range)
+
+
+def _random_sampler(setup: Setup, repeats: int = 0) -> Sampler:
+    """The sampler that was asked for, else the ancestral one: noise of its own forgives what was bent."""
+    process, model, steps = setup.process, setup.model, setup.cfg.steps
+    if plain(setup.cfg.sampler).get("_target_") or not process.has_noise():
+        return model.sampler
+    sampler = Ancestral(min(process.num_scales, max(1, EVALUATIONS // (1 + repeats))) if steps is None else steps)
+    sampler.check(setup.denoiser)
+    return sampler
+
+
+def _resampling(setup: Setup) -> Sampler:
+    """A little constant noise mixes nothing anew, so that going back brings nothing."""
+    repeats = setup.cfg.resample
+    if repeats == "auto":
+        repeats = 0 if setup.process.has_constant_noise() else RESAMPLE
+    require_number("resample", repeats, 0, 1000, whole=True)
+    sampler = _random_sampler(setup, repeats)
+    return Resampling(sampler, repeats) if repeats > 0 else sampler
+
+
+def _draws_noise(sampler: Sampler, process: Process) -> bool:
+    if isinstance(sampler, DDIM):
+        return sampler.eta > 0 or sampler.starts(process, sampler.scales(process)) is not None
+    return not isinstance(sampler, Cold) and not (isinstance(sampler, Dissipation) and sampler.noise_ratio == 0)
+
+
+def _finish(setup: Setup, sharp: Tensor | None, seen: Tensor, results: list[Tensor], note: str) -> None:
+    """The picture, and the line that tells of the results."""
+    if not setup.shard.is_main:
+        return
+    per_image = setup.cfg.num_samples
+    save_comparison(setup, [seen] if sharp is None else [sharp, seen], results, per_image)
+    if sharp is not None:
+        rows = min(SHOWN_ROWS, len(sharp))
+        truth = sharp[:rows].repeat_interleave(per_image, 0)
+        given, found = psnr(seen[:rows], sharp[:rows]), psnr(torch.stack(results), truth)
+        note += f", PSNR {given:.2f} -> {found:.2f} dB"
+    _say(setup, len(seen), note)
+
+
+def _say(setup: Setup, inputs: int, note: str) -> None:
+    if not setup.shard.is_main:
+        return
+    per_input = setup.cfg.num_samples * (setup.cfg.frames if setup.cfg.task == "interpolate" else 1)
+    print(f"{inputs * per_input} images in {setup.out}, comparison.png beside them; {note}, seed {setup.cfg.seed}")
+
+
+def _save_film(setup: Setup, results: list[Tensor], frames: int) -> None:
+    """`film.gif`: all sequences side by side, there and back."""
+    if not results:
+        return
+    sequences = torch.stack(results).unflatten(0, (-1, frames))
+    sheets = [make_grid(sequences[:, k], padding=2, upscale=enlargement(sequences)) for k in range(frames)]
+    pause = [sheets[0]] * 4, [sheets[-1]] * 4
+    save_gif(setup.out / "film.gif", [*pause[0], *sheets, *pause[1], *reversed(sheets)], 120)

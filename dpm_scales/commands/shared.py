@@ -1,0 +1,300 @@
+"""What the tasks of `sample.py` share: the model, images that are read, numbered results in batches, their record."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from dpm_scales.cli.options import check_counts, guidance_settings, pick_device
+from dpm_scales.commands import sample_folder
+from dpm_scales.data.image_sets import read_images, size_of
+from dpm_scales.denoisers import Denoiser
+from dpm_scales.distributed import ranks as shards
+from dpm_scales.distributed.ranks import Shard
+from dpm_scales.errors import UserError, require, require_number
+from dpm_scales.images import LEVELS, load_image, make_grid, save_png, to_range
+from dpm_scales.memory import require_memory
+from dpm_scales.models.draw import finished, label_cycle, sample_bytes, weights_digest, with_guidance
+from dpm_scales.models.instantiate import plain
+from dpm_scales.models.io import load_model
+from dpm_scales.models.model import Model, with_sampler
+from dpm_scales.processes import Process
+from dpm_scales.progress import progress_bar
+from dpm_scales.rng import NoiseSource
+from dpm_scales.samplers import OnStep, Sampler
+
+SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_SIDE = 8, 10, 64
+"""Of comparison.png: rows, results in a row, and the side in pixels that its cells have at least."""
+
+Make = Callable[[Tensor, NoiseSource, "Tensor | None", OnStep], Tensor]
+
+
+SHARED_OPTIONS = (
+    *("task", "model", "weights", "out", "overwrite", "seed", "batch_size", "device", "size", "trajectory"),
+    *("sampler", "steps", "labels", "guidance", "guidance_interval", "guidance_variable"),
+)
+"""Options of all tasks, which the record holds elsewhere or which change no image; the others are the task's own."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model and where its results go; all checked.
+
+    Attributes:
+        shard: which of the processes that share the results; the first writes what there is one of.
+        labels: ``(n,)``, that inputs take in turn, or None.
+        weights_sha256: of the model's weights.
+        inputs: of the record, the images that were read, by their options.
+    """
+
+    model: Model
+    device: torch.device
+    out: Path
+    cfg: DictConfig
+    shard: Shard
+    labels: Tensor | None
+    weights_sha256: str
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return self.model.denoiser
+
+    @property
+    def process(self) -> Process:
+        return self.model.denoiser.process
+
+    def images(self, key: str) -> Tensor:
+        """uint8 ``(N, C, H, W)``, the images that the config's `key` names; see `read_images`."""
+        images = read_images(str(self.cfg[key]), self.model.recipe.channels)[1]
+        self.note(key, images)
+        return images
+
+    def note(self, key: str, images: Tensor) -> None:
+        """Put images that the config's `key` names into the record."""
+        digest = hashlib.sha256(str(tuple(images.shape)).encode() + images.contiguous().numpy().tobytes()).hexdigest()
+        self.inputs[key] = {"path": str(self.cfg[key]), "number": len(images), "sha256": digest}
+
+    def floats(self, images: Tensor) -> Tensor:
+        """uint8 images in the process's value range, on the device."""
+        return to_range(images.to(self.device), self.process.value_range)
+
+    def require_memory(self, size: tuple[int, int], count: int, together: int = 1, why: str = "images") -> None:
+        """Raise OutOfMemoryError unless a batch of `count` results of `size` (H, W) fits, see `produce`.
+
+        Args:
+            why: what is that large, with the option that chose it.
+        """
+        each = sample_bytes(self.model, size)
+        batch = min(count, max(self.cfg.batch_size // together, 1) * together)
+        smaller = "ask for smaller images" if together == 1 else "lower frames"
+        for number, remedy in ((min(together, batch), smaller), (batch, "lower batch_size")):
+            what = f"{why} of {size[0]}x{size[1]} pixels, {number} at a time,"
+            require_memory(each * number, what, remedy, self.device)
+
+    def record(self, sampler: Sampler, steps: int, number: int, size: tuple[int, int]) -> dict[str, Any]:
+        """Return what `sample.json` says."""
+        cfg, process = self.cfg, self.process
+        options = {str(key): plain(value) for key, value in cfg.items() if key not in SHARED_OPTIONS}
+        for key in (*self.inputs, "prior_images"):
+            options.pop(key, None)
+        if cfg.task == "draw":
+            options.pop("num_samples")  # which is the number
+        return {
+            "format": sample_folder.FORMAT,
+            "version": sample_folder.VERSION,
+            "task": cfg.task,
+            "model": str(cfg.model),
+            "weights": cfg.weights,
+            "weights_sha256": self.weights_sha256,
+            "process": type(process).__name__,
+            "process_settings": self.model.recipe.parts["process"],
+            "sampler": type(sampler).__name__,
+            "sampler_settings": settings_of(sampler),
+            "steps": steps,
+            "guidance": guidance_settings(cfg),
+            "seed": cfg.seed,
+            "labels": None if self.labels is None else self.labels.tolist(),
+            "size": list(size),
+            "number": number,
+            "options": options,
+            "inputs": self.inputs,
+            "versions": {"dpm-scales": version("dpm-scales"), "torch": torch.__version__},
+        }
+
+
+def settings_of(sampler: Sampler) -> dict[str, Any]:
+    """Return a sampler's arguments as plain values."""
+    settings: dict[str, Any] = {}
+    for name in inspect.signature(type(sampler)).parameters:
+        value = getattr(sampler, name, None)
+        if isinstance(value, Sampler):
+            value = {"name": type(value).__name__, **settings_of(value)}
+        elif isinstance(value, float) and not math.isfinite(value):
+            value = str(value)
+        settings[name] = value
+    return settings
+
+
+def choose_sampler(model: Model, cfg: DictConfig) -> Model:
+    """Return the model with the sampler and number of steps that the config asks for, if it does."""
+    settings = plain(cfg.sampler)
+    if not settings.get("_target_"):
+        if cfg.steps is None:
+            return model
+        settings = dict(model.recipe.parts["sampler"])
+    if cfg.steps is not None:
+        settings["steps"] = cfg.steps
+    return with_sampler(model, OmegaConf.create(settings))
+
+
+def choose_model(cfg: DictConfig) -> Model:
+    """Return the model that the config names, with the sampler and the guidance that it asks for."""
+    model = choose_sampler(load_model(str(cfg.model), cfg.weights), cfg)
+    return with_guidance(model, cfg.guidance, plain(cfg.guidance_interval), cfg.guidance_variable)
+
+
+def prepare(cfg: DictConfig) -> Setup:
+    """Model, sampler and device, checked; nothing is written yet."""
+    check_counts(cfg)
+    shard = shards.meet()
+    device = shards.own_device(pick_device(str(cfg.device)), shard)
+    model = choose_model(cfg)
+    model.modules().to(device)
+    labels = plain(cfg.labels)
+    require(
+        cfg.task == "draw" or model.recipe.num_classes is None or labels is not None,
+        f"this model was trained with labels; say for task={cfg.task} what it shows: labels=CLASS",
+    )
+    cycle = label_cycle(model, labels)
+    return Setup(model, device, Path(str(cfg.out)), cfg, shard, cycle, weights_digest(model))
+
+
+def read_mask(setup: Setup, like: Tensor) -> Tensor:
+    """Return the mask of images `like`, bool ``(H, W)``, white from half on.
+
+    Raises: UserError for another size, and for one colour alone.
+    """
+    place, name = str(setup.cfg.mask), str(setup.cfg.image)
+    grey = load_image(place, channels=1)[0]
+    require(
+        grey.shape == like.shape[-2:],
+        f"{place} has {size_of(grey)} pixels, {name} {size_of(like)} (height x width); a mask needs the same size",
+    )
+    mask = grey > LEVELS // 2
+    require(bool(mask.any()), f"{place} is black everywhere; a mask is white where the image is to be invented")
+    require(not bool(mask.all()), f"{place} is white everywhere; nothing of the image would be left")
+    setup.note("mask", mask[None])
+    return mask
+
+
+def check_scale(name: str, value: object) -> float:
+    """Raises UserError unless 0 < value <= 1."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+    require(fits, f"{name} must be a scale in (0, 1], got {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def check_noise_std(setup: Setup) -> float:
+    """noise_std of the config in units of the value range. Raises UserError for another number than 0 to 1."""
+    require_number("noise_std", setup.cfg.noise_std, 0, 1)
+    low, high = setup.process.value_range
+    return float(setup.cfg.noise_std) * (high - low)
+
+
+@contextmanager
+def produce(
+    setup: Setup,
+    sampler: Sampler,
+    inputs: int,
+    per_input: int,
+    size: tuple[int, int],
+    steps: int,
+    make: Make,
+    noise_of: Callable[[int, int], NoiseSource] | None = None,
+    together: int = 1,
+    shown: int | None = None,
+) -> Iterator[list[Tensor]]:
+    """Write `per_input` numbered results for each of `inputs`, with the other processes, and wait for all of them.
+
+    The folder is this command's until the body has run, see `sample_folder.claimed`.
+
+    Args:
+        sampler: that makes them.
+        size: H, W of the results.
+        steps: calls of `on_step` that a batch makes.
+        make: results in pixels ``(B, C, H, W)`` from numbers of inputs ``(B,)``, noise, labels and a callback.
+        noise_of: noise from the count and the first number of a batch; by default one stream for each result.
+        together: results that can't be parted, one after the other; divides `per_input`.
+        shown: number of results that are returned; by default those of the first rows of `comparison.png`.
+
+    Yields: the first results, uint8 on the CPU; nothing in other processes than the first.
+    """
+    cfg, total = setup.cfg, inputs * per_input
+    part = setup.shard.part(total // together)
+    setup.require_memory(size, (part.stop - part.start) * together, together)
+    record = setup.record(sampler, steps, total, size)
+    batch_size = max(1, cfg.batch_size // together) * together
+    own = range(part.start * together, part.stop * together, batch_size)
+    with ExitStack() as held:
+        shards.first_decides(lambda: held.enter_context(sample_folder.claimed(setup.out, record, cfg.overwrite)))
+        with progress_bar(setup.shard.is_main) as progress:
+            bar = progress.add_task(str(cfg.task), total=steps * len(own))
+            for first in own:
+                count = min(batch_size, own.stop - first)
+                noise = noise_of(count, first) if noise_of else NoiseSource(cfg.seed, count, first, setup.device)
+                numbers = torch.arange(first, first + count) // per_input
+                labels = None
+                if setup.labels is not None:
+                    labels = setup.labels[numbers % len(setup.labels)].to(setup.device)
+                x = make(numbers, noise, labels, lambda *_: progress.advance(bar))
+                for number, image in enumerate(finished(x, setup.process.value_range, first), start=first):
+                    path = setup.out / sample_folder.image_name(number)
+                    save_png(path, image, sample_folder.image_text(record, number))
+        shards.leave()  # once all results are there
+        shown = min(total, SHOWN_ROWS * per_input if shown is None else shown)
+        names = map(sample_folder.image_name, range(shown if setup.shard.is_main else 0))
+        yield [load_image(setup.out / name) for name in names]
+
+
+def save_comparison(
+    setup: Setup, before: list[Tensor], results: list[Tensor], per_input: int, after: list[Tensor] | None = None
+) -> None:
+    """`comparison.png`: a row for each input; nothing for no results.
+
+    Args:
+        before, after: what stands on either side of the results, uint8 ``(N, C, H, W)`` each.
+        results: `per_input` of each input, uint8 ``(C, H, W)``.
+    """
+    if not results:
+        return
+    after = after or []
+    rows = min(SHOWN_ROWS, len(results) // per_input)
+    columns = min(per_input, SHOWN_COLUMNS)
+    cells = []
+    for row in range(rows):
+        cells += [images[row] for images in before] + results[row * per_input : row * per_input + columns]
+        cells += [images[row] for images in after]
+    grid = make_grid(torch.stack(cells), len(cells) // rows, padding=2, upscale=enlargement(cells[0]))
+    save_png(setup.out / "comparison.png", grid)
+
+
+def enlargement(images: Tensor) -> int:
+    """The factor that makes the shorter side at least `SHOWN_SIDE` pixels."""
+    return max(1, -(-SHOWN_SIDE // min(images.shape[-2:])))
+
+
+def refuse_sampler(cfg: DictConfig, reason: str) -> None:
+    if plain(cfg.sampler).get("_target_"):
+        raise UserError(f"task={cfg.task} {reason}; drop sampler=, and set steps= for their number")

@@ -1,0 +1,140 @@
+"""A run on a cluster: as many processes as were started, one stop for all of them, one run in a folder.
+
+Schedulers send a signal before they take a machine away: SIGUSR1 or SIGUSR2 (`sbatch --signal`) before the time is up,
+SIGTERM on preemption; Ctrl-C is SIGINT. It may reach one process or all of them, at different steps; they end after the
+same step, with a checkpoint. After SIGUSR1 and SIGUSR2 the job is queued again: by submitit if it started the job, else
+by `scontrol requeue`. After SIGTERM that is for the scheduler to decide. Lightning's own requeueing, which saves in the
+middle of a step, is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import distributed
+
+from dpm_scales.storage import any_gone
+
+REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
+#: of those that reach different processes, the largest number counts: SIGINT, which has the most time, gives way
+SIGNALS = (signal.SIGINT, *REQUEUE, signal.SIGTERM)
+STOPPING = "stopping after this step, with a checkpoint; Ctrl-C once more stops at once"
+
+
+class StopTogether(Callback):
+    """After a signal to any process, all of them end after the same step, which `LastCheckpoint` then saves.
+
+    So they do once a grid or a figure found that the run's folder is gone; the checkpoint is then saved elsewhere.
+
+    A validation that follows the step, or has begun, is finished after a first Ctrl-C; the other signals break it off.
+    A second Ctrl-C ends its process at once. Must come before `LastCheckpoint`. Processes agree once a step, on the
+    CPU: the device is not waited for.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._step = 0
+        self._speaks = True
+        self._group: Any = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.received = 0
+        if trainer.world_size > 1:
+            # Lightning's handler sends a tensor in the middle of whatever the others do, and its loop waits for the
+            # device in every step
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+            self._group = distributed.new_group(backend="gloo")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step, self._speaks = trainer.global_step, trainer.is_global_zero
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:  # after Lightning's, which puts back what was there before
+                signal.signal(number, self._note)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # no checkpoint holds gradients that are being accumulated; and after the last step the run ends anyway
+        self._note_gone()
+        if trainer.global_step != self._step and not 0 < trainer.max_steps <= trainer.global_step:
+            self._step = trainer.global_step
+            self._agree(trainer, patient=validation_follows(trainer))
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not 0 < trainer.max_steps <= trainer.global_step:
+            self._agree(trainer, patient=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._note_gone()
+        if not 0 < trainer.max_steps <= trainer.global_step:
+            self._agree(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._group is not None:
+            distributed.destroy_process_group(self._group)
+            self._group = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self._speaks:
+                print(STOPPING, file=sys.stderr, flush=True)
+
+    def _note_gone(self) -> None:
+        """Stop as after Ctrl-C, which finishes a validation: in the middle of one there is no checkpoint to save."""
+        if any_gone():
+            self.received = self.received or signal.SIGINT
+
+    def _agree(self, trainer: pl.Trainer, patient: bool = False) -> None:
+        """Stop if any process has a signal; `patient`: not yet after Ctrl-C."""
+        if self._group is not None:
+            flag = torch.tensor(self.received)
+            distributed.all_reduce(flag, distributed.ReduceOp.MAX, self._group)
+            self.received = int(flag)
+        if self.received and not (patient and self.received == signal.SIGINT):
+            trainer._signal_connector.received_sigterm = True
+
+
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether a validation is due after the step that has just been taken."""
+    batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    return bool(trainer.enable_validation and batches % (trainer.val_check_batch or math.inf) == 0)
+
+
+def requeue(number: int) -> None:
+    """Let the job be queued again after signal `number`, if one of `REQUEUE`; does not return under submitit.
+
+    For the first process. Outside of a job nothing happens.
+    """
+    if number not in REQUEUE:
+        return
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        for handler in map(signal.getsignal, REQUEUE):
+            if callable(handler):
+                handler(number, None)  # submitit's, in whose place that of `StopTogether` was
+                return
+    if "SLURM_JOB_ID" in os.environ and shutil.which("scontrol"):
+        array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+        job = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+        if subprocess.run(["scontrol", "requeue", job], check=False).returncode:
+            print(f"scontrol can't queue job {job} again; submit it again, and it goes on", file=sys.stderr)

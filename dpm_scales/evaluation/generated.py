@@ -1,0 +1,116 @@
+"""Samples that a model draws to be evaluated, and their features, shared between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpm_scales.data.image_sets import Pictures
+from dpm_scales.distributed.ranks import Shard, barrier
+from dpm_scales.metrics import FeatureNetwork, FeatureSet, FeatureStatistics, gather
+from dpm_scales.models.draw import draw, weights_digest
+from dpm_scales.models.model import Model
+from dpm_scales.progress import Report
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples that a model is going to draw.
+
+    Attributes:
+        model: with the sampler that was asked for.
+        source: its path.
+        weights: averaged or raw.
+        guidance: of the labels, or None.
+        number, seed: of the samples.
+        labels: (number,) or None.
+    """
+
+    model: Model
+    source: str
+    weights: str
+    guidance: dict[str, Any] | None
+    number: int
+    seed: int
+    labels: Tensor | None
+    device: torch.device
+
+    def __len__(self) -> int:
+        return self.number
+
+    def batches(
+        self, batch_size: int, numbers: range | None = None, on_samples: Callable[[float], None] | None = None
+    ) -> Iterator[Tensor]:
+        """Draw uint8 (B, C, H, W) of the samples of these numbers, without gaps; of all by default.
+
+        `on_samples` is called with the share of the samples that each step of the sampler is.
+        """
+        part = range(self.number) if numbers is None else numbers
+        if not part:
+            return iter(())
+        labels = None if self.labels is None else self.labels[part.start : part.stop]
+        steps = len(self.model.sampler.scales(self.model.denoiser.process)) - 1
+
+        def on_step(index: int, x: Tensor) -> None:
+            if on_samples is not None:
+                on_samples(len(x) / steps)
+
+        given = (self.model, len(part), self.seed, batch_size)
+        return draw(*given, labels=labels, device=self.device, on_step=on_step, first=part.start)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(H, W) of all of them."""
+        return (self.model.recipe.image_size,)
+
+    def origin(self) -> dict[str, Any]:
+        """All that is needed to draw them again."""
+        process, sampler = self.model.denoiser.process, self.model.sampler
+        return {
+            "model": self.source,
+            "weights": self.weights,
+            "weights_sha256": weights_digest(self.model),
+            "process": type(process).__name__,
+            "sampler": type(sampler).__name__,
+            "sampler_settings": self.model.recipe.parts["sampler"],
+            "steps": len(sampler.scales(process)) - 1,
+            "guidance": self.guidance,
+            "seed": self.seed,
+            "labels": None if self.labels is None else sorted(set(self.labels.tolist())),
+            "number": self.number,
+            "sizes": [list(size) for size in self.sizes],
+        }
+
+
+def sample_features(
+    fake: Pictures | Drawn,
+    network: FeatureNetwork,
+    batch_size: int,
+    rows: bool,
+    shard: Shard,
+    report: Report | None,
+) -> FeatureSet:
+    """Features of all samples, of a model with the other processes, which must call it too; they report nothing."""
+    share = shard.part(len(fake)) if isinstance(fake, Drawn) else range(len(fake))
+
+    def part(name: str) -> Callable[[float], None] | None:
+        return None if report is None else report.part(name, len(share))
+
+    batches = fake.batches(batch_size, share, part("sampling")) if isinstance(fake, Drawn) else fake.batches(batch_size)
+    alone = shard.world_size == 1 or not isinstance(fake, Drawn)
+    own = gather(network, batches, rows or not alone, part("sample features"))
+    if alone:
+        return own
+    parts = [len(replace(shard, rank=rank).part(len(fake))) for rank in range(shard.world_size)]
+    padded = torch.zeros(max(parts), network.dim)
+    if own.rows is not None:
+        padded[: len(own.rows)] = torch.from_numpy(own.rows)
+    barrier()
+    gathered = [torch.empty_like(padded) for _ in parts]
+    torch.distributed.all_gather(gathered, padded)
+    every = torch.cat([values[:number] for values, number in zip(gathered, parts, strict=True)])
+    return FeatureSet(FeatureStatistics().update(every), every.numpy())

@@ -1,0 +1,117 @@
+"""Features of reference images, kept in the user's cache folder by what they were made of.
+
+A file is named by the SHA-256 of the images' content, of the network's weights and of the resizing: where one of them
+is another, so is the file. It holds mean and factor of the covariance, and the features themselves up to
+`KEPT_BYTES`. Files are safetensors, nothing in them is executed; a checksum over the tensors finds damage that the
+format would not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from dpm_scales.data.image_sets import Pictures
+from dpm_scales.errors import UserError
+from dpm_scales.metrics import FeatureNetwork, FeatureSet, FeatureStatistics, gather
+from dpm_scales.storage import write_bytes
+
+VERSION = 1
+"""Raise it where features of the same images by the same weights would come out otherwise."""
+
+KEPT_BYTES = 512 * 2**20
+"""Largest table of features in a file: 65536 images of Inception's 2048."""
+
+
+def cache_folder() -> Path:
+    """`dpm_scales/references` in $XDG_CACHE_HOME, or in ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "dpm_scales" / "references"
+
+
+def reference_key(content: str, network: FeatureNetwork) -> str:
+    """Name of a file, from the digest of the images."""
+    made_of = [VERSION, content, network.name, network.hash, network.resizing]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+
+def reference_features(
+    pictures: Pictures,
+    network: FeatureNetwork,
+    batch_size: int,
+    keep_rows: bool = True,
+    folder: Path | None = None,
+    on_images: Callable[[int], None] | None = None,
+) -> FeatureSet:
+    """Features of some images, from the cache if they are there, else computed and kept.
+
+    Args:
+        keep_rows: the features of all images are needed, not their statistics alone.
+        folder: of the cache; None for none. One that can't be written, or a damaged file, is a warning.
+        on_images: called with numbers of images as they are done.
+    """
+    path = None
+    if folder is not None:
+        path = folder / f"{reference_key(pictures.digest(), network)}.safetensors"
+        found = _read(path, network.dim) if path.is_file() else None
+        if found is not None and (found.rows is not None or not keep_rows) and found.number == len(pictures):
+            if on_images is not None:
+                on_images(len(pictures))
+            return found
+    fits = len(pictures) * network.dim * 4 <= KEPT_BYTES
+    features = gather(network, pictures.batches(batch_size), keep_rows or (fits and path is not None), on_images)
+    if path is not None:
+        try:
+            _write(path, features, network)
+        except UserError as error:
+            warnings.warn(f"the reference's features are not kept: {error}", stacklevel=2)
+    return features
+
+
+def _write(path: Path, features: FeatureSet, network: FeatureNetwork) -> None:
+    statistics = features.statistics
+    tensors = {"mean": torch.from_numpy(statistics.mean), "root": torch.from_numpy(statistics.root)}
+    if features.rows is not None and features.rows.nbytes <= KEPT_BYTES:
+        tensors["rows"] = torch.from_numpy(features.rows)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = {"number": str(features.number), "network": network.name, "weights": network.hash}
+    # one entry: several come in any order
+    described = json.dumps(metadata | {"sha256": _checksum(tensors, metadata)}, sort_keys=True)
+    write_bytes(path, save(tensors, metadata={"dpm_scales": described}))
+
+
+def _read(path: Path, dim: int) -> FeatureSet | None:
+    """What a file holds, or None with a warning if it is damaged."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            described = json.loads((file.metadata() or {})["dpm_scales"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        if described.pop("sha256") != _checksum(tensors, described):
+            raise ValueError("its checksum is another")
+        statistics = FeatureStatistics.of(int(described["number"]), tensors["mean"], tensors["root"])
+        rows = tensors["rows"].numpy() if "rows" in tensors else None
+        if statistics.dim != dim or (rows is not None and rows.shape != (statistics.number, dim)):
+            raise ValueError(f"features of dimension {statistics.dim}, not {dim}")
+        return FeatureSet(statistics, rows)
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        warnings.warn(f"{path} is damaged ({error}); the reference's features are computed again", stacklevel=3)
+        return None
+
+
+def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+    return total.hexdigest()

@@ -1,0 +1,114 @@
+"""Sets of images that are judged or judged by: files, arrays, the data sets of `configs/data`, the data of a run; and
+the few images that a model edits or starts from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpm_scales import data as rooms
+from dpm_scales.data import ArraySource
+from dpm_scales.data.base import ImageSource
+from dpm_scales.data.files import open_store
+from dpm_scales.data.image_sets import ARRAYS, PictureFiles, Pictures, PictureSet
+from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.models.instantiate import CONFIGS, build, read_config
+from dpm_scales.models.trust import nodes
+from dpm_scales.storage import read_yaml
+
+if TYPE_CHECKING:
+    from dpm_scales.data import ImageDataModule
+
+SPLITS = ("train", "val", "all")
+RUN_DATA = "data"
+"""What names the data set of the run that made the model."""
+
+
+def open_pictures(
+    place: str, key: str, split: str = "train", limit: int | None = None, model: Path | None = None
+) -> Pictures:
+    """The images of a place.
+
+    Args:
+        place: a folder, a .zip, .npy or .npz file, the name of a file in `configs/data`, or "data".
+        key: the option that names it, for messages.
+        split: "train", "val" or "all": which part of a data set; files have no parts.
+        limit: number of images, spread evenly; None for all.
+        model: whose run "data" is the data of.
+
+    Raises: UserError for a place that is none, or without two images.
+    """
+    require(split in SPLITS, f"unknown split {split!r}: {suggest(str(split), SPLITS)}")
+    names = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
+    pictures: Pictures
+    if place == RUN_DATA:
+        require(model is not None, f"{key}=data is the data of the model's run, and no model= was given")
+        assert model is not None
+        pictures = data_pictures(run_data(model).source, split, f"data of {model}", limit)
+    elif place in names:
+        pictures = data_pictures(_named_data(place, key).source, split, place, limit)
+    elif Path(place).suffix.lower() in ARRAYS:
+        array = ArraySource(place, val_fraction=0.0)
+        pictures = PictureSet(array, [array.train()], place, limit)
+    else:
+        if not Path(place).expanduser().exists():
+            known = f"a folder, a .zip, .npy or .npz file, data (that of the model's run), {', '.join(names)}"
+            raise UserError(f"{key}={place}: no such folder or file; allowed are {known}")
+        pictures = PictureFiles(open_store(place), limit)
+    require(len(pictures) >= 2, f"{key}={place}: needs 2 images or more, found {len(pictures)}")
+    return pictures
+
+
+def data_pictures(source: ImageSource, split: str, name: str, limit: int | None = None) -> PictureSet:
+    """The training images of a source, its validation images, or both. Raises UserError for another split."""
+    require(split in SPLITS, f"unknown split {split!r}: {suggest(str(split), SPLITS)}")
+    parts = {"train": [source.train], "val": [source.val], "all": [source.train, source.val]}[split]
+    return PictureSet(source, [part() for part in parts], f"{name}, split {split}", limit)
+
+
+def run_data(model: Path) -> ImageDataModule:
+    """The data set that the run of a model was trained on.
+
+    Args:
+        model: run folder, or an export or a checkpoint in one.
+
+    Raises: UserError without the run's config.yaml, or if that names a data set that is not of this package.
+    """
+    for folder in (model, *model.parents[:2]):
+        config = folder / "config.yaml"
+        values = read_yaml(config) if config.is_file() else None
+        if isinstance(values, dict) and isinstance(values.get("data"), dict):
+            return _build_stored(values["data"], str(config))
+    raise UserError(f"{model} lies in no run folder, whose config.yaml would name the data; give reference=DIR")
+
+
+def _named_data(name: str, key: str) -> ImageDataModule:
+    return _build(read_config(CONFIGS / "data" / f"{name}.yaml", key), name)
+
+
+def _build_stored(settings: dict[str, Any], source: str) -> ImageDataModule:
+    """The data set of a run's config, which is downloaded to the usual place alone."""
+    usual = settings.get("root") == os.environ.get("DPM_SCALES_DATA", "data_cache")
+    if "download" not in settings or usual:
+        return _build(settings, source)
+    try:
+        return _build({**settings, "download": False}, source)
+    except UserError as error:
+        raise UserError(f"{source}: {error}; or name the data set or its folder: reference=NAME_OR_DIR") from error
+
+
+def _build(settings: Any, source: str) -> ImageDataModule:
+    """Raises UserError unless the config asks for a data set of this package and nothing else."""
+    from dpm_scales.data import ImageDataModule  # and Lightning with it, which takes seconds
+
+    room, _, name = str(settings.get("_target_")).rpartition(".")
+    ours = room == "dpm_scales.data" and name in rooms.__all__
+    require(ours, f"{source}: the data {settings.get('_target_')!r} are not of dpm_scales.data; give reference=DIR")
+    held = [node for value in settings.values() for node in nodes(value, source)]
+    objects = any(isinstance(node, dict) or (isinstance(node, str) and "${" in node) for node in held)
+    hidden = any(str(key).startswith("_") for key in settings.keys() - {"_target_"})
+    require(not objects and not hidden, f"{source}: the data's config holds objects; give reference=DIR")
+    built: ImageDataModule = build(settings, ImageDataModule, f"{source}: data")
+    built.prepare_data()
+    return built

@@ -1,0 +1,30 @@
+"""Models: built from a config, sampled, written to files and read again.
+
+    model = load_model("runs/default")
+    images = torch.cat(list(draw(model, num_samples=64, seed=0)))
+
+What is offered is imported when it is asked for: `dpm_scales.models.instantiate` needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpm_scales.models.draw import draw
+    from dpm_scales.models.io import load_model, save_model
+    from dpm_scales.models.model import Model, Recipe, build_model
+
+__all__ = ["Model", "Recipe", "build_model", "draw", "load_model", "save_model"]
+_PLACES = {"draw": "draw", "load_model": "io", "save_model": "io"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES.get(name, 'model')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

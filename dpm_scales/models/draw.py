@@ -1,0 +1,161 @@
+"""Drawing images from a model in batches: the same bytes for the same seed, however they are batched."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dpm_scales.errors import UserError, is_whole, require, require_number
+from dpm_scales.guidance import Guided
+from dpm_scales.images import to_uint8
+from dpm_scales.memory import lacks_memory
+from dpm_scales.models.model import Model
+from dpm_scales.rng import NoiseSource
+
+MAX_GUIDANCE = 1e30  # single precision ends soon after
+
+
+def label_cycle(model: Model, labels: int | str | Sequence[int | str] | None) -> Tensor | None:
+    """Return ``(n,)`` int64 labels that samples take in turn: sample i has number i mod n; None for a model without.
+
+    Args:
+        labels: one class or a list, by number or name; None takes every class.
+
+    Raises: UserError for labels that the model does not know.
+    """
+    classes = model.recipe.num_classes
+    if classes is None:
+        require(labels is None, "labels were given, but this model was trained without; drop labels=")
+        return None
+    if labels is None:
+        return torch.arange(classes)
+    chosen = list(labels) if isinstance(labels, list | tuple | range) else [labels]
+    names = list(model.recipe.class_names or ())
+    numbers = [names.index(c) if isinstance(c, str) and c in names else c for c in chosen]
+    known = f"0..{classes - 1}" + (f" or {', '.join(names)}" if names else "")
+    for label in numbers:
+        require(is_whole(label, 0) and label < classes, f"unknown label {label!r}; allowed: {known}")  # type: ignore[operator]
+    require(len(numbers) > 0, "labels is empty; give one class or a list")
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def pick_labels(model: Model, labels: int | str | Sequence[int | str] | None, count: int) -> Tensor | None:
+    """Return the ``(count,)`` labels of the first samples, see `label_cycle`."""
+    cycle = label_cycle(model, labels)
+    return None if cycle is None else cycle[torch.arange(count) % len(cycle)]
+
+
+def with_guidance(model: Model, scale: float, interval: Sequence[float] | None = None, variable: str = "t") -> Model:
+    """The model guided by its labels, see `dpm_scales.guidance`; as it is for a scale of 1.
+
+    Raises: UserError for values that can't be meant, and for models that have not learnt to do without labels.
+    """
+    require_number("guidance", scale, 0, MAX_GUIDANCE)
+    if scale == 1:
+        return model
+    classes = model.recipe.num_classes
+    if classes is None:
+        raise UserError(f"guidance={scale:g} needs labels, and this model was trained without; drop guidance=")
+    require(
+        model.recipe.label_dropout > 0,
+        f"guidance={scale:g} needs a model that also knows images without labels, and this one was trained with all of "
+        "them; drop guidance=, or train with label_dropout=0.1",
+    )
+    return replace(model, denoiser=Guided(model.denoiser, classes, scale, interval, variable))
+
+
+def draw(
+    model: Model,
+    num_samples: int,
+    seed: int = 0,
+    batch_size: int = 250,
+    size: tuple[int, int] | None = None,
+    labels: Tensor | None = None,
+    device: torch.device | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+    first: int = 0,
+) -> Iterator[Tensor]:
+    """Batches of samples, uint8 ``(b, C, H, W)`` on the CPU, `num_samples` in all, numbered from `first`.
+
+    Sample i depends on (seed, i) and its label ``labels[i - first]`` alone. `on_step` is called with the step's index
+    and the batch there, in pixels of the process's value range, on the device.
+    """
+    require_number("num_samples", num_samples, 1, whole=True)
+    require_number("batch_size", batch_size, 1, whole=True)
+    device = device or torch.device("cpu")
+    model.modules().to(device).eval()
+    process = model.denoiser.process
+    height, width = size or model.recipe.image_size
+    model.prior.check_size((height, width))
+    scales = model.sampler.scales(process).to(device)
+    for start in range(0, num_samples, batch_size):
+        count = min(batch_size, num_samples - start)
+        noise = NoiseSource(seed, count, first + start, device)
+        batch_labels = None if labels is None else labels[start : start + count].to(device)
+        shape = (model.recipe.channels, height, width)
+        x = model.sampler.sample(model.denoiser, model.prior, noise, shape, batch_labels, scales, on_step)
+        yield finished(x, process.value_range, first + start)
+
+
+def finished(x: Tensor, value_range: tuple[float, float], first: int) -> Tensor:
+    """Return samples ``(B, C, H, W)`` in pixels as uint8 on the CPU; they have the numbers from `first` on.
+
+    Raises: UserError for samples that are not finite.
+    """
+    finite = x.isfinite().flatten(1).all(1).cpu()
+    if not finite.all():
+        number = first + int(finite.logical_not().nonzero()[0])
+        raise UserError(f"sample {number} is not finite; take another sampler, more steps or less guidance")
+    return to_uint8(x, value_range).cpu()
+
+
+def sample_bytes(model: Model, size: tuple[int, int]) -> int:
+    """Return how many bytes a sample of `size` (H, W) takes at least while it is drawn.
+
+    Counted are the images in four places (the sample, its noise, the network's input and its output), and the largest
+    result within the network, as far as that runs without memory.
+    """
+    channels = model.recipe.channels
+    images = 4 * channels * size[0] * size[1]
+    try:
+        largest = largest_activation(
+            model.denoiser.network, (channels * (1 + model.denoiser.process.context_channels), *size)
+        )
+    except Exception as error:  # not every network does
+        largest = 0 if lacks_memory(error) is None else 2**63
+    return 4 * (images + largest)
+
+
+def largest_activation(network: nn.Module, size: tuple[int, int, int]) -> int:
+    """Return the number of values in the largest result of a part of a network, for one image of `size` (C, H, W)."""
+    largest = 0
+
+    def note(module: nn.Module, inputs: Any, result: Any) -> None:
+        nonlocal largest
+        if isinstance(result, Tensor):
+            largest = max(largest, result.numel())
+
+    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    meta = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+    hooks = [part.register_forward_hook(note) for part in network.modules()]
+    try:
+        with torch.no_grad():
+            functional_call(network, meta, (torch.empty(1, *size, device="meta"), torch.empty(1, device="meta")))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return largest
+
+
+def weights_digest(model: Model) -> str:
+    """Return the SHA-256 of a model's weights by name, in hexadecimal digits; the same in every file of them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.modules().state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,135 @@
+"""A model and its recipe: denoiser, prior and sampler, and the plain containers that build them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from dpm_scales.denoisers import Denoiser
+from dpm_scales.errors import UserError, require
+from dpm_scales.models.checksums import (
+    FORMAT,
+    VERSION,
+)
+from dpm_scales.models.instantiate import build, plain
+from dpm_scales.models.trust import check_targets
+from dpm_scales.models.weights_fit import require_fit, within_memory
+from dpm_scales.priors import Prior
+from dpm_scales.processes import Process
+from dpm_scales.samplers import Sampler
+from dpm_scales.targets import Target
+
+#: parts of a model; each is a config with a `_target_` of this package
+PARTS = ("process", "target", "network", "prior", "sampler")
+
+MAX_SIDE = 2**20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that is needed to build a model again: plain containers, as in `config.yaml`.
+
+    Args:
+        parts: configs of process, target, network, prior and sampler.
+        channels, image_size: of the training images.
+        num_classes: labels that the network was trained with, or None.
+        label_dropout: share of the labels that training left out, so that the network knows "no label" too.
+    """
+
+    parts: dict[str, Any]
+    channels: int
+    image_size: tuple[int, int]
+    num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    label_dropout: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        image = {"channels": self.channels, "height": self.image_size[0], "width": self.image_size[1]}
+        names = list(self.class_names) if self.class_names else None
+        labels: dict[str, Any] = {"num_classes": self.num_classes, "class_names": names}
+        if self.label_dropout > 0:  # files without it are of models trained without
+            labels["label_dropout"] = self.label_dropout
+        return {"format": FORMAT, "version": VERSION, "image": image, "labels": labels, **self.parts}
+
+    @staticmethod
+    def from_dict(values: Any, source: str) -> Recipe:
+        """Raises UserError for anything that is not a recipe of this version."""
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise UserError(f"{source} is not a dpm_scales model; give a run folder, its model/ folder or a checkpoint")
+        if values.get("version") != VERSION:
+            raise UserError(f"{source} has model format {values.get('version')!r}; this version reads {VERSION}")
+        check_targets(values, source)
+        try:
+            image, labels = values["image"], values["labels"]
+            parts = {name: values[name] for name in PARTS}
+            size = (int(image["height"]), int(image["width"]))
+            names = labels["class_names"] or None
+            if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+                raise ValueError("class_names are no list of names")
+            dropout = float(labels.get("label_dropout", 0.0))
+            if not 0 <= dropout < 1:
+                raise ValueError(f"label_dropout={dropout}")
+            names = None if names is None else tuple(names)
+            recipe = Recipe(parts, int(image["channels"]), size, labels["num_classes"], names, dropout)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{source}: the model's config is incomplete or damaged ({error!r})") from error
+        sides = (recipe.channels, *recipe.image_size)
+        require(all(0 < side <= MAX_SIDE for side in sides), f"{source}: the model's images can't be {sides}")
+        return recipe
+
+
+@dataclass
+class Model:
+    """A trained (or fresh) model."""
+
+    denoiser: Denoiser
+    prior: Prior
+    sampler: Sampler
+    recipe: Recipe
+
+    def modules(self) -> nn.ModuleDict:
+        """Denoiser and prior under the names that exports and checkpoints use."""
+        return nn.ModuleDict({"denoiser": self.denoiser, "prior": self.prior})
+
+
+def build_model(recipe: Recipe, data_std: float = 0.5, weights: Mapping[str, Tensor] | None = None) -> Model:
+    """Build a model with fresh weights.
+
+    Args:
+        data_std: as in `Denoiser`.
+        weights: that the model is to be given, by the names of `Model.modules`: its network is compared with them
+            before memory is taken for it.
+
+    Raises: UserError for parts that do not fit together, MisfitError for weights of another network, OutOfMemoryError
+    for a network larger than the machine's memory.
+    """
+    parts = recipe.parts
+    process = build(parts["process"], Process, "process")
+    inputs = recipe.channels * (1 + process.context_channels)
+    given = {"in_channels": inputs, "out_channels": recipe.channels, "num_classes": recipe.num_classes}
+    make = partial(build, parts["network"], nn.Module, "network", given=given)
+    if weights is not None:
+        require_fit(make, weights, "denoiser.network.")
+    with within_memory("this network"):
+        network = make()
+    trainable = any(parameter.requires_grad for parameter in network.parameters())
+    require(trainable, f"network: {type(network).__name__} has no weights to train")
+    target = build(parts["target"], Target, "target")
+    prior = build(parts["prior"], Prior, "prior", {"process": process})
+    prior.check(process)
+    denoiser = Denoiser(network, process, target, data_std)
+    sampler = build(parts["sampler"], Sampler, "sampler", {"denoiser": denoiser})
+    sampler.check(denoiser)
+    return Model(denoiser, prior, sampler, recipe)
+
+
+def with_sampler(model: Model, sampler: Any) -> Model:
+    """The model with another sampler (a config), checked against its denoiser."""
+    built = build(sampler, Sampler, "sampler", {"denoiser": model.denoiser})
+    built.check(model.denoiser)
+    parts = {**model.recipe.parts, "sampler": plain(sampler)}
+    return replace(model, sampler=built, recipe=replace(model.recipe, parts=parts))

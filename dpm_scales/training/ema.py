@@ -1,0 +1,83 @@
+"""EMA of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+
+from dpm_scales.distributed.fsdp import ShardedStrategy, local, shard, whole
+from dpm_scales.errors import require_number
+from dpm_scales.models.model import Model
+from dpm_scales.training.module import DiffusionModule
+
+
+class WeightAverage(WeightAveraging):
+    """Exponential moving average, decay min(`decay`, (1 + n) / (10 + n)) at update n; sliced where the weights are."""
+
+    def __init__(self, decay: float = 0.999) -> None:
+        require_number("ema.decay", decay, 0, 1)
+        self.decay = decay
+        # buffers are constants of the model here; averaging would round the integer ones
+        super().__init__(use_buffers=False, multi_avg_fn=self._average)
+
+    @property
+    def module(self) -> DiffusionModule:
+        """The one with the averaged weights, from the beginning of `Trainer.fit`."""
+        assert self._average_model is not None
+        module = self._average_model.module
+        assert isinstance(module, DiffusionModule)
+        return module
+
+    def model(self) -> Model:
+        """With the averaged weights, in evaluation mode. Where they are sliced, all processes compute it together."""
+        self.module.eval()
+        return self.module.parts
+
+    def averaged(self, keep: bool = True) -> dict[str, Tensor]:
+        """State of denoiser and prior with the averaged weights; called by all processes, empty unless `keep`."""
+        state: dict[str, Tensor] = whole(self.module.model.state_dict(), keep)
+        return state
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, ShardedStrategy):
+            self._device = torch.device("cpu")  # whole until it is sliced, which no device needs to hold
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(trainer.strategy, ShardedStrategy):
+            shard(self.module, self.module.parts.denoiser.network, pl_module.device)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["state_dict"] = whole(checkpoint["state_dict"], trainer.is_global_zero)
+
+    def _average(self, averages: Sequence[Tensor], currents: Sequence[Tensor], count: Tensor | int) -> None:
+        n = torch.as_tensor(count, dtype=torch.float32, device=averages[0].device)
+        decay = torch.clamp((1 + n) / (10 + n), max=self.decay)
+        for average, current in zip(map(local, averages), map(local, currents), strict=True):
+            average.copy_(torch.lerp(current, average, decay.to(average.dtype)))
+
+    def _swap_models(self, pl_module: pl.LightningModule) -> None:
+        for average, current in self._pairs(pl_module):
+            kept = average.clone()
+            average.copy_(current)
+            current.copy_(kept)
+
+    def _copy_average_to_current(self, pl_module: pl.LightningModule) -> None:
+        for average, current in self._pairs(pl_module):
+            current.copy_(average)
+
+    def _pairs(self, pl_module: pl.LightningModule) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parameters and buffers of the average and the current module, this process's slices of them."""
+        for average, current in (
+            *zip(self.module.parameters(), pl_module.parameters(), strict=True),
+            *zip(self.module.buffers(), pl_module.buffers(), strict=True),
+        ):
+            yield local(average.detach()), local(current.detach())

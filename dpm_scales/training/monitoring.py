@@ -1,0 +1,184 @@
+"""Figures of a run's samples while it trains, into metrics.csv: `eval/fid` and what is like it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig
+from torch import Tensor
+
+from dpm_scales.data import ImageDataModule
+from dpm_scales.distributed.fsdp import is_sharded
+from dpm_scales.errors import OutOfMemoryError, require, require_number
+from dpm_scales.evaluation.reference_cache import cache_folder, reference_features
+from dpm_scales.evaluation.references import data_pictures
+from dpm_scales.images import make_class_grid, make_grid, save_png, to_uint8
+from dpm_scales.memory import lacks_memory
+from dpm_scales.metrics import FeatureSet, FeatureStatistics, compare, pick_features
+from dpm_scales.metrics.figures import check_measures, check_numbers, needs_rows
+from dpm_scales.metrics.overlap import Manifolds
+from dpm_scales.models.instantiate import plain
+from dpm_scales.models.model import Model
+from dpm_scales.rng import NoiseSource
+from dpm_scales.storage import FolderGoneError
+from dpm_scales.training.ema import WeightAverage
+from dpm_scales.training.module import DiffusionModule
+
+PREFIX = "eval/"
+
+
+class PeriodicEvaluation(Callback):
+    """Figures of samples by the run's own images, every n steps and after the last, from the averaged weights.
+
+    Sample i has the same noise every time. Processes share the samples; the first one measures. Nothing random of the
+    training is touched, and nothing of it is kept in a checkpoint. Must come after `WeightAverage`, and before the
+    checkpoints: the row of a step in a checkpoint is then in the file.
+
+    Args:
+        average: the run's.
+        data: the run's.
+        seed: of the samples.
+        settings: section `evaluation` of configs/train.yaml.
+
+    Raises: UserError for values that can't be meant, no feature network, or a reference without two images.
+    """
+
+    def __init__(self, average: WeightAverage, data: ImageDataModule, seed: int, settings: DictConfig) -> None:
+        for key, low in {"every_n_steps": 1, "num_samples": 2, "batch_size": 1}.items():
+            require_number(f"evaluation.{key}", settings[key], low, whole=True)
+        if settings.num_reference is not None:
+            require_number("evaluation.num_reference", settings.num_reference, 2, whole=True)
+        self.measures = check_measures(plain(settings.measures))
+        self.average, self.seed = average, seed
+        self.every_n_steps, self.num_samples = int(settings.every_n_steps), int(settings.num_samples)
+        self.batch_size, self.cache = int(settings.batch_size), bool(settings.cache)
+        split = str(settings.split)
+        self.reference = data_pictures(data.source, split, "the run's data", settings.num_reference)
+        require(len(self.reference) >= 2, f"evaluation.split={split} has {len(self.reference)} images, and needs 2")
+        check_numbers(self.measures, len(self.reference), self.num_samples)
+        with _own_random_numbers(torch.device("cpu")):  # the network is made with random weights first
+            self.network = pick_features(str(settings.features), settings.inception)
+        self._known: FeatureSet | None = None
+        self._step = 0
+
+    def names(self) -> list[str]:
+        """Of the figures, as `metrics.csv` and `result.json` have them."""
+        kinds = {"frechet": [self.network.distance_name], "kernel": [self.network.kernel_name]}
+        kinds["manifolds"] = list(Manifolds._fields)
+        return [f"{PREFIX}{_key(name)}" for measure in self.measures for name in kinds[measure]]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+        self.network.to(pl_module.device)
+        if trainer.is_global_zero:
+            folder = cache_folder() if self.cache else None
+            rows = needs_rows(self.measures)
+            self._known = reference_features(self.reference, self.network, self.batch_size, rows, folder)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, last = trainer.global_step, 0 < trainer.max_steps <= trainer.global_step
+        if step == self._step or not (step % self.every_n_steps == 0 or last):
+            return
+        self._step = step
+        assert isinstance(pl_module, DiffusionModule)
+        with _own_random_numbers(pl_module.device):
+            features = self._features(self.average.model(), pl_module)
+        if self._known is None:
+            return
+        judged = FeatureSet(FeatureStatistics().update(features), features.numpy())
+        figures = compare(self._known, judged, self.network, self.measures)
+        values = {f"{PREFIX}{_key(name)}": figure.value for name, figure in figures.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step - 1)  # rows are numbered from 0
+            logger.save()
+
+    @torch.no_grad()
+    def _features(self, model: Model, pl_module: DiffusionModule) -> Tensor:
+        """Features (num_samples, d) of the samples of all processes, on the CPU."""
+        trainer, recipe = pl_module.trainer, model.recipe
+        share = -(-self.num_samples // trainer.world_size)
+        # the last ones may have more than are needed: as many batches as the others, which compute sliced weights
+        start = trainer.global_rank * share
+        stop = start + share
+        scales = model.sampler.scales(model.denoiser.process, pl_module.device)  # checked when the model was built
+        own = torch.zeros(share, self.network.dim, device=pl_module.device)
+        for first in range(start, stop, self.batch_size):
+            noise = NoiseSource(self.seed, min(self.batch_size, stop - first), first, pl_module.device)
+            numbers = torch.arange(first, first + noise.count, device=pl_module.device)
+            labels = None if recipe.num_classes is None else numbers % recipe.num_classes
+            size = (recipe.channels, *recipe.image_size)
+            x = model.sampler.sample(model.denoiser, model.prior, noise, size, labels, scales)
+            place = first - start
+            own[place : place + noise.count] = self.network(to_uint8(x, model.denoiser.process.value_range))
+        gathered = cast(Tensor, pl_module.all_gather(own))
+        return gathered.reshape(-1, self.network.dim)[: self.num_samples].cpu()
+
+
+def periodic_evaluation(
+    average: WeightAverage, data: ImageDataModule, seed: int, settings: DictConfig
+) -> list[PeriodicEvaluation]:
+    """The callback that the section `evaluation` asks for, if it does."""
+    return [] if settings.every_n_steps is None else [PeriodicEvaluation(average, data, seed, settings)]
+
+
+@contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    """What is drawn from torch's generators within leaves no trace in them."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+class SampleGrid(Callback):
+    """`samples/step-N.png` at each validation, from the averaged weights and always the same noise.
+
+    Must come before `WeightAverage`, which swaps the raw weights back at the end of a validation.
+    """
+
+    def __init__(self, folder: Path, num_images: int = 64, seed: int = 0) -> None:
+        require_number("samples.num_images", num_images, 0, whole=True)
+        self.folder, self.num_images, self.seed = folder, num_images, seed
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        together = is_sharded(pl_module)
+        if trainer.sanity_checking or self.num_images == 0 or not (together or trainer.is_global_zero):
+            return
+        assert isinstance(pl_module, DiffusionModule)
+        model = pl_module.parts
+        process, recipe = model.denoiser.process, model.recipe
+        noise = NoiseSource(self.seed, self.num_images, device=pl_module.device)
+        labels = None
+        if recipe.num_classes is not None:
+            labels = torch.arange(self.num_images, device=pl_module.device) % recipe.num_classes
+        size = (recipe.channels, *recipe.image_size)
+        try:
+            x = model.sampler.sample(model.denoiser, model.prior, noise, size, labels)
+        except (RuntimeError, MemoryError) as error:
+            place = lacks_memory(error)
+            if place is None:
+                raise
+            what = f"samples.num_images={self.num_images} images of {size[1]}x{size[2]}"
+            raise OutOfMemoryError(f"{place} has no memory to draw {what}; lower samples.num_images") from error
+        if not trainer.is_global_zero:
+            return
+        images = to_uint8(x, process.value_range).cpu()
+        grid = make_grid(images) if labels is None else make_class_grid(images, labels.tolist(), recipe.class_names)
+        with suppress(FolderGoneError):  # in the middle of a validation, of which no checkpoint is made
+            save_png(self.folder / f"step-{trainer.global_step:06d}.png", grid)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("samples", [grid.permute(1, 2, 0).numpy()], step=trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", grid, trainer.global_step)

@@ -1,0 +1,200 @@
+"""Callbacks: average of the weights, sample grids, the progress bar, metrics.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from rich import get_console
+from rich.progress import Progress, TaskID
+
+from dpm_scales.errors import UserError
+from dpm_scales.progress import LineProgress
+from dpm_scales.storage import FolderGoneError, open_regular, write_text
+from dpm_scales.tables import csv_text
+
+LOSS_EVERY = 50  # steps between two readings of the loss by the progress bar
+
+
+class LoggedSteps(Callback):
+    """Lets loggers count optimiser steps, and get the last one's values wherever the next were due.
+
+    Lightning's own count is one too high where a finished run goes on.
+    """
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        if 0 < trainer.max_steps <= trainer.global_step + 1:
+            trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
+
+
+class LastValidation(Callback):
+    """A validation, and so a grid and a loss to compare runs by, after the last step, wherever the next was due."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.val_check_batch = 1
+
+
+class StepBar(ProgressBar):
+    """One bar over all steps, with the rate, the time left and the loss; in a log file, one line at each validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._bar: Progress | None = None
+        self._started = (0.0, 0)
+
+    def disable(self) -> None:
+        """Called by Lightning on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = (time.perf_counter(), trainer.global_step)
+        if not self._enabled or not get_console().is_terminal:
+            return
+        total = trainer.max_steps if trainer.max_steps > 0 else None
+        self._bar = LineProgress(console=get_console())
+        self._bar.add_task("step", total=total, completed=trainer.global_step, unit="steps", figures=[])
+        self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # the loss is read no more often than it is logged: every reading waits for the device
+        if self._bar is None:
+            return
+        self._bar.update(TaskID(0), completed=trainer.global_step)
+        if trainer.global_step % LOSS_EVERY == 0:
+            self._bar.update(TaskID(0), figures=self._losses(trainer))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._enabled and self._bar is None and not trainer.sanity_checking:
+            rate = self._rate(trainer)
+            total, left = "", ""
+            if trainer.max_steps > 0:
+                seconds = (trainer.max_steps - trainer.global_step) / max(rate, 1e-9)
+                total, left = f"/{trainer.max_steps}", f", {timedelta(seconds=round(seconds))} left"
+            line = f"step {trainer.global_step}{total}, {rate:.1f} steps/s{left}, {'  '.join(self._losses(trainer))}"
+            print(line, flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _rate(self, trainer: pl.Trainer) -> float:
+        start, first = self._started
+        return (trainer.global_step - first) / max(time.perf_counter() - start, 1e-9)
+
+    def _losses(self, trainer: pl.Trainer) -> list[str]:
+        values = trainer.progress_bar_metrics
+        return [f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float)]
+
+
+class MetricsFile(Logger):
+    """`metrics.csv`: one row for each time something is logged; a resumed run goes on in the same file.
+
+    Lightning's CSVLogger rewrites from memory, so that a resumed run would lose the rows before it. Where the run's
+    folder is gone, the rows are kept in memory alone, and the next checkpoint tells.
+
+    Raises: UserError if what is at `path` is no table of a run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._rows: list[dict[str, str]] = []
+        self._columns: list[str] = ["step", "epoch"]
+        if path.is_file():
+            try:
+                with io.TextIOWrapper(open_regular(path), "utf-8", newline="") as file:
+                    reader = csv.DictReader(file, strict=True)
+                    self._columns = list(reader.fieldnames or self._columns)
+                    self._rows = [_figures(row) for row in reader]
+                if "step" not in self._columns or len({*self._columns}) < len(self._columns):
+                    raise ValueError("no column 'step', or two of one name")
+            except (csv.Error, KeyError, TypeError, ValueError, OSError) as error:
+                if isinstance(error, UserError):
+                    raise
+                reason = repr(error)[:200]
+                raise UserError(f"{path} is damaged ({reason}); remove it: the run begins a new one") from error
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no rows."""
+        return not self._rows
+
+    def text(self) -> str:
+        """Content of the file."""
+        return csv_text(self._columns, self._rows)
+
+    def last(self, prefix: str) -> dict[str, float]:
+        """The last value of every column that begins with `prefix`."""
+        named = [(name, row[name]) for row in self._rows for name in row if name.startswith(prefix)]
+        return {name: float(value) for name, value in named if value}
+
+    def forget_from(self, step: int) -> None:
+        """Drop the rows that a run resumed after `step` steps will write again; Lightning counts them from 0."""
+        self._rows = [row for row in self._rows if int(row["step"]) < step]
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The run's config.yaml holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._columns += [name for name in metrics if name not in self._columns]
+        row = {"step": str(step or 0), **{name: f"{value:.8g}" for name, value in metrics.items()}}
+        if self._rows and self._rows[-1]["step"] == row["step"]:
+            self._rows[-1].update(row)
+        else:
+            self._rows.append(row)
+
+    @rank_zero_only
+    def save(self) -> None:
+        with suppress(FolderGoneError):
+            write_text(self.path, self.text())
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+
+def _figures(row: dict[str, str]) -> dict[str, str]:
+    """A row of `metrics.csv`. Raises ValueError, KeyError or TypeError unless it is one: a step >= 0, and numbers."""
+    if None in row or int(row["step"]) < 0:
+        raise ValueError(f"row {row}")
+    for value in row.values():
+        float(value or 0)
+    return row

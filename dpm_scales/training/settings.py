@@ -1,0 +1,115 @@
+"""What a run is asked for, looked at before anything is made: otherwise it would fail late, or deep inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from dpm_scales.distributed.fsdp import FSDP
+from dpm_scales.errors import UserError, require, require_number, suggest
+from dpm_scales.memory import require_memory
+from dpm_scales.models.instantiate import CONFIGS
+from dpm_scales.models.model import PARTS, Recipe
+from dpm_scales.training.module import BANDS, MOST_STEPS
+
+#: half precision overflows, and 64 bits are for the curves of a process, which have them anyway
+PRECISIONS = {"32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """Refuse keys that nothing reads: Hydra lets an experiment file add any."""
+    known = yaml.safe_load((CONFIGS / "train.yaml").read_text())
+    read = {"": [*PARTS, "data", "weight", "trainer", "logger", *known]}
+    read |= {section: list(known[section]) for section in ("optimizer", "ema", "checkpoint", "samples", "evaluation")}
+    for section, names in read.items():
+        kind = f"{section} holds options, {section}.NAME=VALUE, and is none itself: got {section}={cfg.get(section)}"
+        require(not section or OmegaConf.is_dict(cfg.get(section)), kind)
+        for key in cfg[section] if section else cfg:
+            if key not in names:
+                full = [f"{section}.{name}".lstrip(".") for name in (key, *names)]
+                raise UserError(f"unknown option {full[0]!r}: {suggest(full[0], full[1:])}")
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """What would otherwise fail late, or below Lightning with its words."""
+    require_number("seed", cfg.seed, 0, 2**32 - 1, whole=True)
+    require(
+        cfg.process.get("num_scales") != 1,
+        "process.num_scales=1 leaves samplers no step between noise and image; choose 2 or more",
+    )
+    trainer = cfg.trainer
+    if trainer.max_steps != -1:
+        require_number("trainer.max_steps", trainer.max_steps, 1, MOST_STEPS, whole=True)
+    require(
+        trainer.max_steps != -1 or trainer.max_time is not None,
+        "trainer.max_steps=-1 never ends; set trainer.max_time=DD:HH:MM:SS or a number of steps",
+    )
+    for name in ("val_check_interval", "log_every_n_steps", "accumulate_grad_batches"):
+        require_number(f"trainer.{name}", trainer[name], 1, MOST_STEPS, whole=True)
+    strategy = str(trainer.strategy)
+    require(
+        strategy in ("auto", FSDP) or strategy.startswith("ddp"),
+        f"trainer.strategy={strategy}: allowed are auto, ddp (whole weights on every device) and fsdp (slices of them)",
+    )
+    require(
+        strategy != FSDP or not cfg.compile,
+        "compile=true compiles a network in one piece, trainer=fsdp computes it block by block; leave one of them out",
+    )
+    if trainer.gradient_clip_val is not None:
+        require_number("trainer.gradient_clip_val", trainer.gradient_clip_val, 0)
+        require(trainer.gradient_clip_val > 0, "trainer.gradient_clip_val=0 stops all learning; null clips nothing")
+
+
+def check_objective(objective: Any, evaluated: Iterable[str]) -> None:
+    """Raise UserError unless `objective` is a figure of result.json.
+
+    Args:
+        evaluated: figures of the run's samples, if it measures any.
+    """
+    bands = (f"val/loss_t{(band + 1) / BANDS:.2f}" for band in range(BANDS))
+    names = ["steps", "seconds", "val/loss", *bands, *evaluated]
+    hint = "; figures of samples (eval/...) need evaluation.every_n_steps" if str(objective).startswith("eval/") else ""
+    known = suggest(str(objective), names)
+    require(objective in names, f"objective={objective} is no figure of this run: {known}{hint}")
+
+
+def check_grid(num_images: int, recipe: Recipe) -> None:
+    """Raise OutOfMemoryError unless the sample grid's images, and their noise, fit into memory."""
+    height, width = recipe.image_size
+    require_memory(
+        2 * 4 * num_images * recipe.channels * height * width,
+        f"samples.num_images={num_images} images of {height}x{width}",
+        "lower samples.num_images",
+    )
+
+
+def precision_of(cfg: DictConfig) -> str:
+    """The precision in Lightning's words. Raises UserError for one that overflows."""
+    cuda = torch.cuda.is_available() and cfg.trainer.accelerator in ("auto", "gpu", "cuda")
+    wanted = cfg.trainer.precision
+    name = str(("bf16-mixed" if cuda else "32-true") if wanted is None else wanted)
+    require(not name.startswith("16"), f"trainer.precision={name} overflows; use bf16-mixed or 32-true")
+    require(name in PRECISIONS, f"unknown trainer.precision {name!r}: {suggest(name, PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+def check_same_model(before: Any, now: Any, run_dir: Path, key: str = "") -> None:
+    """Raise UserError, naming the first key, if a run would go on as another model. The sampler may change."""
+    if key == "sampler" or before == now:
+        return
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({**before, **now}, key=lambda name: name != "_target_"):
+            check_same_model(before.get(name), now.get(name), run_dir, f"{key}.{name}".lstrip("."))
+        return
+    name = key.removesuffix("._target_")
+    if name != key:
+        before, now = (str(target).rpartition(".")[2] for target in (before, now))
+    raise UserError(
+        f"{run_dir} was trained with {name}={before}, and now {name} is {now}; choose another run_dir, "
+        f"or leave {name} as it was"
+    )

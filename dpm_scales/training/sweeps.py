@@ -1,0 +1,220 @@
+"""A sweep's folder, and one table of its results."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, open_dict, read_write
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from dpm_scales.cli.main import is_sweep
+from dpm_scales.cli.stored import key_of
+from dpm_scales.errors import UserError
+from dpm_scales.storage import write_text
+from dpm_scales.tables import csv_text
+from dpm_scales.training.naming import RUNS, run_folder, short_numbers, sweep_folder, varied_keys
+from dpm_scales.training.run_folder import stored_result
+
+Row = dict[str, Any]
+
+LONGEST_CELL = 24  # characters
+PADDING = 2  # characters between columns
+#: options on which the validation loss depends, whatever is learnt: it is that of other noise, targets or images
+LAWS = ("process", "target", "experiment", "data")
+#: those of the data that leave the validation images as they are
+SAME_IMAGES = tuple(
+    f"data.{name}"
+    for name in ("batch_size", "num_workers", "pin_memory", "drop_last", "seed", "random_flip", "random_crop")
+)
+
+
+def sweep_root(config: DictConfig, sweep_dir: str) -> Path:
+    """Return the folder of a sweep's run folders: `run_dir` if given, else Hydra's `sweep.dir`."""
+    return Path(str(config.run_dir or sweep_dir))
+
+
+def job_folders(config: DictConfig) -> tuple[Path, Path]:
+    """Return the folder that this job's run lies in, and the run's own, which its options name unless `run_dir` does.
+
+    Called in a job of Hydra's, of a sweep or alone.
+    """
+    hydra = HydraConfig.get()
+    root = sweep_root(config, hydra.sweep.dir if is_sweep() else str(RUNS))
+    if config.run_dir is not None and not is_sweep():
+        return root.parent, root
+    return root, run_folder(root, hydra.overrides.task, hydra.job.config.override_dirname.exclude_keys)
+
+
+def results(root: Path) -> tuple[dict[str, Row], list[str]]:
+    """Results of the finished runs directly below `root`, by folder name; and a line for each file that is damaged."""
+    found, damaged = {}, []
+    for path in sorted(root.glob("*/result.json")):
+        try:
+            found[path.parent.name] = stored_result(path)
+        except UserError as error:
+            damaged.append(str(error))
+    return found, damaged
+
+
+def collect(root: Path) -> tuple[list[str], list[Row]]:
+    """Options in which the finished runs directly below `root` differ, and one row for each run, by folder name."""
+    finished, _ = results(root)
+    options = {
+        name: {key: value for key, _, value in (o.partition("=") for o in result.pop("overrides"))}
+        for name, result in finished.items()
+    }
+    keys = dict.fromkeys(key for given in options.values() for key in given)
+    varied = [key for key in keys if len({given.get(key) for given in options.values()}) > 1]
+    rows = [
+        {"run": name, **{key: options[name].get(key, "") for key in varied}, **result}
+        for name, result in finished.items()
+    ]
+    return varied, rows
+
+
+def unfinished(root: Path, rows: list[Row]) -> list[str]:
+    """Names of the run folders directly below `root` that have no row."""
+    finished = {row["run"] for row in rows}
+    return sorted(path.parent.name for path in root.glob("*/overrides.yaml") if path.parent.name not in finished)
+
+
+def write_table(root: Path) -> tuple[list[str], list[Row]]:
+    """Write `sweep.csv` with the finished runs below `root`; returns what `collect` does.
+
+    Called after every run: a run that fails takes nothing from the table of the others.
+    """
+    varied, rows = collect(root)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    write_text(root / "sweep.csv", csv_text(columns, rows))
+    if len(collect(root)[1]) != len(rows):  # another process finished a run meanwhile, perhaps after it wrote
+        return write_table(root)
+    return varied, rows
+
+
+def compared(varied: Sequence[str], rows: Iterable[Row], objective: str, highest: bool = False) -> list[list[Row]]:
+    """Group rows whose objective may be compared, in each group the best first.
+
+    A validation loss is compared within one process, target and data set; a figure of the samples among all.
+
+    Args:
+        varied: options in which the runs differ.
+        objective: the figure to compare by; rows without it come last.
+        highest: whether the best is the highest, not the lowest.
+    """
+    laws = [key for key in varied if _is_law(key)] if objective.startswith("val/") else []
+    laws.sort(key=lambda key: "." in key)  # choices first, so that those of one process stand together
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(str(row[key]) for key in laws), []).append(row)
+    return [sorted(groups[law], key=lambda row: _rank(row.get(objective), highest)) for law in sorted(groups)]
+
+
+def summary(
+    root: Path, varied: Sequence[str], rows: Sequence[Row], objective: str, highest: bool = False, width: int = 80
+) -> Group:
+    """Return the table for people, at most `width` characters wide: what varies, the objective, why rows are grouped.
+
+    Cells are elided, and columns for which there is no room left out; `sweep.csv` has everything.
+    """
+    groups = compared(varied, rows, objective, highest)
+    names = list(varied) or ["run"]
+    heads = {name: _head(name, names) for name in names} | {name: name for name in (objective, "seconds")}
+    cells = {name: [_cell(row.get(name, "")) for row in rows] for name in heads}
+    needs = {name: max(map(len, (head, *cells[name]))) + PADDING for name, head in heads.items()}
+    room, columns = width - needs[objective], []
+    for name in (*names, "seconds"):
+        if needs[name] > room:
+            break
+        columns.append(name)
+        room -= needs[name]
+    columns.insert(len([name for name in columns if name != "seconds"]), objective)
+    notes = []
+    if left := [name for name in names if name not in columns]:
+        notes.append(f"{len(left)} more columns in sweep.csv: {_elided(', '.join(left), width)}")
+    if len(groups) > 1:
+        notes.append(
+            f"{objective} compares runs of one process, target and data set: others measure different things, and are "
+            "compared by their samples (evaluation.every_n_steps=N objective=eval/…)"
+        )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, PADDING, 0, 0), pad_edge=False)
+    for name in columns:
+        table.add_column(Text(heads[name]), no_wrap=True)
+    for group in groups:
+        for row in group:
+            table.add_row(*(Text(_cell(row.get(name, ""))) for name in columns))
+        if max(map(len, groups)) > 1:
+            table.add_section()
+    return Group(Text(f"{root}/sweep.csv"), table, *map(Text, notes))
+
+
+def _is_law(option: str) -> bool:
+    key = key_of(option)
+    return key.replace("/", ".").split(".")[0] in LAWS and key not in SAME_IMAGES
+
+
+def _rank(value: Any, highest: bool) -> float:
+    """What to sort by, so that the best is first and what is no number last."""
+    number = float(value) if isinstance(value, int | float) else math.nan
+    return math.inf if math.isnan(number) else -number if highest else number
+
+
+def _head(name: str, names: Sequence[str]) -> str:
+    """The last part of an option's name, unless others end alike."""
+    short = name.rpartition(".")[2]
+    return _elided(short if [n.rpartition(".")[2] for n in names].count(short) == 1 else name)
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else short_numbers(str(value))
+    return _elided(text if text.isprintable() else repr(text)[1:-1])
+
+
+def _elided(text: str, longest: int = LONGEST_CELL) -> str:
+    """The beginning and the end of a long text."""
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[: longest - half - 1]}…{text[-half:]}"
+
+
+class SweepTable(Callback):
+    """Gives a sweep its folder, and prints its runs beside each other."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Tell the jobs, by options of Hydra's, where the sweep's folder is and which options all of them share."""
+        hydra = config.hydra
+        given = [*(f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items())]
+        given += hydra.overrides.task
+        varied = varied_keys(given)
+        constant = [key_of(option) for option in given if key_of(option) not in varied] if varied else []
+        chosen = config.run_dir or hydra.sweep.dir != "."
+        root = sweep_root(config, hydra.sweep.dir if chosen else str(sweep_folder(given)))
+        with open_dict(config), read_write(config):
+            hydra.sweep.dir = str(root)  # for Hydra's multirun.yaml
+            if not chosen:
+                hydra.overrides.hydra.append(f"hydra.sweep.dir='{root}'")
+            keys = ",".join(f"'{key}'" for key in constant)
+            hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from dpm_scales.distributed.ranks import this_shard  # loads torch, which a wrong option need not wait for
+
+        if not this_shard().is_main:
+            return
+        root = Path(config.hydra.sweep.dir)
+        varied, rows = write_table(root)
+        highest = config.hydra.sweeper.get("direction") == "maximize"
+        console = Console()
+        console.print(summary(root, varied, rows, str(config.objective), highest, console.width))
+        for line in results(root)[1]:
+            warnings.warn(f"{line}; until then it is not in the table", stacklevel=1)
+        left = unfinished(root, rows)
+        if left:
+            print(f"{len(left)} of {len(rows) + len(left)} runs unfinished: {', '.join(left)}")

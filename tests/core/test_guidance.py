@@ -1,0 +1,236 @@
+"""Classifier-free guidance: the formula on a mixture of Gaussians, its ends to the bit, intervals, batches, devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dpm_scales.denoisers import Denoiser
+from dpm_scales.guidance import Guided
+from dpm_scales.priors import GaussianPrior
+from dpm_scales.processes import VE, VP, Blurring, InverseHeat, OsmosisDiffusion
+from dpm_scales.rng import NoiseSource
+from dpm_scales.samplers import DDIM, Ancestral, Dissipation, DPMSolver, Heun, Sampler, UniPC
+from dpm_scales.targets import Clean, FinerScale, Noise, Target, Velocity
+from support.flows import SMOOTH
+from support.oracles import (
+    GaussianData,
+    H,
+    TinyNetwork,
+    W,
+    close,
+    coefficients,
+    curves,
+    float64,
+    gaussian_data,
+    generator,
+    images,
+    named,
+    over,
+    pixels,
+    pretended_gpu,
+    refused,
+    with_target,
+)
+from support.reference import Array, Twin
+
+NULL = 2
+HEAT = next(twin for twin in SMOOTH if twin.name == "heat")  # enough noise to keep the classes apart from certainty
+
+
+class Mixture(nn.Module):
+    """E[x_0 | x_t, label] and E[x_0 | x_t] of two Gaussians, in closed form for each DCT coefficient; sees c_in x_t."""
+
+    def __init__(self, twin: Twin, classes: list[GaussianData], shares: list[float], data_std: float = 0.5) -> None:
+        super().__init__()
+        self.twin, self.classes, self.shares, self.data_std = twin, classes, shares, data_std
+        self.calls = 0
+
+    def estimate(self, u: Array, t: float, label: int) -> Array:
+        signal, noise = curves(self.twin, t)
+        each = [data.estimate(u, signal, noise) for data in self.classes]
+        if label < NULL:
+            return each[label]
+        logs = []
+        for data, share in zip(self.classes, self.shares, strict=True):
+            variance = signal**2 * data.variance + noise**2
+            logs.append(np.log(share) - ((u - signal * data.mean) ** 2 / variance + np.log(variance)).sum() / 2)
+        weights = np.exp(np.array(logs) - max(logs))
+        return np.asarray(sum(w * e for w, e in zip(weights / weights.sum(), each, strict=True)))
+
+    def forward(self, seen: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        assert labels is not None and labels.dtype == torch.int64
+        self.calls += 1
+        answers = []
+        for x, one, label in zip(seen.numpy(), t.tolist(), labels.tolist(), strict=True):
+            signal, noise = curves(self.twin, one)
+            total = self.data_std**2 * (signal**2).mean() + (noise**2).mean()
+            answers.append(self.estimate(coefficients(x) * np.sqrt(total), one, label))
+        return torch.from_numpy(pixels(np.stack(answers)))
+
+
+def mixture(twin: Twin) -> tuple[Mixture, Denoiser]:
+    network = Mixture(twin, [gaussian_data(seed=3), gaussian_data(seed=4)], [0.3, 0.7])
+    return network, with_target(twin, Clean("none", clip=False), network)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0, 7.5])
+@over([*named("vp-cosine", "ve-edm", "blurring"), HEAT])
+def test_guided_estimate_is_the_formula(twin: Twin, scale: float) -> None:
+    """m_s = lambda_s(L) (D + scale (D_label - D)), one call of the network for both; D and D_label in closed form."""
+    network, denoiser = mixture(twin)
+    y, labels, t = images(3, 1, H, W) * 2, torch.tensor([0, 1, 1]), [0.5, 0.75, 1.0]
+    s = [0.25, 0.5, 0.5]
+    guided = Guided(denoiser, NULL, scale)
+    actual = guided.clean(y, float64(t), float64(s), None, labels)
+    assert network.calls == 1
+    u = coefficients(y.numpy())
+    for b in range(3):
+        with_label = network.estimate(u[b], t[b], int(labels[b]))
+        without = network.estimate(u[b], t[b], NULL)
+        assert np.abs(with_label - without).max() > 1e-4
+        expected = curves(twin, s[b])[0] * (without + scale * (with_label - without))
+        close(coefficients(actual[b].numpy()), expected, 1e-9 * (1 + np.abs(expected).max()))
+
+
+SAMPLERS: list[Sampler] = [
+    *(Ancestral(), DDIM(0.0, None), Heun(None, "uniform"), Heun(None, "uniform", s_churn=2.0)),
+    *(DPMSolver(0.0, None, "uniform"), UniPC(2, None, "uniform"), Dissipation()),
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: type(sampler).__name__)
+def test_scale_one_is_unguided_and_zero_unconditional_to_the_bit(sampler: Sampler) -> None:
+    """In every sampler, and they differ from each other and from a scale of 2."""
+    denoiser = Denoiser(TinyNetwork(), VP(6), Clean())
+    labels, null = torch.tensor([0, 1, 0]), torch.full((3,), NULL)
+
+    def drawn(denoiser: Denoiser, labels: Tensor) -> Tensor:
+        return sampler.sample(denoiser, GaussianPrior(), NoiseSource(1, 3), (1, H, W), labels)
+
+    ends = [drawn(Guided(denoiser, NULL, scale), labels) for scale in (0.0, 1.0, 2.0)]
+    assert torch.equal(ends[0], drawn(denoiser, null)) and torch.equal(ends[1], drawn(denoiser, labels))
+    assert not torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[2])
+
+
+def test_network_is_called_once_a_step_with_both_halves() -> None:
+    seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    class Watched(TinyNetwork):
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+            seen.append((x, t, labels))
+            return super().forward(x, t, labels)
+
+    guided = Guided(Denoiser(Watched(), VP(4), Clean()), NULL, 3.0)
+    DDIM(0.0, 4).sample(guided, GaussianPrior(), NoiseSource(0, 2), (1, H, W), torch.tensor([0, 1]))
+    assert len(seen) == 4
+    for x, t, labels in seen:
+        assert x.shape[0] == 4 and torch.equal(x[:2], x[2:]) and torch.equal(t[:2], t[2:])
+        assert labels is not None and labels.tolist() == [0, 1, NULL, NULL]
+
+
+@pytest.mark.parametrize("variable", ["t", "logsnr"])
+def test_outside_the_interval_the_label_is_followed_and_no_more(variable: str) -> None:
+    """Scale by scale, both ends belonging to the interval; to the bit."""
+    denoiser, labels = Denoiser(TinyNetwork(), VP(8), Clean(clip=False)).double(), torch.tensor([0, 1])
+    y, ts = images(2, 1, H, W), float64([0.25, 0.5, 0.75, 1.0])
+    interval = [0.5, 0.75]
+    if variable == "logsnr":
+        log_snr = denoiser.process.log_snr(ts, torch.zeros(1).double()).flatten().tolist()
+        interval = [log_snr[2], log_snr[1]]
+    everywhere, inside = Guided(denoiser, NULL, 4.0), Guided(denoiser, NULL, 4.0, interval, variable)
+    for i, t in enumerate(ts):
+        values = [d.clean(y, t, t / 2, None, labels) for d in (inside, everywhere, denoiser)]
+        assert torch.equal(values[0], values[1 if i in (1, 2) else 2]) and not torch.equal(values[1], values[2])
+    with_zero = Guided(denoiser, NULL, 0.0, interval, variable)
+    assert torch.equal(with_zero.clean(y, ts[0], ts[0], None, labels), denoiser.clean(y, ts[0], ts[0], None, labels))
+    without = denoiser.clean(y, ts[1], ts[1], None, torch.tensor([NULL, NULL]))
+    close(with_zero.clean(y, ts[1], ts[1], None, labels).detach().numpy(), without.detach().numpy(), 1e-14)
+
+
+@pytest.mark.parametrize("target", [Clean(clip=False), Noise(), Velocity(), FinerScale()])
+@over(named("vp-cosine", "blurring"))
+def test_every_targets_clean_images_are_guided_alike(twin: Twin, target: Target) -> None:
+    """m_s of the guided prediction is the guided m_s, since m_s is affine in the prediction."""
+    denoiser, labels = with_target(twin, target, TinyNetwork()), torch.tensor([0, 1])
+    y, t, s = images(2, 1, H, W), float64(0.75), float64(0.75 - 1 / twin.num_scales)
+    guided = Guided(denoiser, NULL, 2.5).clean(y, t, s, None, labels)
+    with_label, without = (denoiser.clean(y, t, s, None, v) for v in (labels, torch.full((2,), NULL)))
+    close(guided.detach().numpy(), (without + 2.5 * (with_label - without)).detach().numpy(), 1e-9)
+
+
+def test_guided_images_are_clipped_once_and_after_guidance() -> None:
+    denoiser, labels = Denoiser(TinyNetwork(), VP(4), Clean("none")).double(), torch.tensor([0, 1])
+    y, t = 3 * images(2, 1, H, W), float64(0.75)
+    free = Denoiser(denoiser.network, denoiser.process, Clean("none", clip=False)).double()
+    expected = Guided(free, NULL, 20.0).clean(y, t, float64(0.0), None, labels)
+    signal = denoiser.process.signal_scale(0.0, torch.zeros(1, 1).double())
+    assert float(expected.detach().abs().max()) > 1.1 * float(signal)
+    clipped = Guided(denoiser, NULL, 20.0).clean(y, t, float64(0.0), None, labels)
+    close(clipped.detach().numpy(), (signal * (expected / signal).clamp(-1, 1)).detach().numpy(), 1e-12)
+
+
+def test_context_goes_with_both_halves() -> None:
+    """Osmosis: each half has the operator of its own guidance images."""
+    process = OsmosisDiffusion(8)
+
+    class FirstChannel(TinyNetwork):
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+            return super().forward(x[:, :1], t, labels) + 0.1 * x[:, 1:]
+
+    denoiser, x_0 = Denoiser(FirstChannel(), process, Clean(clip=False)).double(), images(2, 1, 6, 9)
+    context, labels, t, s = process.context(x_0, generator()), torch.tensor([0, 1]), float64(0.75), float64(0.5)
+    guided = Guided(denoiser, NULL, 3.0).clean(x_0, t, s, context, labels)
+    with_label, without = (denoiser.clean(x_0, t, s, context, v) for v in (labels, torch.full((2,), NULL)))
+    close(guided.detach().numpy(), (without + 3 * (with_label - without)).detach().numpy(), 1e-8)
+
+
+def test_guidance_shares_the_denoisers_parts_and_moves_with_them() -> None:
+    denoiser = Denoiser(TinyNetwork(), Blurring(4), Clean())
+    guided = Guided(denoiser, NULL, 2.0)
+    assert guided.network is denoiser.network and guided.spectrum is denoiser.spectrum
+    assert guided.state_dict().keys() == denoiser.state_dict().keys()
+    denoiser.spectrum.std.fill_(0.1)
+    assert float(guided.spectrum.std) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("interval", "variable"), [(None, "t"), ([-3.0, 4.0], "logsnr")])
+def test_guidance_stays_on_the_device_and_never_waits_for_it(interval: Any, variable: str) -> None:
+    guided = Guided(Denoiser(TinyNetwork(2), Blurring(8), Clean()), NULL, 2.0, interval, variable)
+    sampler = Ancestral()
+    scales = sampler.scales(guided.process)[-3:]
+    with pretended_gpu(guided):
+        y, labels = torch.randn(4, 2, 6, 9, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
+        noise = NoiseSource(0, 4, device="cuda")
+        assert sampler.reverse(guided, y, noise, None, labels, scales.to("cuda")).device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"scale": -1.0}, ("guidance", "-1.0")),
+        ({"scale": "2"}, ("guidance", "'2'")),
+        ({"interval": [0.8, 0.1]}, ("guidance_interval", "[low,high]", "[0.8, 0.1]")),
+        ({"interval": [0.1]}, ("guidance_interval", "[0.1]")),
+        ({"interval": 0.5}, ("guidance_interval", "0.5")),
+        ({"variable": "sigma"}, ("guidance_variable", "logsnr, t")),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(arguments: dict[str, Any], words: tuple[str, ...]) -> None:
+    with refused(*words):
+        Guided(Denoiser(TinyNetwork(), VE(4), Clean()), NULL, **({"scale": 2.0} | arguments))
+
+
+def test_interval_in_logsnr_needs_one_that_changes() -> None:
+    with refused("logSNR of InverseHeat", "guidance_variable=t"):
+        Guided(Denoiser(TinyNetwork(), InverseHeat(4), Clean()), NULL, 2.0, [-1.0, 1.0], "logsnr")
+
+
+def test_without_labels_the_answer_is_that_of_no_label() -> None:
+    denoiser, y, t = Denoiser(TinyNetwork(), VP(4), Clean()), images(2, 1, H, W).float(), float64(0.5)
+    plain = Guided(denoiser, NULL, 5.0).clean(y, t, t)
+    assert torch.equal(plain, denoiser.clean(y, t, t, None, torch.tensor([NULL, NULL])))

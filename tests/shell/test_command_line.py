@@ -1,0 +1,358 @@
+"""What a command line says before there is work: help, hints, flags, and options that a run keeps."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dpm_scales.cli import configs
+from dpm_scales.cli.arguments import ALIASES, split_flags, tidy, with_stored_overrides
+from dpm_scales.cli.main import loading, main
+from dpm_scales.cli.stored import stored_config_dir
+from dpm_scales.errors import UserError, nearest, printable
+from support.shell import ROOT, SMALL, call, composed, settings, train
+
+COMMANDS = ("train", "sample", "evaluate", "evolve")
+ESCAPE = "\x1b]0;owned\x07"
+
+
+def error(script: str, *arguments: str, cwd: Path) -> str:
+    """The one line of a command that is refused."""
+    outcome = call(script, *arguments, cwd=cwd)
+    assert outcome.status == 2 and outcome.out == "", outcome
+    assert outcome.err.startswith("error: ") and len(outcome.err.splitlines()) == 1, outcome.err
+    return outcome.err.removeprefix("error: ").rstrip("\n")
+
+
+# --- without torch ----------------------------------------------------------------------------------------------------
+
+LINES = [
+    *(f"{name}.py --help" for name in COMMANDS),
+    *("train.py sede=1", "train.py optimizer.lr=1", "train.py process=haet", "train.py --lr 0.1", "train.py run_dir="),
+    *("sample.py model=x out=y num_sample=3", "sample.py task=inpait", "evaluate.py refernce=x", "evolve.py ot=x"),
+    *("train.py conditional=no", "train.py run_dir=stored sede=1", "sample.py model=x out=y trajectory=no"),
+]
+
+
+def test_help_and_mistakes_do_not_wait_for_torch(tmp_path: Path) -> None:
+    (tmp_path / "stored").mkdir()
+    (tmp_path / "stored" / "overrides.yaml").write_text("[process=heat, trainer.max_steps=3]")
+    program = f"""
+import io, runpy, sys
+from contextlib import redirect_stderr, redirect_stdout
+sys.path.insert(0, {str(ROOT)!r})
+for line in {LINES!r}:
+    script, *sys.argv[1:] = line.split()
+    sys.argv[0] = script
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            runpy.run_path({str(ROOT)!r} + "/" + script, run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code
+    assert status == (0 if "--help" in line else 2), (line, err.getvalue())
+    loaded = [name for name in ("torch", "lightning", "torchvision", "skimage", "matplotlib") if name in sys.modules]
+    assert not loaded, (line, loaded)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+def help_of(name: str, *arguments: str) -> str:
+    outcome = call(f"{name}.py", *arguments, "--help", cwd=ROOT)
+    assert outcome.status == 0 and outcome.err == ""
+    return outcome.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_every_option_with_its_comment(name: str) -> None:
+    words = help_of(name).split()
+    _, options = configs.read_options(ROOT / "configs" / f"{name}.yaml")
+    assert options
+    for option in options:
+        if option.text and option.key not in configs.groups(name):
+            assert any(word.startswith(f"{option.key}=") for word in words), option.key
+            assert " ".join(option.comment.split()) in " ".join(words), option.comment
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_three_examples_that_compose(name: str) -> None:
+    lines = help_of(name).splitlines()
+    first = lines.index("examples:") + 1
+    examples = lines[first : lines.index("", first)]
+    assert len(examples) == 3
+    for example in examples:
+        python, script, *arguments = shlex.split(example)
+        assert (python, script) == ("python", f"{name}.py")
+        options = [a for a in tidy(arguments, ALIASES.get(name, {})) if a != "-m"]
+        single = ["=".join([key, value.split(",")[0]]) if "-m" in arguments else f"{key}={value}"
+                  for key, _, value in (option.partition("=") for option in options)]  # fmt: skip
+        composed(*single, name=name)
+
+
+def test_help_has_the_groups_of_its_command_alone() -> None:
+    def groups(name: str) -> list[str]:
+        text = help_of(name).partition("groups, GROUP=NAME:\n")[2].partition("\n\n")[0]
+        return [line.split(":")[0].strip() for line in text.splitlines() if ":" in line]
+
+    inner = ["process/blur", "process/noise"]
+    assert groups("sample") == ["sampler", "task"]
+    assert groups("evaluate") == ["sampler"]
+    assert groups("evolve") == ["task", "process", *inner]
+    expected = ["data", "process", *inner, "target", "weight", "prior", "network", "sampler", "trainer", "logger"]
+    assert groups("train") == [*expected, "experiment"]
+    assert "process: blurring, blurring_chain" in help_of("train")
+
+
+def test_help_follows_the_choices(tmp_path: Path) -> None:
+    text = help_of("train", "process=heat", "process/noise=edm", "trainer=fsdp")
+    assert "process.noise.noise_max=80.0" in text and "process.blur.blur_sigma_max=24.0" in text
+    assert "trainer.strategy=fsdp" in text and "trainer.max_steps=2200" in text
+    assert "blur_sigma_max=24.0" in help_of("train", "experiment=digits_heat")
+    assert "covariance=" in help_of("sample", "task=inpaint") and "covariance=" not in help_of("sample")
+    text = help_of("evolve")
+    assert "  data=null" in text and "folder=" not in text
+    (tmp_path / "process").mkdir()
+    (tmp_path / "process" / "mine.yaml").write_text("# my own\n_target_: mine.Process\nspeed: 3  # per hour\n")
+    text = help_of("train", "--config-dir", str(tmp_path), "process=mine")
+    assert "process=mine: my own" in text and "process.speed=3" in text and "per hour" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_help_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = help_of("train").partition("options, KEY=VALUE:")[2].splitlines()
+    assert max(len(row) for row in rows) <= min(width, 120) + 12  # of a key and value that are wider by themselves
+
+
+# --- hints ------------------------------------------------------------------------------------------------------------
+
+HINTS = {
+    "train.py optimizer.lr=1e-4": "unknown option 'optimizer.lr': did you mean 'optimizer.learning_rate'? allowed:",
+    "train.py lr=1e-4": "unknown option 'lr': did you mean 'optimizer.learning_rate'?",
+    "train.py max_steps=4": "unknown option 'max_steps': did you mean 'trainer.max_steps'?",
+    "train.py batch_size=4": "unknown option 'batch_size': did you mean 'data.batch_size' or 'evaluation.batch_size'?",
+    "train.py trainer.learning_rate=4": "unknown option 'trainer.learning_rate': did you mean 'optimizer.learning_",
+    "train.py optimizer.wd=0": "unknown option 'optimizer.wd': did you mean 'optimizer.weight_decay'?",
+    "train.py trainer.gradient_clip=1": "unknown option 'trainer.gradient_clip': did you mean 'trainer.gradient_clip_v",
+    "train.py sede=4": "unknown option 'sede': did you mean 'seed'?",
+    "train.py process=heat process.blur.blur_sigmas=[1,2]": (
+        "unknown option 'process.blur.blur_sigmas': it belongs to process/blur=listed_sigmas"
+    ),
+    "train.py process.min_decay=0": (
+        "unknown option 'process.min_decay': it belongs to process=blurring and process=osmosis_diffusion"
+    ),
+    "train.py data.root=x": "unknown option 'data.root': it belongs to data=bsds500 and data=celeba and",
+    "train.py process/noise=edm process.noise.noise_mx=3": "unknown option 'process.noise.noise_mx': did you mean",
+    "sample.py model=x out=y sampler=ddim sampler.s_churn=1": "unknown option 'sampler.s_churn': it belongs to",
+    "evaluate.py reference=x num_images=3": "unknown option 'num_images': did you mean 'num_samples'?",
+    "train.py data=folder data.root=five data.batch_size=8": (
+        "data.batch_size=8 exceeds the 5 training images; set data.batch_size <= 5 or data.drop_last=false"
+    ),
+    "train.py --lr 0.1": "--lr 0.1: options are KEY=VALUE: optimizer.learning_rate=0.1",
+    "train.py --batch-size=8 seed=1": "--batch-size=8: options are KEY=VALUE: data.batch_size=8",
+    "sample.py --out x model=y": "--out x: options are KEY=VALUE: out=x",
+    "evolve.py --task": "--task: options are KEY=VALUE: task=VALUE",
+    "train.py -x": "-x: options are KEY=VALUE: x=VALUE",
+    "train.py --config-dir": "--config-dir needs a value: --config-dir VALUE",
+    "train.py --config-dir=": "--config-dir is empty",
+    "train.py --cfg jop": "unknown --cfg 'jop': did you mean 'job'? allowed: all, hydra, job",
+    "train.py --": "--: options are KEY=VALUE: KEY=VALUE",
+    "train.py data=3": "data is chosen by a name, and can't be 3; leave it out for the default",
+    "train.py process=haet --help": "unknown process 'haet': did you mean 'heat'? allowed: ",
+    "train.py --config-dir nowhere": "Additional config directory '",
+}
+
+
+@pytest.mark.parametrize("line", HINTS)
+def test_hints(line: str, tmp_path: Path) -> None:
+    from support.shell import photos
+
+    if "five" in line:
+        photos(tmp_path / "five", 5, (8, 8))
+        line_options = ["data.val_fraction=0.0", "run_dir=run"]
+    else:
+        line_options = []
+    script, *arguments = line.split()
+    assert error(script, *arguments, *line_options, cwd=tmp_path).startswith(HINTS[line])
+
+
+def test_hints_know_the_users_own_configs(tmp_path: Path) -> None:
+    (tmp_path / "own" / "process").mkdir(parents=True)
+    body = (ROOT / "configs" / "process" / "heat.yaml").read_text()
+    (tmp_path / "own" / "process" / "mine.yaml").write_text(body)
+    line = error("train.py", "--config-dir", "own", "process=mine", "process.num_scale=3", cwd=tmp_path)
+    assert line.startswith("unknown option 'process.num_scale': did you mean 'process.num_scales'? allowed: ")
+
+
+def test_nearest_names() -> None:
+    options = ["optimizer.learning_rate", "optimizer.decay", "optimizer.warmup_steps"]
+    assert nearest("optimizer.lr", options) == "optimizer.learning_rate"
+    assert nearest("optimizer.LR", options) == "optimizer.learning_rate"
+    assert nearest("optimizer.warmup", options) == "optimizer.warmup_steps"
+    assert nearest("optimizer.xyz", options) is None
+    assert nearest("haet", ["heat", "vp"]) == "heat"
+    assert nearest("val_interval", ["val_check_interval", "devices"]) == "val_check_interval"
+
+
+def test_flags_come_first_and_keep_their_values() -> None:
+    argv = ["a=1", "-cd", "own", "b=2", "--multirun", "--config-name=x", "--cfg", "job"]
+    flags = ["--config-dir=own", "--multirun", "--config-name=x", "--cfg=job"]
+    assert split_flags(argv) == (flags, ["a=1", "b=2"])
+    assert split_flags(["--multi", "--config-d", "own"]) == (["--multirun", "--config-dir=own"], [])
+    assert split_flags(["--info", "defaults", "a=1"]) == (["--info=defaults"], ["a=1"])
+    assert split_flags(["--info", "a=1"]) == (["--info"], ["a=1"])
+    assert tidy(tidy(argv)) == tidy(argv)
+
+
+# --- a class of the user's own ----------------------------------------------------------------------------------------
+
+
+def test_another_class_has_its_own_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the class before it are gone, unless both take them or they were given."""
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n"
+        "class MyNet(nn.Module):\n"
+        "    def __init__(self, in_channels, out_channels, num_classes=None, width=3, dropout=0.5):\n"
+        "        super().__init__()\n"
+        "        self.dropout, self.conv = dropout, nn.Conv2d(in_channels, width, 1)\n"
+        "        self.last = nn.Conv2d(width, out_channels, 1)\n"
+        "    def forward(self, x, t, labels=None):\n"
+        "        return self.last(self.conv(x))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ("network._target_=mynet.MyNet", "network.width=5")
+    small = [option for option in SMALL if not option.startswith("network")]
+    outcome = call("train.py", *small, *own, "trainer.max_steps=1", "run_dir=run", cwd=tmp_path)
+    assert outcome.status == 0, outcome.err
+    expected = {"_target_": "mynet.MyNet", "width": 5, "dropout": 0.0}
+    given = ("in_channels", "out_channels", "num_classes")
+    assert {k: v for k, v in settings(tmp_path / "run")["network"].items() if k not in given} == expected
+    line = error("train.py", *small, *own, "network.widths=[8]", "run_dir=other", cwd=tmp_path)
+    assert line == "unknown option network.widths"
+    assert not (tmp_path / "other").exists()
+
+
+# --- a run of the user's own configs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with own/experiment/mine.yaml and the run of it."""
+    root = tmp_path_factory.mktemp("own configs")
+    (root / "own" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - override /process: heat\nprocess: {num_scales: 5}\n"
+    (root / "own" / "experiment" / "mine.yaml").write_text(text)
+    options = ("--config-dir", str(root / "own"), "experiment=mine", "sampler.steps=null", "trainer.max_steps=1")
+    train(root / "run", *options)
+    return root
+
+
+def test_flags_may_stand_before_options_of_a_run(own_run: Path) -> None:
+    """A run's own options are put between them."""
+    line = ("--config-dir", "own", "run_dir=run", "trainer.max_steps=2")
+    outcome = call("train.py", *line, cwd=own_run)
+    assert outcome.status == 0, outcome.err
+    assert settings(own_run / "run")["process"]["num_scales"] == 5
+    assert settings(own_run / "run")["trainer"]["max_steps"] == 2
+    assert "experiment=mine" in yaml.safe_load((own_run / "run" / "overrides.yaml").read_text())
+
+
+def test_a_run_names_the_config_folder_that_it_needs(own_run: Path, tmp_path: Path) -> None:
+    own = shlex.quote(str(own_run / "own"))
+    said = "run was trained with experiment=mine"
+    line = error("train.py", "run_dir=run", "trainer.max_steps=9", cwd=own_run)
+    assert line == f"{said}, a config of your own; give --config-dir {own} as it was"
+    (tmp_path / "experiment").mkdir()
+    line = error("train.py", f"--config-dir={tmp_path}", "resume=run", cwd=own_run)
+    seen = f"--config-dir {tmp_path} holds no experiment/mine.yaml"
+    assert line == f"{said}, and {seen}; give --config-dir {own} as it was"
+
+
+def test_the_recorded_config_folder_is_for_messages_alone(own_run: Path, tmp_path: Path) -> None:
+    """A folder of files leads nowhere: neither is the record opened as a config, nor a link in its place followed."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "overrides.yaml").write_text("[experiment=mine]")
+    with pytest.raises(UserError, match="give the --config-dir that holds it"):
+        with_stored_overrides([f"run_dir={run_dir}"])
+    (run_dir / "config_dir").write_text(f"{own_run}/own\n")
+    with pytest.raises(UserError, match="give --config-dir .*own.* as it was"):
+        with_stored_overrides([f"run_dir={run_dir}"])
+    assert with_stored_overrides([f"--config-dir={own_run}/own", f"run_dir={run_dir}"])[1] == "experiment=mine"
+    (run_dir / "config_dir").unlink()
+    (run_dir / "config_dir").symlink_to(own_run / "own" / "experiment" / "mine.yaml")
+    assert stored_config_dir(run_dir) is None
+    (run_dir / "config_dir").unlink()
+    (run_dir / "config_dir").mkdir()
+    assert stored_config_dir(run_dir) is None
+
+
+# --- what reaches the terminal ----------------------------------------------------------------------------------------
+
+
+def test_escapes_in_names_are_shown_as_escapes(tmp_path: Path) -> None:
+    lines = [
+        error("sample.py", f"model={ESCAPE}", "out=out", cwd=tmp_path),
+        error("train.py", f"seed=1{ESCAPE}", cwd=tmp_path),
+        error("train.py", f"{ESCAPE}=1", cwd=tmp_path),
+        error("train.py", f"--{ESCAPE}", cwd=tmp_path),
+        error("train.py", "data=folder", f"data.root={ESCAPE}", cwd=tmp_path),
+        error("train.py", f"resume={ESCAPE}", cwd=tmp_path),
+    ]
+    for line in lines:
+        assert printable(line) == line and r"\x1b" in line and "owned" in line, line
+
+
+def test_escapes_in_lines_of_sweeps(tmp_path: Path) -> None:
+    sweep = ("-m", *SMALL, "process.num_scales=0,-1", f"+note='{ESCAPE}'", "run_dir=sweep")
+    outcome = call("train.py", *sweep, cwd=tmp_path)
+    assert outcome.status == 2 and "failed: " in outcome.err, outcome.err
+    assert "\x1b" not in outcome.err and r"\x1b" in outcome.err
+
+
+def test_escapes_in_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    for name in ("HYDRA_FULL_ERROR", "DPM_SCALES_TRACEBACK", "OC_CAUSE"):
+        monkeypatch.setenv(name, "0")
+    lines: list[str] = []
+    main(lambda: lines.append(warnings.formatwarning(f"no image:\n {ESCAPE}", UserWarning, "a.py", 1)), "train")
+    assert lines == ["warning: no image: \\x1b]0;owned\\x07\n"]
+
+
+def test_printable() -> None:
+    assert printable("a\x1b[2J\x07\x9b\u202e\udcff\u2028é 漢") == r"a\x1b[2J\x07\x9b\u202e\udcff\u2028é 漢"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_loading_is_told_on_a_terminal_and_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, file = Terminal(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with loading("torch"):
+        assert screen.getvalue() == "loading torch …"
+    assert screen.getvalue().endswith("\r\x1b[K")
+    monkeypatch.setattr(sys, "stderr", file)
+    with loading("torch"):
+        pass
+    assert file.getvalue() == ""
+    monkeypatch.setattr(sys, "stderr", second := Terminal())
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with loading("torch"):
+        pass
+    assert second.getvalue() == ""

@@ -1,0 +1,429 @@
+"""Every file in configs/ is composed and built; a config key is a constructor argument of the same name."""
+
+from __future__ import annotations
+
+import gzip
+import inspect
+import pickle
+import struct
+import tarfile
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class, get_object, instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+from dpm_scales.commands import sample as sample_run
+from dpm_scales.commands.evolve import TASKS
+from dpm_scales.data import ImageDataModule
+from dpm_scales.denoisers import Denoiser
+from dpm_scales.distributed.fsdp import ShardedStrategy
+from dpm_scales.priors import GaussianPrior, Prior
+from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Process
+from dpm_scales.samplers import Sampler
+from dpm_scales.schedules import BlurSchedule, NoiseSchedule
+from dpm_scales.targets import Clean, Target
+from dpm_scales.training import run
+from dpm_scales.weights import LossWeight
+from support.shell import CONFIGS, call, composed, photos
+
+GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("experiment", "hydra"))
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+#: what a data set needs from outside, as overrides; made by `places`
+NEEDS = {
+    "folder": ["data.root={folder}"],
+    "bsds500": ["data.root={bsds500}"],
+    "array": ["data.path={array}"],
+    "mnist": ["data.root={mnist}", "data.download=false"],
+    "fashion_mnist": ["data.root={fashion_mnist}", "data.download=false"],
+    "cifar10": ["data.root={cifar10}", "data.download=false"],
+    "celeba": ["data.root={celeba}", "data.download=false"],
+}
+
+
+def _idx(path: Path, array: np.ndarray) -> None:
+    """MNIST's own format: big-endian shape, then bytes."""
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wb") as file:
+        file.write(header + array.tobytes())
+    path.with_suffix("").write_bytes(header + array.tobytes())
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Tiny stand-ins for the data sets that live elsewhere."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    photos(root / "folder", 6)
+    for part in ("train", "val", "test"):
+        photos(root / "bsds500" / "images" / part, 2, (80, 120))
+    np.savez(root / "array.npz", images=rng.integers(0, 256, (20, 8, 12), dtype=np.uint8))
+    for name in ("MNIST", "FashionMNIST"):
+        for part in ("train", "t10k"):
+            folder = root / name / name / "raw"
+            _idx(folder / f"{part}-images-idx3-ubyte.gz", rng.integers(0, 256, (5, 28, 28), dtype=np.uint8))
+            _idx(folder / f"{part}-labels-idx1-ubyte.gz", rng.integers(0, 10, 5, dtype=np.uint8))
+    folder = root / "cifar" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        batch = {"data": rng.integers(0, 256, (2, 3072), dtype=np.uint8), "labels": [1, 2]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    with tarfile.open(root / "cifar" / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(folder, folder.name)
+    return {
+        "folder": str(root / "folder"),
+        "bsds500": str(root / "bsds500"),
+        "array": str(root / "array.npz"),
+        "mnist": str(root / "MNIST"),
+        "fashion_mnist": str(root / "FashionMNIST"),
+        "cifar10": str(root / "cifar"),
+        "celeba": str(root / "celeba"),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchvision takes the tiny stand-ins for its files."""
+    from torchvision import datasets
+
+    monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
+    for module in ("cifar", "utils"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda *_: True)
+
+
+def needs(name: str, places: dict[str, str]) -> list[str]:
+    return [override.format(**places) for override in NEEDS.get(name, [])]
+
+
+def parts(config: Any) -> Iterator[dict[str, Any]]:
+    """All nodes with a `_target_`, at any depth."""
+    if isinstance(config, dict):
+        if config.get("_target_") is not None:
+            yield config
+        for value in config.values():
+            yield from parts(value)
+
+
+def given(config: dict[str, Any]) -> set[str]:
+    return config.keys() - {"_target_", "_partial_", "defaults"}
+
+
+def accepted(config: dict[str, Any]) -> set[str]:
+    """Names of the arguments that the `_target_` takes."""
+    parameters = inspect.signature(get_object(config["_target_"])).parameters.values()
+    return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def raw(path: Path) -> dict[str, Any]:
+    """A file as it stands, nothing resolved."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return values
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_all_groups_are_known() -> None:
+    """A new group needs a test here that builds its choices."""
+    groups = {"data", "process", "target", "weight", "prior", "network", "sampler", "trainer", "logger", "task", "edit"}
+    assert set(GROUPS) == groups
+    inner = {path.relative_to(CONFIGS).parent.as_posix() for path in CONFIGS.rglob("*.yaml")}
+    assert inner == {".", *GROUPS, "experiment", "process/noise", "process/blur", "hydra/launcher", "hydra/sweeper"}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_keys_are_constructor_arguments(path: Path) -> None:
+    for config in parts(raw(path)):
+        assert given(config) <= accepted(config), config["_target_"]
+
+
+@pytest.mark.parametrize("group", ["process", "process/noise", "process/blur", "target", "weight", "prior", "sampler"])
+def test_files_hold_every_argument(group: str) -> None:
+    """So that any can be overridden without `+`, and `config.yaml` tells all that a run depended on."""
+    late = {"prior": {"process"}, "sampler": {"denoiser"}}.get(group, set())
+    for name in choices(group):
+        config: Any = raw(CONFIGS / group / f"{name}.yaml")
+        if group == "process":
+            config = OmegaConf.to_container(composed(f"process={name}").process)
+        for part in parts(config):
+            missing = accepted(part) - given(part) - (late if part.get("_partial_") else set())
+            assert missing == set(), f"{name}: {part['_target_']}"
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+CLASSES: dict[str, type[Process]] = {
+    "vp": VP,
+    "ve": VE,
+    "homogeneous": Homogeneous,
+    "heat": InverseHeat,
+    "blurring": Blurring,
+    "blurring_constant": InverseHeat,
+    "blurring_chain": BlurringChain,
+}
+
+
+@pytest.mark.parametrize("name", choices("process"))
+def test_processes(name: str) -> None:
+    process = instantiate(composed(f"process={name}").process)
+    assert isinstance(process, CLASSES.get(name, Process))
+    assert process.num_scales >= 100 and process.value_range[0] < process.value_range[1]
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_process_configs_say_what_the_classes_default_to(name: str) -> None:
+    """The same law from YAML and from Python; `blurring_constant` differs in its noise alone."""
+    process, plain = instantiate(composed(f"process={name}").process), CLASSES[name]()
+    mu = torch.linspace(0, 2 * np.pi**2, 17, dtype=torch.float64)
+    for t in (1 / process.num_scales, 0.3, 1.0):
+        noise = process.noise_scale(t, mu) / (10 if name == "blurring_constant" else 1)
+        torch.testing.assert_close(process.signal_scale(t, mu), plain.signal_scale(t, mu), rtol=1e-12, atol=0)
+        torch.testing.assert_close(noise, plain.noise_scale(t, mu), rtol=1e-12, atol=0)
+    assert process.num_scales == plain.num_scales and tuple(process.value_range) == tuple(plain.value_range)
+
+
+LISTS = {
+    "listed_beta": "process.noise.betas=[0.1,0.2,0.3]",
+    "listed": "process.noise.noise_scales=[0.1,0.2,0.3]",
+    "listed_sigmas": "process.blur.blur_sigmas=[1,2,3]",
+    "listed_times": "process.blur.dissipation_times=[1,5,100]",
+}
+
+
+@pytest.mark.parametrize("name", choices("process/noise"))
+def test_noise_schedules(name: str) -> None:
+    """Each as a choice on the command line, under a process that it fits."""
+    process = {"edm": "ve", "geometric": "ve", "listed": "ve", "constant": "heat"}.get(name, "vp")
+    extra = [LISTS[name]] if name in LISTS else []
+    config = composed(f"process={process}", f"process/noise={name}", "process.num_scales=3", *extra).process
+    built = instantiate(config)
+    assert isinstance(built.noise, NoiseSchedule) and type(built.noise) is get_class(config.noise._target_)
+
+
+@pytest.mark.parametrize("name", choices("process/blur"))
+def test_blur_schedules(name: str) -> None:
+    extra = [LISTS[name]] if name in LISTS else []
+    config = composed("process=heat", f"process/blur={name}", "process.num_scales=3", *extra).process
+    built = instantiate(config)
+    assert isinstance(built.blur, BlurSchedule) and type(built.blur) is get_class(config.blur._target_)
+
+
+@pytest.mark.parametrize("name", choices("target"))
+def test_targets(name: str) -> None:
+    assert isinstance(instantiate(composed(f"target={name}").target), Target)
+
+
+@pytest.mark.parametrize("name", choices("weight"))
+def test_weights(name: str) -> None:
+    config = composed(f"weight={name}").weight
+    assert config._target_ is None if name == "target" else isinstance(instantiate(config), LossWeight)
+
+
+@pytest.mark.parametrize("name", choices("prior"))
+def test_priors(name: str) -> None:
+    prior = instantiate(composed(f"prior={name}").prior)
+    if not isinstance(prior, Prior):
+        prior = prior(VP())
+        assert isinstance(prior, GaussianPrior)
+    assert isinstance(prior, Prior)
+
+
+@pytest.mark.parametrize("name", sorted(set(choices("sampler")) - {"model"}))
+@pytest.mark.parametrize("entry", ["train", "sample", "evaluate"])
+def test_samplers(name: str, entry: str) -> None:
+    sampler = instantiate(composed(f"sampler={name}", name=entry).sampler)
+    if not isinstance(sampler, Sampler):
+        sampler = sampler(Denoiser(nn.Identity(), VP(), Clean()))
+    assert isinstance(sampler, Sampler)
+    assert len(sampler.scales(VP())) >= 2
+
+
+def test_sample_takes_the_models_own_sampler_by_default() -> None:
+    for name in ("sample", "evaluate"):
+        assert composed(name=name).sampler._target_ is None
+
+
+@pytest.mark.parametrize("name", choices("network"))
+def test_networks(name: str) -> None:
+    with torch.device("meta"):
+        network = instantiate(composed(f"network={name}").network, in_channels=3, out_channels=3)
+        x, t = torch.randn(1, 3, 32, 48), torch.rand(1)
+        assert network(x, t).shape == x.shape
+
+
+@pytest.mark.parametrize("name", choices("data"))
+def test_data(name: str, places: dict[str, str]) -> None:
+    data = instantiate(composed(f"data={name}", *needs(name, places)).data)
+    assert isinstance(data, ImageDataModule)
+    assert data.channels in (1, 3) and min(data.image_size) >= 8
+    if name != "celeba":  # its five lists are torchvision's own business
+        data.prepare_data()
+        image, label = data.train_set[0]
+        assert image.dtype == torch.uint8 and image.shape == (data.channels, *data.image_size)
+        assert (label >= 0) == (data.num_classes is not None)
+
+
+def test_data_that_must_be_named_says_so() -> None:
+    assert OmegaConf.missing_keys(composed("data=folder")) == {
+        "data.root",
+        "network.in_channels",
+        "network.out_channels",
+    }
+
+
+@pytest.mark.parametrize("name", choices("trainer"))
+def test_trainers(name: str, tmp_path: Path) -> None:
+    config = composed(f"trainer={name}", "trainer.accelerator=cpu")
+    trainer = run._trainer(config, tmp_path, [])
+    assert isinstance(trainer, pl.Trainer) and isinstance(trainer.strategy, ShardedStrategy) == (name == "fsdp")
+    assert trainer.num_devices == config.trainer.devices
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", choices("logger"))
+def test_loggers(name: str, tmp_path: Path) -> None:
+    config = composed(f"logger={name}", f"run_dir={tmp_path}").logger
+    if name == "csv":
+        assert config._target_ is None  # metrics.csv is always written
+    else:
+        assert type(instantiate(config)).__name__ == {"tensorboard": "TensorBoardLogger", "wandb": "WandbLogger"}[name]
+    assert name != "wandb" or config.offline
+
+
+def test_tasks_are_those_of_the_table() -> None:
+    assert choices("task") == sorted(TASKS)
+
+
+@pytest.mark.parametrize("name", choices("task"))
+def test_tasks(name: str) -> None:
+    """Each says its name, holds its own keys beside those of every task, and has its function."""
+    config, own = composed(f"task={name}", name="evolve"), raw(CONFIGS / "task" / f"{name}.yaml")
+    assert config.task == name
+    known = raw(CONFIGS / "evolve.yaml").keys() | own.keys()
+    for base in own.get("defaults", []):  # another task, whose keys it shares
+        known |= raw(CONFIGS / "task" / f"{base}.yaml").keys() if isinstance(base, str) and base != "_self_" else set()
+    assert set(config) == known - {"defaults", "hydra"}
+    module, function = TASKS[name]
+    assert callable(getattr(import_module(module), function))
+
+
+@pytest.mark.parametrize("name", choices("edit"))
+def test_tasks_of_sampling(name: str) -> None:
+    """As for `evolve`; each holds its own keys beside those of every task, and has its function."""
+    config, own = composed(f"edit={name}", name="sample"), raw(CONFIGS / "edit" / f"{name}.yaml")
+    assert choices("edit") == sorted(sample_run.TASKS) and config.task == name
+    assert set(config) == (raw(CONFIGS / "sample.yaml").keys() | own.keys() | {"sampler"}) - {"defaults", "hydra"}
+    module, function = sample_run.TASKS[name]
+    assert callable(getattr(import_module(module), function))
+
+
+@pytest.mark.parametrize("name", choices("process"))
+def test_every_process_evolves(name: str) -> None:
+    assert isinstance(instantiate(composed(f"process={name}", name="evolve").process), Process)
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "evolve"])
+def test_only_the_command_line_makes_a_sweep(name: str) -> None:
+    """As `shell.call` takes for granted."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        assert compose(name, return_hydra_config=True).hydra.mode is None
+
+
+def test_no_process_is_chosen_by_default() -> None:
+    config = composed(name="evolve")
+    assert config.task == "compare" and config.process is None
+
+
+def test_search_is_composed_without_optuna() -> None:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", overrides=["hydra/sweeper=optuna"], return_hydra_config=True)
+    sweeper = instantiate(config.hydra.sweeper)
+    assert (sweeper.n_trials, sweeper.n_jobs, sweeper.direction, sweeper.seed) == (20, 1, "minimize", 0)
+
+
+@pytest.mark.skipif(find_spec("submitit") is None, reason="the slurm extra is not installed")
+def test_slurm_launcher() -> None:
+    """Tasks and GPUs follow the trainer."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        overrides = ["hydra/launcher=slurm", "trainer=ddp", "trainer.devices=4", "trainer.num_nodes=2"]
+        launcher = compose("train", overrides=overrides, return_hydra_config=True).hydra.launcher
+    params = instantiate(launcher).params
+    assert launcher._target_.endswith("SlurmLauncher") and params["max_num_timeout"] > 0
+    assert (params["nodes"], params["tasks_per_node"], params["gpus_per_node"]) == (2, 4, 4)
+    assert params["setup"] == ["export SLURM_KILL_BAD_EXIT=1"]
+
+
+@pytest.mark.skipif(find_spec("submitit") is not None, reason="the slurm extra is installed")
+def test_slurm_launcher_says_what_it_needs(tmp_path: Path) -> None:
+    outcome = call("train.py", "-m", "seed=1,2", "hydra/launcher=slurm", cwd=tmp_path)
+    assert outcome.status == 2 and outcome.err == (
+        "error: this launcher needs the submitit plugin: pip install '.[slurm]'\n"
+    )
+
+
+# --- experiments ------------------------------------------------------------------------------------------------------
+
+EXPERIMENTS = choices("experiment")
+
+
+def test_recipes_of_every_data_set() -> None:
+    processes = ("vp", "ve", "heat", "blurring", "homogeneous", "blurring_constant", "blurring_chain")
+    wanted = {f"digits_{process}" for process in processes}
+    wanted |= {f"{data}_{process}" for data in ("mnist", "photos32") for process in ("vp", "ve", "heat", "blurring")}
+    wanted |= {f"{data}_{process}" for data in ("cifar10", "bsds500") for process in ("vp", "heat", "blurring")}
+    assert wanted <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments(name: str, places: dict[str, str]) -> None:
+    """Data, process, target, prior, network and sampler are built, and fit together."""
+    plain = composed(f"experiment={name}")
+    data_name = str(plain.data.get("name", "")).lower() or {"bsds500_data": "bsds500"}.get(
+        plain.data._target_.rpartition(".")[2], ""
+    )
+    config = composed(f"experiment={name}", *needs(data_name, places))
+    data = instantiate(config.data)
+    process, target = instantiate(config.process), instantiate(config.target)
+    channels = data.channels * (1 + process.context_channels)
+    with torch.device("meta"):
+        network = instantiate(config.network, in_channels=channels, out_channels=data.channels)
+        x, t = torch.randn(1, channels, *data.image_size), torch.rand(1)
+        assert network(x, t).shape == (1, data.channels, *data.image_size)
+    prior, sampler = instantiate(config.prior), instantiate(config.sampler)
+    prior = prior if isinstance(prior, Prior) else prior(process)
+    denoiser = Denoiser(nn.Identity(), process, target)
+    sampler = sampler if isinstance(sampler, Sampler) else sampler(denoiser)
+    sampler.check(denoiser)
+    instantiate(config.trainer, accelerator="cpu", precision="32-true", logger=False)
+
+
+def _leaves(config: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(config, dict):
+        return {k: v for name, value in config.items() for k, v in _leaves(value, f"{key}.{name}".lstrip(".")).items()}
+    return {key: config}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_hold_only_differences(name: str) -> None:
+    """Each value differs from what the same choices give without the experiment."""
+    body = raw(CONFIGS / "experiment" / f"{name}.yaml")
+    chosen = [next(iter(entry.items())) for entry in body.pop("defaults")]
+    without = composed(*(f"{key.removeprefix('override /')}={value}" for key, value in chosen))
+    for key, value in _leaves(body).items():
+        assert OmegaConf.select(without, key) != value, key

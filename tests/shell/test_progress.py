@@ -1,0 +1,69 @@
+"""The line that shows how far a command is: counts and the time left are whole at any width of the terminal."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dpm_scales.progress import LineProgress
+from support.shell import attempt
+
+FIGURES = ["train/loss 0.8108", "val/loss 0.9044"]
+
+
+def lines(width: int, *tasks: tuple[str, dict[str, object]], done: int = 83) -> list[str]:
+    """What a terminal of `width` cells shows after `done` steps of 2200, five a second."""
+    clock = [0.0]
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    progress = LineProgress(console=console, get_time=lambda: clock[0])
+    numbers = [progress.add_task(name, total=2200, **fields) for name, fields in tasks]  # type: ignore[arg-type]
+    for step in range(1, done + 1):
+        clock[0] += 0.2
+        for number in numbers:
+            progress.update(number, completed=step)
+    console.print(progress.get_renderable())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return text.splitlines()
+
+
+@pytest.mark.parametrize("width", [200, 120, 80, 60, 40])
+def test_steps_and_time_left_are_whole(width: int) -> None:
+    (line,) = lines(width, ("step", {"unit": "steps", "figures": FIGURES}))
+    assert len(line) <= width
+    assert "83/2200" in line and "0:07:04 left" in line and "…" not in line
+    assert line.startswith("step ")
+    assert "5.0 steps/s" in line or width < 60
+    assert all(figure in line for figure in FIGURES) == (width >= 80)
+
+
+def test_a_wide_terminal_has_a_bar_and_the_time_passed() -> None:
+    (line,) = lines(120, ("sampling", {}))
+    assert "━" in line or "╸" in line
+    assert "5.0/s" in line and "0:00:16" in line
+
+
+def test_descriptions_are_shortened_before_counts_are() -> None:
+    first, second = lines(40, ("features of the reference", {}), ("draw", {}))
+    assert max(len(first), len(second)) <= 40 and first.index("83/2200") == second.index("83/2200")
+    assert first.startswith("features of") and "…" in first and second.startswith("draw ")
+
+
+def test_without_a_known_end() -> None:
+    clock = [0.0]
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    progress = LineProgress(console=console, get_time=lambda: clock[0])
+    progress.add_task("step", total=None)
+    console.print(progress.get_renderable())
+    assert "0/?" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_training_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
+    monkeypatch.setattr("dpm_scales.training.reporting.get_console", lambda: console)
+    outcome = attempt(tmp_path / "run", "trainer.max_steps=2", "samples.num_images=0")
+    assert outcome.status == 0, outcome.err
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "2/2" in shown and "step " in shown and "…" not in shown

@@ -1,0 +1,1 @@
+"""Oracles, twins and helpers that the tests share."""

@@ -1,0 +1,38 @@
+"""What the tests of the audit share: an image, and findings by name."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpm_scales.audit import audit
+from dpm_scales.audit.lab import Finding, Verdict
+from dpm_scales.processes import Process
+
+Verdicts = dict[tuple[str, str], Verdict]
+
+
+def photo(height: int = 24, width: int = 36, seed: int = 0) -> Tensor:
+    """A smooth colour image and a little noise: ``(1, 3, H, W)`` uint8."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:height, :width]
+    image = 110 + 2.5 * (rows - height / 2) - 1.5 * (columns - width / 2) + rng.normal(0, 12, (3, height, width))
+    return torch.from_numpy(image.clip(1, 255).astype(np.uint8))[None]
+
+
+def verdicts(rows: list[Finding]) -> Verdicts:
+    found = {(row.direction, row.name): row.verdict for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def changed(healthy: Process, broken: Process) -> set[tuple[str, str]]:
+    """Findings that are violated in the broken process and not in the healthy one."""
+    before, after = (verdicts(audit(p, photo(), samples=400)) for p in (healthy, broken))
+    return {key for key, verdict in after.items() if verdict is Verdict.VIOLATED and before[key] is not verdict}
+
+
+def by_name(rows: list[Finding], name: str, direction: str = "forward") -> Finding:
+    (found,) = (row for row in rows if (row.name, row.direction) == (name, direction))
+    return found

@@ -1,0 +1,73 @@
+"""A feature network that is small and exact, in place of the pretrained ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from dpm_scales.errors import UserError
+from dpm_scales.metrics import FeatureNetwork
+
+DIM = 12
+
+
+class Means(FeatureNetwork):
+    """Mean colours of the quarters of an image."""
+
+    name = "means"
+    distance_name = "FD-means"
+    kernel_name = "KD-means"
+    dim = DIM
+    input_side = 6
+
+    def __init__(self, hash: str = "0" * 64) -> None:
+        super().__init__(hash, 16)
+        self.calls = 0
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        self.calls += 1
+        return functional.adaptive_avg_pool2d(pixels, 2).flatten(1) / 255
+
+
+@contextmanager
+def small_features(network: FeatureNetwork) -> Iterator[None]:
+    """Every command finds this network, whatever is asked for; "missing" finds none."""
+
+    def pick(name: str = "auto", *_: Any, **__: Any) -> FeatureNetwork:
+        if name == "missing":
+            raise UserError("no feature network: install one")
+        torch.rand(7)  # as a network that is made with random weights first
+        return network
+
+    places = ("dpm_scales.commands.evaluate", "dpm_scales.training.monitoring")
+    with mock.patch(f"{places[0]}.pick_features", pick), mock.patch(f"{places[1]}.pick_features", pick):
+        yield
+
+
+def noise_images(folder: Path, number: int, seed: int, size: tuple[int, int] = (8, 8), level: int = 0) -> Path:
+    """Grey files 000000.png, … of white noise on a grey level."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(number):
+        Image.fromarray(rng.integers(level, level + 128, size, dtype=np.uint8)).save(folder / f"{i:06d}.png")
+    return folder
+
+
+class Fake(torch.nn.Module):
+    """Features that anybody can compute: mean and standard deviation of each channel."""
+
+    name, distance_name, kernel_name, hash, resizing = "fake", "FD-fake", "KD-fake", "0", "none"
+    dim = 6
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = images.float()
+        return torch.cat([x.mean((-2, -1)), x.std((-2, -1))], 1)

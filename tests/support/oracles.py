@@ -1,0 +1,255 @@
+"""Helpers of the tests of the reverse side: images, scripted noise, a pretended GPU, and denoisers that know the truth.
+
+Data for which the optimal denoiser is known:
+
+    GaussianData   independent Gaussian DCT coefficients: E[y_0 | y_t] is linear, coefficient by coefficient
+    PointData      finitely many images with probabilities: E[y_0 | y_t] is their softmax average
+
+Both are written in numpy, in DCT coefficients by scipy, from the curves of `reference.Twin`: the package is asked for
+nothing. A process without diffusion multiplies all coefficients by the same factor, so that DCT coefficients serve
+there too.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dpm_scales.denoisers import Denoiser
+from dpm_scales.errors import UserError
+from dpm_scales.rng import NoiseSource
+from dpm_scales.targets import Clean, Target
+from support.reference import TWINS, Array, Twin, dct_basis
+
+H, W = 3, 5
+
+NOISY = [twin for twin in TWINS if twin.variance(1.0, np.zeros((1, 1))).any()]
+BY_NAME = {twin.name: twin for twin in TWINS}
+#: one of each member of the package
+MEMBERS = ["vp-cosine", "ve-edm", "inverse-heat", "inverse-heat-0.1", "blurring", "chain", "homogeneous-log"]
+NOISY_MEMBERS = MEMBERS[:-1]
+
+
+def over(chosen: Sequence[Twin]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("twin", chosen, ids=lambda twin: twin.name)
+
+
+def named(*names: str) -> list[Twin]:
+    return [BY_NAME[name] for name in names]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(*shape: int, seed: int = 0) -> Tensor:
+    """Uniform values in [-1, 1], float64."""
+    return 2 * torch.rand(shape, generator=generator(seed), dtype=torch.float64) - 1
+
+
+def float64(value: Any) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def close(actual: Any, expected: Any, atol: float = 1e-10, rtol: float = 1e-9) -> None:
+    np.testing.assert_allclose(actual, expected, atol=atol, rtol=rtol)
+
+
+@contextmanager
+def refused(*words: str) -> Iterator[None]:
+    """A UserError of one line that contains every one of `words`."""
+    with pytest.raises(UserError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    assert all(word in message for word in words), message
+
+
+@contextmanager
+def pretended_gpu(*modules: nn.Module, device: str = "cuda") -> Iterator[None]:
+    """No arithmetic, but mixed devices and reads by the host raise; the modules are moved, as by a trainer."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in modules:
+            module.to(device)
+        yield
+
+
+# --- DCT coefficients -------------------------------------------------------------------------------------------------
+
+
+_basis = functools.cache(dct_basis)
+
+
+def coefficients(x: Array) -> Array:
+    """Orthonormal DCT-II of the last two axes."""
+    return np.asarray(_basis(x.shape[-2]) @ x @ _basis(x.shape[-1]).T)
+
+
+def pixels(u: Array) -> Array:
+    """Inverse of `coefficients`."""
+    return np.asarray(_basis(u.shape[-2]).T @ u @ _basis(u.shape[-1]))
+
+
+def per_mode(function: Callable[[Array], Array], x: Tensor) -> Tensor:
+    """`function` of an image's DCT coefficients, back in pixels."""
+    return torch.from_numpy(pixels(function(coefficients(x.detach().numpy()))))
+
+
+@functools.cache
+def curves(twin: Twin, t: float, height: int = H, width: int = W) -> tuple[Array, Array]:
+    """lambda_t and gamma_t of each DCT coefficient, ``(height, width)``."""
+    mu = twin.mu(height, width)
+    signal, noise = twin.signal(t, mu) * np.ones_like(mu), np.sqrt(twin.variance(t, mu).clip(0))
+    signal.flags.writeable = noise.flags.writeable = False  # all callers share them
+    return signal, noise
+
+
+def each(x: Tensor, t: float | Sequence[float], one: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """`one(image, t)` for each image, of one t for all or one per image."""
+    if isinstance(t, Sequence):
+        assert len(t) == len(x)
+        return torch.cat([one(x[b : b + 1], v) for b, v in enumerate(t)])
+    return one(x, t)
+
+
+def scaled(twin: Twin, x_0: Tensor, t: float | Sequence[float]) -> Tensor:
+    """lambda_t(L) x_0."""
+    return each(x_0, t, lambda x, v: per_mode(lambda u: curves(twin, v, *x.shape[-2:])[0] * u, x))
+
+
+def spread(twin: Twin, noise: Tensor, t: float | Sequence[float]) -> Tensor:
+    """gamma_t(L) noise."""
+    return each(noise, t, lambda x, v: per_mode(lambda u: curves(twin, v, *x.shape[-2:])[1] * u, x))
+
+
+def noised(twin: Twin, x_0: Tensor, noise: Tensor, t: float | Sequence[float]) -> Tensor:
+    """y_t, mode by mode."""
+    return scaled(twin, x_0, t) + spread(twin, noise, t)
+
+
+# --- data whose denoiser is known -------------------------------------------------------------------------------------
+
+
+class Data(Protocol):
+    """A distribution of images whose optimal denoiser is known."""
+
+    def estimate(self, u: Array, signal: Array, noise: Array) -> Array:
+        """E[u_0 | u_t] for coefficients ``(..., H, W)`` and curves ``(H, W)``."""
+
+
+@dataclass(frozen=True)
+class GaussianData:
+    """Independent DCT coefficients of means and variances ``(H, W)``."""
+
+    mean: Array
+    variance: Array
+
+    def estimate(self, u: Array, signal: Array, noise: Array) -> Array:
+        gain = self.variance * signal / (signal**2 * self.variance + noise**2)
+        return np.asarray(self.mean + gain * (u - signal * self.mean))
+
+    def uncertainty(self, signal: Array, noise: Array) -> Array:
+        """Var(u_0 | u_t)."""
+        return np.asarray(self.variance * noise**2 / (signal**2 * self.variance + noise**2))
+
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        """Images ``(count, 1, H, W)``."""
+        white = np.random.default_rng(seed).standard_normal((count, 1, *self.mean.shape))
+        return torch.from_numpy(pixels(self.mean + np.sqrt(self.variance) * white))
+
+
+@dataclass(frozen=True)
+class PointData:
+    """Images given by coefficients ``(N, H, W)``, drawn with the given probabilities."""
+
+    points: Array
+    probabilities: Array
+
+    def estimate(self, u: Array, signal: Array, noise: Array) -> Array:
+        if len(self.points) == 1:
+            return np.broadcast_to(self.points[0], u.shape)
+        distance = (((u[..., None, :, :] - signal * self.points) / noise) ** 2).sum((-2, -1))
+        log_weight = np.log(self.probabilities) - distance / 2
+        weight = np.exp(log_weight - log_weight.max(-1, keepdims=True))
+        weight /= weight.sum(-1, keepdims=True)
+        return np.asarray(np.einsum("...n,nhw->...hw", weight, self.points))
+
+
+def gaussian_data(height: int = H, width: int = W, seed: int = 3) -> GaussianData:
+    """Some means and variances, different for each coefficient."""
+    rng = np.random.default_rng(seed)
+    return GaussianData(rng.normal(size=(height, width)), np.exp(rng.normal(size=(height, width))) / 2)
+
+
+class OracleDenoiser(Denoiser):
+    """lambda_s(L) E[y_0 | y_t], computed from the twin's curves; network and target are not asked."""
+
+    def __init__(self, twin: Twin, data: Data) -> None:
+        super().__init__(nn.Identity(), twin.build(), Clean())
+        self.twin, self.data = twin, data
+
+    def clean(
+        self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        size = y_t.shape[-2:]
+        estimate = self.data.estimate(coefficients(y_t.numpy()), *curves(self.twin, float(t), *size))
+        return torch.from_numpy(pixels(curves(self.twin, float(s), *size)[0] * estimate))
+
+
+class Answer(nn.Module):
+    """A network that gives back what it is told to, and remembers what it saw."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+        self.seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.seen.append((x, t, labels))
+        return self.output
+
+
+class TinyNetwork(nn.Module):
+    """Smooth, and different at every pixel, scale and label: a stand-in for a U-Net, in the images' number format."""
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__()
+        shape = (channels, channels, 3, 3)
+        self.weight = nn.Parameter(torch.linspace(-0.5, 0.4, math.prod(shape)).reshape(shape))
+        self.bias = nn.Parameter(torch.linspace(0.1, 0.3, channels))
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        shift = t if labels is None else t + labels
+        x = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=1)
+        return torch.tanh(x * torch.cos(shift)[:, None, None, None])
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+class ScriptedNoise(NoiseSource):
+    """Gives the listed draws, one after the other."""
+
+    def __init__(self, draws: Sequence[Tensor]) -> None:
+        super().__init__(0, draws[0].shape[0] if draws else 1)
+        self.draws = list(draws)
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        draw = self.draws.pop(0)
+        assert draw.shape[1:] == shape and draw.dtype == dtype
+        return draw
+
+
+def with_target(twin: Twin, target: Target, network: nn.Module, data_std: float = 0.5) -> Denoiser:
+    return Denoiser(network, twin.build(), target, data_std).double()
