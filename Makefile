@@ -1,5 +1,6 @@
 # make demo   train the default model and draw 64 digits, from nothing
-# make test   the whole test suite with coverage, slow tests included
+# make test   the whole test suite, slow tests included; make test-core: the mathematics alone
+# make coverage   the same with branch coverage of dpm_scales
 # make lint   style and types
 #
 # VENV=DIR puts the environment elsewhere, PYTHON=python3.12 builds it with another interpreter,
@@ -20,21 +21,30 @@ export MPLBACKEND ?= Agg
 export WANDB_MODE ?= offline
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-core coverage lint
 
 demo: $(INSTALLED)
 	$(PY) train.py run_dir=runs/demo
 	$(PY) sample.py model=runs/demo num_samples=64 seed=0 out=samples/demo overwrite=true
 
 # One thread in each test process: two that each start a thread per core wait for one another most of the time.
-test: export OMP_NUM_THREADS := 1
-test: export MKL_NUM_THREADS := 1
-test: export OPENBLAS_NUM_THREADS := 1
+test test-core coverage: export OMP_NUM_THREADS := 1
+test test-core coverage: export MKL_NUM_THREADS := 1
+test test-core coverage: export OPENBLAS_NUM_THREADS := 1
 test: $(INSTALLED)
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term $(PYTEST_ARGS)
+	$(PY) $(PYTEST) $(PYTEST_ARGS)
+
+test-core: $(INSTALLED)
+	$(PY) $(PYTEST) tests/core $(PYTEST_ARGS)
+
+coverage: $(INSTALLED)
+	$(PY) $(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
 
 lint: $(LINT_INSTALLED)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional
@@ -116,13 +117,11 @@ def make_grid(images: Tensor, columns: int | None = None, padding: int = 1, upsc
         columns = math.ceil(math.sqrt(number * height / width))
     columns = min(columns, number)
     rows = math.ceil(number / columns)
-    cells = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
-    step_y, step_x = height * factor + padding, width * factor + padding
-    sheet = images.new_full((channels, rows * step_y + padding, columns * step_x + padding), PADDING_LEVEL)
-    for index, cell in enumerate(cells):
-        top, left = index // columns * step_y + padding, index % columns * step_x + padding
-        sheet[:, top : top + height * factor, left : left + width * factor] = cell
-    return sheet
+    cells = repeat(images, "n c h w -> n c (h down) (w across)", down=factor, across=factor)
+    cells = functional.pad(cells, (padding, 0, padding, 0), value=PADDING_LEVEL)
+    blank = cells.new_full((rows * columns - number, *cells.shape[1:]), PADDING_LEVEL)
+    sheet = rearrange(torch.cat([cells, blank]), "(row column) c h w -> c (row h) (column w)", column=columns)
+    return functional.pad(sheet, (0, padding, 0, padding), value=PADDING_LEVEL)
 
 
 def make_class_grid(images: Tensor, labels: Sequence[int], names: Sequence[str] | None = None) -> Tensor:
