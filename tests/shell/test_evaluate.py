@@ -131,7 +131,7 @@ def test_processes_share_the_samples(network: Means, monkeypatch: pytest.MonkeyP
     fake = Drawn(model, "run", "averaged", None, 7, 3, labels, torch.device("cpu"))
     whole = network(torch.cat(list(fake.batches(4))))
     own: dict[int, torch.Tensor] = {}
-    monkeypatch.setattr("dpm_scales.commands.evaluate.barrier", lambda: None)
+    monkeypatch.setattr("dpm_scales.evaluation.generated.barrier", lambda: None)
     for collecting in (True, False):
         for shard in (Shard(rank, 9) for rank in range(9)):  # more than there are samples
 
