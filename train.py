@@ -15,7 +15,7 @@ from dpm_scales.cli.main import is_sweep, job, main
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 @job
 def run(cfg: DictConfig) -> float | None:
-    from dpm_scales.distributed.ranks import this_shard
+    from dpm_scales.distributed.ranks import current_world
     from dpm_scales.training.run import train
     from dpm_scales.training.sweeps import job_folders, write_table
 
@@ -27,7 +27,7 @@ def run(cfg: DictConfig) -> float | None:
     root, folder = job_folders(cfg)
     cfg.run_dir = str(folder)
     result = train(cfg, folder, overrides)
-    if is_sweep() and this_shard().is_main:
+    if is_sweep() and current_world().is_main:
         write_table(root)
     return result.get(cfg.objective)
 

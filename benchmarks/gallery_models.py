@@ -26,7 +26,7 @@ from torch import Tensor
 from dpm_scales.editing import Consistent, Mask, Resampling, restore
 from dpm_scales.images import save_png, to_range, to_uint8
 from dpm_scales.models.io import load_model
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import Ancestral
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,7 +129,7 @@ def inpainting(model_name: str, models: Path, number: int) -> None:
             sampler = Resampling(Ancestral(min(process.num_scales, EVALUATIONS // (1 + repeats))), repeats)
             denoiser = Consistent(model.denoiser, Mask(~hole), torch.where(hole, 0, x), 0.0, covariance)
             found = [
-                restore(denoiser, sampler, sampler.scales(process), NoiseSource(seed, number), size) for seed in (0, 1)
+                restore(denoiser, sampler, sampler.scales(process), CounterRNG(seed, number), size) for seed in (0, 1)
             ]
             results = [to_uint8(f, process.value_range) for f in found]
             assert all(torch.equal(r[..., ~hole], images[..., ~hole]) for r in results)

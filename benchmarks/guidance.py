@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.judges import JUDGES, Judge, read_samples
 from benchmarks.quality import run_recipe
 from dpm_scales.images import make_grid, save_png, to_range, to_uint8
-from dpm_scales.models.draw import draw
+from dpm_scales.models.generate import draw
 from dpm_scales.models.io import load_model
 from dpm_scales.operators import heat_blur
 from dpm_scales.processes import Osmosis

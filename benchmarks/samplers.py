@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.judges import JUDGES, PhotosJudge
 from dpm_scales import plots
-from dpm_scales.models.draw import draw
+from dpm_scales.models.generate import draw
 from dpm_scales.models.io import load_model
 from dpm_scales.models.model import Model
 from dpm_scales.processes import Process

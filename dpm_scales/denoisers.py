@@ -49,9 +49,9 @@ class Denoiser(nn.Module):
         wiener = self.target.scalings(moments(process, process.operator(), scales, white, (8, 8))).filter
         return 0 if wiener is None else process.degree_of(wiener)
 
-    def settle(self, size: tuple[int, int]) -> dict[str, str]:
+    def resolve_auto(self, size: tuple[int, int]) -> dict[str, str]:
         """The target's choices for the measured spectrum and images of `size` (H, W), by argument; to be stored."""
-        chosen = self.target.settle(self.process, self.spectrum, size)
+        chosen = self.target.resolve_auto(self.process, self.spectrum, size)
         self._degree = self._filter_degree()
         return chosen
 
@@ -75,7 +75,9 @@ class Denoiser(nn.Module):
         """What the target asks for, at scale t ``(B,)``; pixels or white coordinates, as the target has it."""
         return self._predict(operator, y_t, t, context, labels)[0]
 
-    def clean(self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None) -> Tensor:
+    def predict_mean(
+        self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None
+    ) -> Tensor:
         """m_s in white coordinates; at s = 0 the estimate y_0-hat itself.
 
         Args:
@@ -85,7 +87,7 @@ class Denoiser(nn.Module):
         """
         operator = self.process.operator(context)
         prediction = self.predict(operator, y_t, t.expand(y_t.shape[0]), context, labels)
-        return self.target.clean(self.process, operator, prediction, y_t, t, s)
+        return self.target.predict_mean(self.process, operator, prediction, y_t, t, s)
 
     def loss(
         self,
@@ -111,7 +113,7 @@ class Denoiser(nn.Module):
         y_t = operator.apply(self.process.signal(t), operator.to_white(x_0))
         y_t = y_t + operator.apply(lambda mu: self.process.noise_scale(t, mu), noise)
         x_t = operator.to_pixels(y_t)
-        truth = self.target.truth(self.process, operator, x_0, x_t, noise, t)
+        truth = self.target.regression_target(self.process, operator, x_0, x_t, noise, t)
         prediction, weight = self._predict(operator, y_t, t, context, labels)
         if loss_weight is not None:
             size = (x_0.shape[-2], x_0.shape[-1])

@@ -30,7 +30,7 @@ from dpm_scales.schedules import is_number
 VARIABLES = ("t", "logsnr")
 
 
-class Guided(Denoiser):
+class ClassifierFreeGuidance(Denoiser):
     """A denoiser with guidance; it shares network, process, target and spectrum with the one it is made from.
 
     Args:

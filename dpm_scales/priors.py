@@ -3,7 +3,7 @@
 `GaussianPrior`: the process's own noise, for processes that end (almost) in noise: VP, VE, blurring diffusion.
 `DataPrior`: a training image, blurred to scale 1, plus noise (IHDM): for processes that end in blur. The blurred images
 are stored as the few DCT coefficients that are left of them, so an export samples without its training data.
-`GuidancePrior`: the steady state of a guidance image around a training image's mean grey value, plus noise, for the
+`OsmosisPrior`: the steady state of a guidance image around a training image's mean grey value, plus noise, for the
 osmosis processes. Only those grey values are stored, and what images guide with where the process asks for them.
 
 The last two can be steered: then sampling starts from images that a user chooses, if the start shows images at all.
@@ -12,7 +12,7 @@ The last two can be steered: then sampling starts from images that a user choose
 |---|---|
 | GaussianPrior | those with noise, without a context, that leave at most 2 % of a grey value at scale 1 if they blur |
 | DataPrior | those that blur in the DCT basis, without a context |
-| GuidancePrior | those of osmosis |
+| OsmosisPrior | those of osmosis |
 
 Every other pair is refused when the model is built.
 """
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.operators import HeatOperator
 from dpm_scales.processes import MOST_GREY, Context, Osmosis, Process
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.schedules import is_number
 
 DCT = HeatOperator()
@@ -71,7 +71,7 @@ class Prior(nn.Module):
 
     @abstractmethod
     def sample(
-        self, process: Process, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
+        self, process: Process, noise: CounterRNG, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Context]:
         """y_1 in white coordinates ``(B, C, H, W)`` for `size` (C, H, W), and the context."""
 
@@ -93,7 +93,7 @@ class GaussianPrior(Prior):
         _require_no_context(self, process)
 
     def sample(
-        self, process: Process, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
+        self, process: Process, noise: CounterRNG, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Context]:
         self.check_kind(process)
         white = noise.normal(size, dtype)
@@ -143,7 +143,7 @@ class _FittedPrior(Prior):
     def _store(self, images: Tensor, process: Process) -> None:
         """Keep of all images what sampling starts from."""
 
-    def _pick(self, noise: NoiseSource, count: int) -> Tensor:
+    def _pick(self, noise: CounterRNG, count: int) -> Tensor:
         """``(B,)`` numbers of stored images: at random, or in turn where a user has chosen them."""
         return noise.numbers % count if self._in_turn else (noise.uniform() * count).long()
 
@@ -197,7 +197,7 @@ class DataPrior(_FittedPrior):
         self.image_size = torch.tensor([height, width], device=self.coefficients.device)
 
     def sample(
-        self, process: Process, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
+        self, process: Process, noise: CounterRNG, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Context]:
         self.check_kind(process)
         operator = process.operator()
@@ -231,7 +231,7 @@ class DataPrior(_FittedPrior):
         )
 
 
-class GuidancePrior(_FittedPrior):
+class OsmosisPrior(_FittedPrior):
     """y_1 = lambda_1(0) V^{-1/2} (v m) + r gamma_1(L) eps, m the mean grey values of a random training image, v the
     guidance image that the process draws around them, of mean one. Where images guide, so does the same training image,
     or, with `guidance_image="other"`, any other.
@@ -248,7 +248,7 @@ class GuidancePrior(_FittedPrior):
     relief: Tensor
 
     def __init__(self, noise_ratio: float = 1.0, max_images: int = 10000) -> None:
-        require(noise_ratio is not None, "GuidancePrior: noise_ratio must be >= 0, got None")
+        require(noise_ratio is not None, "OsmosisPrior: noise_ratio must be >= 0, got None")
         super().__init__(noise_ratio, max_images)
         self.register_buffer("grey", torch.zeros(0, 1))
         self.register_buffer("relief", torch.zeros(0, 1, 1, 1))
@@ -277,11 +277,11 @@ class GuidancePrior(_FittedPrior):
             self.relief = relief.to(device)
 
     def sample(
-        self, process: Process, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
+        self, process: Process, noise: CounterRNG, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Context]:
         osmosis = as_osmosis(process)
         count, channels = self.grey.shape
-        require(count > 0, "GuidancePrior: no grey values stored yet; train the model first")
+        require(count > 0, "OsmosisPrior: no grey values stored yet; train the model first")
         require(channels == size[0], f"this model was trained on {channels} channel(s); it can't sample {size[0]}")
         one = torch.ones((), dtype=torch.float64, device=noise.device)
         index = self._pick(noise, count)
@@ -320,7 +320,7 @@ def as_osmosis(process: Process) -> Osmosis:
     """The process as one of osmosis. Raises UserError for any other."""
     if not isinstance(process, Osmosis):
         raise UserError(
-            f"GuidancePrior starts from guidance images and needs an osmosis process, not {type(process).__name__}; "
+            f"OsmosisPrior starts from guidance images and needs an osmosis process, not {type(process).__name__}; "
             "set prior=auto"
         )
     return process
@@ -336,5 +336,9 @@ def _require_no_context(prior: Prior, process: Process) -> None:
 
 def auto_prior(process: Process) -> Prior:
     """The prior that the process asks for, see `Process.default_prior`."""
-    kinds: dict[str, type[Prior]] = {"gaussian": GaussianPrior, "data": DataPrior, "guidance": GuidancePrior}
+    kinds: dict[str, type[Prior]] = {"gaussian": GaussianPrior, "data": DataPrior, "guidance": OsmosisPrior}
     return kinds[process.default_prior()]()
+
+
+GuidancePrior = OsmosisPrior
+"""The name of the first release."""

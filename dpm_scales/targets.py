@@ -14,7 +14,7 @@ scalars of t,
 | Clean, "none" | x_0 | lambda_s(L) x_0-hat | 0 | 1 | 1 |
 | Noise | eps | (y_t - gamma_t eps-hat) / rho | 0 | 1 | 1 |
 | Velocity | lam_t eps - gam_t y_0 | lam_s (lam_t y_t - gam_t v-hat) / (lam_t^2 + gam_t^2) | 0 | 1 | 1 |
-| FinerScale | m_s - x_t at s = t - 1/K | x_t + the answer | 0 | sqrt(R) | 1 / R or 1 |
+| NextScale | m_s - x_t at s = t - 1/K | x_t + the answer | 0 | sqrt(R) | 1 / R or 1 |
 
 The network sees c_in z and the prediction starts from c_skip z, with z = w(L) y_t in pixels. Mostly w = 1, z = x_t and
 c_in = 1 / sqrt(V); "wiener" takes for z the Wiener estimate of x_0, all that linear filtering can do:
@@ -162,7 +162,7 @@ class Target(ABC):
     def check_scales(self, process: Process, scales: Tensor) -> None:  # noqa: B027
         """Raise UserError if a sampler can't go through `scales` (descending to 0) with this target."""
 
-    def settle(self, process: Process, spectrum: DataSpectrum, size: tuple[int, int]) -> dict[str, str]:
+    def resolve_auto(self, process: Process, spectrum: DataSpectrum, size: tuple[int, int]) -> dict[str, str]:
         """Make the choices that wait for the data's spectrum, for images of `size` (H, W); returns them by argument."""
         return {}
 
@@ -180,11 +180,13 @@ class Target(ABC):
         )
 
     @abstractmethod
-    def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def regression_target(
+        self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor
+    ) -> Tensor:
         """What the prediction should be; x in pixels, `noise` white."""
 
     @abstractmethod
-    def clean(
+    def predict_mean(
         self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
     ) -> Tensor:
         """m_s in white coordinates from a prediction at scale t."""
@@ -205,7 +207,7 @@ class Clean(Target):
             )
         self.preconditioning, self.clip = preconditioning, clip
 
-    def settle(self, process: Process, spectrum: DataSpectrum, size: tuple[int, int]) -> dict[str, str]:
+    def resolve_auto(self, process: Process, spectrum: DataSpectrum, size: tuple[int, int]) -> dict[str, str]:
         """ "auto" becomes "wiener" where the noise is constant, so that blur alone tells the scales apart, and where
         estimating each frequency by itself leaves less than 1 / `WORTHWHILE` of the error, in the geometric mean over
         the scales (a quarter of it for photos under blur, all of it for 8 px digits); else "scalar".
@@ -229,10 +231,12 @@ class Clean(Target):
     def noise_errors(self, signal: Tensor, noise: Tensor) -> Tensor:
         return (signal / noise) ** 2
 
-    def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def regression_target(
+        self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor
+    ) -> Tensor:
         return x_0
 
-    def clean(
+    def predict_mean(
         self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
     ) -> Tensor:
         if self.clip:
@@ -254,15 +258,17 @@ class Noise(Target):
             f"more than 1e-{math.log10(MAX_DIVISION):.0f} can be undone; use target=clean, more steps or less blur",
         )
         step = Step(process, scales[1:], scales[:-1])
-        process.resolve(lambda mu: torch.exp(-step.log_rho(mu)))
+        process.ensure_degree(lambda mu: torch.exp(-step.log_rho(mu)))
 
     def noise_errors(self, signal: Tensor, noise: Tensor) -> Tensor:
         return torch.ones_like(signal)
 
-    def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def regression_target(
+        self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor
+    ) -> Tensor:
         return noise
 
-    def clean(
+    def predict_mean(
         self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
     ) -> Tensor:
         step = process.step(s, t)
@@ -280,17 +286,19 @@ class Velocity(Target):
 
     def check_scales(self, process: Process, scales: Tensor) -> None:
         step = Step(process, scales[1:], scales[:-1])
-        process.resolve(lambda mu: self._gain(step, mu), lambda mu: self._gain(step, mu) * step.signal_t(mu))
+        process.ensure_degree(lambda mu: self._gain(step, mu), lambda mu: self._gain(step, mu) * step.signal_t(mu))
 
     def noise_errors(self, signal: Tensor, noise: Tensor) -> Tensor:
         return (signal / (signal**2 + noise**2)) ** 2
 
-    def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def regression_target(
+        self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor
+    ) -> Tensor:
         return operator.combine(
             (process.signal(t), noise), (lambda mu: -process.noise_scale(t, mu), operator.to_white(x_0))
         )
 
-    def clean(
+    def predict_mean(
         self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
     ) -> Tensor:
         step = Step(process, s, t)
@@ -304,7 +312,7 @@ class Velocity(Target):
         return step.signal_s(mu) / (step.signal_t(mu) ** 2 + step.noise_t(mu) ** 2)
 
 
-class FinerScale(Target):
+class NextScale(Target):
     """The step to the next finer scale, m_s - x_t in pixels, s = t - 1 / num_scales (Rissanen et al. 2023, Eq. (9)).
 
     Args:
@@ -318,11 +326,13 @@ class FinerScale(Target):
         weight = 1 / m.step if self.equal_weight else torch.ones_like(m.step)
         return Scalings(torch.zeros_like(m.step), m.step.sqrt(), m.total.rsqrt(), weight)
 
-    def truth(self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def regression_target(
+        self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor
+    ) -> Tensor:
         finer = (t - 1 / process.num_scales).clamp(min=0)
         return operator.to_pixels(operator.apply(process.signal(finer), operator.to_white(x_0))) - x_t
 
-    def clean(
+    def predict_mean(
         self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
     ) -> Tensor:
         return y_t + operator.to_white(prediction)
@@ -337,3 +347,7 @@ class FinerScale(Target):
                 f"a network trained on the finer-scale target knows steps of 1/{process.num_scales} only, "
                 f"got steps={steps}; set steps={process.num_scales} or train with target=clean"
             )
+
+
+FinerScale = NextScale
+"""The name of the first release."""

@@ -48,7 +48,7 @@ from dpm_scales.images import LEVELS, make_grid, psnr, save_gif, to_uint8
 from dpm_scales.models.instantiate import plain
 from dpm_scales.operators import batch_view
 from dpm_scales.processes import Process
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, OnStep, Sampler
 
 ROUNDING = 12**-0.5 / LEVELS
@@ -131,7 +131,7 @@ def interpolate(cfg: DictConfig) -> None:
     scales = scales_from(sampler, process, start).to(setup.device)
     frames, per_pair = cfg.frames, cfg.frames * cfg.num_samples
 
-    def make(numbers: Tensor, noise: NoiseSource, labels: Tensor | None, on_step: OnStep) -> Tensor:
+    def make(numbers: Tensor, noise: CounterRNG, labels: Tensor | None, on_step: OnStep) -> Tensor:
         a, b = (setup.floats(images[numbers]) for images in ends)
         first = torch.arange(0, len(numbers), frames, device=setup.device)
         every = torch.arange(len(numbers), device=setup.device) // frames
@@ -148,8 +148,8 @@ def interpolate(cfg: DictConfig) -> None:
         y = between(process, (a, b), (latents[0][every], latents[1][every]), scales[0], weight, many)
         return sampler.reverse(denoiser, y, noise, many, labels, scales, on_step)
 
-    def noise_of(count: int, first: int) -> NoiseSource:
-        return NoiseSource(cfg.seed, count // frames, first // frames, setup.device)
+    def noise_of(count: int, first: int) -> CounterRNG:
+        return CounterRNG(cfg.seed, count // frames, first // frames, setup.device)
 
     steps = (len(scales) - 1) * (3 if flow else 1)
     size = (ends[0].shape[2], ends[0].shape[3])
@@ -170,7 +170,7 @@ def vary(cfg: DictConfig) -> None:
     images = setup.images("start")
     scales = scales_from(sampler, process, start).to(setup.device)
 
-    def make(numbers: Tensor, noise: NoiseSource, labels: Tensor | None, on_step: OnStep) -> Tensor:
+    def make(numbers: Tensor, noise: CounterRNG, labels: Tensor | None, on_step: OnStep) -> Tensor:
         x = setup.floats(images[numbers])
         context = context_of(process, x, noise)
         y = noised(process, x, scales[0], noise, context)
@@ -208,7 +208,7 @@ def coarse(cfg: DictConfig) -> None:
     def noise_of(count: int, first: int) -> BranchingNoise:
         return BranchingNoise(cfg.seed, count, first, per_start, setup.device)
 
-    def make(_: Tensor, noise: NoiseSource, labels: Tensor | None, on_step: OnStep) -> Tensor:
+    def make(_: Tensor, noise: CounterRNG, labels: Tensor | None, on_step: OnStep) -> Tensor:
         assert isinstance(noise, BranchingNoise)
         y, context = model.prior.sample(process, noise, (model.recipe.channels, height, width))
         noise.shared = shared_steps > 0
@@ -241,7 +241,7 @@ def _restored(
     Consistent(setup.denoiser, degradation, setup.floats(observed[:1]), noise_std, setup.cfg.covariance)
     scales = sampler.scales(setup.process).to(setup.device)
 
-    def make(numbers: Tensor, noise: NoiseSource, labels: Tensor | None, on_step: OnStep) -> Tensor:
+    def make(numbers: Tensor, noise: CounterRNG, labels: Tensor | None, on_step: OnStep) -> Tensor:
         known = setup.floats(observed[numbers])
         denoiser = Consistent(setup.denoiser, degradation, known, noise_std, setup.cfg.covariance)
         return restore(denoiser, sampler, scales, noise, size, labels, on_step)
@@ -260,7 +260,7 @@ def _from_blur(setup: Setup, observed: Tensor, noise_std: float) -> tuple[Abstra
     sampler = setup.model.sampler
     scales = scales_from(sampler, process, start).to(setup.device)
 
-    def make(numbers: Tensor, noise: NoiseSource, labels: Tensor | None, on_step: OnStep) -> Tensor:
+    def make(numbers: Tensor, noise: CounterRNG, labels: Tensor | None, on_step: OnStep) -> Tensor:
         x, t = setup.floats(observed[numbers]), scales[0]
         signal = torch.exp(batch_view(process.signal(t).log_scale, x[0])).to(x.dtype)
         white, operator = noise.normal(tuple(x.shape[1:]), x.dtype), process.operator()
@@ -280,7 +280,7 @@ def _degraded(setup: Setup, degradation: Degradation, noise_std: float) -> tuple
         return None, images
     y = degradation.forward(setup.floats(images).cpu())
     if noise_std > 0:
-        y = y + noise_std * NoiseSource(setup.cfg.seed, len(y)).normal(tuple(y.shape[1:]), y.dtype)
+        y = y + noise_std * CounterRNG(setup.cfg.seed, len(y)).normal(tuple(y.shape[1:]), y.dtype)
     return images, to_uint8(y, setup.process.value_range)
 
 
@@ -312,7 +312,7 @@ def _draws_noise(sampler: Sampler, process: Process) -> bool:
 
 def _finish(setup: Setup, sharp: Tensor | None, seen: Tensor, results: list[Tensor], note: str) -> None:
     """The picture, and the line that tells of the results."""
-    if not setup.shard.is_main:
+    if not setup.world.is_main:
         return
     per_image = setup.cfg.num_samples
     save_comparison(setup, [seen] if sharp is None else [sharp, seen], results, per_image)
@@ -325,7 +325,7 @@ def _finish(setup: Setup, sharp: Tensor | None, seen: Tensor, results: list[Tens
 
 
 def _say(setup: Setup, inputs: int, note: str) -> None:
-    if not setup.shard.is_main:
+    if not setup.world.is_main:
         return
     per_input = setup.cfg.num_samples * (setup.cfg.frames if setup.cfg.task == "interpolate" else 1)
     print(f"{inputs * per_input} images in {setup.out}, comparison.png beside them; {note}, seed {setup.cfg.seed}")

@@ -22,7 +22,7 @@ from dpm_scales.commands.shared import choose_model
 from dpm_scales.data.image_sets import Pictures
 from dpm_scales.distributed.ranks import leave, meet, own_device
 from dpm_scales.errors import UserError, require, require_number
-from dpm_scales.evaluation.generated import Drawn, sample_features
+from dpm_scales.evaluation.generated import ModelSamples, sample_features
 from dpm_scales.evaluation.likelihood import METHODS, bits_per_dim, check_classes, estimator, save_plot
 from dpm_scales.evaluation.reference_cache import cache_folder, reference_features
 from dpm_scales.evaluation.references import open_pictures
@@ -36,7 +36,7 @@ from dpm_scales.metrics.figures import (
     memory_needed,
     needs_rows,
 )
-from dpm_scales.models.draw import pick_labels
+from dpm_scales.models.generate import pick_labels
 from dpm_scales.models.instantiate import plain
 from dpm_scales.progress import Report
 from dpm_scales.storage import check_writable, write_text
@@ -55,11 +55,11 @@ def evaluate(cfg: DictConfig) -> None:
     Processes that torchrun or srun started share the samples of a model; all else is the first one's.
     """
     measures = _check(cfg)
-    shard = meet()
-    device = own_device(pick_device(str(cfg.device)), shard)
+    world = meet()
+    device = own_device(pick_device(str(cfg.device)), world)
     run = None if cfg.model is None else Path(str(cfg.model))
     real = open_pictures(str(cfg.reference), "reference", str(cfg.split), cfg.num_reference, run)
-    fake: Pictures | Drawn
+    fake: Pictures | ModelSamples
     if run is None:
         fake = open_pictures(str(cfg.samples), "samples", "all", cfg.num_samples)
     else:
@@ -80,11 +80,11 @@ def evaluate(cfg: DictConfig) -> None:
         "lower num_samples, num_reference or manifold_images, or take measures=[frechet]",
     )
     out = None if cfg.out is None else Path(str(cfg.out))
-    if out is not None and shard.is_main:
+    if out is not None and world.is_main:
         check_writable(out)
-    if not shard.is_main:
-        if isinstance(fake, Drawn):
-            sample_features(fake, network, cfg.batch_size, True, shard, None)
+    if not world.is_main:
+        if isinstance(fake, ModelSamples):
+            sample_features(fake, network, cfg.batch_size, True, world, None)
         leave()
         return
 
@@ -97,7 +97,7 @@ def evaluate(cfg: DictConfig) -> None:
 
         reference = known("reference", real)
         bound = None if yardstick is None else known("yardstick", yardstick)
-        judged = sample_features(fake, network, cfg.batch_size, rows, shard, report)
+        judged = sample_features(fake, network, cfg.batch_size, rows, world, report)
         figures = compare(reference, judged, network, measures, cfg.manifold_images, report.part)
         bounds = None
         if bound is not None:
@@ -121,7 +121,7 @@ def evaluate(cfg: DictConfig) -> None:
             "resizing": network.resizing,
         },
         "real": _origin(real),
-        "fake": fake.origin() if isinstance(fake, Drawn) else _origin(fake),
+        "fake": fake.origin() if isinstance(fake, ModelSamples) else _origin(fake),
         "yardstick": None
         if yardstick is None or bounds is None
         else _origin(yardstick) | {"figures": _as_table(bounds)},
@@ -139,9 +139,9 @@ def evaluate(cfg: DictConfig) -> None:
     leave()
 
 
-def _held_out(cfg: DictConfig, fake: Pictures | Drawn, run: Path | None) -> Pictures | None:
+def _held_out(cfg: DictConfig, fake: Pictures | ModelSamples, run: Path | None) -> Pictures | None:
     """The images whose likelihood is asked for. Raises UserError if this model has none."""
-    if cfg.likelihood is None or not isinstance(fake, Drawn):
+    if cfg.likelihood is None or not isinstance(fake, ModelSamples):
         return None
     estimator(fake.model, cfg.likelihood, cfg.likelihood_scales, cfg.likelihood_draws)
     held = open_pictures(str(cfg.reference), "reference", str(cfg.likelihood_split), cfg.num_reference, run)
@@ -151,14 +151,14 @@ def _held_out(cfg: DictConfig, fake: Pictures | Drawn, run: Path | None) -> Pict
 
 def likelihood(
     cfg: DictConfig,
-    fake: Pictures | Drawn,
+    fake: Pictures | ModelSamples,
     held: Pictures | None,
     device: torch.device,
     out: Path | None,
     report: Report,
 ) -> dict[str, Any] | None:
     """Bits per dimension of the images held out, if the config asks for them."""
-    if held is None or not isinstance(fake, Drawn):
+    if held is None or not isinstance(fake, ModelSamples):
         return None
     wanted = (str(cfg.likelihood), cfg.likelihood_scales, cfg.likelihood_draws, cfg.seed, device)
     recipe = fake.model.recipe
@@ -204,15 +204,15 @@ def _check(cfg: DictConfig) -> tuple[str, ...]:
     return check_measures(plain(cfg.measures))
 
 
-def _drawn(cfg: DictConfig, number: int, device: torch.device) -> Drawn:
+def _drawn(cfg: DictConfig, number: int, device: torch.device) -> ModelSamples:
     model = choose_model(cfg)
     labels = pick_labels(model, plain(cfg.labels), number)
     model.prior.check_size(model.recipe.image_size)
     guidance = guidance_settings(cfg)
-    return Drawn(model, str(cfg.model), cfg.weights, guidance, number, cfg.seed, labels, device)
+    return ModelSamples(model, str(cfg.model), cfg.weights, guidance, number, cfg.seed, labels, device)
 
 
-def _check_sizes(real: Pictures, other: Pictures | Drawn, any_size: bool) -> None:
+def _check_sizes(real: Pictures, other: Pictures | ModelSamples, any_size: bool) -> None:
     """Raises UserError for images of several sizes, which are as far apart as their sharpness, unless that is meant."""
     if any_size:
         return

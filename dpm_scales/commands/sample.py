@@ -17,7 +17,7 @@ from dpm_scales.data.image_sets import read_images
 from dpm_scales.errors import UserError
 from dpm_scales.images import make_class_grid, make_grid, save_gif, save_png, to_range, to_uint8
 from dpm_scales.models.model import Model
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import OnStep
 from dpm_scales.storage import write_text
 
@@ -71,7 +71,7 @@ def sample(cfg: DictConfig) -> None:
     scales = model.sampler.scales(process).to(setup.device)
     frames: list[Tensor] = []
 
-    def make(numbers: Tensor, noise: NoiseSource, labels: Tensor | None, on_step: OnStep) -> Tensor:
+    def make(numbers: Tensor, noise: CounterRNG, labels: Tensor | None, on_step: OnStep) -> Tensor:
         def watched(index: int, x: Tensor) -> None:
             on_step(index, x)
             if cfg.trajectory and numbers[0] == 0:
@@ -82,7 +82,7 @@ def sample(cfg: DictConfig) -> None:
 
     steps, out = len(scales) - 1, setup.out
     with produce(setup, model.sampler, cfg.num_samples, 1, size, steps, make, shown=GRID_IMAGES) as shown:
-        if not setup.shard.is_main:
+        if not setup.world.is_main:
             return
         save_png(out / "grid.png", _grid(setup, shown))
         if frames:

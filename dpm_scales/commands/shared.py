@@ -21,23 +21,23 @@ from dpm_scales.commands import sample_folder
 from dpm_scales.data.image_sets import read_images, size_of
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.distributed import ranks as shards
-from dpm_scales.distributed.ranks import Shard
+from dpm_scales.distributed.ranks import World
 from dpm_scales.errors import UserError, require, require_number
 from dpm_scales.images import LEVELS, load_image, make_grid, save_png, to_range
 from dpm_scales.memory import require_memory
-from dpm_scales.models.draw import finished, label_cycle, sample_bytes, weights_digest, with_guidance
+from dpm_scales.models.generate import finished, label_cycle, sample_bytes, weights_digest, with_guidance
 from dpm_scales.models.instantiate import plain
 from dpm_scales.models.io import load_model
 from dpm_scales.models.model import Model, with_sampler
 from dpm_scales.processes import Process
 from dpm_scales.progress import progress_bar
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import OnStep, Sampler
 
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_SIDE = 8, 10, 64
 """Of comparison.png: rows, results in a row, and the side in pixels that its cells have at least."""
 
-Make = Callable[[Tensor, NoiseSource, "Tensor | None", OnStep], Tensor]
+Make = Callable[[Tensor, CounterRNG, "Tensor | None", OnStep], Tensor]
 
 
 SHARED_OPTIONS = (
@@ -52,7 +52,7 @@ class Setup:
     """A model and where its results go; all checked.
 
     Attributes:
-        shard: which of the processes that share the results; the first writes what there is one of.
+        world: which of the processes that share the results; the first writes what there is one of.
         labels: ``(n,)``, that inputs take in turn, or None.
         weights_sha256: of the model's weights.
         inputs: of the record, the images that were read, by their options.
@@ -62,7 +62,7 @@ class Setup:
     device: torch.device
     out: Path
     cfg: DictConfig
-    shard: Shard
+    world: World
     labels: Tensor | None
     weights_sha256: str
     inputs: dict[str, Any] = field(default_factory=dict)
@@ -168,8 +168,8 @@ def choose_model(cfg: DictConfig) -> Model:
 def prepare(cfg: DictConfig) -> Setup:
     """Model, sampler and device, checked; nothing is written yet."""
     check_counts(cfg)
-    shard = shards.meet()
-    device = shards.own_device(pick_device(str(cfg.device)), shard)
+    world = shards.meet()
+    device = shards.own_device(pick_device(str(cfg.device)), world)
     model = choose_model(cfg)
     model.modules().to(device)
     labels = plain(cfg.labels)
@@ -178,7 +178,7 @@ def prepare(cfg: DictConfig) -> Setup:
         f"this model was trained with labels; say for task={cfg.task} what it shows: labels=CLASS",
     )
     cycle = label_cycle(model, labels)
-    return Setup(model, device, Path(str(cfg.out)), cfg, shard, cycle, weights_digest(model))
+    return Setup(model, device, Path(str(cfg.out)), cfg, world, cycle, weights_digest(model))
 
 
 def read_mask(setup: Setup, like: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def produce(
     size: tuple[int, int],
     steps: int,
     make: Make,
-    noise_of: Callable[[int, int], NoiseSource] | None = None,
+    noise_of: Callable[[int, int], CounterRNG] | None = None,
     together: int = 1,
     shown: int | None = None,
 ) -> Iterator[list[Tensor]]:
@@ -242,18 +242,18 @@ def produce(
     Yields: the first results, uint8 on the CPU; nothing in other processes than the first.
     """
     cfg, total = setup.cfg, inputs * per_input
-    part = setup.shard.part(total // together)
+    part = setup.world.part(total // together)
     setup.require_memory(size, (part.stop - part.start) * together, together)
     record = setup.record(sampler, steps, total, size)
     batch_size = max(1, cfg.batch_size // together) * together
     own = range(part.start * together, part.stop * together, batch_size)
     with ExitStack() as held:
         shards.first_decides(lambda: held.enter_context(sample_folder.claimed(setup.out, record, cfg.overwrite)))
-        with progress_bar(setup.shard.is_main) as progress:
+        with progress_bar(setup.world.is_main) as progress:
             bar = progress.add_task(str(cfg.task), total=steps * len(own))
             for first in own:
                 count = min(batch_size, own.stop - first)
-                noise = noise_of(count, first) if noise_of else NoiseSource(cfg.seed, count, first, setup.device)
+                noise = noise_of(count, first) if noise_of else CounterRNG(cfg.seed, count, first, setup.device)
                 numbers = torch.arange(first, first + count) // per_input
                 labels = None
                 if setup.labels is not None:
@@ -264,7 +264,7 @@ def produce(
                     save_png(path, image, sample_folder.image_text(record, number))
         shards.leave()  # once all results are there
         shown = min(total, SHOWN_ROWS * per_input if shown is None else shown)
-        names = map(sample_folder.image_name, range(shown if setup.shard.is_main else 0))
+        names = map(sample_folder.image_name, range(shown if setup.world.is_main else 0))
         yield [load_image(setup.out / name) for name in names]
 
 

@@ -1,6 +1,6 @@
 """Which part of shared work is this process's: rank and number of processes, as torchrun, srun or submitit tell them.
 
-    share = this_shard()
+    share = current_world()
     for number in share.part(num_samples): ...        # this process's samples
     barrier()                                         # all of them are there
     if share.is_main: ...                             # what one process does for all
@@ -25,7 +25,7 @@ PATIENCE = timedelta(days=1)  # the longest wait for the slowest process; a dead
 
 
 @dataclass(frozen=True)
-class Shard:
+class World:
     """One of `world_size` processes that share the work.
 
     Args:
@@ -58,7 +58,7 @@ class Shard:
         return range(first, last)
 
 
-def this_shard(environment: Mapping[str, str] | None = None) -> Shard:
+def current_world(environment: Mapping[str, str] | None = None) -> World:
     """From torchrun's environment variables, those of srun, or those of submitit's local executor.
 
     A batch script's own process is no part of a step, so that a command in it without srun runs alone.
@@ -74,37 +74,32 @@ def this_shard(environment: Mapping[str, str] | None = None) -> Shard:
             raise UserError(f"the environment variable {name}={values[name]!r} is no number") from error
 
     if "RANK" in values and "WORLD_SIZE" in values:
-        world = number("WORLD_SIZE", 1)
-        shard = Shard(
-            number("RANK", 0),
-            world,
-            number("LOCAL_RANK", 0),
-            number("LOCAL_WORLD_SIZE", world),
-            number("GROUP_RANK", 0),
-        )
+        size = number("WORLD_SIZE", 1)
+        local = number("LOCAL_WORLD_SIZE", size)
+        world = World(number("RANK", 0), size, number("LOCAL_RANK", 0), local, number("GROUP_RANK", 0))
     elif number("SLURM_STEP_NUM_TASKS", 1) > 1:
-        world, nodes = number("SLURM_STEP_NUM_TASKS", 1), number("SLURM_STEP_NUM_NODES", 1)
-        if world % nodes:
-            raise UserError(f"{world} processes on {nodes} machines: give every machine the same --ntasks-per-node")
+        size, nodes = number("SLURM_STEP_NUM_TASKS", 1), number("SLURM_STEP_NUM_NODES", 1)
+        if size % nodes:
+            raise UserError(f"{size} processes on {nodes} machines: give every machine the same --ntasks-per-node")
         local = number("SLURM_LOCALID", 0)
-        shard = Shard(number("SLURM_PROCID", 0), world, local, world // nodes, number("SLURM_NODEID", 0))
+        world = World(number("SLURM_PROCID", 0), size, local, size // nodes, number("SLURM_NODEID", 0))
     elif number("SUBMITIT_LOCAL_NTASKS", 1) > 1:
-        world, rank = number("SUBMITIT_LOCAL_NTASKS", 1), number("SUBMITIT_LOCAL_GLOBALID", 0)
-        shard = Shard(rank, world, rank, world)
+        size, rank = number("SUBMITIT_LOCAL_NTASKS", 1), number("SUBMITIT_LOCAL_GLOBALID", 0)
+        world = World(rank, size, rank, size)
     else:
-        return Shard()
-    if not 0 <= shard.rank < shard.world_size or shard.world_size % shard.local_world_size:
+        return World()
+    if not 0 <= world.rank < world.world_size or world.world_size % world.local_world_size:
         raise UserError(
-            f"the environment tells of process {shard.rank} of {shard.world_size}, {shard.local_world_size} on each "
+            f"the environment tells of process {world.rank} of {world.world_size}, {world.local_world_size} on each "
             "machine; unset RANK and WORLD_SIZE, or start it with torchrun or srun"
         )
-    return shard
+    return world
 
 
-def meet() -> Shard:
+def meet() -> World:
     """Set the variables by which torch's processes find each other, where srun or submitit started them."""
-    shard = this_shard()
-    if shard.world_size > 1 and "RANK" not in os.environ:
+    world = current_world()
+    if world.world_size > 1 and "RANK" not in os.environ:
         hosts = os.environ.get("SLURM_STEP_NODELIST", "") if "SLURM_STEP_NUM_TASKS" in os.environ else ""
         job = os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or "0"
         step = os.environ.get("SLURM_STEP_ID", "0")
@@ -112,13 +107,13 @@ def meet() -> Shard:
         os.environ.setdefault("MASTER_ADDR", first_host(hosts))
         os.environ.setdefault("MASTER_PORT", str(PORTS + number % PORTS))
         os.environ |= {
-            "RANK": str(shard.rank),
-            "WORLD_SIZE": str(shard.world_size),
-            "LOCAL_RANK": str(shard.local_rank),
-            "LOCAL_WORLD_SIZE": str(shard.local_world_size),
-            "GROUP_RANK": str(shard.node),
+            "RANK": str(world.rank),
+            "WORLD_SIZE": str(world.world_size),
+            "LOCAL_RANK": str(world.local_rank),
+            "LOCAL_WORLD_SIZE": str(world.local_world_size),
+            "GROUP_RANK": str(world.node),
         }
-    return shard
+    return world
 
 
 def first_host(hosts: str) -> str:
@@ -127,11 +122,11 @@ def first_host(hosts: str) -> str:
     return "127.0.0.1" if found is None else "".join(part or "" for part in found.groups())
 
 
-def own_device(device: torch.device, shard: Shard) -> torch.device:
+def own_device(device: torch.device, world: World) -> torch.device:
     """Of several GPUs the one of this process, where the user names none."""
-    if device.type != "cuda" or device.index is not None or shard.world_size == 1:
+    if device.type != "cuda" or device.index is not None or world.world_size == 1:
         return device
-    return torch.device("cuda", shard.local_rank % torch.cuda.device_count())
+    return torch.device("cuda", world.local_rank % torch.cuda.device_count())
 
 
 def barrier() -> None:
@@ -148,14 +143,14 @@ def first_decides(decide: Callable[[], None]) -> None:
 
     Raises: its UserError there, and SystemExit with the same status in the others: one line is enough.
     """
-    shard = meet()
-    if shard.world_size == 1:
+    world = meet()
+    if world.world_size == 1:
         decide()
         return
     barrier()
     status: list[int | None] = [None]
     try:
-        if shard.is_main:
+        if world.is_main:
             decide()
     except UserError as error:
         status = [error.status]

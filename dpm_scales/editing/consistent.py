@@ -28,9 +28,9 @@ from dpm_scales.editing.latents import context_of, noised
 from dpm_scales.errors import UserError, is_whole, require, suggest
 from dpm_scales.operators import SpectralFunction
 from dpm_scales.processes import Context, Process
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import Move, OnStep, Sampler
-from dpm_scales.targets import FinerScale, visible_noise, wiener_error
+from dpm_scales.targets import NextScale, visible_noise, wiener_error
 
 COVARIANCES = ("spectrum", "white")
 
@@ -74,10 +74,12 @@ class Consistent(Denoiser):
     def _white(self, mu: Tensor) -> Tensor:
         return self.spectrum.variance.expand(mu.shape)
 
-    def clean(self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None) -> Tensor:
+    def predict_mean(
+        self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None
+    ) -> Tensor:
         """m_s in white coordinates; see `Denoiser.clean`."""
         operator = self.process.operator(context)
-        m_0 = self.inner.clean(y_t, t, torch.zeros_like(t), context, labels)
+        m_0 = self.inner.predict_mean(y_t, t, torch.zeros_like(t), context, labels)
         estimate = self.conditioned(operator.to_pixels(m_0), t)
         return operator.apply(self.process.signal(s), operator.to_white(estimate))
 
@@ -93,7 +95,7 @@ class Consistent(Denoiser):
         noise = visible_noise(self.process, t, mu, self.spectrum)
         return wiener_error(self.process.signal_scale(t, mu), self.power(mu), noise)
 
-    def first_guess(self, noise: NoiseSource, size: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    def first_guess(self, noise: CounterRNG, size: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
         """An image that the Gaussian model believes after y, drawn by Matheron's rule: x + G (y - A x - sigma eps).
 
         Args:
@@ -115,7 +117,7 @@ def restore(
     denoiser: Consistent,
     sampler: Sampler,
     scales: Tensor,
-    noise: NoiseSource,
+    noise: CounterRNG,
     size: tuple[int, int, int],
     labels: Tensor | None = None,
     on_step: OnStep | None = None,
@@ -152,13 +154,13 @@ class Resampling(Sampler):
         y = self.sampler.step(move, y, m)
         for _ in range(self.repeats):
             y = move.operator.combine((move.curves.rho, y), (move.curves.transition_std, move.white(y)))
-            y = self.sampler.step(move, y, move.clean(y))
+            y = self.sampler.step(move, y, move.predict_mean(y))
         return y
 
 
 def check_estimates(denoiser: Denoiser) -> None:
     """Raise UserError unless the network's answer at any scale tells x_0-hat."""
-    if isinstance(denoiser.target, FinerScale):
+    if isinstance(denoiser.target, NextScale):
         raise UserError(
             "this task needs an estimate of the clean image at each scale, and a model trained with target=finer "
             "knows the next scale only; train with target=clean"

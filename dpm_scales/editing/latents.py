@@ -22,12 +22,12 @@ from torch import Tensor
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError
 from dpm_scales.processes import Context, Process, Step
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import OnStep, Sampler
 from dpm_scales.samplers.grids import tables_of
 
 
-def context_of(process: Process, x: Tensor, noise: NoiseSource) -> Context:
+def context_of(process: Process, x: Tensor, noise: CounterRNG) -> Context:
     """The context that the process draws for images ``(B, C, H, W)`` in pixels; None where there is none.
 
     Raises: UserError for a process whose context comes from images other than x.
@@ -35,7 +35,7 @@ def context_of(process: Process, x: Tensor, noise: NoiseSource) -> Context:
     return process.context_from(x, noise)
 
 
-def noised(process: Process, x: Tensor, t: Tensor, noise: NoiseSource, context: Context = None) -> Tensor:
+def noised(process: Process, x: Tensor, t: Tensor, noise: CounterRNG, context: Context = None) -> Tensor:
     """y_t from the marginal q(x_t | x), in white coordinates; t is ``()``."""
     operator, white = process.operator(context), noise.normal(tuple(x.shape[1:]), x.dtype)
     mean = operator.apply(process.signal(t), operator.to_white(x))
@@ -90,12 +90,12 @@ def encode(
         if i == len(scales) - 1:
             y = operator.apply(process.signal(t), y_0)
             for _ in range(refine):
-                y = y + operator.apply(process.signal(t), y_0 - denoiser.clean(y, t, s, context, labels))
+                y = y + operator.apply(process.signal(t), y_0 - denoiser.predict_mean(y, t, s, context, labels))
         else:
-            below, m = y, denoiser.clean(y, s, s, context, labels)
+            below, m = y, denoiser.predict_mean(y, s, s, context, labels)
             for again in range(refine + 1):
                 if again > 0:
-                    m = denoiser.clean(y, t, s, context, labels)
+                    m = denoiser.predict_mean(y, t, s, context, labels)
                 y = operator.combine((_inverse_ratio(step), below), (_inverse_pull(step), m))
         if on_step is not None:
             on_step(i - 1, operator.to_pixels(y))
@@ -151,20 +151,20 @@ def between(
     return (1 - w) * means[0] + w * means[1] + slerp(noises[0], noises[1], weight)
 
 
-class BranchingNoise(NoiseSource):
+class BranchingNoise(CounterRNG):
     """Noise that the samples of a group share until `shared` is made false, and then have each of its own.
 
     Sample i belongs to group i // group. Both streams count every draw, so no draw serves twice.
 
     Args:
-        seed, count, first, device: as for `NoiseSource`.
+        seed, count, first, device: as for `CounterRNG`.
         group: samples in a group, >= 1.
     """
 
     def __init__(self, seed: int, count: int, first: int, group: int, device: torch.device | str | None = None) -> None:
         super().__init__(seed, count, first, device)
         groups = torch.arange(first, first + count, dtype=torch.int64, device=self.device) // group - first // group
-        self._common = NoiseSource(seed, (first + count - 1) // group - first // group + 1, first // group, device)
+        self._common = CounterRNG(seed, (first + count - 1) // group - first // group + 1, first // group, device)
         self._groups = groups
         self.shared = True
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from dpm_scales.data.image_sets import Pictures
-from dpm_scales.distributed.ranks import Shard, barrier
+from dpm_scales.distributed.ranks import World, barrier
 from dpm_scales.metrics import FeatureNetwork, FeatureSet, FeatureStatistics, gather
-from dpm_scales.models.draw import draw, weights_digest
+from dpm_scales.models.generate import draw, weights_digest
 from dpm_scales.models.model import Model
 from dpm_scales.progress import Report
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ModelSamples:
     """Samples that a model is going to draw.
 
     Attributes:
@@ -87,25 +87,29 @@ class Drawn:
 
 
 def sample_features(
-    fake: Pictures | Drawn,
+    fake: Pictures | ModelSamples,
     network: FeatureNetwork,
     batch_size: int,
     rows: bool,
-    shard: Shard,
+    world: World,
     report: Report | None,
 ) -> FeatureSet:
     """Features of all samples, of a model with the other processes, which must call it too; they report nothing."""
-    share = shard.part(len(fake)) if isinstance(fake, Drawn) else range(len(fake))
+    share = world.part(len(fake)) if isinstance(fake, ModelSamples) else range(len(fake))
 
     def part(name: str) -> Callable[[float], None] | None:
         return None if report is None else report.part(name, len(share))
 
-    batches = fake.batches(batch_size, share, part("sampling")) if isinstance(fake, Drawn) else fake.batches(batch_size)
-    alone = shard.world_size == 1 or not isinstance(fake, Drawn)
+    batches = (
+        fake.batches(batch_size, share, part("sampling"))
+        if isinstance(fake, ModelSamples)
+        else fake.batches(batch_size)
+    )
+    alone = world.world_size == 1 or not isinstance(fake, ModelSamples)
     own = gather(network, batches, rows or not alone, part("sample features"))
     if alone:
         return own
-    parts = [len(replace(shard, rank=rank).part(len(fake))) for rank in range(shard.world_size)]
+    parts = [len(replace(world, rank=rank).part(len(fake))) for rank in range(world.world_size)]
     padded = torch.zeros(max(parts), network.dim)
     if own.rows is not None:
         padded[: len(own.rows)] = torch.from_numpy(own.rows)

@@ -19,7 +19,7 @@ from dpm_scales.images import LEVELS, to_range
 from dpm_scales.likelihood import FlowLikelihood, VariationalBound
 from dpm_scales.models.model import Model
 from dpm_scales.plots import COLOURS, figure
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 
 METHODS = ("vlb", "dissipation", "flow")
 DRAWS = 32
@@ -126,7 +126,7 @@ def bits_per_dim(
         images, labels = _fitting(model, images, labels, shape, "label" in given)
         shape = (images.shape[1], images.shape[2], images.shape[3])
         x_0 = to_range(images.to(device), model.denoiser.process.value_range)
-        noise = NoiseSource(seed, len(images), number, device)
+        noise = CounterRNG(seed, len(images), number, device)
         found = look(x_0, noise, None if labels is None else labels.to(device))
         results.append(tuple(v.cpu() for v in (found.context, found.prior, found.steps.sum(1), found.decoder)))
         bands = None if found.bands is None else found.bands.sum(0).cpu()

@@ -35,7 +35,7 @@ from dpm_scales.likelihood.start import start_law
 from dpm_scales.operators import HeatOperator, Operator, SpectralFunction
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Process, Step
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers.grids import tables_of, uniform_grid
 from dpm_scales.targets import wiener_error
 
@@ -135,7 +135,7 @@ class VariationalBound:
 
     @torch.no_grad()
     def __call__(
-        self, x_0: Tensor, noise: NoiseSource, labels: Tensor | None = None, on_step: OnStep = lambda number: None
+        self, x_0: Tensor, noise: CounterRNG, labels: Tensor | None = None, on_step: OnStep = lambda number: None
     ) -> Likelihood:
         """One draw of the bound for each image; its expectation bounds -log P(x_0), or -log P(x_0 | v) where each image
         guides itself (`Process.condition`), and given the labels if there are any.
@@ -160,7 +160,7 @@ class VariationalBound:
             return operator.combine((process.signal(t), y_0), (lambda mu: process.noise_scale(t, mu), white))
 
         def term(t: Tensor, s: Tensor) -> Tensor:
-            m = denoiser.clean(at(t), t, s, context, labels)
+            m = denoiser.predict_mean(at(t), t, s, context, labels)
             difference = operator.apply(process.signal(s), y_0) - m
             return weight.divergence(operator, Step(process, s, t), difference, bands)
 

@@ -91,7 +91,7 @@ def decode(
     Args:
         std: in white coordinates and units of the value range; None for `wiener_std`.
     """
-    mean = operator.to_pixels(denoiser.clean(y, t, torch.zeros_like(t), context, labels))
+    mean = operator.to_pixels(denoiser.predict_mean(y, t, torch.zeros_like(t), context, labels))
     if std is None:
         spread = wiener_std(denoiser, operator, t, x_0)
     else:

@@ -40,9 +40,9 @@ from dpm_scales.likelihood.start import Start, start_law
 from dpm_scales.operators import Operator, SpectralFunction
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Context, Process, Step
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers.grids import logsnr_grid, tables_of
-from dpm_scales.targets import FinerScale
+from dpm_scales.targets import NextScale
 
 
 def flow_scales(process: Process, steps: int, device: torch.device | str | None = None) -> Tensor:
@@ -78,7 +78,7 @@ class FlowLikelihood:
         require(is_whole(probes, 1), f"likelihood: probes must be a whole number >= 1, got {probes!r}")
         check_decoder(decoder_std, levels)
         require(
-            not isinstance(denoiser.target, FinerScale),
+            not isinstance(denoiser.target, NextScale),
             "the flow's likelihood looks at other scales than the next one, which the finer-scale target does not "
             "know; take the variational bound",
         )
@@ -92,7 +92,7 @@ class FlowLikelihood:
 
     @torch.no_grad()
     def __call__(
-        self, x_0: Tensor, noise: NoiseSource, labels: Tensor | None = None, on_step: OnStep = lambda number: None
+        self, x_0: Tensor, noise: CounterRNG, labels: Tensor | None = None, on_step: OnStep = lambda number: None
     ) -> Likelihood:
         """One draw for each image; its expectation is the bound above, but for the error of the steps, O(steps^-2).
 
@@ -123,7 +123,7 @@ def follow_flow(
     start: Start,
     y: Tensor,
     scales: Tensor,
-    noise: NoiseSource,
+    noise: CounterRNG,
     context: Context = None,
     labels: Tensor | None = None,
     probes: int = 1,
@@ -172,7 +172,7 @@ def _with_trace(
     y: Tensor,
     t: Tensor,
     s: Tensor,
-    noise: NoiseSource,
+    noise: CounterRNG,
     context: Context,
     labels: Tensor | None,
     probes: int,
@@ -180,7 +180,7 @@ def _with_trace(
     """m_s at y, and the estimate of tr(f(L) dm_s / dy), float64 ``(B,)``."""
     with torch.enable_grad():
         y = y.detach().requires_grad_()
-        m = denoiser.clean(y, t, s, context, labels)
+        m = denoiser.predict_mean(y, t, s, context, labels)
         total = torch.zeros(len(y), dtype=torch.float64, device=y.device)
         for i in range(probes):
             signs = torch.where(noise.uniform(tuple(y.shape[1:])) < 0.5, -1.0, 1.0).to(y.dtype)

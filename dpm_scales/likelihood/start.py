@@ -6,7 +6,7 @@ r"""The law of y_1 under a prior, and what the context adds: every prior of the 
 |---|---|---|
 | GaussianPrior | 0 | 1 |
 | DataPrior | lambda_1(L) x_i, x_i a training image | 1 / M |
-| GuidancePrior | lambda_1(0) m_i sqrt(v), m_i its mean grey value, v of mean one | q(v; m_i) / sum_j q(v; m_j) |
+| OsmosisPrior | lambda_1(0) m_i sqrt(v), m_i its mean grey value, v of mean one | q(v; m_i) / sum_j q(v; m_j) |
 
 With D_i the squared distance of y from c_i in units of r gamma_1(L), the log density of z = gamma_1^{-1}(L) y is
 
@@ -48,9 +48,9 @@ from torch import Tensor
 
 from dpm_scales.errors import UserError, require
 from dpm_scales.operators import Operator
-from dpm_scales.priors import DCT, DataPrior, GaussianPrior, GuidancePrior, Prior, as_osmosis
+from dpm_scales.priors import DCT, DataPrior, GaussianPrior, OsmosisPrior, Prior, as_osmosis
 from dpm_scales.processes import Context, Osmosis, Process
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Start:
     ratio: float
     #: what the context costs, float64 ``(B,)`` nats
     context_cost: Tensor
-    #: m_i of a `GuidancePrior`, ``(B | 1, M, C)``
+    #: m_i of a `OsmosisPrior`, ``(B | 1, M, C)``
     grey: Tensor | None = None
 
     def negative_log_density(self, y: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Start:
         return distances / self.ratio**2
 
 
-def start_law(prior: Prior, process: Process, x_0: Tensor, noise: NoiseSource) -> tuple[Start, Context]:
+def start_law(prior: Prior, process: Process, x_0: Tensor, noise: CounterRNG) -> tuple[Start, Context]:
     """The law of y_1, and a context for each image, drawn as inference draws it.
 
     Args:
@@ -108,7 +108,7 @@ def start_law(prior: Prior, process: Process, x_0: Tensor, noise: NoiseSource) -
     zero = torch.zeros(x_0.shape[0], dtype=torch.float64, device=x_0.device)
     if isinstance(prior, GaussianPrior):
         return Start(process, prior, process.operator(), zero[:1, None], 1.0, zero), None
-    if not isinstance(prior, DataPrior | GuidancePrior):
+    if not isinstance(prior, DataPrior | OsmosisPrior):
         raise UserError(f"the density of the prior {type(prior).__name__} is not known, so there is no likelihood")
     stored = prior.coefficients if isinstance(prior, DataPrior) else prior.grey
     name, count = type(prior).__name__, len(stored)
@@ -126,7 +126,7 @@ def start_law(prior: Prior, process: Process, x_0: Tensor, noise: NoiseSource) -
 
 
 def _guidance(
-    process: Osmosis, prior: GuidancePrior, x_0: Tensor, noise: NoiseSource
+    process: Osmosis, prior: OsmosisPrior, x_0: Tensor, noise: CounterRNG
 ) -> tuple[Tensor, Tensor, Tensor, Context]:
     """log w_i, what the context costs, the m_i, and the context, as the table above has them."""
     own, known, shape = x_0.mean((-2, -1)), prior.grey.to(torch.float64), tuple(x_0.shape[1:])
@@ -156,7 +156,7 @@ def _guidance(
     return log_densities - log_total[:, None], log_density - log_total + math.log(count), known[None], context
 
 
-def _grey_near(process: Osmosis, own: Tensor, known: Tensor, pixels: int, noise: NoiseSource) -> tuple[Tensor, Tensor]:
+def _grey_near(process: Osmosis, own: Tensor, known: Tensor, pixels: int, noise: CounterRNG) -> tuple[Tensor, Tensor]:
     """Numbers ``(B,)`` of grey values `known` ``(M, C)`` drawn near `own` ``(B, C)``, and what that costs, ``(B,)``."""
     finest = torch.ones((), dtype=torch.float64, device=own.device) / process.num_scales
     snr = torch.exp(process.log_snr(finest, torch.zeros_like(finest)))

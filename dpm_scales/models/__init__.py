@@ -12,12 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpm_scales.models.draw import draw
+    from dpm_scales.models.generate import draw
     from dpm_scales.models.io import load_model, save_model
     from dpm_scales.models.model import Model, Recipe, build_model
 
 __all__ = ["Model", "Recipe", "build_model", "draw", "load_model", "save_model"]
-_PLACES = {"draw": "draw", "load_model": "io", "save_model": "io"}
+_PLACES = {"draw": "generate", "load_model": "io", "save_model": "io"}
 
 
 def __getattr__(name: str) -> Any:

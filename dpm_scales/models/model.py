@@ -16,7 +16,7 @@ from dpm_scales.models.checksums import (
     VERSION,
 )
 from dpm_scales.models.instantiate import build, plain
-from dpm_scales.models.trust import check_targets
+from dpm_scales.models.trust import check_targets, current_names
 from dpm_scales.models.weights_fit import require_fit, within_memory
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Process
@@ -65,7 +65,7 @@ class Recipe:
         check_targets(values, source)
         try:
             image, labels = values["image"], values["labels"]
-            parts = {name: values[name] for name in PARTS}
+            parts = {name: current_names(values[name]) for name in PARTS}
             size = (int(image["height"]), int(image["width"]))
             names = labels["class_names"] or None
             if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):

@@ -29,6 +29,22 @@ def nodes(value: Any, source: str) -> Iterator[Any]:
             stack += [(child, depth + 1) for child in children]
 
 
+#: names that classes had in files of earlier versions
+RENAMED = {
+    "dpm_scales.priors.GuidancePrior": "dpm_scales.priors.OsmosisPrior",
+    "dpm_scales.targets.FinerScale": "dpm_scales.targets.NextScale",
+}
+
+
+def current_names(config: Any) -> Any:
+    """Return nested plain containers with the present name of every class that a `_target_` names."""
+    if isinstance(config, dict):
+        name = config.get("_target_")
+        renamed = {"_target_": RENAMED[name]} if isinstance(name, str) and name in RENAMED else {}
+        return {key: current_names(value) for key, value in config.items()} | renamed
+    return [current_names(value) for value in config] if isinstance(config, list) else config
+
+
 ROOMS = ("processes", "schedules", "targets", "networks", "priors", "samplers")
 
 

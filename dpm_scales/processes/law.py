@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.memory import require_memory
 from dpm_scales.operators import Decay, Operator, SpectralFunction, batch_view
-from dpm_scales.rng import NoiseSource, Randomness
+from dpm_scales.rng import CounterRNG, Randomness
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule, is_number
 
 MOST_GREY = 0.02
@@ -138,7 +138,7 @@ class Process(nn.Module):
         """Whether the means are images blurred by the heat equation, all alike: in the DCT basis, without a context."""
         return self.blur is not None and not self.has_context and self._operator.is_diagonal
 
-    def context_from(self, x: Tensor, noise: NoiseSource) -> Context:
+    def context_from(self, x: Tensor, noise: CounterRNG) -> Context:
         """The context of images ``(B, C, H, W)`` in pixels that a user gives, drawn by the number of each.
 
         Raises: UserError for a process whose context does not come from the image itself.
@@ -161,7 +161,7 @@ class Process(nn.Module):
         """Degree that an expansion of these functions needs; 0 where the operator is diagonal."""
         return 0
 
-    def resolve(self, *functions: SpectralFunction) -> None:
+    def ensure_degree(self, *functions: SpectralFunction) -> None:
         """Announce functions of the operator that go beyond the law's own, before they are used.
 
         An operator that is not diagonal expands them, and the expansion must be long enough.
@@ -247,7 +247,7 @@ class Process(nn.Module):
         """q(x_s | x_t, x_0) for s < t."""
         op, step = self.operator(context), self.step(as_scale(s, x_0), as_scale(t, x_0))
         y_0, y_t = op.to_white(x_0), op.to_white(x_t)
-        mean = op.combine((step.pull, y_0), (step.keep, y_t))
+        mean = op.combine((step.posterior_coef_x0, y_0), (step.posterior_coef_xt, y_t))
         return Gaussian(op.to_pixels(mean), step.posterior_std, op)
 
     def sample(
@@ -409,11 +409,11 @@ class Step:
         """1 - exp(l_t - l_s), in [0, 1]; 1 where scale s has no noise."""
         return -torch.expm1(-2 * self.half_log_snr_gain(mu).clamp(min=0))
 
-    def keep(self, mu: Tensor) -> Tensor:
+    def posterior_coef_xt(self, mu: Tensor) -> Tensor:
         """a = gamma_s sqrt(1 - tau) / gamma_t = rho gamma_s^2 / gamma_t^2: how much of y_t the posterior keeps."""
         return torch.exp(self.log_rho(mu) + 2 * self._log_noise_ratio(mu))
 
-    def pull(self, mu: Tensor) -> Tensor:
+    def posterior_coef_x0(self, mu: Tensor) -> Tensor:
         """lambda_s - a lambda_t = lambda_s tau, without the cancellation: how much of y_0 the posterior takes."""
         return self.signal_s(mu) * self.tau(mu)
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator, SpectralFunction, chebyshev_degree, heat_blur
 from dpm_scales.processes.law import Context, Process
-from dpm_scales.rng import NoiseSource, Randomness, white_noise
+from dpm_scales.rng import CounterRNG, Randomness, white_noise
 from dpm_scales.schedules import (
     BlurSchedule,
     ConstantNoise,
@@ -103,13 +103,13 @@ class Osmosis(Process):
         self.guidance_noise, self.guidance_min = float(guidance_noise), float(guidance_min)
         self.tolerance, self.degree = float(tolerance), 1
         ts = torch.arange(self.num_scales + 1, dtype=torch.float64) / self.num_scales
-        self.resolve(self.signal(ts))
+        self.ensure_degree(self.signal(ts))
         for stride in STRIDES:
             if stride <= self.num_scales:
                 step = self.step(ts[:-stride], ts[stride:])
-                self.resolve(step.rho, step.keep, step.pull)
+                self.ensure_degree(step.rho, step.posterior_coef_xt, step.posterior_coef_x0)
 
-    def resolve(self, *functions: SpectralFunction) -> None:
+    def ensure_degree(self, *functions: SpectralFunction) -> None:
         """Raise the degree of the expansions to what `functions` need. Raises UserError where none is enough."""
         self.degree = max(self.degree, self.degree_of(*functions))
 
@@ -125,7 +125,7 @@ class Osmosis(Process):
             relief = relief.roll(1, 0)
         return self.guidance(x_0.mean((-2, -1)), white, relief)
 
-    def context_from(self, x: Tensor, noise: NoiseSource) -> Context:
+    def context_from(self, x: Tensor, noise: CounterRNG) -> Context:
         require(
             self.guidance_image != "other",
             f"{type(self).__name__} with guidance_image=other leads to an image of its own; there is nothing to edit",

@@ -22,7 +22,7 @@ from dpm_scales.samplers.grids import GRIDS, karras_grid, logsnr_grid, quadratic
 from dpm_scales.samplers.loop import Move, OnStep, Sampler
 from dpm_scales.samplers.multistep import DPMSolver, UniPC
 from dpm_scales.samplers.one_step import DDIM, Ancestral, Cold, Dissipation, Heun
-from dpm_scales.targets import FinerScale
+from dpm_scales.targets import NextScale
 
 __all__ = [
     "DDIM",
@@ -58,7 +58,7 @@ def auto_sampler(denoiser: Denoiser, steps: int | None = None) -> Sampler:
     process = denoiser.process
     if not process.has_noise():
         return Dissipation(steps=1 if steps is None else steps)
-    if isinstance(denoiser.target, FinerScale):
+    if isinstance(denoiser.target, NextScale):
         return Ancestral(steps)
     if process.blur is None:
         return Heun(steps=min(18, process.num_scales) if steps is None else steps)

@@ -14,7 +14,7 @@ from dpm_scales.errors import UserError, is_whole, require, suggest
 from dpm_scales.operators import Operator
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Context, Process, Step
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers.grids import (
     GRIDS,
     karras_grid,
@@ -24,7 +24,7 @@ from dpm_scales.samplers.grids import (
     uniform_grid,
 )
 from dpm_scales.schedules import require_positive
-from dpm_scales.targets import FinerScale
+from dpm_scales.targets import NextScale
 
 OnStep = Callable[[int, Tensor], None]
 
@@ -36,7 +36,7 @@ class Move:
     denoiser: Denoiser
     t: Tensor
     s: Tensor
-    noise: NoiseSource
+    noise: CounterRNG
     context: Context = None
     labels: Tensor | None = None
 
@@ -53,9 +53,9 @@ class Move:
         """The process's functions of mu between the two scales."""
         return Step(self.process, self.s, self.t)
 
-    def clean(self, y: Tensor) -> Tensor:
+    def predict_mean(self, y: Tensor) -> Tensor:
         """m_s by the estimate at y_t."""
-        return self.denoiser.clean(y, self.t, self.s, self.context, self.labels)
+        return self.denoiser.predict_mean(y, self.t, self.s, self.context, self.labels)
 
     def white(self, like: Tensor) -> Tensor:
         """White noise for images like these."""
@@ -111,7 +111,7 @@ class Sampler:
     def check(self, denoiser: Denoiser) -> None:
         """Raise UserError, before any work, if this sampler can't run with this denoiser."""
         scales = self.scales(denoiser.process, tables_of(denoiser.process))
-        if isinstance(denoiser.target, FinerScale):
+        if isinstance(denoiser.target, NextScale):
             if not self.one_scale_at_a_time:
                 raise UserError(
                     f"sampler {type(self).__name__} looks at other scales than the next one, which the finer-scale "
@@ -125,7 +125,7 @@ class Sampler:
         self,
         denoiser: Denoiser,
         prior: Prior,
-        noise: NoiseSource,
+        noise: CounterRNG,
         size: tuple[int, int, int],
         labels: Tensor | None = None,
         scales: Tensor | None = None,
@@ -154,7 +154,7 @@ class Sampler:
         self,
         denoiser: Denoiser,
         y: Tensor,
-        noise: NoiseSource,
+        noise: CounterRNG,
         context: Context = None,
         labels: Tensor | None = None,
         scales: Tensor | None = None,
@@ -172,7 +172,7 @@ class Sampler:
             if starts is not None:
                 y, t = self.raised(denoiser.process, y, t, starts[i], noise, context), starts[i]
             move = Move(denoiser, t, s, noise, context, labels)
-            m = move.clean(y)
+            m = move.predict_mean(y)
             if i < last:
                 y = self.corrected(move, y, m, past)
                 before = Past(t, s, y, m)
@@ -189,7 +189,7 @@ class Sampler:
         return None
 
     def raised(
-        self, process: Process, y: Tensor, t: Tensor, higher: Tensor, noise: NoiseSource, context: Context
+        self, process: Process, y: Tensor, t: Tensor, higher: Tensor, noise: CounterRNG, context: Context
     ) -> Tensor:
         """y at `higher` from y at t, for samplers that have `starts`."""
         return y

@@ -223,4 +223,4 @@ def _resolve(process: Process, scales: Tensor, count: int, end: bool) -> None:
         at = [scales[count - k : number - k] for k in range(-1, count + 1)]  # s, t, and the scales before
         s, t, *knots = at
         own, weights = _Continuation(process, t, s, knots, at[1:-1], end).weights()
-        process.resolve(own, *weights)
+        process.ensure_degree(own, *weights)

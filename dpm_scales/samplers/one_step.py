@@ -12,7 +12,7 @@ from torch import Tensor
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.processes import Context, Process, Step
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers.grids import noise_level, scales_at, tables_of
 from dpm_scales.samplers.loop import Move, Sampler
 from dpm_scales.schedules import is_number
@@ -117,9 +117,9 @@ class Heun(DDIM):
                 f"churn adds noise, and {type(process).__name__} has none; set sampler.s_churn=0",
             )
             back, down = Step(process, scales[:-1], starts), Step(process, scales[1:-1], starts[:-1])
-            process.resolve(back.rho)
+            process.ensure_degree(back.rho)
             if len(scales) > 2:
-                process.resolve(down.rho, down.keep, down.pull)
+                process.ensure_degree(down.rho, down.posterior_coef_xt, down.posterior_coef_x0)
             # the way that is gone: up to t_hat, which divides by nothing, and down to s
             scales = torch.stack([starts, scales[1:]], 1).flatten()
             denoiser.target.check_scales(process, scales)
@@ -143,7 +143,7 @@ class Heun(DDIM):
         return torch.where((now >= self.s_min) & (now <= self.s_max), torch.maximum(higher, ts), ts)
 
     def raised(
-        self, process: Process, y: Tensor, t: Tensor, higher: Tensor, noise: NoiseSource, context: Context
+        self, process: Process, y: Tensor, t: Tensor, higher: Tensor, noise: CounterRNG, context: Context
     ) -> Tensor:
         """A draw from the transition from t to `higher`, its noise times s_noise."""
         step, white = Step(process, t, higher), noise.normal(tuple(y.shape[1:]), y.dtype)
@@ -164,7 +164,7 @@ class Heun(DDIM):
             safe = h.clamp(min=1e-8)
             return torch.where(h > 1e-4, 1 + torch.expm1(-safe) / safe, h / 2)
 
-        change = replace(move, t=move.s).clean(first) - m
+        change = replace(move, t=move.s).predict_mean(first) - m
         return first + move.operator.apply(weight, change)
 
 

@@ -149,7 +149,7 @@ class LastCheckpoint(Callback):
     """`last.ckpt` every n steps, and after the step with which `StopTogether` ends the run, if that step was finite.
 
     Where a validation follows the step, the checkpoint waits for its end: a run that went on from between would leave
-    it out. Must come after `WeightAverage`, which averages after every step.
+    it out. Must come after `EMA`, which averages after every step.
     """
 
     def __init__(self, folder: CheckpointFolder, health: Health, every_n_steps: int) -> None:
@@ -194,7 +194,7 @@ class LastCheckpoint(Callback):
 class FinalCheckpoint(Callback):
     """`last.ckpt` at the end of training too, which must be finite.
 
-    Must come before `WeightAverage`, which then replaces the raw weights.
+    Must come before `EMA`, which then replaces the raw weights.
     """
 
     def __init__(self, folder: CheckpointFolder, health: Health) -> None:

@@ -16,7 +16,7 @@ from dpm_scales.models.model import Model
 from dpm_scales.training.module import DiffusionModule
 
 
-class WeightAverage(WeightAveraging):
+class EMA(WeightAveraging):
     """Exponential moving average, decay min(`decay`, (1 + n) / (10 + n)) at update n; sliced where the weights are."""
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -24,6 +24,11 @@ class WeightAverage(WeightAveraging):
         self.decay = decay
         # buffers are constants of the model here; averaging would round the integer ones
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in checkpoints, which keeps that of the first release."""
+        return "WeightAverage"
 
     @property
     def module(self) -> DiffusionModule:

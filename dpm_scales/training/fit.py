@@ -39,6 +39,6 @@ def fit_to_data(model: Model, data: ImageDataModule) -> None:
             yield process.operator(context).to_white(x - process.steady_state(grey, context)), grey
 
     spectrum.fit(white_batches())
-    model.recipe.parts["target"].update(model.denoiser.settle(model.recipe.image_size))
+    model.recipe.parts["target"].update(model.denoiser.resolve_auto(model.recipe.image_size))
     if model.prior.max_images > 0:
         model.prior.fit(loaded(spread(model.prior.max_images)), process)

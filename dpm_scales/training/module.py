@@ -15,7 +15,7 @@ from dpm_scales.distributed.fsdp import clip_norm, like_parameters
 from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.images import to_range
 from dpm_scales.models.model import Model
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.training.scale_sampling import SCALE_SAMPLINGS, ImportanceScales, spread_evenly, uniform_scales
 from dpm_scales.weights import LossWeight
 
@@ -118,7 +118,7 @@ class DiffusionModule(pl.LightningModule):
         self.log("train/loss", loss, prog_bar=True, on_step=True, sync_dist=True)
         return loss
 
-    def _loss(self, x_0: Tensor, even: Tensor, labels: Tensor | None, noise: NoiseSource) -> Tensor:
+    def _loss(self, x_0: Tensor, even: Tensor, labels: Tensor | None, noise: CounterRNG) -> Tensor:
         """The training loss at scales drawn from the uniform numbers `even` ``(B,)``."""
         denoiser, weight = self.parts.denoiser, self.loss_weight
         if self._importance is None:
@@ -226,10 +226,10 @@ class DiffusionModule(pl.LightningModule):
         x_0 = to_range(images, self.parts.denoiser.process.value_range)
         return x_0, labels if self.conditional else None
 
-    def _noise(self, purpose: int, x_0: Tensor, first: int) -> NoiseSource:
+    def _noise(self, purpose: int, x_0: Tensor, first: int) -> CounterRNG:
         """Noise of this process's images, every `world_size`-th of those numbered from `first`."""
         seed, world_size = step_seed(self.seed, purpose, 0), self.trainer.world_size
-        return NoiseSource(seed, x_0.shape[0], first + self.global_rank, x_0.device, world_size)
+        return CounterRNG(seed, x_0.shape[0], first + self.global_rank, x_0.device, world_size)
 
     def _even(self, purpose: int, places: Tensor, count: int, number: int) -> Tensor:
         """Uniform numbers for the images at these places of batch `number`, which has `count` in all processes."""

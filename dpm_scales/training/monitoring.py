@@ -26,9 +26,9 @@ from dpm_scales.metrics.figures import check_measures, check_numbers, needs_rows
 from dpm_scales.metrics.overlap import Manifolds
 from dpm_scales.models.instantiate import plain
 from dpm_scales.models.model import Model
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.storage import FolderGoneError
-from dpm_scales.training.ema import WeightAverage
+from dpm_scales.training.ema import EMA
 from dpm_scales.training.module import DiffusionModule
 
 PREFIX = "eval/"
@@ -38,7 +38,7 @@ class PeriodicEvaluation(Callback):
     """Figures of samples by the run's own images, every n steps and after the last, from the averaged weights.
 
     Sample i has the same noise every time. Processes share the samples; the first one measures. Nothing random of the
-    training is touched, and nothing of it is kept in a checkpoint. Must come after `WeightAverage`, and before the
+    training is touched, and nothing of it is kept in a checkpoint. Must come after `EMA`, and before the
     checkpoints: the row of a step in a checkpoint is then in the file.
 
     Args:
@@ -50,7 +50,7 @@ class PeriodicEvaluation(Callback):
     Raises: UserError for values that can't be meant, no feature network, or a reference without two images.
     """
 
-    def __init__(self, average: WeightAverage, data: ImageDataModule, seed: int, settings: DictConfig) -> None:
+    def __init__(self, average: EMA, data: ImageDataModule, seed: int, settings: DictConfig) -> None:
         for key, low in {"every_n_steps": 1, "num_samples": 2, "batch_size": 1}.items():
             require_number(f"evaluation.{key}", settings[key], low, whole=True)
         if settings.num_reference is not None:
@@ -112,7 +112,7 @@ class PeriodicEvaluation(Callback):
         scales = model.sampler.scales(model.denoiser.process, pl_module.device)  # checked when the model was built
         own = torch.zeros(share, self.network.dim, device=pl_module.device)
         for first in range(start, stop, self.batch_size):
-            noise = NoiseSource(self.seed, min(self.batch_size, stop - first), first, pl_module.device)
+            noise = CounterRNG(self.seed, min(self.batch_size, stop - first), first, pl_module.device)
             numbers = torch.arange(first, first + noise.count, device=pl_module.device)
             labels = None if recipe.num_classes is None else numbers % recipe.num_classes
             size = (recipe.channels, *recipe.image_size)
@@ -124,7 +124,7 @@ class PeriodicEvaluation(Callback):
 
 
 def periodic_evaluation(
-    average: WeightAverage, data: ImageDataModule, seed: int, settings: DictConfig
+    average: EMA, data: ImageDataModule, seed: int, settings: DictConfig
 ) -> list[PeriodicEvaluation]:
     """The callback that the section `evaluation` asks for, if it does."""
     return [] if settings.every_n_steps is None else [PeriodicEvaluation(average, data, seed, settings)]
@@ -144,7 +144,7 @@ def _key(name: str) -> str:
 class SampleGrid(Callback):
     """`samples/step-N.png` at each validation, from the averaged weights and always the same noise.
 
-    Must come before `WeightAverage`, which swaps the raw weights back at the end of a validation.
+    Must come before `EMA`, which swaps the raw weights back at the end of a validation.
     """
 
     def __init__(self, folder: Path, num_images: int = 64, seed: int = 0) -> None:
@@ -158,7 +158,7 @@ class SampleGrid(Callback):
         assert isinstance(pl_module, DiffusionModule)
         model = pl_module.parts
         process, recipe = model.denoiser.process, model.recipe
-        noise = NoiseSource(self.seed, self.num_images, device=pl_module.device)
+        noise = CounterRNG(self.seed, self.num_images, device=pl_module.device)
         labels = None
         if recipe.num_classes is not None:
             labels = torch.arange(self.num_images, device=pl_module.device) % recipe.num_classes

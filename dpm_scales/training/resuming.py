@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from dpm_scales.cli.arguments import config_flags
 from dpm_scales.models.instantiate import plain
+from dpm_scales.models.trust import current_names
 
 TAKES, WARNED, REFUSED, APART = "takes effect", "takes effect, with a warning", "refused", "no option of the training"
 KEY = "options"
@@ -147,7 +148,7 @@ def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
         values = json.loads(checkpoint[KEY])
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
-    return values if isinstance(values, dict) else {}
+    return current_names(values) if isinstance(values, dict) else {}
 
 
 def stored_rate(checkpoint: dict[str, Any]) -> float | None:

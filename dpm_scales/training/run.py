@@ -24,6 +24,7 @@ from dpm_scales.models.checksums import checkpoint_step
 from dpm_scales.models.instantiate import build, check_kind, plain
 from dpm_scales.models.io import checkpoints, save_model
 from dpm_scales.models.model import PARTS, Model, Recipe, build_model
+from dpm_scales.models.trust import current_names
 from dpm_scales.storage import FolderGoneError, write_text
 from dpm_scales.training.checkpoints import (
     BestCheckpoint,
@@ -33,7 +34,7 @@ from dpm_scales.training.checkpoints import (
     find_checkpoint,
     restore_last,
 )
-from dpm_scales.training.ema import WeightAverage
+from dpm_scales.training.ema import EMA
 from dpm_scales.training.failures import UnreadableImages, told_in_one_line
 from dpm_scales.training.fit import fit_to_data
 from dpm_scales.training.health import Health, StopDiverged
@@ -98,7 +99,7 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
         module.to(memory_format=torch.channels_last)
     kept = CheckpointFolder(run_dir / "checkpoints", cfg.checkpoint.keep_last, cfg.checkpoint.keep_best)
     health = Health(kept.folder, max_bad_steps)
-    average, stop = WeightAverage(cfg.ema.decay), StopTogether()
+    average, stop = EMA(cfg.ema.decay), StopTogether()
     evaluations = periodic_evaluation(average, data, cfg.seed, cfg.evaluation)
     check_objective(cfg.objective, [name for evaluation in evaluations for name in evaluation.names()])
     if cfg.logger.get("_target_") is not None:
@@ -139,7 +140,7 @@ def _go_on(
     trainer: pl.Trainer,
     module: DiffusionModule,
     data: ImageDataModule,
-    average: WeightAverage,
+    average: EMA,
     stop: StopTogether,
     rescue: Rescue,
 ) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def _go_on(
     if found is not None:
         resume, checkpoint = found
         require_resumable(checkpoint, resume, trainer, module, data)
-        check_same_model(checkpoint["recipe"], model.recipe.to_dict(), run_dir)
+        check_same_model(current_names(checkpoint["recipe"]), current_names(model.recipe.to_dict()), run_dir)
         steps = int(checkpoint["global_step"])
         rate = module.learning_rate * module.rate(steps, cfg.trainer.max_steps)
         changed, warned = what_changed(checkpoint, options_of(cfg), rate)

@@ -23,7 +23,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from dpm_scales.cli.stored import key_of
-from dpm_scales.distributed.ranks import this_shard
+from dpm_scales.distributed.ranks import current_world
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.storage import write_text
 from dpm_scales.training.naming import plain_name, run_folder
@@ -71,7 +71,7 @@ def search(
         direction in DIRECTIONS, f"unknown hydra.sweeper.direction {direction!r}: {suggest(str(direction), DIRECTIONS)}"
     )
     require(
-        this_shard().world_size == 1,
+        current_world().world_size == 1,
         "a search is led by one process: start it without torchrun or srun, with trainer=ddp or hydra/launcher=slurm",
     )
     try:

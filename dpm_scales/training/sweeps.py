@@ -204,9 +204,9 @@ class SweepTable(Callback):
             hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from dpm_scales.distributed.ranks import this_shard  # loads torch, which a wrong option need not wait for
+        from dpm_scales.distributed.ranks import current_world  # loads torch, which a wrong option need not wait for
 
-        if not this_shard().is_main:
+        if not current_world().is_main:
             return
         root = Path(config.hydra.sweep.dir)
         varied, rows = write_table(root)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.networks import UNet
 from dpm_scales.processes import VE, VP, Homogeneous, InverseHeat
-from dpm_scales.targets import Clean, FinerScale, Noise, Scalings, Target, Velocity, moments
+from dpm_scales.targets import Clean, NextScale, Noise, Scalings, Target, Velocity, moments
 from support.oracles import (
     BY_NAME,
     MEMBERS,
@@ -50,8 +50,8 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "clean-plain": lambda: Clean(preconditioning="none", clip=False),
     "noise": Noise,
     "velocity": Velocity,
-    "finer": FinerScale,
-    "finer-equal": lambda: FinerScale(equal_weight=True),
+    "finer": NextScale,
+    "finer-equal": lambda: NextScale(equal_weight=True),
 }
 OF_NOISE = ("noise", "velocity")
 
@@ -106,7 +106,7 @@ def test_network_sees_the_scaled_image_the_scale_and_the_labels(name: str) -> No
     network = Answer(torch.zeros(3, 2, H, W))
     denoiser = Denoiser(network, VP(8), TARGETS[name](), 0.5)
     x, t, labels = images(3, 2, H, W).float(), float64([0.125, 0.5, 1.0]), torch.tensor([2, 0, 1])
-    denoiser.clean(x, t, t - 0.125, labels=labels)
+    denoiser.predict_mean(x, t, t - 0.125, labels=labels)
     seen, scale, given = network.seen.pop()
     z = start(denoiser, BY_NAME["vp-cosine"], x.double(), t)
     close(seen.numpy(), (of(denoiser, t).inner * z).numpy(), 1e-5)
@@ -116,14 +116,14 @@ def test_network_sees_the_scaled_image_the_scale_and_the_labels(name: str) -> No
     denoiser.loss(x, t, labels, generator())
     assert network.seen.pop()[2] is labels
     # one t for all, and no labels
-    denoiser.clean(x, float64(0.5), float64(0.25))
+    denoiser.predict_mean(x, float64(0.5), float64(0.25))
     _, scale, given = network.seen.pop()
     assert scale.tolist() == [0.5] * 3 and given is None
     denoiser.loss(x, t)
     assert network.seen.pop()[2] is None
 
 
-class Guided(VP):
+class ClassifierFreeGuidance(VP):
     """A process with a context: an image that the network sees as well."""
 
     context_channels = 1
@@ -137,10 +137,10 @@ class Guided(VP):
 
 
 def test_network_sees_the_context_as_further_channels() -> None:
-    network, process = Answer(torch.zeros(3, 2, H, W)), Guided(8)
+    network, process = Answer(torch.zeros(3, 2, H, W)), ClassifierFreeGuidance(8)
     denoiser = Denoiser(network, process, Clean(), 0.5)
     x, t, context = images(3, 2, H, W), float64([0.125, 0.5, 1.0]), images(3, 2, H, W, seed=1)
-    denoiser.clean(x, t, t, context)
+    denoiser.predict_mean(x, t, t, context)
     seen = network.seen.pop()[0]
     assert seen.shape == (3, 4, H, W) and torch.equal(seen[:, 2:], context - 1)
     denoiser.loss(x, t, context=context)
@@ -159,9 +159,9 @@ def test_new_networks_answer_with_the_wiener_estimate(twin: Twin) -> None:
     s = t - 1 / twin.num_scales
     denoiser = with_target(twin, Clean("wiener", clip=False), network)
     estimate = start(denoiser, twin, x, t)
-    close(denoiser.clean(x, t, s).detach().numpy(), scaled(twin, estimate, s.tolist()).numpy(), 1e-10, 1e-7)
-    denoiser = with_target(twin, FinerScale(), network)
-    close(denoiser.clean(x, t, s).detach().numpy(), x.numpy())
+    close(denoiser.predict_mean(x, t, s).detach().numpy(), scaled(twin, estimate, s.tolist()).numpy(), 1e-10, 1e-7)
+    denoiser = with_target(twin, NextScale(), network)
+    close(denoiser.predict_mean(x, t, s).detach().numpy(), x.numpy())
 
 
 @pytest.mark.parametrize(("twin", "name"), SUITABLE)
@@ -172,8 +172,8 @@ def test_prediction_is_c_skip_z_plus_c_out_f_of_c_in_z(twin: Twin, name: str) ->
     s = t - 1 / twin.num_scales
     c, z = of(denoiser, t), start(denoiser, twin, x, t)
     prediction = c.skip * z + c.out * network(c.inner * z, t)
-    expected = denoiser.target.clean(denoiser.process, denoiser.process.operator(), prediction, x, t, s)
-    close(denoiser.clean(x, t, s).detach().numpy(), expected.detach().numpy(), 1e-12, 1e-9)
+    expected = denoiser.target.predict_mean(denoiser.process, denoiser.process.operator(), prediction, x, t, s)
+    close(denoiser.predict_mean(x, t, s).detach().numpy(), expected.detach().numpy(), 1e-12, 1e-9)
 
 
 @pytest.mark.parametrize(("twin", "name"), SUITABLE)
@@ -181,10 +181,10 @@ def test_one_t_per_sample_is_the_same_as_one_by_one(twin: Twin, name: str) -> No
     denoiser = with_target(twin, TARGETS[name](), TinyNetwork())
     x, t = images(3, 1, H, W), float64([0.25, 0.625, 1.0])
     s = t - 1 / twin.num_scales
-    together = denoiser.clean(x, t, s)
+    together = denoiser.predict_mean(x, t, s)
     assert together.shape == x.shape and together.dtype == x.dtype
     for b in range(3):
-        alone = denoiser.clean(x[b : b + 1], t[b], s[b])
+        alone = denoiser.predict_mean(x[b : b + 1], t[b], s[b])
         close(together[b : b + 1].detach().numpy(), alone.detach().numpy(), 1e-12)
     loss = denoiser.loss(x, t, generator=generator(3))
     noise = torch.randn(x.shape, generator=generator(3), dtype=torch.float64)
@@ -278,7 +278,7 @@ def test_ideal_network_has_the_irreducible_loss_and_gives_the_best_estimate(twin
             continue
         y_t = images(5, 1, H, W, seed=7)
         best = per_mode_estimate(data, twin, y_t, t, s)
-        close(denoiser.clean(y_t, float64(t), float64(s)).numpy(), best.numpy(), 1e-8, 1e-6)
+        close(denoiser.predict_mean(y_t, float64(t), float64(s)).numpy(), best.numpy(), 1e-8, 1e-6)
         # a little less than ideal costs what its error weighs
         worse = with_target(twin, TARGETS[name](), Ideal(lambda u, predict=predict: predict(u) + 0.5))
         worse.network.c, worse.network.gain = network.c, network.gain
@@ -309,7 +309,7 @@ def test_number_format_is_that_of_the_images(twin: Twin, name: str, dtype: torch
     denoiser = Denoiser(Foreign(), twin.build(), TARGETS[name]())
     x, t = images(2, 1, H, W).to(dtype), float64([0.5, 1.0])
     for Foreign.answer in (torch.bfloat16, torch.float64):
-        assert denoiser.clean(x, t, t - 0.125).dtype == dtype
+        assert denoiser.predict_mean(x, t, t - 0.125).dtype == dtype
         assert denoiser.loss(x, t).dtype == dtype
     assert denoiser.loss(x, t.float()).isfinite().all()
 
@@ -347,9 +347,9 @@ def test_data_std_is_stored_with_the_weights_and_used() -> None:
     other.load_state_dict(denoiser.state_dict())
     assert float(other.spectrum.std) == 0.25
     x, t = images(2, 1, H, W), float64([0.5, 1.0])
-    assert torch.equal(other.clean(x, t, t), denoiser.clean(x, t, t))
+    assert torch.equal(other.predict_mean(x, t, t), denoiser.predict_mean(x, t, t))
     other.spectrum.std.fill_(0.75)
-    assert not torch.equal(other.clean(x, t, t), denoiser.clean(x, t, t))
+    assert not torch.equal(other.predict_mean(x, t, t), denoiser.predict_mean(x, t, t))
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ def test_loss_and_clean_image_stay_on_the_device_and_never_wait_for_it(twin: Twi
             assert all(p.grad is not None and p.grad.device.type == device for p in denoiser.network.parameters())
             return
         for s, one in ((t / 2, t), (t[0] / 2, t[0])):
-            clean = denoiser.clean(x, one, s, labels=labels)
+            clean = denoiser.predict_mean(x, one, s, labels=labels)
             assert clean.device.type == device and clean.shape == x.shape
 
 
@@ -380,8 +380,8 @@ def test_clean_image_on_a_gpu_is_that_on_the_cpu() -> None:
     x, t = images(2, 1, H, W), float64([0.5, 1.0])
     for twin, name in itertools.product(named(*NOISY_MEMBERS), TARGETS):
         denoiser = with_target(twin, TARGETS[name](), TinyNetwork())
-        expected = denoiser.clean(x, t, t - 0.125).detach()
-        actual = denoiser.to("cuda").clean(x.cuda(), t.cuda(), (t - 0.125).cuda()).detach()
+        expected = denoiser.predict_mean(x, t, t - 0.125).detach()
+        actual = denoiser.to("cuda").predict_mean(x.cuda(), t.cuda(), (t - 0.125).cuda()).detach()
         torch.testing.assert_close(actual.cpu(), expected, atol=1e-9, rtol=1e-7)
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.editing import Average, Blur, Consistent, Degradation, Mask, Resampling, restore
 from dpm_scales.processes import VP, OsmosisDiffusion
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, Dissipation, Heun, Move
 from dpm_scales.schedules import SinSquaredBlur
-from dpm_scales.targets import Clean, FinerScale, Noise
+from dpm_scales.targets import Clean, NextScale, Noise
 from support.oracles import (
     BY_NAME,
     NOISY_MEMBERS,
@@ -210,7 +210,7 @@ def test_the_estimate_is_exact_for_gaussian_data(twin: Twin, name: str, noise_st
         exact = posterior(data, a, y, noise_std, x_t, curves(twin, t, *SIZE))
         signal, _ = curves(twin, s, *SIZE)
         scale = np.abs(exact).max()
-        close(known.clean(x_t, float64(t), float64(s)), pixels(signal * coefficients(exact)), atol=2e-6 * scale)
+        close(known.predict_mean(x_t, float64(t), float64(s)), pixels(signal * coefficients(exact)), atol=2e-6 * scale)
 
 
 def moments(x: Tensor) -> tuple[Array, Array]:
@@ -248,7 +248,7 @@ def test_many_small_steps_sample_the_posterior(process: str, name: str, noise_st
     spread, missing = np.sqrt(np.diag(covariance).clip(0)), []
     for steps in (30, 150):
         scales = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-        found = restore(known, Ancestral(), scales, NoiseSource(0, count), (1, H, W), dtype=torch.float64)
+        found = restore(known, Ancestral(), scales, CounterRNG(0, count), (1, H, W), dtype=torch.float64)
         found_mean, found_covariance = moments(found)
         np.testing.assert_array_less(np.abs(found_mean - mean), 5 * spread / count**0.5 + 1e-6 + 0.01 * spread.max())
         missing.append(1 - np.trace(found_covariance) / np.trace(covariance))
@@ -278,7 +278,7 @@ def test_first_guess_is_drawn_from_the_gaussian_model_s_posterior(name: str, noi
         denoiser, degradation, y.expand(count, -1, -1, -1), noise_std, lambda mu: torch.from_numpy(data.variance)
     )
     mean, covariance = dense_posterior(data, a, y, noise_std)
-    found_mean, found = moments(known.first_guess(NoiseSource(0, count), (1, *SIZE), torch.float64))
+    found_mean, found = moments(known.first_guess(CounterRNG(0, count), (1, *SIZE), torch.float64))
     spread = np.sqrt(np.diag(covariance).clip(1e-12))
     np.testing.assert_array_less(np.abs(found_mean - mean), 5 * spread / count**0.5 + 1e-5)
     scale = max(np.diag(covariance).max(), 1e-6)
@@ -323,7 +323,7 @@ def test_results_are_consistent_to_rounding(process: str, covariance: str) -> No
             degradation = cases()[name][0]
             y = degradation.forward(images(2, 1, *SIZE))
             known = Consistent(denoiser, degradation, y, 0.0, covariance)
-            x = restore(known, sampler, scales, NoiseSource(0, 2), (1, *SIZE), dtype=torch.float64)
+            x = restore(known, sampler, scales, CounterRNG(0, 2), (1, *SIZE), dtype=torch.float64)
             close(degradation.forward(x), y, atol=1e-11)
             assert float((x - degradation.inverse(y)).abs().max()) > 1e-3
 
@@ -337,7 +337,7 @@ def test_known_pixels_keep_their_bytes_in_single_precision() -> None:
         value_range = denoiser.process.value_range
         consistent = Consistent(denoiser, Mask(known), to_range(photo, value_range))
         scales = torch.linspace(1, 0, 5, dtype=torch.float64)
-        x = restore(consistent, Ancestral(), scales, NoiseSource(0, 2), (1, 8, 8))
+        x = restore(consistent, Ancestral(), scales, CounterRNG(0, 2), (1, 8, 8))
         assert torch.equal(to_uint8(x, value_range)[..., known], photo[..., known])
 
 
@@ -350,14 +350,14 @@ def test_resampling_goes_back_by_the_process_itself() -> None:
     t, s = float64(0.8), float64(0.5)
     x = images(2, 1, H, W)
     down = Ancestral()
-    m = denoiser.clean(x, t, s)
+    m = denoiser.predict_mean(x, t, s)
     found = Resampling(down, 2).step(Move(denoiser, t, s, ScriptedNoise(draws)), x, m)
     y = x
     for k in range(3):
         if k > 0:
             law = denoiser.process.transition(y, s, t)
             y = law.mean + denoiser.process.operator().apply(law.std, draws[2 * k - 1])
-        y = down.step(Move(denoiser, t, s, ScriptedNoise([draws[2 * k]])), y, denoiser.clean(y, t, s))
+        y = down.step(Move(denoiser, t, s, ScriptedNoise([draws[2 * k]])), y, denoiser.predict_mean(y, t, s))
     close(found, y, atol=1e-12)
 
 
@@ -365,7 +365,7 @@ def test_what_can_t_be_conditioned() -> None:
     y = images(1, 1, *SIZE)
     heat = BY_NAME["inverse-heat"]
     with refused("target=finer", "knows the next scale only"):
-        Consistent(with_target(heat, FinerScale(), TinyNetwork()), Mask(known_pixels(*SIZE)), y)
+        Consistent(with_target(heat, NextScale(), TinyNetwork()), Mask(known_pixels(*SIZE)), y)
     with refused("unknown covariance 'spectra'", "did you mean 'spectrum'"):
         Consistent(DENOISERS["blurring"](), Mask(known_pixels(*SIZE)), y, 0.0, "spectra")
     for wrong in (-1, 1.5, True):
@@ -380,7 +380,7 @@ def test_nothing_waits_for_the_device() -> None:
         scales = torch.linspace(1, 0, 3, dtype=torch.float64, device="cuda")
         for degradation, size in ((Average(2), (2, 1)), (Blur(1.0), (4, 2)), (Mask(mask, iterations=1), (4, 2))):
             known = Consistent(denoiser, degradation, torch.rand(2, 1, *size, device="cuda"), 0.1)
-            noise = NoiseSource(0, 2, device="cuda")
+            noise = CounterRNG(0, 2, device="cuda")
             sampler = Resampling(Ancestral(), 1 if size == (2, 1) else 0)
             assert restore(known, sampler, scales, noise, (1, 4, 2)).device.type == "cuda"
 

@@ -10,7 +10,7 @@ import torch
 
 from dpm_scales.editing import BranchingNoise, between, context_of, encode, nearest_blur, noised, scales_from, slerp
 from dpm_scales.processes import VP, Blurring, InverseHeat, InverseOsmosis, Osmosis, OsmosisDiffusion
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral
 from dpm_scales.schedules import SinSquaredBlur
 from dpm_scales.targets import Clean
@@ -60,7 +60,7 @@ def there_and_back(twin: Twin, steps: int, refine: int, start: float = 1.0) -> f
     x = data.sample(2, seed=1)
     scales = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
     y = encode(denoiser, x, scales, refine=refine)
-    back = DDIM(0.0).reverse(denoiser, y, NoiseSource(0, 2), scales=scales)
+    back = DDIM(0.0).reverse(denoiser, y, CounterRNG(0, 2), scales=scales)
     return float((back - x).abs().max())
 
 
@@ -113,8 +113,8 @@ def test_from_nearly_no_scale_an_image_comes_back(process: str) -> None:
     distances = []
     for start in (1.0, 0.5, 1e-9):
         scales = scales_from(Ancestral(), denoiser.process, start)
-        y = noised(denoiser.process, x, scales[0], NoiseSource(0, 40))
-        back = Ancestral().reverse(denoiser, y, NoiseSource(1, 40), scales=scales)
+        y = noised(denoiser.process, x, scales[0], CounterRNG(0, 40))
+        back = Ancestral().reverse(denoiser, y, CounterRNG(1, 40), scales=scales)
         distances.append(float((back - x).square().mean().sqrt()))
     noise = float(denoiser.process.noise_scale(1 / twin.num_scales, torch.zeros(1, dtype=torch.float64)))
     assert distances[2] <= 1.2 * noise + 0.05 and distances[2] < distances[1] < distances[0], (distances, noise)
@@ -142,22 +142,22 @@ def test_nearest_blur() -> None:
 
 def test_contexts_are_those_of_the_images() -> None:
     x = images(3, 1, 8, 6)
-    assert context_of(VP(), x, NoiseSource(0, 3)) is None
+    assert context_of(VP(), x, CounterRNG(0, 3)) is None
     process = OsmosisDiffusion(num_scales=4)
-    context = context_of(process, x, NoiseSource(0, 3))
+    context = context_of(process, x, CounterRNG(0, 3))
     assert isinstance(context, torch.Tensor) and context.shape == x.shape
-    again = context_of(process, x[1:], NoiseSource(0, 2, 1))
+    again = context_of(process, x[1:], CounterRNG(0, 2, 1))
     close(context[1:], again)
     grey = (x.mean((-2, -1)) + 1) / 2
     close(context.mean((-2, -1)), grey, atol=0.06)
     with refused("guidance_image=other", "nothing to edit"):
-        context_of(OsmosisDiffusion(num_scales=4, guidance_image="other"), x, NoiseSource(0, 3))
+        context_of(OsmosisDiffusion(num_scales=4, guidance_image="other"), x, CounterRNG(0, 3))
 
 
 def test_every_process_with_a_guidance_image_gets_one() -> None:
     for process in (InverseOsmosis(num_scales=4), OsmosisDiffusion(num_scales=4)):
         assert isinstance(process, Osmosis)
-        assert context_of(process, images(2, 3, 8, 6), NoiseSource(0, 2)) is not None
+        assert context_of(process, images(2, 3, 8, 6), CounterRNG(0, 2)) is not None
 
 
 # --- in between -------------------------------------------------------------------------------------------------------
@@ -194,14 +194,14 @@ def test_between_starts_and_ends_in_the_latents(process: str) -> None:
 
 def test_noise_is_shared_down_to_a_branch() -> None:
     noise = BranchingNoise(3, 6, 0, group=3)
-    common, plain = noise.normal((2, 2), torch.float64), NoiseSource(3, 2).normal((2, 2), torch.float64)
+    common, plain = noise.normal((2, 2), torch.float64), CounterRNG(3, 2).normal((2, 2), torch.float64)
     close(common, plain.repeat_interleave(3, 0), atol=0, rtol=0)
     noise.shared = False
     own = noise.normal((500,), torch.float64)
     correlation = np.corrcoef(own.numpy()) - np.eye(6)
     assert np.abs(correlation).max() < 0.2
     # what the group has drawn is not drawn again by its first sample
-    fresh = NoiseSource(3, 6)
+    fresh = CounterRNG(3, 6)
     first, second = fresh.normal((500,), torch.float64), fresh.normal((500,), torch.float64)
     close(own, second, atol=0, rtol=0)
     assert float((own - first).abs().min(1).values.max()) > 0

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
-from dpm_scales.guidance import Guided
+from dpm_scales.guidance import ClassifierFreeGuidance
 from dpm_scales.priors import GaussianPrior
 from dpm_scales.processes import VE, VP, Blurring, InverseHeat, OsmosisDiffusion
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, Dissipation, DPMSolver, Heun, Sampler, UniPC
-from dpm_scales.targets import Clean, FinerScale, Noise, Target, Velocity
+from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.flows import SMOOTH
 from support.oracles import (
     GaussianData,
@@ -85,8 +85,8 @@ def test_guided_estimate_is_the_formula(twin: Twin, scale: float) -> None:
     network, denoiser = mixture(twin)
     y, labels, t = images(3, 1, H, W) * 2, torch.tensor([0, 1, 1]), [0.5, 0.75, 1.0]
     s = [0.25, 0.5, 0.5]
-    guided = Guided(denoiser, NULL, scale)
-    actual = guided.clean(y, float64(t), float64(s), None, labels)
+    guided = ClassifierFreeGuidance(denoiser, NULL, scale)
+    actual = guided.predict_mean(y, float64(t), float64(s), None, labels)
     assert network.calls == 1
     u = coefficients(y.numpy())
     for b in range(3):
@@ -110,9 +110,9 @@ def test_scale_one_is_unguided_and_zero_unconditional_to_the_bit(sampler: Sample
     labels, null = torch.tensor([0, 1, 0]), torch.full((3,), NULL)
 
     def drawn(denoiser: Denoiser, labels: Tensor) -> Tensor:
-        return sampler.sample(denoiser, GaussianPrior(), NoiseSource(1, 3), (1, H, W), labels)
+        return sampler.sample(denoiser, GaussianPrior(), CounterRNG(1, 3), (1, H, W), labels)
 
-    ends = [drawn(Guided(denoiser, NULL, scale), labels) for scale in (0.0, 1.0, 2.0)]
+    ends = [drawn(ClassifierFreeGuidance(denoiser, NULL, scale), labels) for scale in (0.0, 1.0, 2.0)]
     assert torch.equal(ends[0], drawn(denoiser, null)) and torch.equal(ends[1], drawn(denoiser, labels))
     assert not torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[2])
 
@@ -125,8 +125,8 @@ def test_network_is_called_once_a_step_with_both_halves() -> None:
             seen.append((x, t, labels))
             return super().forward(x, t, labels)
 
-    guided = Guided(Denoiser(Watched(), VP(4), Clean()), NULL, 3.0)
-    DDIM(0.0, 4).sample(guided, GaussianPrior(), NoiseSource(0, 2), (1, H, W), torch.tensor([0, 1]))
+    guided = ClassifierFreeGuidance(Denoiser(Watched(), VP(4), Clean()), NULL, 3.0)
+    DDIM(0.0, 4).sample(guided, GaussianPrior(), CounterRNG(0, 2), (1, H, W), torch.tensor([0, 1]))
     assert len(seen) == 4
     for x, t, labels in seen:
         assert x.shape[0] == 4 and torch.equal(x[:2], x[2:]) and torch.equal(t[:2], t[2:])
@@ -142,24 +142,29 @@ def test_outside_the_interval_the_label_is_followed_and_no_more(variable: str) -
     if variable == "logsnr":
         log_snr = denoiser.process.log_snr(ts, torch.zeros(1).double()).flatten().tolist()
         interval = [log_snr[2], log_snr[1]]
-    everywhere, inside = Guided(denoiser, NULL, 4.0), Guided(denoiser, NULL, 4.0, interval, variable)
+    everywhere, inside = (
+        ClassifierFreeGuidance(denoiser, NULL, 4.0),
+        ClassifierFreeGuidance(denoiser, NULL, 4.0, interval, variable),
+    )
     for i, t in enumerate(ts):
-        values = [d.clean(y, t, t / 2, None, labels) for d in (inside, everywhere, denoiser)]
+        values = [d.predict_mean(y, t, t / 2, None, labels) for d in (inside, everywhere, denoiser)]
         assert torch.equal(values[0], values[1 if i in (1, 2) else 2]) and not torch.equal(values[1], values[2])
-    with_zero = Guided(denoiser, NULL, 0.0, interval, variable)
-    assert torch.equal(with_zero.clean(y, ts[0], ts[0], None, labels), denoiser.clean(y, ts[0], ts[0], None, labels))
-    without = denoiser.clean(y, ts[1], ts[1], None, torch.tensor([NULL, NULL]))
-    close(with_zero.clean(y, ts[1], ts[1], None, labels).detach().numpy(), without.detach().numpy(), 1e-14)
+    with_zero = ClassifierFreeGuidance(denoiser, NULL, 0.0, interval, variable)
+    assert torch.equal(
+        with_zero.predict_mean(y, ts[0], ts[0], None, labels), denoiser.predict_mean(y, ts[0], ts[0], None, labels)
+    )
+    without = denoiser.predict_mean(y, ts[1], ts[1], None, torch.tensor([NULL, NULL]))
+    close(with_zero.predict_mean(y, ts[1], ts[1], None, labels).detach().numpy(), without.detach().numpy(), 1e-14)
 
 
-@pytest.mark.parametrize("target", [Clean(clip=False), Noise(), Velocity(), FinerScale()])
+@pytest.mark.parametrize("target", [Clean(clip=False), Noise(), Velocity(), NextScale()])
 @over(named("vp-cosine", "blurring"))
 def test_every_targets_clean_images_are_guided_alike(twin: Twin, target: Target) -> None:
     """m_s of the guided prediction is the guided m_s, since m_s is affine in the prediction."""
     denoiser, labels = with_target(twin, target, TinyNetwork()), torch.tensor([0, 1])
     y, t, s = images(2, 1, H, W), float64(0.75), float64(0.75 - 1 / twin.num_scales)
-    guided = Guided(denoiser, NULL, 2.5).clean(y, t, s, None, labels)
-    with_label, without = (denoiser.clean(y, t, s, None, v) for v in (labels, torch.full((2,), NULL)))
+    guided = ClassifierFreeGuidance(denoiser, NULL, 2.5).predict_mean(y, t, s, None, labels)
+    with_label, without = (denoiser.predict_mean(y, t, s, None, v) for v in (labels, torch.full((2,), NULL)))
     close(guided.detach().numpy(), (without + 2.5 * (with_label - without)).detach().numpy(), 1e-9)
 
 
@@ -167,10 +172,10 @@ def test_guided_images_are_clipped_once_and_after_guidance() -> None:
     denoiser, labels = Denoiser(TinyNetwork(), VP(4), Clean("none")).double(), torch.tensor([0, 1])
     y, t = 3 * images(2, 1, H, W), float64(0.75)
     free = Denoiser(denoiser.network, denoiser.process, Clean("none", clip=False)).double()
-    expected = Guided(free, NULL, 20.0).clean(y, t, float64(0.0), None, labels)
+    expected = ClassifierFreeGuidance(free, NULL, 20.0).predict_mean(y, t, float64(0.0), None, labels)
     signal = denoiser.process.signal_scale(0.0, torch.zeros(1, 1).double())
     assert float(expected.detach().abs().max()) > 1.1 * float(signal)
-    clipped = Guided(denoiser, NULL, 20.0).clean(y, t, float64(0.0), None, labels)
+    clipped = ClassifierFreeGuidance(denoiser, NULL, 20.0).predict_mean(y, t, float64(0.0), None, labels)
     close(clipped.detach().numpy(), (signal * (expected / signal).clamp(-1, 1)).detach().numpy(), 1e-12)
 
 
@@ -184,14 +189,14 @@ def test_context_goes_with_both_halves() -> None:
 
     denoiser, x_0 = Denoiser(FirstChannel(), process, Clean(clip=False)).double(), images(2, 1, 6, 9)
     context, labels, t, s = process.context(x_0, generator()), torch.tensor([0, 1]), float64(0.75), float64(0.5)
-    guided = Guided(denoiser, NULL, 3.0).clean(x_0, t, s, context, labels)
-    with_label, without = (denoiser.clean(x_0, t, s, context, v) for v in (labels, torch.full((2,), NULL)))
+    guided = ClassifierFreeGuidance(denoiser, NULL, 3.0).predict_mean(x_0, t, s, context, labels)
+    with_label, without = (denoiser.predict_mean(x_0, t, s, context, v) for v in (labels, torch.full((2,), NULL)))
     close(guided.detach().numpy(), (without + 3 * (with_label - without)).detach().numpy(), 1e-8)
 
 
 def test_guidance_shares_the_denoisers_parts_and_moves_with_them() -> None:
     denoiser = Denoiser(TinyNetwork(), Blurring(4), Clean())
-    guided = Guided(denoiser, NULL, 2.0)
+    guided = ClassifierFreeGuidance(denoiser, NULL, 2.0)
     assert guided.network is denoiser.network and guided.spectrum is denoiser.spectrum
     assert guided.state_dict().keys() == denoiser.state_dict().keys()
     denoiser.spectrum.std.fill_(0.1)
@@ -200,12 +205,12 @@ def test_guidance_shares_the_denoisers_parts_and_moves_with_them() -> None:
 
 @pytest.mark.parametrize(("interval", "variable"), [(None, "t"), ([-3.0, 4.0], "logsnr")])
 def test_guidance_stays_on_the_device_and_never_waits_for_it(interval: Any, variable: str) -> None:
-    guided = Guided(Denoiser(TinyNetwork(2), Blurring(8), Clean()), NULL, 2.0, interval, variable)
+    guided = ClassifierFreeGuidance(Denoiser(TinyNetwork(2), Blurring(8), Clean()), NULL, 2.0, interval, variable)
     sampler = Ancestral()
     scales = sampler.scales(guided.process)[-3:]
     with pretended_gpu(guided):
         y, labels = torch.randn(4, 2, 6, 9, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
-        noise = NoiseSource(0, 4, device="cuda")
+        noise = CounterRNG(0, 4, device="cuda")
         assert sampler.reverse(guided, y, noise, None, labels, scales.to("cuda")).device.type == "cuda"
 
 
@@ -222,15 +227,15 @@ def test_guidance_stays_on_the_device_and_never_waits_for_it(interval: Any, vari
 )
 def test_what_cannot_be_meant_is_refused(arguments: dict[str, Any], words: tuple[str, ...]) -> None:
     with refused(*words):
-        Guided(Denoiser(TinyNetwork(), VE(4), Clean()), NULL, **({"scale": 2.0} | arguments))
+        ClassifierFreeGuidance(Denoiser(TinyNetwork(), VE(4), Clean()), NULL, **({"scale": 2.0} | arguments))
 
 
 def test_interval_in_logsnr_needs_one_that_changes() -> None:
     with refused("logSNR of InverseHeat", "guidance_variable=t"):
-        Guided(Denoiser(TinyNetwork(), InverseHeat(4), Clean()), NULL, 2.0, [-1.0, 1.0], "logsnr")
+        ClassifierFreeGuidance(Denoiser(TinyNetwork(), InverseHeat(4), Clean()), NULL, 2.0, [-1.0, 1.0], "logsnr")
 
 
 def test_without_labels_the_answer_is_that_of_no_label() -> None:
     denoiser, y, t = Denoiser(TinyNetwork(), VP(4), Clean()), images(2, 1, H, W).float(), float64(0.5)
-    plain = Guided(denoiser, NULL, 5.0).clean(y, t, t)
-    assert torch.equal(plain, denoiser.clean(y, t, t, None, torch.tensor([NULL, NULL])))
+    plain = ClassifierFreeGuidance(denoiser, NULL, 5.0).predict_mean(y, t, t)
+    assert torch.equal(plain, denoiser.predict_mean(y, t, t, None, torch.tensor([NULL, NULL])))

@@ -11,9 +11,9 @@ import scipy.fft
 import torch
 from torch import Tensor
 
-from dpm_scales.priors import DataPrior, GaussianPrior, GuidancePrior, Prior
+from dpm_scales.priors import DataPrior, GaussianPrior, OsmosisPrior, Prior
 from dpm_scales.processes import VP, InverseHeat, InverseOsmosis, OsmosisDiffusion, Process
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from support.oracles import close, generator, images, refused
 
 H, W = 6, 9
@@ -77,10 +77,10 @@ def test_the_process_ends_at_what_the_image_shows() -> None:
 @pytest.mark.parametrize("which", ["own", "other"])
 def test_prior_draws_guidance_of_training_images(which: str) -> None:
     process = unit_diffusion(guidance_image=which, guidance_noise=0.02, guidance_blur_sigma=1.0)
-    data, prior = 0.3 + 0.3 * positive(5), GuidancePrior()
+    data, prior = 0.3 + 0.3 * positive(5), OsmosisPrior()
     prior.fit(data, process)
-    _, v = prior.sample(process, NoiseSource(3, 40), (2, H, W), torch.float64)
-    source = NoiseSource(3, 40)
+    _, v = prior.sample(process, CounterRNG(3, 40), (2, H, W), torch.float64)
+    source = CounterRNG(3, 40)
     index = (source.uniform() * 5).floor().long()
     guides = (source.uniform() * 5).floor().long() if which == "other" else index
     white = source.normal((2, H, W), torch.float64).numpy()
@@ -92,19 +92,19 @@ def test_prior_draws_guidance_of_training_images(which: str) -> None:
 
 def test_guidance_is_stored_with_the_model_and_sized() -> None:
     process = unit_diffusion(guidance_image="own")
-    prior, again = GuidancePrior(max_images=3), GuidancePrior()
+    prior, again = OsmosisPrior(max_images=3), OsmosisPrior()
     prior.fit(positive(5), process)
     assert prior.relief.shape == (3, 2, H, W)
     again.load_state_dict(prior.state_dict())
-    for a, b in zip(*(p.sample(process, NoiseSource(1, 4), (2, H, W)) for p in (prior, again)), strict=True):
+    for a, b in zip(*(p.sample(process, CounterRNG(1, 4), (2, H, W)) for p in (prior, again)), strict=True):
         assert a is not None and b is not None and torch.equal(a, b)
     with refused("guided by images of 6x9", "can't sample 8x8"):
         again.check_size((8, 8))
-    GuidancePrior().check_size((8, 8))
+    OsmosisPrior().check_size((8, 8))
 
 
 def test_models_without_guiding_images_are_still_read() -> None:
-    prior, again = GuidancePrior(), GuidancePrior()
+    prior, again = OsmosisPrior(), OsmosisPrior()
     prior.fit(positive(4), unit_diffusion())
     state = {name: value for name, value in prior.state_dict().items() if name != "relief"}
     again.load_state_dict(state)
@@ -115,7 +115,7 @@ def test_models_without_guiding_images_are_still_read() -> None:
     ("prior", "process"),
     [
         (DataPrior(noise_ratio=0.0), InverseHeat(8)),
-        (GuidancePrior(noise_ratio=0.0), InverseOsmosis(8, guidance_noise=0.0, guidance_image="own")),
+        (OsmosisPrior(noise_ratio=0.0), InverseOsmosis(8, guidance_noise=0.0, guidance_image="own")),
     ],
 )
 def test_chosen_images_start_in_turn(prior: Prior, process: Process) -> None:
@@ -123,10 +123,10 @@ def test_chosen_images_start_in_turn(prior: Prior, process: Process) -> None:
     prior.fit(positive(7), process)
     chosen = 0.2 + 0.6 * positive(3)
     prior.steer(chosen, process)
-    starts, _ = prior.sample(process, NoiseSource(0, 5, first=4), (2, H, W), torch.float64)
+    starts, _ = prior.sample(process, CounterRNG(0, 5, first=4), (2, H, W), torch.float64)
     for row, number in enumerate([1, 2, 0, 1, 2]):
         prior.steer(chosen[number : number + 1], process)
-        alone, _ = prior.sample(process, NoiseSource(8, 1), (2, H, W), torch.float64)
+        alone, _ = prior.sample(process, CounterRNG(8, 1), (2, H, W), torch.float64)
         close(starts[row].numpy(), alone[0].numpy(), 1e-6)
     assert not torch.allclose(starts[0], starts[1], atol=1e-3)
     with refused("of 6x9", "can't sample 5x9"):

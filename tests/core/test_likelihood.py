@@ -31,9 +31,9 @@ from dpm_scales.processes import (
     OsmosisFilter,
     Process,
 )
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.schedules import ConstantNoise, CosineLogSNR, EDMNoise, LinearTimeBlur, SinSquaredBlur
-from dpm_scales.targets import Clean, FinerScale, Noise
+from dpm_scales.targets import Clean, NextScale, Noise
 from support.oracles import (
     NOISY,
     NOISY_MEMBERS,
@@ -130,10 +130,10 @@ def square(data: GaussianData, steps: int) -> tuple[Tensor, ScriptedNoise]:
 class Worse(OracleDenoiser):
     """Estimates that are too bold."""
 
-    def clean(
+    def predict_mean(
         self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        return 1.1 * super().clean(y_t, t, s, context, labels)
+        return 1.1 * super().predict_mean(y_t, t, s, context, labels)
 
 
 def expected_bound(denoiser: OracleDenoiser, data: GaussianData, steps: int, decoder_std: float) -> float:
@@ -219,7 +219,7 @@ class Zero(Denoiser):
     def __init__(self, process: Process) -> None:
         super().__init__(nn.Identity(), process, Clean())
 
-    def clean(
+    def predict_mean(
         self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         return torch.zeros_like(y_t)
@@ -230,9 +230,9 @@ class Zero(Denoiser):
 def test_draws_have_the_terms_as_their_expectation(twin: Twin, reverse: str) -> None:
     """Each step's average over 4000 images of three draws each, within 5 standard errors; and the sum."""
     denoiser, x_0 = Zero(twin.build()), images(1, 1, H, W)
-    exact = VariationalBound(denoiser, GaussianPrior(), reverse=reverse, num_bands=2)(x_0, NoiseSource(0, 1))
+    exact = VariationalBound(denoiser, GaussianPrior(), reverse=reverse, num_bands=2)(x_0, CounterRNG(0, 1))
     drawn = VariationalBound(denoiser, GaussianPrior(), None, 3, reverse, num_bands=2)
-    found = drawn(x_0.expand(4000, -1, -1, -1), NoiseSource(1, 4000))
+    found = drawn(x_0.expand(4000, -1, -1, -1), CounterRNG(1, 4000))
     assert (found.steps > 0).sum(1).max() <= 3
     assert found.bands is not None and exact.bands is not None
     pairs = [(found.steps, exact.steps), (found.bands.flatten(1), exact.bands.flatten(1))]
@@ -245,8 +245,8 @@ def test_draws_have_the_terms_as_their_expectation(twin: Twin, reverse: str) -> 
 
 def test_as_many_draws_as_steps_look_at_all_of_them() -> None:
     denoiser, x_0 = Zero(VP(6)), images(2, 1, H, W)
-    every = VariationalBound(denoiser, GaussianPrior())(x_0, NoiseSource(3, 2))
-    close(VariationalBound(denoiser, GaussianPrior(), draws=5)(x_0, NoiseSource(3, 2)).total, every.total, 0, 0)
+    every = VariationalBound(denoiser, GaussianPrior())(x_0, CounterRNG(3, 2))
+    close(VariationalBound(denoiser, GaussianPrior(), draws=5)(x_0, CounterRNG(3, 2)).total, every.total, 0, 0)
 
 
 @pytest.mark.parametrize("draws", [None, 3])
@@ -257,8 +257,8 @@ def test_an_image_gets_the_same_in_any_batch(draws: int | None) -> None:
     x_0 = images(5, 1, H, W)
     prior.fit(images(7, 1, H, W, seed=2), process)
     bound = VariationalBound(denoiser, prior, draws=draws)
-    whole = bound(x_0, NoiseSource(4, 5))
-    parts = [bound(x_0[:2], NoiseSource(4, 2)), bound(x_0[2:], NoiseSource(4, 3, first=2))]
+    whole = bound(x_0, CounterRNG(4, 5))
+    parts = [bound(x_0[:2], CounterRNG(4, 2)), bound(x_0[2:], CounterRNG(4, 3, first=2))]
     for name in ("context", "prior", "steps", "decoder", "total"):
         close(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name), 1e-9, 1e-9)
 
@@ -295,7 +295,7 @@ def test_values_that_can_not_be_meant_are_refused() -> None:
         with refused(*words):
             VariationalBound(denoiser, prior, **wrong)
     with refused("finer-scale", "steps=4"):
-        VariationalBound(Denoiser(TinyNetwork(), InverseHeat(8), FinerScale()), prior, steps=4)
+        VariationalBound(Denoiser(TinyNetwork(), InverseHeat(8), NextScale()), prior, steps=4)
     with refused("noise target divides"):
         VariationalBound(Denoiser(TinyNetwork(), InverseHeat(8), Noise()), prior)
 
@@ -312,7 +312,7 @@ def test_everything_stays_on_the_device_and_nothing_waits_for_it(process: Proces
     bound = VariationalBound(Denoiser(network, process, Clean()), prior, draws=draws, num_bands=2)
     with pretended_gpu(bound.denoiser, prior):
         x_0 = torch.rand(2, 1, H, W, device="cuda")
-        found = bound(x_0, NoiseSource(0, 2, device="cuda"))
+        found = bound(x_0, CounterRNG(0, 2, device="cuda"))
         assert found.total.device.type == "cuda" and found.total.shape == (2,)
 
 
@@ -332,6 +332,6 @@ def test_other_targets_give_the_terms_of_their_estimate() -> None:
 
 def test_a_chain_of_one_step_is_prior_and_decoder() -> None:
     x_0 = images(2, 1, H, W)
-    found = VariationalBound(Zero(VP(5)), GaussianPrior(), steps=1, draws=3, num_bands=2)(x_0, NoiseSource(0, 2))
+    found = VariationalBound(Zero(VP(5)), GaussianPrior(), steps=1, draws=3, num_bands=2)(x_0, CounterRNG(0, 2))
     assert found.steps.shape == (2, 0) and found.scales.tolist() == [1.0]
     close(found.total, found.prior + found.decoder)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.likelihood import FlowLikelihood, follow_flow, start_law
 from dpm_scales.operators import HeatOperator
-from dpm_scales.priors import GaussianPrior, GuidancePrior
+from dpm_scales.priors import GaussianPrior, OsmosisPrior
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, OsmosisDiffusion
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.schedules import ConstantNoise, CosineLogSNR, EDMNoise, LinearTimeBlur, SinSquaredBlur
-from dpm_scales.targets import Clean, FinerScale, Noise, Velocity
+from dpm_scales.targets import Clean, NextScale, Noise, Velocity
 from support.oracles import (
     GaussianData,
     TinyNetwork,
@@ -82,7 +82,7 @@ SMOOTH = [
 H, W = 1, 4
 
 
-class Hadamard(NoiseSource):
+class Hadamard(CounterRNG):
     """Sign vectors, as many as pixels, whose outer products average to the identity: exact traces."""
 
     def __init__(self, count: int, pixels: int) -> None:
@@ -103,7 +103,7 @@ class Differentiable(Denoiser):
         super().__init__(nn.Identity(), twin.build(), Clean())
         self.twin, self.data, self.basis = twin, data, HeatOperator()
 
-    def clean(
+    def predict_mean(
         self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         (signal, noise), signal_s = curves(self.twin, float(t), H, W), curves(self.twin, float(s), H, W)[0]
@@ -123,7 +123,7 @@ def exact(twin: Twin, data: GaussianData, u: Array, a: float) -> Array:
 
 def density(twin: Twin, data: GaussianData, y: Tensor, scales: Sequence[float]) -> Array:
     """-log p(y_a) by the package, `scales` descending to a."""
-    start, _ = start_law(GaussianPrior(), twin.build(), y, NoiseSource(0, len(y)))
+    start, _ = start_law(GaussianPrior(), twin.build(), y, CounterRNG(0, len(y)))
     grid = torch.tensor(scales, dtype=torch.float64)
     last, traces = follow_flow(Differentiable(twin, data), start, y, grid, Hadamard(len(y), H * W), probes=H * W)
     log_volume = np.log(curves(twin, scales[-1], H, W)[1] * np.ones((H, W))).sum()
@@ -149,12 +149,12 @@ def test_traces_are_estimated_without_bias() -> None:
     """One random probe each, 4000 times: the average is the trace by all sign vectors, within 4 standard errors."""
     twin, data = SMOOTH[2], gaussian_data(H, W)
     y = images(1, 1, H, W)
-    start, _ = start_law(GaussianPrior(), twin.build(), y, NoiseSource(0, 1))
+    start, _ = start_law(GaussianPrior(), twin.build(), y, CounterRNG(0, 1))
     grid = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
     truth = follow_flow(Differentiable(twin, data), start, y, grid, Hadamard(1, H * W), probes=H * W)[1]
     many = y.expand(4000, -1, -1, -1)
     for probes in (1, 3):
-        found = follow_flow(Differentiable(twin, data), start, many, grid, NoiseSource(1, 4000), probes=probes)[1]
+        found = follow_flow(Differentiable(twin, data), start, many, grid, CounterRNG(1, 4000), probes=probes)[1]
         error = found.std(0) / math.sqrt(4000)
         assert ((found.mean(0) - truth[0]).abs() < 4 * error).all()
 
@@ -162,7 +162,7 @@ def test_traces_are_estimated_without_bias() -> None:
 class DenseGaussian(Denoiser):
     """E[y_0 | y_t] for y_0 ~ N(0, P(L)), by the eigenvectors of each guidance image's operator."""
 
-    def clean(
+    def predict_mean(
         self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         assert context is not None
@@ -194,9 +194,9 @@ def spectrum_of(v: Tensor) -> tuple[Tensor, Tensor]:
 def test_osmosis_has_the_density_of_its_dense_operator() -> None:
     """Data N(0, P(L)) for each guidance image v, 2 x 4 pixels: the flow's density, and its order."""
     law = OsmosisDiffusion(100, CosineLogSNR(-6, 4), SinSquaredBlur(1.0), 0.05)
-    x_0, prior = images(2, 1, 2, 4, seed=2), GuidancePrior()
+    x_0, prior = images(2, 1, 2, 4, seed=2), OsmosisPrior()
     prior.fit(torch.zeros(1, 1, 2, 4), law)  # mean grey value 0: N(0, gamma_1^2)
-    start, v = start_law(prior, law, x_0, NoiseSource(0, 2))
+    start, v = start_law(prior, law, x_0, CounterRNG(0, 2))
     assert v is not None
     mu, vectors = spectrum_of(v)
     a, y = 0.3, images(2, 1, 2, 4, seed=3)
@@ -226,7 +226,7 @@ def test_flow_and_decoder_bound_the_likelihood(twin: Twin) -> None:
     data, std = gaussian_data(H, W), 0.3
     x_0 = data.sample(1000, seed=1)
     flow = FlowLikelihood(Differentiable(twin, data), GaussianPrior(), 100, decoder_std=std, levels=None)
-    found = flow(x_0, NoiseSource(0, 1000))
+    found = flow(x_0, CounterRNG(0, 1000))
     assert found.scales.shape == (101,) and found.steps.shape == (1000, 100)
     (signal_1, noise_1), open_ = curves(twin, 1.0, H, W), data.uncertainty(*curves(twin, 0.01, H, W))
     spread = signal_1**2 * data.variance + noise_1**2
@@ -243,7 +243,7 @@ def test_targets_of_a_network_give_its_own_trace(target: Clean | Noise | Velocit
     twin = SMOOTH[2]
     denoiser = with_target(twin, target, TinyNetwork())
     y, process = images(1, 1, H, W), denoiser.process
-    start, _ = start_law(GaussianPrior(), process, y, NoiseSource(0, 1))
+    start, _ = start_law(GaussianPrior(), process, y, CounterRNG(0, 1))
     grid = torch.tensor([1.0, 0.9], dtype=torch.float64)
     found = follow_flow(denoiser, start, y, grid, Hadamard(1, H * W), probes=H * W)[1]
     basis, a, b = HeatOperator(), grid[1], grid[0]
@@ -251,7 +251,7 @@ def test_targets_of_a_network_give_its_own_trace(target: Clean | Noise | Velocit
     own = signal_b * noise_a / noise_b / signal_a - 1
 
     def answer(y: Tensor, t: Tensor) -> Tensor:
-        return basis.analysis(denoiser.clean(basis.synthesis(y), t, a))
+        return basis.analysis(denoiser.predict_mean(basis.synthesis(y), t, a))
 
     u_a = basis.analysis(y)
     growth, m_a = torch.from_numpy(noise_b / noise_a), answer(u_a, a)
@@ -268,7 +268,7 @@ def test_what_the_flow_can_not_do_is_refused() -> None:
     with refused("no noise"):
         FlowLikelihood(Denoiser(TinyNetwork(), Homogeneous(4), Clean()), prior)
     with refused("finer-scale"):
-        FlowLikelihood(Denoiser(TinyNetwork(), InverseHeat(4), FinerScale()), prior)
+        FlowLikelihood(Denoiser(TinyNetwork(), InverseHeat(4), NextScale()), prior)
     with refused("num_scales"):
         FlowLikelihood(Denoiser(TinyNetwork(), VP(1), Clean()), prior)
     for wrong in ({"steps": 0}, {"probes": 0}, {"decoder_std": 0.0}):
@@ -282,4 +282,4 @@ def test_flow_stays_on_the_device_and_never_waits(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.autograd, "grad", lambda m, y, v, retain_graph: (m * v,))
     with pretended_gpu(flow.denoiser):
         x_0 = torch.rand(2, 1, H, W, device="cuda")
-        assert flow(x_0, NoiseSource(0, 2, device="cuda")).total.device.type == "cuda"
+        assert flow(x_0, CounterRNG(0, 2, device="cuda")).total.device.type == "cuda"

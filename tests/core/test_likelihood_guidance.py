@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.likelihood import FlowLikelihood, VariationalBound, start_law
-from dpm_scales.priors import GuidancePrior
+from dpm_scales.priors import OsmosisPrior
 from dpm_scales.processes import VP, InverseOsmosis, Osmosis, OsmosisDiffusion
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.schedules import CosineLogSNR, LinearTimeBlur
 from dpm_scales.targets import Clean
 from support.oracles import ScriptedNoise, close, images, pretended_gpu
@@ -141,7 +141,7 @@ class LinearDenoiser(Denoiser):
         super().__init__(nn.Identity(), process, Clean())
         self.twin_of, self._twins = twin_of, dict[bytes, Twin]()
 
-    def clean(
+    def predict_mean(
         self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         assert context is not None
@@ -166,7 +166,7 @@ class Scripted(ScriptedNoise):
 
 
 def expected(
-    denoiser: LinearDenoiser, prior: GuidancePrior, x_0: Array, white: Array, uniforms: Sequence[float] = ()
+    denoiser: LinearDenoiser, prior: OsmosisPrior, x_0: Array, white: Array, uniforms: Sequence[float] = ()
 ) -> tuple[float, float]:
     """The package's bound for a density, averaged over the noise of the chain; and its context's part. For one image
     ``(H, W)``, the guidance's white noise and the uniform numbers that choose what else there is."""
@@ -200,8 +200,8 @@ def data(n: int) -> tuple[Array, Array]:
     return 0.5 + 0.1 * rng.normal(size=n), factor @ factor.T + 0.002 * np.eye(n)
 
 
-def fitted(process: Osmosis, training: Array) -> GuidancePrior:
-    prior = GuidancePrior()
+def fitted(process: Osmosis, training: Array) -> OsmosisPrior:
+    prior = OsmosisPrior()
     prior.fit(torch.from_numpy(training[:, None]), process)
     return prior
 
@@ -373,9 +373,9 @@ def test_smooth_guidance_costs_what_its_density_says(make: type[Osmosis], low: f
     span = 1 - low
     x_0 = low + span * (0.5 + 0.03 * images(5, 2, 3, 4, seed=1))
     training = low + span * (0.5 + 0.03 * images(4, 2, 3, 4, seed=2))
-    prior = GuidancePrior()
+    prior = OsmosisPrior()
     prior.fit(training, process)
-    start, v = start_law(prior, process, x_0, NoiseSource(0, 5))
+    start, v = start_law(prior, process, x_0, CounterRNG(0, 5))
     assert v is not None and 0.01 < float(v.min()) and float(v.max()) < 1
     matrix = 0.1 * pattern_matrix(3, 4, 0.5)
     own = (x_0.mean((-2, -1)).numpy() - low) / span
@@ -405,7 +405,7 @@ def test_smooth_guidance_costs_what_its_density_says(make: type[Osmosis], low: f
 @pytest.mark.parametrize("method", ["vlb", "flow"])
 def test_an_image_gets_the_same_in_any_batch(method: str, settings: dict[str, str]) -> None:
     process = osmosis(8, **settings)
-    prior = GuidancePrior()
+    prior = OsmosisPrior()
     prior.fit(0.3 + 0.4 * images(7, 1, 3, 5, seed=2).abs(), process)
 
     class Mean(nn.Module):
@@ -415,8 +415,8 @@ def test_an_image_gets_the_same_in_any_batch(method: str, settings: dict[str, st
 
     denoiser, x_0 = Denoiser(Mean(), process, Clean()).double(), images(5, 1, 3, 5).abs()
     look = VariationalBound(denoiser, prior, draws=3) if method == "vlb" else FlowLikelihood(denoiser, prior, 3)
-    whole = look(x_0, NoiseSource(4, 5)).total
-    parts = [look(x_0[:2], NoiseSource(4, 2)).total, look(x_0[2:], NoiseSource(4, 3, first=2)).total]
+    whole = look(x_0, CounterRNG(4, 5)).total
+    parts = [look(x_0[:2], CounterRNG(4, 2)).total, look(x_0[2:], CounterRNG(4, 3, first=2)).total]
     assert bool(torch.isfinite(whole).all())
     close(torch.cat(parts), whole, 1e-8, 1e-8)
 
@@ -425,10 +425,10 @@ def test_an_image_gets_the_same_in_any_batch(method: str, settings: dict[str, st
     "settings", [{"pattern": "smooth"}, {"pattern": "edges"}, {"image": "other"}, {"image": "own"}]
 )
 def test_guidance_is_drawn_on_the_device(settings: dict[str, str]) -> None:
-    process, prior = osmosis(**{f"guidance_{name}": value for name, value in settings.items()}), GuidancePrior()
+    process, prior = osmosis(**{f"guidance_{name}": value for name, value in settings.items()}), OsmosisPrior()
     prior.fit(torch.rand(4, 1, 3, 5), process)
     with pretended_gpu(process, prior):
-        start, v = start_law(prior, process, torch.rand(2, 1, 3, 5, device="cuda"), NoiseSource(0, 2, device="cuda"))
+        start, v = start_law(prior, process, torch.rand(2, 1, 3, 5, device="cuda"), CounterRNG(0, 2, device="cuda"))
         assert v is not None and v.device.type == start.context_cost.device.type == "cuda"
         assert start.divergence(torch.rand(2, 1, 3, 5, device="cuda")).device.type == "cuda"
 
@@ -444,7 +444,7 @@ def test_grey_values_are_drawn_as_often_as_they_should() -> None:
     process = osmosis(guidance_pattern="edges")
     prior, q = fitted(process, TRAINING), near(process)
     x_0 = torch.from_numpy(IMAGE).expand(20000, 1, 1, 2)
-    start, v = start_law(prior, process, x_0, NoiseSource(1, 20000))
+    start, v = start_law(prior, process, x_0, CounterRNG(1, 20000))
     assert v is not None and start.grey is not None and start.grey.shape == (20000, 1, 1)
     for grey, share in zip(TRAINING.mean((1, 2)), q, strict=True):
         chosen = (start.grey[:, 0, 0].numpy() == grey).mean()

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.likelihood import VariationalBound, negative_log_likelihood, start_law, wiener_std
 from dpm_scales.operators import HeatOperator
-from dpm_scales.priors import DataPrior, GaussianPrior, GuidancePrior, Prior
+from dpm_scales.priors import DataPrior, GaussianPrior, OsmosisPrior, Prior
 from dpm_scales.processes import VP, InverseHeat, InverseOsmosis, Osmosis, OsmosisDiffusion
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.schedules import ConstantNoise, CosineLogSNR, LinearTimeBlur, LogBlur, SinSquaredBlur
 from dpm_scales.targets import Clean
 from support.oracles import (
@@ -68,7 +68,7 @@ def test_blurred_images_are_a_mixture(twin: Twin, ratio: float) -> None:
     prior.fit(training, process)
     signal, noise = curves(twin, 1.0)
     centres, weights = signal * coefficients(training.double().numpy()), np.full(6, -math.log(6))
-    start, context = start_law(prior, process, x_0, NoiseSource(0, 3))
+    start, context = start_law(prior, process, x_0, CounterRNG(0, 3))
     assert context is None and (start.context_cost == 0).all()
     mean = torch.from_numpy(signal * coefficients(x_0.numpy()))
     expected = bounded_divergence(weights, mean.numpy(), noise, centres, ratio * noise)
@@ -87,17 +87,17 @@ def test_bound_of_a_mixture_is_one(twin: Twin) -> None:
     prior = DataPrior(1.25)
     prior.fit(training, process)
     x_0 = images(1, 1, H, W, seed=3)
-    start, _ = start_law(prior, process, x_0, NoiseSource(0, 1))
+    start, _ = start_law(prior, process, x_0, CounterRNG(0, 1))
     operator, one = process.operator(), torch.ones((), dtype=torch.float64)
     mean = operator.apply(process.signal(one), x_0)
-    white = NoiseSource(0, 20000).normal((1, H, W), torch.float64)
+    white = CounterRNG(0, 20000).normal((1, H, W), torch.float64)
     y = mean + operator.apply(lambda mu: process.noise_scale(one, mu), white)
     log_q = -0.5 * white.square().flatten(1).sum(1) - 0.5 * H * W * math.log(2 * math.pi)
     sampled = log_q + start.negative_log_density(y)
     error = float(sampled.std()) / math.sqrt(len(sampled))
     assert float(sampled.mean()) - 4 * error < float(start.divergence(mean)) < float(sampled.mean()) + 1.0
     prior.fit(training[:1], process)
-    alone, _ = start_law(prior, process, x_0, NoiseSource(0, 1))
+    alone, _ = start_law(prior, process, x_0, CounterRNG(0, 1))
     sampled = log_q + alone.negative_log_density(y)
     assert float(sampled.mean() - alone.divergence(mean)) == pytest.approx(0, abs=4 * float(sampled.std()) / 140)
 
@@ -128,9 +128,9 @@ def test_guidance_costs_what_it_tells_of_the_mean(process: int, least: float) ->
     low, high = law.value_range
     training = low + (high - low) * images(5, 2, H, W, seed=6).abs().float()
     x_0 = low + (high - low) * images(3, 2, H, W, seed=7).abs()
-    prior = GuidancePrior(1.3)
+    prior = OsmosisPrior(1.3)
     prior.fit(training, law)
-    start, v = start_law(prior, law, x_0, NoiseSource(0, 3))
+    start, v = start_law(prior, law, x_0, CounterRNG(0, 3))
     assert v is not None
     assert v.shape == x_0.shape and 0 <= int((v == least).sum()) < v.numel() / 2
     assert least == 0.01 or bool((v == least).any())
@@ -165,9 +165,9 @@ def test_what_guidance_tells_is_positive_on_average_and_little_for_much_noise() 
     for noise in (0.02, 0.5):
         law = guided(noise)[0]
         training, x_0 = images(50, 1, H, W, seed=1), images(300, 1, H, W, seed=2)
-        prior = GuidancePrior()
+        prior = OsmosisPrior()
         prior.fit(training, law)
-        cost = start_law(prior, law, x_0, NoiseSource(0, 300))[0].context_cost
+        cost = start_law(prior, law, x_0, CounterRNG(0, 300))[0].context_cost
         assert cost.mean() > 3 * cost.std() / math.sqrt(300)
         costs.append(float(cost.mean()))
     assert costs[0] > 1 > 0.3 > costs[1]
@@ -176,7 +176,7 @@ def test_what_guidance_tells_is_positive_on_average_and_little_for_much_noise() 
 class Guess(Denoiser):
     """Answers with lambda_s(L) of an image that depends on t alone, by the dense operator of the guidance image."""
 
-    def clean(
+    def predict_mean(
         self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         return self.process.operator(context).at_degree(60).apply(self.process.signal(s), guess(t, y_t))
@@ -197,15 +197,15 @@ def test_terms_of_osmosis_are_those_of_the_dense_operator(process: int, reverse:
     """1/2 d' f(L) d by eigenvectors of L, 3 x 5 pixels, 2 channels, to 1e-5 of the sum; a band has 1/2 (P d)' f(L) d, P
     the DCT coefficients of its frequencies."""
     law = guided()[process]
-    x_0, prior = images(2, 2, H, W).abs(), GuidancePrior()
+    x_0, prior = images(2, 2, H, W).abs(), OsmosisPrior()
     prior.fit(images(4, 2, H, W, seed=9).abs(), law)
     denoiser = Guess(Blind(), law, Clean())
-    found = VariationalBound(denoiser, prior, reverse=reverse, num_bands=2)(x_0, NoiseSource(1, 2))
+    found = VariationalBound(denoiser, prior, reverse=reverse, num_bands=2)(x_0, CounterRNG(1, 2))
     assert found.bands is not None
     close(found.bands.sum(2), found.steps)
     frequency = np.hypot(np.arange(H)[:, None] / H, np.arange(W) / W)
     low = frequency < frequency.max() / 2
-    _, v = start_law(prior, law, x_0, NoiseSource(1, 2))
+    _, v = start_law(prior, law, x_0, CounterRNG(1, 2))
     assert v is not None
     for i in range(5):
         t, s = (torch.tensor((6 - k) / 6, dtype=torch.float64) for k in (i, i + 1))
@@ -235,7 +235,7 @@ def test_constant_guidance_is_the_heat_operator() -> None:
     x_0 = images(2, 1, H, W).abs()
     flat = InverseOsmosis(6, ConstantNoise(0.1), LinearTimeBlur(2.0), guidance_noise=0.0, guidance_input=False)
     heat = InverseHeat(6, ConstantNoise(0.1), LinearTimeBlur(2.0), "discrete")
-    prior = GuidancePrior()
+    prior = OsmosisPrior()
     prior.fit(x_0, flat)
 
     class Mean(nn.Module):
@@ -243,7 +243,7 @@ def test_constant_guidance_is_the_heat_operator() -> None:
             return torch.full_like(x, 0.4)
 
     found = [
-        VariationalBound(Denoiser(Mean(), law, Clean("none")), p)(x_0, NoiseSource(0, 2))
+        VariationalBound(Denoiser(Mean(), law, Clean("none")), p)(x_0, CounterRNG(0, 2))
         for law, p in ((flat, prior), (heat, GaussianPrior()))
     ]
     assert (found[0].context == 0).all()
@@ -255,10 +255,10 @@ def test_densities_that_are_not_known_are_refused() -> None:
     x_0 = images(2, 1, H, W).abs().float()
 
     def law(prior: Prior, process: Osmosis | VP | InverseHeat) -> None:
-        start_law(prior, process, x_0, NoiseSource(0, 2))
+        start_law(prior, process, x_0, CounterRNG(0, 2))
 
     with refused("train the model first"):
-        law(GuidancePrior(), InverseOsmosis(4))
+        law(OsmosisPrior(), InverseOsmosis(4))
     silent = DataPrior(0.0)
     silent.fit(x_0, InverseHeat(4))
     with refused("noise_ratio=0"):
@@ -337,7 +337,7 @@ def test_bound_holds_on_images_that_can_be_counted() -> None:
     data = PointData(every, probabilities)
 
     class Ideal(Denoiser):  # in pixels: without blur they serve as coefficients
-        def clean(
+        def predict_mean(
             self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None
         ) -> Tensor:
             estimate = data.estimate(y_t.numpy(), *curves(twin, float(t), 1, 2))
@@ -370,7 +370,7 @@ def test_bound_holds_on_images_that_can_be_counted() -> None:
     gaps, sizes = np.empty(9), np.empty(9)
     for i, image in enumerate(every):
         x = torch.from_numpy(image).expand(draws, 1, 1, 2)
-        found = bound(x, NoiseSource(i, draws)).total.numpy()
+        found = bound(x, CounterRNG(i, draws)).total.numpy()
         gaps[i], sizes[i] = found.mean() - exact[i], found.std() / math.sqrt(draws)
     assert (gaps > -3 * sizes).all() and (gaps > 0).sum() >= 8
     entropy = -(probabilities * np.log(probabilities)).sum()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.operators import OsmosisOperator
-from dpm_scales.priors import GuidancePrior, auto_prior
+from dpm_scales.priors import OsmosisPrior, auto_prior
 from dpm_scales.processes import (
     VP,
     Blurring,
@@ -27,10 +27,10 @@ from dpm_scales.processes import (
     OsmosisFilter,
     Process,
 )
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, DPMSolver, Heun, Sampler
 from dpm_scales.schedules import LogBlur, SinSquaredBlur
-from dpm_scales.targets import Clean, FinerScale, Noise, Target, Velocity
+from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.oracles import TinyNetwork, generator, pretended_gpu, refused
 from support.osmosis_twins import guidance_images, images, means, white_function
 
@@ -129,7 +129,7 @@ SAMPLERS: list[tuple[Sampler, Target]] = [
     (Ancestral(20), Noise()),
     (Heun(5, grid="uniform", variable="logsnr"), Clean()),
     (DPMSolver(0.0, 5, "uniform"), Clean()),
-    (Dissipation(1.25), FinerScale()),
+    (Dissipation(1.25), NextScale()),
     (Cold(5), Clean()),
 ]
 
@@ -149,7 +149,7 @@ def test_constant_guidance_gives_every_sampler_step_of_the_heat_operator(
     y = images(3, 2, 5, 7, seed=2)
     frames: list[list[Tensor]] = [[], []]
     for kept, denoiser, context in ((frames[0], ours, constant(y)), (frames[1], theirs, None)):
-        sampler.reverse(denoiser, y, NoiseSource(0, 3), context, on_step=lambda i, x, kept=kept: kept.append(x.clone()))
+        sampler.reverse(denoiser, y, CounterRNG(0, 3), context, on_step=lambda i, x, kept=kept: kept.append(x.clone()))
     assert len(frames[0]) == len(frames[1]) > 1
     # Where the noise is constant the posterior's std is a root at mu = 0, which no polynomial follows: see `tolerance`;
     # the network's filter sharpens what that leaves.
@@ -287,15 +287,15 @@ def test_features_have_mean_zero_and_a_missing_context_is_told() -> None:
 
 @pairs
 def test_auto_prior_is_that_of_guidance_images(pair: Pair) -> None:
-    assert isinstance(auto_prior(pair.osmosis()), GuidancePrior)
+    assert isinstance(auto_prior(pair.osmosis()), OsmosisPrior)
 
 
 @pairs
 def test_prior_is_the_steady_state_and_noise(pair: Pair) -> None:
-    process, prior = pair.osmosis(), GuidancePrior(noise_ratio=0.5)
+    process, prior = pair.osmosis(), OsmosisPrior(noise_ratio=0.5)
     data = images(7, 2, 5, 4)
     prior.fit(data, process)
-    y, v = prior.sample(process, NoiseSource(3, 400), (2, 5, 4), torch.float64)
+    y, v = prior.sample(process, CounterRNG(3, 400), (2, 5, 4), torch.float64)
     assert v is not None and v.shape == (400, 2, 5, 4)
     root = (v / means(v)).sqrt()
     grey = data.mean((-2, -1))
@@ -311,28 +311,28 @@ def test_prior_is_the_steady_state_and_noise(pair: Pair) -> None:
 
 
 def test_prior_depends_on_seed_and_number_alone_and_survives_a_state_dict() -> None:
-    process, prior = OsmosisDiffusion(20), GuidancePrior()
+    process, prior = OsmosisDiffusion(20), OsmosisPrior()
     prior.fit(images(7, 2, 5, 4), process)
-    again = GuidancePrior()
+    again = OsmosisPrior()
     again.load_state_dict(prior.state_dict())
-    whole = prior.sample(process, NoiseSource(1, 5), (2, 5, 4))
-    part = again.sample(process, NoiseSource(1, 2, first=3), (2, 5, 4))
+    whole = prior.sample(process, CounterRNG(1, 5), (2, 5, 4))
+    part = again.sample(process, CounterRNG(1, 2, first=3), (2, 5, 4))
     assert torch.equal(whole[0][3:], part[0])
     assert whole[1] is not None and part[1] is not None and torch.equal(whole[1][3:], part[1])
 
 
 def test_prior_says_what_is_missing() -> None:
     with refused("train the model first"):
-        GuidancePrior().sample(OsmosisDiffusion(20), NoiseSource(0, 1), (1, 4, 4))
+        OsmosisPrior().sample(OsmosisDiffusion(20), CounterRNG(0, 1), (1, 4, 4))
     with refused("osmosis process", "VP"):
-        GuidancePrior().fit(images(2, 1, 4, 4), VP(10))
-    prior = GuidancePrior()
+        OsmosisPrior().fit(images(2, 1, 4, 4), VP(10))
+    prior = OsmosisPrior()
     prior.fit(images(2, 1, 4, 4), OsmosisDiffusion(20))
     with refused("1 channel(s)", "3"):
-        prior.sample(OsmosisDiffusion(20), NoiseSource(0, 1), (3, 4, 4))
+        prior.sample(OsmosisDiffusion(20), CounterRNG(0, 1), (3, 4, 4))
     for bad in ({"noise_ratio": -1.0}, {"noise_ratio": None}, {"max_images": 0}):
-        with refused("GuidancePrior"):
-            GuidancePrior(**bad)  # type: ignore[arg-type]
+        with refused("OsmosisPrior"):
+            OsmosisPrior(**bad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -371,13 +371,13 @@ def test_cold_diffusion_with_the_true_image_walks_the_trajectory_back() -> None:
     start = process.marginal(x_0, 1.0, v).mean
     seen: list[Tensor] = []
     sampler = Cold(5)
-    sampler.reverse(denoiser, operator.to_white(start), NoiseSource(0, 2), v, on_step=lambda i, x: seen.append(x))
+    sampler.reverse(denoiser, operator.to_white(start), CounterRNG(0, 2), v, on_step=lambda i, x: seen.append(x))
     for t, x in zip(sampler.scales(process)[1:].tolist(), seen, strict=True):
         close(x, process.marginal(x_0, t, v).mean, 1e-8)
 
 
 @pairs
-@pytest.mark.parametrize("target", [Clean(), FinerScale()], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("target", [Clean(), NextScale()], ids=lambda t: type(t).__name__)
 def test_losses_have_gradients(pair: Pair, target: Target) -> None:
     process = pair.osmosis()
     low, high = process.value_range
@@ -403,7 +403,7 @@ def test_losses_have_gradients(pair: Pair, target: Target) -> None:
 def test_law_loss_and_sampler_stay_on_the_device(pair: Pair) -> None:
     process = pair.osmosis()
     denoiser = Denoiser(Blind(TinyNetwork(2), 2), process, Clean())
-    prior = GuidancePrior()
+    prior = OsmosisPrior()
     prior.fit(images(7, 2, 5, 7, dtype=torch.float32), process)
     sampler = Ancestral(3) if pair.noisy else Cold(3)
     with pretended_gpu(denoiser, prior):
@@ -413,5 +413,5 @@ def test_law_loss_and_sampler_stay_on_the_device(pair: Pair) -> None:
         assert process.sample(x_0, t, context=v).device.type == "cuda"
         assert denoiser.loss(x_0, t).device.type == "cuda"
         scales = torch.tensor([1.0, 0.5, 0.25, 0.0], device="cuda", dtype=torch.float64)
-        out = sampler.sample(denoiser, prior, NoiseSource(0, 3, device="cuda"), (2, 5, 7), scales=scales)
+        out = sampler.sample(denoiser, prior, CounterRNG(0, 3, device="cuda"), (2, 5, 7), scales=scales)
         assert out.device.type == "cuda"

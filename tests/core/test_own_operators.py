@@ -17,7 +17,7 @@ from dpm_scales.likelihood import FlowLikelihood, VariationalBound, start_law
 from dpm_scales.operators import Operator, PixelOperator, SpectralFunction
 from dpm_scales.priors import DataPrior, GaussianPrior, auto_prior
 from dpm_scales.processes import VP, Blurring, Context, InverseHeat, OsmosisDiffusion, Process
-from dpm_scales.rng import NoiseSource, Randomness, white_noise
+from dpm_scales.rng import CounterRNG, Randomness, white_noise
 from dpm_scales.samplers import DDIM
 from dpm_scales.schedules import CosineLogSNR, LinearTimeBlur
 from dpm_scales.targets import Clean
@@ -104,7 +104,7 @@ def test_bands_add_up_and_leave_the_bound_as_it_is(make: Any, reverse: str) -> N
     prior.fit(x_0, process)
 
     def bound(**options: Any) -> Any:
-        return VariationalBound(Wrong(process), prior, reverse=reverse, **options)(x_0, NoiseSource(4, 2))
+        return VariationalBound(Wrong(process), prior, reverse=reverse, **options)(x_0, CounterRNG(4, 2))
 
     plain = bound()
     for number in (1, 3, 5):
@@ -117,9 +117,9 @@ def test_bands_add_up_and_leave_the_bound_as_it_is(make: Any, reverse: str) -> N
 def test_steps_of_the_bound_are_those_of_the_operators_own_basis() -> None:
     """Against the sum over its eigenvectors, written out."""
     process, x_0 = RotatedDiffusion(), images(2, 1, H, W)
-    operator, noise = process.operator(), NoiseSource(4, 2)
+    operator, noise = process.operator(), CounterRNG(4, 2)
     assert isinstance(operator, Rotated)
-    found = VariationalBound(Wrong(process), GaussianPrior(), num_bands=3)(x_0, NoiseSource(4, 2))
+    found = VariationalBound(Wrong(process), GaussianPrior(), num_bands=3)(x_0, CounterRNG(4, 2))
     mu = operator.eigenvalues(H, W)
     for i in range(K - 1):
         t, s = float64((K - i) / K), float64((K - i - 1) / K)
@@ -138,7 +138,7 @@ def test_likelihoods_ask_the_process_for_the_degree_of_their_functions() -> None
     assert isinstance(operator, Rotated)
     for make in (VariationalBound, FlowLikelihood):
         operator.degrees.clear()
-        make(Wrong(process), GaussianPrior(), steps=3)(x_0, NoiseSource(4, 2))
+        make(Wrong(process), GaussianPrior(), steps=3)(x_0, CounterRNG(4, 2))
         assert operator.degrees[:1] == [77]
 
 
@@ -159,22 +159,22 @@ def test_what_needs_the_cosine_basis_refuses_another() -> None:
 def test_edits_draw_the_context_and_use_it() -> None:
     """noised, encode and restore in the coordinates of the field; the same field for a sample, whatever its batch."""
     process, x_0 = UnevenNoise(), images(3, 1, H, W)
-    context = context_of(process, x_0, NoiseSource(5, 3))
-    same, rest = process.context(x_0, NoiseSource(5, 3)), context_of(process, x_0[1:], NoiseSource(5, 2, 1))
+    context = context_of(process, x_0, CounterRNG(5, 3))
+    same, rest = process.context(x_0, CounterRNG(5, 3)), context_of(process, x_0[1:], CounterRNG(5, 2, 1))
     assert context is not None and same is not None and rest is not None
     assert torch.equal(context, same) and torch.equal(context[1:], rest)
     t, mu = float64(0.5), torch.zeros(1, 1, dtype=torch.float64)
-    y = noised(process, x_0, t, NoiseSource(6, 3), context)
-    white = NoiseSource(6, 3).normal((1, H, W), torch.float64)
+    y = noised(process, x_0, t, CounterRNG(6, 3), context)
+    white = CounterRNG(6, 3).normal((1, H, W), torch.float64)
     expected = process.signal_scale(t, mu) * x_0 / context + process.noise_scale(t, mu) * white
     close(y.numpy(), expected.numpy())
     sampler, denoiser = DDIM(0.0, K), Contextual(process)
     scales = sampler.scales(process)
-    again = sampler.reverse(denoiser, encode(denoiser, x_0, scales, context, refine=60), NoiseSource(0, 3), context)
+    again = sampler.reverse(denoiser, encode(denoiser, x_0, scales, context, refine=60), CounterRNG(0, 3), context)
     close(again.numpy(), x_0.numpy(), 1e-6)
     known = torch.arange(H * W).reshape(H, W) % 2 == 0
     consistent = Consistent(denoiser, Mask(known), Mask(known).forward(x_0))
-    restored = restore(consistent, sampler, scales, NoiseSource(1, 3), (1, H, W), dtype=torch.float64)
+    restored = restore(consistent, sampler, scales, CounterRNG(1, 3), (1, H, W), dtype=torch.float64)
     close(restored[..., known].numpy(), x_0[..., known].numpy())
     assert denoiser.calls > 2 * K
 
@@ -184,10 +184,12 @@ class Contextual(Wrong):
 
     calls = 0
 
-    def clean(self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None) -> Tensor:
+    def predict_mean(
+        self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None
+    ) -> Tensor:
         assert context is not None and context.shape == y_t.shape
         self.calls += 1
-        return super().clean(y_t, t, s, context, labels)
+        return super().predict_mean(y_t, t, s, context, labels)
 
 
 def test_a_context_that_no_prior_draws_is_refused() -> None:
@@ -199,9 +201,9 @@ def test_a_context_that_no_prior_draws_is_refused() -> None:
         with refused("draws no context", "UnevenNoise"):
             start.check(process)
         with refused("draws no context", "UnevenNoise"):
-            start.sample(process, NoiseSource(0, 2), (1, H, W))
+            start.sample(process, CounterRNG(0, 2), (1, H, W))
         with refused("draws no context", "UnevenNoise"):
-            start_law(start, process, x_0, NoiseSource(0, 2))
+            start_law(start, process, x_0, CounterRNG(0, 2))
     with refused("draws no context"):
-        DDIM(0.0, 2).sample(Wrong(process), GaussianPrior(), NoiseSource(0, 2), (1, H, W))
+        DDIM(0.0, 2).sample(Wrong(process), GaussianPrior(), CounterRNG(0, 2), (1, H, W))
     assert math.isfinite(process.grey_left)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpm_scales.priors import DataPrior, GaussianPrior, GuidancePrior, auto_prior
+from dpm_scales.priors import DataPrior, GaussianPrior, OsmosisPrior, auto_prior
 from dpm_scales.processes import (
     VE,
     VP,
@@ -26,7 +26,7 @@ from dpm_scales.processes import (
     OsmosisFilter,
     Process,
 )
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.schedules import ConstantBeta, ConstantNoise, CosineLogSNR, LogBlur, SinSquaredBlur
 from support.oracles import (
     BY_NAME,
@@ -62,11 +62,11 @@ def fitted(twin: Twin, prior: DataPrior, data: Tensor) -> tuple[DataPrior, Proce
 def test_gaussian_prior_is_the_processs_noise_at_scale_one(twin: Twin) -> None:
     """gamma_1(L) applied to the source's draw, mode by mode."""
     prior, process = GaussianPrior(), twin.build()
-    y, context = prior.sample(process, NoiseSource(3, 4), (2, H, W), torch.float64)
-    white = NoiseSource(3, 4).normal((2, H, W), torch.float64)
+    y, context = prior.sample(process, CounterRNG(3, 4), (2, H, W), torch.float64)
+    white = CounterRNG(3, 4).normal((2, H, W), torch.float64)
     assert context is None and y.dtype == torch.float64
     close(y.numpy(), pixels(curves(twin, 1.0)[1] * coefficients(white.numpy())), 1e-12)
-    single, _ = prior.sample(process, NoiseSource(3, 4), (2, H, W))
+    single, _ = prior.sample(process, CounterRNG(3, 4), (2, H, W))
     assert single.dtype == torch.float32
     close(single.numpy(), y.numpy(), 1e-5 * float(y.abs().max()))
     assert prior.max_images == 0 and not list(prior.state_dict())
@@ -77,7 +77,7 @@ def test_gaussian_prior_is_the_processs_noise_at_scale_one(twin: Twin) -> None:
 def test_gaussian_prior_has_mean_zero_and_the_variance_of_each_frequency(twin: Twin) -> None:
     """20000 samples; each coefficient within 5 standard errors."""
     rows = 20000
-    y, _ = GaussianPrior().sample(twin.build(), NoiseSource(1, rows), (1, H, W), torch.float64)
+    y, _ = GaussianPrior().sample(twin.build(), CounterRNG(1, rows), (1, H, W), torch.float64)
     u, std = coefficients(y.numpy())[:, 0], curves(twin, 1.0)[1]
     assert (np.abs(u.mean(0)) < 5 * std / math.sqrt(rows)).all()
     assert (np.abs((u**2).mean(0) / std**2 - 1) < 5 * math.sqrt(2 / rows)).all()
@@ -91,8 +91,8 @@ def test_data_prior_is_a_blurred_training_image_and_noise(twin: Twin) -> None:
     """lambda_1(L) x + r gamma_1(L) eps against dense matrices, for the image and noise of the source."""
     data = images(7, 2, H, W)
     prior, process = fitted(twin, DataPrior(noise_ratio=1.5, tolerance=1e-12), data)
-    y, context = prior.sample(process, NoiseSource(3, 40), (2, H, W), torch.float64)
-    source = NoiseSource(3, 40)
+    y, context = prior.sample(process, CounterRNG(3, 40), (2, H, W), torch.float64)
+    source = CounterRNG(3, 40)
     index = (source.uniform() * 7).floor().long()
     noise = source.normal((2, H, W), torch.float64)
     blur = dense_function(twin.matrix(H, W), lambda mu: twin.signal(1.0, mu))
@@ -101,7 +101,7 @@ def test_data_prior_is_a_blurred_training_image_and_noise(twin: Twin) -> None:
     assert context is None and y.dtype == torch.float64
     close(y.flatten(-2).numpy(), expected, 1e-6)  # the images are stored in float32
     assert set(index.tolist()) == set(range(7))
-    single, _ = prior.sample(process, NoiseSource(3, 40), (2, H, W))
+    single, _ = prior.sample(process, CounterRNG(3, 40), (2, H, W))
     assert single.dtype == torch.float32
     close(single.numpy(), y.numpy(), 1e-5)
 
@@ -111,7 +111,7 @@ def test_every_training_image_is_drawn_equally_often_and_with_noise_of_its_own()
     data = torch.arange(count).reshape(count, 1, 1, 1).expand(count, 1, 2, 3) / count
     prior, process = DataPrior(noise_ratio=2.0), InverseHeat(8, ConstantNoise(0.01))
     prior.fit(data, process)
-    y, _ = prior.sample(process, NoiseSource(4, rows), (1, 2, 3), torch.float64)
+    y, _ = prior.sample(process, CounterRNG(4, rows), (1, 2, 3), torch.float64)
     which = (y.mean((1, 2, 3)) * count).round()
     shares = torch.bincount(which.long(), minlength=count) / rows
     assert (shares - 1 / count).abs().max() < 5 * math.sqrt(0.16 / rows)
@@ -124,9 +124,7 @@ def test_every_training_image_is_drawn_equally_often_and_with_noise_of_its_own()
 def test_noise_ratio_scales_the_noise_alone(ratio: float) -> None:
     twin, data = BY_NAME["inverse-heat-0.1"], images(3, 1, H, W)
     start = [fitted(twin, DataPrior(noise_ratio=r), data) for r in (0.0, 1.0, ratio)]
-    none, one, some = (
-        prior.sample(process, NoiseSource(2, 9), (1, H, W), torch.float64)[0] for prior, process in start
-    )
+    none, one, some = (prior.sample(process, CounterRNG(2, 9), (1, H, W), torch.float64)[0] for prior, process in start)
     close((some - none).numpy(), (ratio * (one - none)).numpy(), 1e-12)
     assert float((one - none).std()) == pytest.approx(0.1, rel=0.2)
 
@@ -140,8 +138,8 @@ def test_dropped_coefficients_change_the_start_by_less_than_the_tolerance(
     process, data = InverseHeat(8, blur=LogBlur(0.5, 4)), images(5, 1, *size).float()
     prior = DataPrior(noise_ratio=0.0, tolerance=tolerance)
     prior.fit(data, process)
-    y, _ = prior.sample(process, NoiseSource(0, 30), (1, *size), torch.float64)
-    index = (NoiseSource(0, 30).uniform() * 5).long()
+    y, _ = prior.sample(process, CounterRNG(0, 30), (1, *size), torch.float64)
+    index = (CounterRNG(0, 30).uniform() * 5).long()
     exact = process.marginal(data[index].double(), 1.0).mean
     error = (y - exact).flatten(1).norm(dim=1) / data[index].flatten(1).norm(dim=1)
     assert error.max() < tolerance
@@ -158,7 +156,7 @@ def test_rows_and_columns_are_not_mixed_up() -> None:
     prior = DataPrior(noise_ratio=0.0)
     prior.fit(data, process)
     assert prior.coefficients.shape[-2] < prior.coefficients.shape[-1]
-    y, _ = prior.sample(process, NoiseSource(0, 1), (1, 6, 32))
+    y, _ = prior.sample(process, CounterRNG(0, 1), (1, 6, 32))
     close(y.numpy(), (math.exp(-8 * (2 * math.pi / 32) ** 2) * data).numpy(), 1e-6, 1e-5)
 
 
@@ -173,7 +171,7 @@ def test_fitting_again_replaces_the_images() -> None:
     prior, process = DataPrior(noise_ratio=0.0), InverseHeat(8)
     prior.fit(torch.zeros(4, 1, H, W), process)
     prior.fit(torch.ones(2, 1, W, H), process)
-    y, _ = prior.sample(process, NoiseSource(0, 5), (1, W, H))
+    y, _ = prior.sample(process, CounterRNG(0, 5), (1, W, H))
     close(y.numpy(), 1.0, 1e-6)
     prior.check_size((W, H))
 
@@ -193,8 +191,8 @@ def test_a_stored_prior_samples_without_its_training_data(tmp_path: Path) -> Non
     for other in (DataPrior(), used):
         nn.ModuleDict({"prior": other}).load_state_dict(state)
         other.check_size((H, W))
-        expected, _ = prior.sample(process, NoiseSource(1, 5), (2, H, W))
-        assert torch.equal(other.sample(process, NoiseSource(1, 5), (2, H, W))[0], expected)
+        expected, _ = prior.sample(process, CounterRNG(1, 5), (2, H, W))
+        assert torch.equal(other.sample(process, CounterRNG(1, 5), (2, H, W))[0], expected)
     assert set(state) == {"prior.coefficients", "prior.image_size"}
 
 
@@ -207,7 +205,7 @@ def test_an_empty_prior_survives_a_round_trip_and_still_says_so() -> None:
     prior = DataPrior()
     prior.load_state_dict(DataPrior().state_dict())
     with refused("no training images", "train the model first"):
-        prior.sample(InverseHeat(8), NoiseSource(0, 1), (1, H, W))
+        prior.sample(InverseHeat(8), CounterRNG(0, 1), (1, H, W))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -215,7 +213,7 @@ def test_an_empty_prior_survives_a_round_trip_and_still_says_so() -> None:
 
 def test_sampling_before_training_is_refused() -> None:
     with refused("DataPrior", "no training images", "train the model first"):
-        DataPrior().sample(InverseHeat(8), NoiseSource(0, 1), (1, H, W))
+        DataPrior().sample(InverseHeat(8), CounterRNG(0, 1), (1, H, W))
 
 
 def test_sizes_other_than_the_training_images_are_refused() -> None:
@@ -230,7 +228,7 @@ def test_channels_other_than_the_training_images_are_refused() -> None:
     prior = DataPrior()
     prior.fit(images(2, 1, H, W), InverseHeat(8))
     with refused("1 channel", "can't sample 3"):
-        prior.sample(InverseHeat(8), NoiseSource(0, 1), (3, H, W))
+        prior.sample(InverseHeat(8), CounterRNG(0, 1), (3, H, W))
 
 
 @pytest.mark.parametrize("make", [VP, VE])
@@ -241,7 +239,7 @@ def test_data_prior_needs_blur(make: Callable[..., Process]) -> None:
     prior = DataPrior()
     prior.fit(images(2, 1, H, W), InverseHeat(8))
     with refused("needs a process that blurs", name):
-        prior.sample(make(8), NoiseSource(0, 1), (1, H, W))
+        prior.sample(make(8), CounterRNG(0, 1), (1, H, W))
 
 
 @pytest.mark.parametrize(
@@ -274,10 +272,10 @@ def test_guidance_prior_is_the_steady_state_and_noise(make: Callable[..., Osmosi
     process, data = make(8), images(5, 2, H, W).clamp(-0.5, 0.5)
     low, high = process.value_range
     data = low + (high - low) * (data + 1) / 2
-    prior = GuidancePrior(noise_ratio=ratio)
+    prior = OsmosisPrior(noise_ratio=ratio)
     prior.fit(data, process)
-    y, context = prior.sample(process, NoiseSource(3, 30), (2, H, W), torch.float64)
-    source = NoiseSource(3, 30)
+    y, context = prior.sample(process, CounterRNG(3, 30), (2, H, W), torch.float64)
+    source = CounterRNG(3, 30)
     index = (source.uniform() * 5).floor().long()
     white, noise = source.normal((2, H, W), torch.float64), source.normal((2, H, W), torch.float64)
     mean = data[index].mean((-2, -1), keepdim=True)
@@ -291,27 +289,27 @@ def test_guidance_prior_is_the_steady_state_and_noise(make: Callable[..., Osmosi
 
 
 def test_guidance_prior_is_stored_and_refuses_what_it_does_not_know() -> None:
-    process, prior = InverseOsmosis(8), GuidancePrior(max_images=3)
+    process, prior = InverseOsmosis(8), OsmosisPrior(max_images=3)
     with refused("no grey values", "train the model first"):
-        prior.sample(process, NoiseSource(0, 1), (2, H, W))
+        prior.sample(process, CounterRNG(0, 1), (2, H, W))
     prior.fit(images(5, 2, H, W).clamp(0, 1), process)
     assert prior.max_images == 3 and prior.grey.shape == (3, 2)
-    other = GuidancePrior()
+    other = OsmosisPrior()
     other.load_state_dict(prior.state_dict())
-    expected, got = (p.sample(process, NoiseSource(1, 4), (2, H, W)) for p in (prior, other))
+    expected, got = (p.sample(process, CounterRNG(1, 4), (2, H, W)) for p in (prior, other))
     assert torch.equal(got[0], expected[0])
     assert got[1] is not None and expected[1] is not None and torch.equal(got[1], expected[1])
     with refused("2 channel", "can't sample 3"):
-        prior.sample(process, NoiseSource(0, 1), (3, H, W))
+        prior.sample(process, CounterRNG(0, 1), (3, H, W))
     for call in (
         lambda: prior.fit(images(1, 1, H, W), VP(8)),
-        lambda: prior.sample(VP(8), NoiseSource(0, 1), (2, 1, 1)),
+        lambda: prior.sample(VP(8), CounterRNG(0, 1), (2, 1, 1)),
     ):
         with refused("needs an osmosis process", "VP"):
             call()
     for argument, value in [("noise_ratio", -1.0), ("noise_ratio", math.nan), ("max_images", 0), ("max_images", 1.5)]:
-        with refused("GuidancePrior", argument, repr(value)):
-            GuidancePrior(**{argument: value})
+        with refused("OsmosisPrior", argument, repr(value)):
+            OsmosisPrior(**{argument: value})
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -344,7 +342,7 @@ def test_auto_prior_starts_from_data_where_the_process_ends_in_blur(process: Pro
 
 @pytest.mark.parametrize("make", [OsmosisFilter, InverseOsmosis, OsmosisDiffusion])
 def test_auto_prior_of_osmosis_draws_guidance_images(make: Callable[..., Process]) -> None:
-    assert isinstance(auto_prior(make(8)), GuidancePrior)
+    assert isinstance(auto_prior(make(8)), OsmosisPrior)
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -356,7 +354,7 @@ def test_starts_are_made_on_the_device(twin: Twin) -> None:
     prior.fit(images(3, 2, H, W), process)
     with pretended_gpu(process, prior):
         for start in (prior, GaussianPrior()):
-            y, _ = start.sample(process, NoiseSource(1, 4, device="cuda"), (2, H, W))
+            y, _ = start.sample(process, CounterRNG(1, 4, device="cuda"), (2, H, W))
             assert y.device.type == "cuda" and y.shape == (4, 2, H, W)
 
 
@@ -365,6 +363,6 @@ def test_the_start_of_a_sample_does_not_depend_on_its_batch() -> None:
     prior = DataPrior()
     prior.fit(images(6, 2, H, W), process)
     for start in (prior, GaussianPrior()):
-        whole, _ = start.sample(process, NoiseSource(1, 7), (2, H, W), torch.float64)
-        parts = [start.sample(process, NoiseSource(1, n, f), (2, H, W), torch.float64)[0] for f, n in ((0, 3), (3, 4))]
+        whole, _ = start.sample(process, CounterRNG(1, 7), (2, H, W), torch.float64)
+        parts = [start.sample(process, CounterRNG(1, n, f), (2, H, W), torch.float64)[0] for f, n in ((0, 3), (3, 4))]
         close(torch.cat(parts).numpy(), whole.numpy(), 1e-14)

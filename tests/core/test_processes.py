@@ -299,7 +299,7 @@ def test_variance_of_transitions_is_never_negative_at_any_eigenvalue(twin: Twin)
     noise = step.noise_t(mu) ** 2
     assert (noise - step.rho(mu) ** 2 * step.noise_s(mu) ** 2 >= -1e-12 * noise).all()
     assert ((step.rho(mu) > 0) | (step.log_rho(mu) < -700)).all() and (step.rho(mu) <= 1 + 1e-12).all()
-    for part in (step.tau(mu), step.keep(mu), step.posterior_std(mu), step.transition_std(mu)):
+    for part in (step.tau(mu), step.posterior_coef_xt(mu), step.posterior_std(mu), step.transition_std(mu)):
         assert torch.isfinite(part).all() and (part >= 0).all()
     assert (step.tau(mu) <= 1).all()
 
@@ -360,10 +360,10 @@ def test_transition_then_posterior_gives_back_the_marginal(twin: Twin, scales: l
     process, mu = twin.build(), torch.from_numpy(twin.mu(H, W))
     step = process.step(s, t)
     close(
-        full(step.keep(mu) ** 2 * step.noise_t(mu) ** 2 + step.posterior_std(mu) ** 2, 1, mu),
+        full(step.posterior_coef_xt(mu) ** 2 * step.noise_t(mu) ** 2 + step.posterior_std(mu) ** 2, 1, mu),
         full(process.noise_scale(s, mu) ** 2, 1, mu),
     )
-    close(full(step.tau(mu) + step.keep(mu) * step.rho(mu), 1, mu), 1)
+    close(full(step.tau(mu) + step.posterior_coef_xt(mu) * step.rho(mu), 1, mu), 1)
 
 
 @twins
@@ -615,7 +615,7 @@ def test_heavy_blur_underflows_to_nothing_worse_than_zero(name: str) -> None:
     mu = process.operator().eigenvalues(64, 64)
     for s, t in [(0.0, 0.005), (0.005, 0.01), (0.5, 0.505), (0.5, 1.0), (0.9, 0.905), (0.995, 1.0), (0.0, 1.0)]:
         step = process.step(s, t)
-        for part in (step.rho, step.keep, step.tau, step.transition_std, step.posterior_std):
+        for part in (step.rho, step.posterior_coef_xt, step.tau, step.transition_std, step.posterior_std):
             value = part(mu)
             assert torch.isfinite(value).all() and (value >= 0).all()
         assert (step.rho(mu) <= 1 + 1e-12).all()

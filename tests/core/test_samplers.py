@@ -14,7 +14,7 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.networks import UNet
 from dpm_scales.priors import GaussianPrior, auto_prior
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Process
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import (
     DDIM,
     Ancestral,
@@ -31,7 +31,7 @@ from dpm_scales.schedules import (
     ListedBeta,
     LogBlur,
 )
-from dpm_scales.targets import Clean, FinerScale, Noise, Target, Velocity
+from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.oracles import (
     BY_NAME,
     MEMBERS,
@@ -69,7 +69,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "clean": Clean,
     "noise": Noise,
     "velocity": Velocity,
-    "finer": FinerScale,
+    "finer": NextScale,
 }
 
 
@@ -95,20 +95,20 @@ def test_last_step_returns_the_estimate_without_noise(twin: Twin, name: str) -> 
     denoiser = with_target(twin, Clean(clip=False), TinyNetwork())
     y, t = images(2, 1, H, W), 1 / twin.num_scales
     end = SAMPLERS[name]().reverse(denoiser, y, ScriptedNoise([]), scales=float64([t, 0.0]))
-    expected = denoiser.clean(y, float64(t), float64(0.0)).detach()
+    expected = denoiser.predict_mean(y, float64(t), float64(0.0)).detach()
     assert torch.equal(end, expected)
 
 
 @over(TWINS)
 def test_ddim_of_eta_one_is_ancestral_and_of_eta_zero_draws_nothing(twin: Twin) -> None:
     denoiser, y = with_target(twin, Clean(), TinyNetwork()), images(3, 1, H, W)
-    ends = [sampler.reverse(denoiser, y, NoiseSource(2, 3)) for sampler in (Ancestral(), DDIM(1.0, None))]
+    ends = [sampler.reverse(denoiser, y, CounterRNG(2, 3)) for sampler in (Ancestral(), DDIM(1.0, None))]
     assert torch.equal(*ends)
     silent = DDIM(0.0, None).reverse(denoiser, y, ScriptedNoise([]))
-    assert torch.equal(silent, DDIM(0.0, None).reverse(denoiser, y, NoiseSource(9, 3)))
+    assert torch.equal(silent, DDIM(0.0, None).reverse(denoiser, y, CounterRNG(9, 3)))
     if not isinstance(denoiser.process, Homogeneous):
-        assert not torch.equal(*[DDIM(0.0, None).reverse(denoiser, y, NoiseSource(9, 3)), ends[0]])
-        noisy = [DDIM(0.4, None).reverse(denoiser, y, NoiseSource(seed, 3)) for seed in (2, 3)]
+        assert not torch.equal(*[DDIM(0.0, None).reverse(denoiser, y, CounterRNG(9, 3)), ends[0]])
+        noisy = [DDIM(0.4, None).reverse(denoiser, y, CounterRNG(seed, 3)) for seed in (2, 3)]
         assert not torch.equal(*noisy)
 
 
@@ -120,8 +120,8 @@ def test_ancestral_step_draws_from_the_posterior_given_the_estimate(twin: Twin, 
     process, y, white = denoiser.process, images(2, 1, H, W), images(2, 1, H, W, seed=1)
     s, t = float64(0.5), float64(0.625)
     with torch.no_grad():
-        m = denoiser.clean(y, t, s)
-        estimate = denoiser.clean(y, t, float64(0.0))
+        m = denoiser.predict_mean(y, t, s)
+        estimate = denoiser.predict_mean(y, t, float64(0.0))
         actual = Ancestral().step(Move(denoiser, t, s, ScriptedNoise([white])), y, m)
     law = process.posterior(y, estimate, s, t)
     expected = law.mean + law.operator.apply(law.std, white)
@@ -136,10 +136,10 @@ def test_a_process_without_noise_is_walked_without_nan(make: Callable[[], Proces
     prior = auto_prior(denoiser.process)
     prior.fit(images(4, 1, 6, 9), denoiser.process)
     sampler = SAMPLERS[name]()
-    end = sampler.sample(denoiser, prior, NoiseSource(0, 3), (1, 6, 9))
+    end = sampler.sample(denoiser, prior, CounterRNG(0, 3), (1, 6, 9))
     assert end.isfinite().all() and end.abs().max() < 2
     if name not in ("heun", "cold"):
-        plain = Dissipation(0.0).sample(denoiser, prior, NoiseSource(0, 3), (1, 6, 9))
+        plain = Dissipation(0.0).sample(denoiser, prior, CounterRNG(0, 3), (1, 6, 9))
         close(end.numpy(), plain.numpy(), 1e-5)
 
 
@@ -181,7 +181,7 @@ def test_published_schedules_are_walked_in_float32_without_overflow(name: str, t
         Dissipation(1.25, 20),
         auto_sampler(denoiser, 20),
     ):
-        x = sampler.sample(denoiser, prior, NoiseSource(0, 2), (1, 12, 16))
+        x = sampler.sample(denoiser, prior, CounterRNG(0, 2), (1, 12, 16))
         assert x.dtype == torch.float32 and x.shape == (2, 1, 12, 16) and x.isfinite().all(), type(sampler)
         assert x.abs().max() < 1000
 
@@ -193,7 +193,7 @@ def in_parts(sampler: Sampler, denoiser: Denoiser, parts: list[int], dtype: torc
     prior, first, ends = auto_prior(denoiser.process), 0, []
     prior.fit(images(5, 1, H, W), denoiser.process)
     for count in parts:
-        noise = NoiseSource(4, count, first)
+        noise = CounterRNG(4, count, first)
         labels = torch.arange(first, first + count) % 3
         ends.append(sampler.sample(denoiser, prior, noise, (1, H, W), labels, dtype=dtype))
         first += count
@@ -228,9 +228,9 @@ def test_same_seed_gives_the_same_images_in_any_batches(twin: Twin, name: str) -
 
 def test_seeds_and_labels_matter() -> None:
     denoiser, prior, size = of(VP(8)), GaussianPrior(), (1, H, W)
-    one, two = (Ancestral().sample(denoiser, prior, NoiseSource(seed, 2), size) for seed in (1, 2))
+    one, two = (Ancestral().sample(denoiser, prior, CounterRNG(seed, 2), size) for seed in (1, 2))
     assert not torch.equal(one, two) and not torch.equal(one[0], one[1])
-    labelled = Ancestral().sample(denoiser, prior, NoiseSource(1, 2), size, torch.tensor([0, 1]))
+    labelled = Ancestral().sample(denoiser, prior, CounterRNG(1, 2), size, torch.tensor([0, 1]))
     assert torch.equal(labelled[0], one[0]) and not torch.equal(labelled[1], one[1])
 
 
@@ -238,7 +238,7 @@ def test_seeds_and_labels_matter() -> None:
 def test_labels_and_scales_reach_every_evaluation(name: str) -> None:
     network = Answer(torch.zeros(2, 1, H, W))
     labels = torch.tensor([2, 0])
-    SAMPLERS[name]().sample(of(VP(4), network=network), GaussianPrior(), NoiseSource(0, 2), (1, H, W), labels)
+    SAMPLERS[name]().sample(of(VP(4), network=network), GaussianPrior(), CounterRNG(0, 2), (1, H, W), labels)
     assert all(given is labels for _, _, given in network.seen)
     evaluated = [t.tolist() for _, t, _ in network.seen]
     once = [1.0, 0.75, 0.5, 0.25]
@@ -258,7 +258,7 @@ class Bright(VP):
 @samplers
 def test_context_reaches_every_evaluation(name: str) -> None:
     network, context = Answer(torch.zeros(2, 1, H, W).double()), images(2, 1, H, W)
-    SAMPLERS[name]().reverse(of(Bright(4), network=network), images(2, 1, H, W), NoiseSource(0, 2), context)
+    SAMPLERS[name]().reverse(of(Bright(4), network=network), images(2, 1, H, W), CounterRNG(0, 2), context)
     assert len(network.seen) == (7 if name == "heun" else 4)
     assert all(torch.equal(seen[:, 1:], context) for seen, _, _ in network.seen)
 
@@ -269,15 +269,15 @@ def test_each_step_is_reported(twin: Twin, name: str) -> None:
     denoiser = OracleDenoiser(twin, gaussian_data())
     seen: list[tuple[int, Tensor]] = []
     y, sampler = images(2, 1, H, W), SAMPLERS[name]()
-    end = sampler.reverse(denoiser, y, NoiseSource(1, 2), on_step=lambda i, x: seen.append((i, x)))
+    end = sampler.reverse(denoiser, y, CounterRNG(1, 2), on_step=lambda i, x: seen.append((i, x)))
     assert [i for i, _ in seen] == list(range(8)) and torch.equal(seen[-1][1], end)
     # what is reported is the path itself: the first step alone leads to the first report
     first = sampler.scales(denoiser.process)[:2]
-    m = denoiser.clean(y, first[0], first[1])
-    assert torch.equal(sampler.step(Move(denoiser, first[0], first[1], NoiseSource(1, 2)), y, m), seen[0][1])
+    m = denoiser.predict_mean(y, first[0], first[1])
+    assert torch.equal(sampler.step(Move(denoiser, first[0], first[1], CounterRNG(1, 2)), y, m), seen[0][1])
     counts: list[int] = []
     sampler.sample(
-        denoiser, GaussianPrior(), NoiseSource(1, 2), (1, H, W), on_step=lambda i, x: counts.append(i), dtype=y.dtype
+        denoiser, GaussianPrior(), CounterRNG(1, 2), (1, H, W), on_step=lambda i, x: counts.append(i), dtype=y.dtype
     )
     assert counts == list(range(8))
 
@@ -285,8 +285,8 @@ def test_each_step_is_reported(twin: Twin, name: str) -> None:
 def test_sampling_starts_at_the_prior_and_follows_the_given_scales() -> None:
     network = Answer(torch.zeros(3, 1, H, W))
     denoiser = of(VP(8), network=network)
-    Ancestral().sample(denoiser, GaussianPrior(), NoiseSource(0, 3), (1, H, W), scales=float64([1.0, 0.3, 0.0]))
-    start, _ = GaussianPrior().sample(denoiser.process, NoiseSource(0, 3), (1, H, W))
+    Ancestral().sample(denoiser, GaussianPrior(), CounterRNG(0, 3), (1, H, W), scales=float64([1.0, 0.3, 0.0]))
+    start, _ = GaussianPrior().sample(denoiser.process, CounterRNG(0, 3), (1, H, W))
     seen, t, _ = network.seen[0]
     # c_in at t = 1: the variance of the noise and of data of standard deviation 0.5
     signal, noise = curves(BY_NAME["vp-cosine"], 1.0)
@@ -296,8 +296,8 @@ def test_sampling_starts_at_the_prior_and_follows_the_given_scales() -> None:
 
 def test_nothing_is_recorded_for_gradients() -> None:
     denoiser = of(VP(4), network=TinyNetwork())
-    assert not Ancestral().sample(denoiser, GaussianPrior(), NoiseSource(0, 1), (1, H, W)).requires_grad
-    assert not Heun(4).reverse(denoiser, images(1, 1, H, W), NoiseSource(0, 1)).requires_grad
+    assert not Ancestral().sample(denoiser, GaussianPrior(), CounterRNG(0, 1), (1, H, W)).requires_grad
+    assert not Heun(4).reverse(denoiser, images(1, 1, H, W), CounterRNG(0, 1)).requires_grad
 
 
 # --- the best estimate, through every target --------------------------------------------------------------------------
@@ -321,8 +321,8 @@ class IdealNoise(nn.Module):
 def test_ideal_noise_network_samples_as_the_ideal_denoiser_does(twin: Twin, sampler: Sampler) -> None:
     data, y = gaussian_data(), images(3, 1, H, W)
     network = IdealNoise(twin, data, 0.5)
-    actual = sampler.reverse(with_target(twin, Noise(), network), y, NoiseSource(1, 3))
-    expected = sampler.reverse(OracleDenoiser(twin, data), y, NoiseSource(1, 3))
+    actual = sampler.reverse(with_target(twin, Noise(), network), y, CounterRNG(1, 3))
+    expected = sampler.reverse(OracleDenoiser(twin, data), y, CounterRNG(1, 3))
     close(actual.numpy(), expected.numpy(), 1e-8, 1e-8)
 
 
@@ -338,7 +338,7 @@ def test_sampling_stays_on_the_device_and_never_waits_for_it(twin: Twin, name: s
     prior.fit(images(3, 2, 6, 9), denoiser.process)
     scales = sampler.scales(denoiser.process)[-3:]
     with pretended_gpu(denoiser, prior):
-        noise, labels = NoiseSource(0, 4, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
+        noise, labels = CounterRNG(0, 4, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
         reports: list[Tensor] = []
         x = sampler.sample(denoiser, prior, noise, (2, 6, 9), labels, scales.to("cuda"), lambda i, x: reports.append(x))
         assert x.device.type == "cuda" and x.shape == (4, 2, 6, 9)
@@ -351,7 +351,7 @@ def test_sampling_by_other_targets_stays_on_the_device(twin: Twin, target: str) 
     denoiser = Denoiser(TinyNetwork(2), twin.build(), TARGETS[target]())
     scales = Ancestral().scales(denoiser.process)[-3:]
     with pretended_gpu(denoiser):
-        noise = NoiseSource(0, 4, device="cuda")
+        noise = CounterRNG(0, 4, device="cuda")
         x = Ancestral().sample(denoiser, GaussianPrior(), noise, (2, 6, 9), scales=scales.to("cuda"))
         assert x.device.type == "cuda"
 
@@ -373,7 +373,7 @@ def test_samples_on_a_gpu_are_those_on_the_cpu() -> None:
         for device in ("cpu", "cuda"):
             denoiser.to(device)
             prior.to(device)
-            noise = NoiseSource(0, 4, device=device)
+            noise = CounterRNG(0, 4, device=device)
             ends.append(make().sample(denoiser, prior, noise, (1, H, W), dtype=torch.float64).cpu())
         torch.testing.assert_close(ends[1], ends[0], atol=1e-8, rtol=1e-8)
 

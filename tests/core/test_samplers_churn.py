@@ -12,7 +12,7 @@ import torch
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.processes import VE, VP, Homogeneous, InverseHeat, OsmosisDiffusion, Process
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Heun, Move
 from dpm_scales.schedules import ConstantNoise, LogBlur
 from dpm_scales.targets import Clean, Noise
@@ -119,7 +119,7 @@ def test_churned_euler_step_is_that_of_diffusers() -> None:
         seen = scheduler.scale_model_input(x.float(), t)
         assert seen.shape == x.shape
         y_hat = sampler.raised(process, y, scales[i], starts[i], ScriptedNoise([white.double()]), None)
-        m = denoiser.clean(y_hat, starts[i], scales[i + 1])
+        m = denoiser.predict_mean(y_hat, starts[i], scales[i + 1])
         hat = float(process.noise_scale(starts[i], torch.zeros(1, 1).double()))
         # what their preconditioning makes of the network's answer is the estimate
         skip, out = 0.25 / (hat**2 + 0.25), hat * 0.5 / math.sqrt(hat**2 + 0.25)
@@ -198,15 +198,15 @@ def test_the_evaluation_is_at_the_coarser_scale(twin: Twin) -> None:
     seen = []
 
     class Watching(OracleDenoiser):
-        def clean(self, y_t: Any, t: Any, s: Any, context: Any = None, labels: Any = None) -> Any:
+        def predict_mean(self, y_t: Any, t: Any, s: Any, context: Any = None, labels: Any = None) -> Any:
             seen.append((float(t), float(s)))
-            return super().clean(y_t, t, s, context, labels)
+            return super().predict_mean(y_t, t, s, context, labels)
 
     sampler = Heun(4, "uniform", s_churn=1.2)
     scales = sampler.scales(twin.build())
     starts = sampler.starts(twin.build(), scales)
     assert starts is not None
-    sampler.reverse(Watching(twin, gaussian_data()), images(2, 1, H, W), NoiseSource(0, 2))
+    sampler.reverse(Watching(twin, gaussian_data()), images(2, 1, H, W), CounterRNG(0, 2))
     assert seen[::2] == list(zip(starts.tolist(), scales[1:].tolist(), strict=True))
     assert seen[1::2] == [(s, s) for s in scales[1:-1].tolist()]
 
@@ -236,7 +236,7 @@ def test_churn_stays_on_the_device_and_never_waits_for_it(process: Process) -> N
     sampler.check(denoiser)
     with pretended_gpu(denoiser):
         y = torch.randn(4, 2, 6, 9, device="cuda")
-        x = sampler.reverse(denoiser, y, NoiseSource(0, 4, device="cuda"), scales=scales.to("cuda"))
+        x = sampler.reverse(denoiser, y, CounterRNG(0, 4, device="cuda"), scales=scales.to("cuda"))
         assert x.device.type == "cuda"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.priors import GaussianPrior, auto_prior
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Process
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import (
     DDIM,
     Ancestral,
@@ -37,7 +37,7 @@ from dpm_scales.schedules import (
     ListedNoise,
     LogBlur,
 )
-from dpm_scales.targets import Clean, FinerScale, Noise, Target
+from dpm_scales.targets import Clean, NextScale, Noise, Target
 from support.oracles import (
     NOISY_MEMBERS,
     Answer,
@@ -143,7 +143,7 @@ def test_quadratic_grid_is_ddims() -> None:
         assert (grid.diff() < 0).all() and torch.equal(DDIM(0.0, steps, "quadratic").scales(VP(num_scales)), grid)
     assert quadratic_grid(VP(8), 1).tolist() == [1.0, 0.0]
     with refused("finer-scale", "grid=uniform"):
-        Ancestral(8, "quadratic").check(of(VP(8), FinerScale()))
+        Ancestral(8, "quadratic").check(of(VP(8), NextScale()))
 
 
 def test_karras_grid_of_one_step_is_from_noise_to_image() -> None:
@@ -206,7 +206,7 @@ def test_more_steps_than_scales_are_refused(grid: str) -> None:
         with refused("steps=9", "num_scales=8", "lower steps"):
             sampler.check(of(VP(8)))
         with refused("steps=9", "num_scales=8"):
-            sampler.sample(of(VP(8)), GaussianPrior(), NoiseSource(0, 1), (1, H, W))
+            sampler.sample(of(VP(8)), GaussianPrior(), CounterRNG(0, 1), (1, H, W))
 
 
 @pytest.mark.parametrize("make", [lambda: Ancestral(grid="karras"), lambda: Heun(4), lambda: DDIM(0.0, 4, "karras")])
@@ -215,7 +215,7 @@ def test_karras_grid_for_constant_noise_is_refused_before_any_work(make: Callabl
     denoiser = of(InverseHeat(8), network=network)
     for call in (
         lambda: make().check(denoiser),
-        lambda: make().sample(denoiser, GaussianPrior(), NoiseSource(0, 1), (1, H, W)),
+        lambda: make().sample(denoiser, GaussianPrior(), CounterRNG(0, 1), (1, H, W)),
     ):
         with refused("karras grid", "InverseHeat", "grid=uniform"):
             call()
@@ -223,7 +223,7 @@ def test_karras_grid_for_constant_noise_is_refused_before_any_work(make: Callabl
 
 
 def test_finer_scale_goes_one_scale_at_a_time() -> None:
-    denoiser = of(InverseHeat(8), FinerScale())
+    denoiser = of(InverseHeat(8), NextScale())
     for fine in (Ancestral(), Dissipation(), DDIM(0.0, None), DDIM(1.0, 8)):
         fine.check(denoiser)
     with refused("Heun", "other scales than the next", "finer-scale", "sampler=dissipation"):
@@ -231,9 +231,9 @@ def test_finer_scale_goes_one_scale_at_a_time() -> None:
     with refused("finer-scale", "steps of 1/8 only", "steps=4"):
         Dissipation(1.0, 4).check(denoiser)
     with refused("finer-scale", "grid=uniform"):
-        Ancestral(8, "karras").check(of(VP(8), FinerScale()))
+        Ancestral(8, "karras").check(of(VP(8), NextScale()))
     with refused("finer-scale", "steps=4"):
-        Dissipation(1.0, 4).sample(denoiser, auto_prior(denoiser.process), NoiseSource(0, 1), (1, H, W))
+        Dissipation(1.0, 4).sample(denoiser, auto_prior(denoiser.process), CounterRNG(0, 1), (1, H, W))
 
 
 def test_noise_target_is_refused_where_its_division_would_overflow() -> None:
@@ -302,7 +302,7 @@ def test_auto_sampler_suits_the_process(process: Process, kind: type[Sampler], s
 
 @pytest.mark.parametrize("process", [VP(), InverseHeat(), Blurring()])
 def test_auto_sampler_goes_from_scale_to_scale_where_the_network_knows_no_more(process: Process) -> None:
-    denoiser = of(process, FinerScale())
+    denoiser = of(process, NextScale())
     sampler = auto_sampler(denoiser)
     assert type(sampler) is Ancestral and len(sampler.scales(process)) == process.num_scales + 1
     sampler.check(denoiser)

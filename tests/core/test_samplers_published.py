@@ -16,10 +16,10 @@ from torch import Tensor
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.priors import DataPrior, GaussianPrior, Prior
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, InverseHeat
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, Dissipation, DPMSolver, Heun, Move, Sampler
 from dpm_scales.schedules import ConstantNoise, LinearBeta, LogBlur, SinSquaredBlur
-from dpm_scales.targets import Clean, FinerScale, Noise, Target, Velocity
+from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.oracles import (
     Answer,
     OracleDenoiser,
@@ -70,7 +70,7 @@ def one_step(sampler: Sampler, target: Target, output: Tensor, x_t: Tensor, i: i
     """From diffusers' time step i to j, where 0 is our k = 1 and -1 or less the image."""
     denoiser = Denoiser(Answer(output), VP(1000, LinearBeta()), target)
     t, s = float64((i + 1) / 1000), float64(max(j + 1, 0) / 1000)
-    m = denoiser.clean(x_t, t, s)
+    m = denoiser.predict_mean(x_t, t, s)
     return sampler.step(Move(denoiser, t, s, ScriptedNoise([white])), x_t, m)
 
 
@@ -221,7 +221,7 @@ def test_dissipation_is_rissanens_algorithm_2() -> None:
     laplacian = minus_laplacian(H, W, "continuous")
     blur = [expm(-time * laplacian) for time in times]
     network = TinyNetwork().double()
-    denoiser = Denoiser(network, process, FinerScale(), data_std).double()
+    denoiser = Denoiser(network, process, NextScale(), data_std).double()
     training = images(4, 1, H, W).float()
     prior = DataPrior(noise_ratio=1.25, tolerance=1e-12)
     prior.fit(training, process)
@@ -237,7 +237,7 @@ def test_dissipation_is_rissanens_algorithm_2() -> None:
         seen = torch.from_numpy(u / math.sqrt(total)).reshape(-1, 1, H, W)
         return math.sqrt(step) * network(seen, t).detach().numpy().reshape(len(u), -1)
 
-    source = NoiseSource(5, 7)
+    source = CounterRNG(5, 7)
     chosen = training[(source.uniform() * 4).long()].double().flatten(1).numpy()
     draws = [source.normal((1, H, W), torch.float64).flatten(1).numpy() for _ in range(num_scales)]
     u = chosen @ blur[num_scales] + delta * draws[0]
@@ -245,14 +245,14 @@ def test_dissipation_is_rissanens_algorithm_2() -> None:
         u = u + f(u, k)
         if k > 1:
             u = u + delta * draws[num_scales - k + 1]
-    actual = Dissipation(1.25).sample(denoiser, prior, NoiseSource(5, 7), (1, H, W), dtype=torch.float64)
+    actual = Dissipation(1.25).sample(denoiser, prior, CounterRNG(5, 7), (1, H, W), dtype=torch.float64)
     close(actual.flatten(1).numpy(), u, 1e-6)  # the training images are stored in float32
 
 
 def test_dissipation_takes_the_noise_ratio_of_the_process() -> None:
     """delta / sigma = 0 is the deterministic walk; twice the ratio, twice the noise."""
     process = InverseHeat(4)
-    denoiser = Denoiser(Answer(torch.zeros(2, 1, H, W).double()), process, FinerScale())
+    denoiser = Denoiser(Answer(torch.zeros(2, 1, H, W).double()), process, NextScale())
     y, white = images(2, 1, H, W), images(2, 1, H, W, seed=1)
     t, s = float64(0.75), float64(0.5)
     for ratio in (0.0, 1.25, 2.5):
@@ -306,7 +306,7 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
 def drawn(twin: Twin, sampler: Sampler, prior: Prior, shares: Array, count: int, seed: int = 3) -> tuple[Array, Array]:
     """Distance of each sample to the nearest data point (largest pixel), and which it is."""
     denoiser = OracleDenoiser(twin, PointData(coefficients(POINTS), shares))
-    x = sampler.sample(denoiser, prior, NoiseSource(seed, count), (1, H, W), dtype=torch.float64)
+    x = sampler.sample(denoiser, prior, CounterRNG(seed, count), (1, H, W), dtype=torch.float64)
     distance = np.abs(x.numpy() - POINTS).max((-2, -1))
     return distance.min(1), distance.argmin(1)
 
@@ -332,7 +332,7 @@ def test_blurred_images_are_led_back_to_the_images_they_came_from(twin: Twin, na
     sampler = Dissipation(1.0) if name == "dissipation" else SAMPLERS[name]()
     distance, which = drawn(twin, sampler, prior, np.full(3, 1 / 3), count)
     assert distance.max() < 1e-3
-    assert (which == (NoiseSource(3, count).uniform() * 3).long().numpy()).all()
+    assert (which == (CounterRNG(3, count).uniform() * 3).long().numpy()).all()
 
 
 @pytest.mark.parametrize("twin", [VP_TWIN, BLURRING_TWIN, VE_TWIN], ids=lambda twin: twin.name)
@@ -340,7 +340,7 @@ def test_dissipation_lands_on_the_data_too(twin: Twin) -> None:
     """Its law isn't the data's, but where two images are each other's negatives both are met equally often."""
     points, count = np.stack([POINTS[0], -POINTS[0]]), 400
     denoiser = OracleDenoiser(twin, PointData(coefficients(points), np.full(2, 0.5)))
-    x = Dissipation(1.0).sample(denoiser, GaussianPrior(), NoiseSource(3, count), (1, H, W), dtype=torch.float64)
+    x = Dissipation(1.0).sample(denoiser, GaussianPrior(), CounterRNG(3, count), (1, H, W), dtype=torch.float64)
     distance = np.abs(x.numpy() - points).max((-2, -1))
     assert (distance.min(1) < 1e-3).mean() > 0.99
     assert abs((distance.argmin(1) == 0).mean() - 0.5) < 4 * 0.5 / math.sqrt(count)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.processes import VP, Blurring, InverseHeat, OsmosisDiffusion
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, DPMSolver, Move, UniPC
 from dpm_scales.samplers.multistep import _Continuation, _moments
 from dpm_scales.schedules import LinearBeta
-from dpm_scales.targets import Clean, FinerScale, Noise, Target, Velocity
+from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.flows import SMOOTH, flow, run
 from support.oracles import (
     H,
@@ -205,7 +205,7 @@ def test_unipc_stays_on_the_device_and_never_waits_for_it() -> None:
         denoiser, sampler = Denoiser(TinyNetwork(2), process, Clean()), UniPC(2, None, "uniform")
         scales = sampler.scales(process)[-5:]
         with pretended_gpu(denoiser):
-            noise = NoiseSource(0, 4, device="cuda")
+            noise = CounterRNG(0, 4, device="cuda")
             y = torch.randn(4, 2, 6, 9, device="cuda")
             assert sampler.reverse(denoiser, y, noise, scales=scales.to("cuda")).device.type == "cuda"
 
@@ -217,4 +217,4 @@ def test_what_is_refused() -> None:
     with refused("order", "1 to 2", "3"):
         DPMSolver(order=3)
     with refused("UniPC", "other scales than the next"):
-        UniPC(2, 8, "uniform").check(Denoiser(TinyNetwork(), InverseHeat(8), FinerScale()))
+        UniPC(2, 8, "uniform").check(Denoiser(TinyNetwork(), InverseHeat(8), NextScale()))

@@ -30,7 +30,7 @@ from dpm_scales.processes import (
     OsmosisFilter,
     Process,
 )
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, DPMSolver, Heun, Sampler, UniPC, auto_sampler
 from dpm_scales.schedules import (
     ConstantNoise,
@@ -41,7 +41,7 @@ from dpm_scales.schedules import (
     SigmoidSignal,
     SinSquaredBlur,
 )
-from dpm_scales.targets import Clean, FinerScale, Noise, Target, Velocity
+from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.oracles import close, float64, images, refused
 
 K, SIZE = 20, (2, 3, 5)
@@ -89,7 +89,7 @@ class OneImage(Denoiser):
         noise = rest
         if self.process.has_noise():
             noise = operator.apply(lambda mu: 1 / self.process.noise_scale(t, mu), rest)
-        return self.target.truth(self.process, operator, self.x_0, operator.to_pixels(y_t), noise, t)
+        return self.target.regression_target(self.process, operator, self.x_0, operator.to_pixels(y_t), noise, t)
 
 
 def drawn(sampler: Sampler, process: Process, target: Target) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ def drawn(sampler: Sampler, process: Process, target: Target) -> tuple[Tensor, T
     x_0 = (low + (high - low) * (1 + images(1, *SIZE)) / 2).expand(3, -1, -1, -1)
     denoiser, prior = OneImage(process, target, x_0), auto_prior(process)
     prior.fit(x_0[:1], process)
-    return sampler.sample(denoiser, prior, NoiseSource(5, 3), SIZE, dtype=torch.float64), x_0
+    return sampler.sample(denoiser, prior, CounterRNG(5, 3), SIZE, dtype=torch.float64), x_0
 
 
 # --- the curves -------------------------------------------------------------------------------------------------------
@@ -156,10 +156,10 @@ def test_samples_have_the_images_contrast_at_every_shift(name: str, shift: float
         close(x.numpy(), x_0.numpy(), 1e-10)
 
 
-@pytest.mark.parametrize("target", [Clean, Noise, Velocity, FinerScale])
+@pytest.mark.parametrize("target", [Clean, Noise, Velocity, NextScale])
 @pytest.mark.parametrize("name", SHIFTED)
 def test_samples_have_the_images_contrast_with_every_target(name: str, target: type[Target]) -> None:
-    sampler = Dissipation(steps=K) if target is FinerScale else DDIM(0.4, K)
+    sampler = Dissipation(steps=K) if target is NextScale else DDIM(0.4, K)
     x, x_0 = drawn(sampler, SHIFTED[name](CosineLogSNR(shift=1 / 32)), target())
     close(x.numpy(), x_0.numpy(), 1e-10)
 
@@ -199,8 +199,8 @@ def test_edits_keep_the_contrast(name: str, shift: float) -> None:
     denoiser, sampler = OneImage(process, Clean(), x_0), DDIM(0.0, 8)
     consistent = Consistent(denoiser, Mask(known), Mask(known).forward(x_0))
     scales = sampler.scales(process)
-    restored = restore(consistent, sampler, scales, NoiseSource(1, 2), SIZE, dtype=torch.float64)
+    restored = restore(consistent, sampler, scales, CounterRNG(1, 2), SIZE, dtype=torch.float64)
     close(restored.numpy(), x_0.numpy(), 1e-10)
     context = process.context(x_0)
     y = encode(denoiser, x_0, scales, context)
-    close(sampler.reverse(denoiser, y, NoiseSource(1, 2), context, scales=scales).numpy(), x_0.numpy(), 1e-10)
+    close(sampler.reverse(denoiser, y, CounterRNG(1, 2), context, scales=scales).numpy(), x_0.numpy(), 1e-10)

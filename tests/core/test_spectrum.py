@@ -119,16 +119,16 @@ def test_auto_preconditioning_follows_the_datas_spectrum(
     grey = x.mean((-2, -1))
     process, target = make(), Clean()
     spectrum = fitted(x, grey)
-    assert target.settle(process, spectrum, (height, width)) == {"preconditioning": expected}
+    assert target.resolve_auto(process, spectrum, (height, width)) == {"preconditioning": expected}
     assert target.preconditioning == expected
     for chosen in ("scalar", "wiener", "none"):
-        assert Clean(chosen).settle(process, spectrum, (height, width)) == {"preconditioning": chosen}
+        assert Clean(chosen).resolve_auto(process, spectrum, (height, width)) == {"preconditioning": chosen}
 
 
 def test_auto_preconditioning_without_a_spectrum_to_follow() -> None:
     """Constant noise takes the filter whatever the data; the pixel operator has one eigenvalue, so nothing to tell."""
     steep = DataSpectrum(0.3)
     steep.log_factor += torch.linspace(8, -8, KNOTS + 1)
-    assert Clean().settle(InverseHeat(), DataSpectrum(0.3), (8, 8)) == {"preconditioning": "wiener"}
-    assert Clean().settle(VP(), steep, (8, 8)) == {"preconditioning": "scalar"}
-    assert Noise().settle(VP(), steep, (8, 8)) == {}
+    assert Clean().resolve_auto(InverseHeat(), DataSpectrum(0.3), (8, 8)) == {"preconditioning": "wiener"}
+    assert Clean().resolve_auto(VP(), steep, (8, 8)) == {"preconditioning": "scalar"}
+    assert Noise().resolve_auto(VP(), steep, (8, 8)) == {}

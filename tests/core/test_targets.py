@@ -14,7 +14,7 @@ from torch import Tensor
 from dpm_scales.processes import VE, VP, Homogeneous, InverseHeat, InverseOsmosis, OsmosisDiffusion, Process
 from dpm_scales.schedules import ConstantNoise, LinearTimeBlur, ListedBeta, ListedDissipationTimes, LogBlur
 from dpm_scales.spectrum import DataSpectrum
-from dpm_scales.targets import Clean, FinerScale, Noise, Target, Velocity, moments, steepest_blur
+from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity, moments, steepest_blur
 from support.oracles import (
     BY_NAME,
     NOISY,
@@ -44,8 +44,8 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "clean-plain": lambda: Clean(preconditioning="none", clip=False),
     "noise": Noise,
     "velocity": Velocity,
-    "finer": FinerScale,
-    "finer-equal": lambda: FinerScale(equal_weight=True),
+    "finer": NextScale,
+    "finer-equal": lambda: NextScale(equal_weight=True),
 }
 
 
@@ -71,14 +71,14 @@ def check_recovery(twin: Twin, target: Target, pairs: list[tuple[float, float]],
     x_0, noise = images(count, 2, H, W), images(count, 2, H, W, seed=1)
     y_t = noised(twin, x_0, noise, t)
     operator = process.operator()
-    truth = target.truth(process, operator, x_0, y_t, noise, float64(t))
-    m = target.clean(process, operator, truth, y_t, float64(t), float64(s))
+    truth = target.regression_target(process, operator, x_0, y_t, noise, float64(t))
+    m = target.predict_mean(process, operator, truth, y_t, float64(t), float64(s))
     assert m.dtype == torch.float64 and m.shape == x_0.shape
     close(m.numpy(), scaled(twin, x_0, s).numpy(), atol)
     for b in range(count):  # one t and s for all images
         one = slice(b, b + 1)
-        truth = target.truth(process, operator, x_0[one], y_t[one], noise[one], float64([t[b]]))
-        m = target.clean(process, operator, truth, y_t[one], float64(t[b]), float64(s[b]))
+        truth = target.regression_target(process, operator, x_0[one], y_t[one], noise[one], float64([t[b]]))
+        m = target.predict_mean(process, operator, truth, y_t[one], float64(t[b]), float64(s[b]))
         close(m.numpy(), scaled(twin, x_0[one], [s[b]]).numpy(), atol)
 
 
@@ -118,7 +118,7 @@ def test_clean_image_is_clipped_to_the_values_of_the_process(twin: Twin) -> None
     prediction = 5 * images(2, 1, H, W)
     s, t = float64([0.1, 0.2]), float64([0.5, 0.9])
     for clip, wanted in [(True, prediction.clamp(low, high)), (False, prediction)]:
-        m = Clean(clip=clip).clean(process, process.operator(), prediction, prediction, t, s)
+        m = Clean(clip=clip).predict_mean(process, process.operator(), prediction, prediction, t, s)
         close(m.numpy(), scaled(twin, wanted, [0.1, 0.2]).numpy(), 1e-12)
     assert Clean().clip
 
@@ -136,13 +136,13 @@ def test_clean_image_is_found_where_pixels_are_not_white(make: Callable[..., Pro
     y_0 = operator.to_white(x_0)
     assert (y_0 - x_0).abs().max() > 0.1
     y_t = operator.combine((process.signal(t), y_0), (lambda mu: process.noise_scale(t, mu), noise))
-    truth = target.truth(process, operator, x_0, operator.to_pixels(y_t), noise, t)
+    truth = target.regression_target(process, operator, x_0, operator.to_pixels(y_t), noise, t)
     if name.startswith("clean"):
         assert torch.equal(truth, x_0)
     if name.startswith("finer"):
         step = operator.to_pixels(operator.apply(process.signal(s), y_0) - y_t)
         close(truth.numpy(), step.numpy(), 1e-12)
-    m = target.clean(process, operator, truth, y_t, t, s)
+    m = target.predict_mean(process, operator, truth, y_t, t, s)
     close(m.numpy(), operator.apply(process.signal(s), y_0).numpy(), 1e-5)
 
 
@@ -157,17 +157,17 @@ def test_truths_are_those_of_dense_matrices(twin: Twin) -> None:
     y_t = noised(twin, x_0, noise, t)
 
     def asked(target: Target) -> Array:
-        return vectors(target.truth(process, operator, x_0, y_t, noise, float64(t)))
+        return vectors(target.regression_target(process, operator, x_0, y_t, noise, float64(t)))
 
-    assert torch.equal(Clean().truth(process, operator, x_0, y_t, noise, float64(t)), x_0)
-    assert torch.equal(Noise().truth(process, operator, x_0, y_t, noise, float64(t)), noise)
+    assert torch.equal(Clean().regression_target(process, operator, x_0, y_t, noise, float64(t)), x_0)
+    assert torch.equal(Noise().regression_target(process, operator, x_0, y_t, noise, float64(t)), noise)
     for b, v in enumerate(t):
         signal = dense(twin, lambda mu, v=v: twin.signal(v, mu))
         std = dense(twin, lambda mu, v=v: np.sqrt(twin.variance(v, mu).clip(0)))
         velocity = vectors(noise)[b] @ signal - vectors(x_0)[b] @ std
         close(asked(Velocity())[b], velocity)
         finer = dense(twin, lambda mu, v=v: twin.signal(max(v - 1 / twin.num_scales, 0), mu))
-        close(asked(FinerScale())[b], vectors(x_0)[b] @ finer - vectors(y_t)[b])
+        close(asked(NextScale())[b], vectors(x_0)[b] @ finer - vectors(y_t)[b])
 
 
 def test_velocity_of_a_variance_preserving_process_is_salimans_and_hos() -> None:
@@ -178,9 +178,9 @@ def test_velocity_of_a_variance_preserving_process_is_salimans_and_hos() -> None
     alpha, sigma = process.signal_scale(t, mu), process.noise_scale(t, mu)
     x_0, noise = images(2, 1, H, W), images(2, 1, H, W, seed=1)
     z = alpha * x_0 + sigma * noise
-    v = Velocity().truth(process, process.operator(), x_0, z, noise, t)
+    v = Velocity().regression_target(process, process.operator(), x_0, z, noise, t)
     close(v.numpy(), (alpha * noise - sigma * x_0).numpy())
-    estimate = Velocity().clean(process, process.operator(), v, z, t, torch.zeros_like(t))
+    estimate = Velocity().predict_mean(process, process.operator(), v, z, t, torch.zeros_like(t))
     close(estimate.numpy(), (alpha * z - sigma * v).numpy())
 
 
@@ -242,8 +242,8 @@ def test_scalings_without_blur_are_those_of_signal_and_noise(twin: Twin, kind: s
         (Clean(preconditioning="none"), 1, 1),
         (Noise(), 1, 1),
         (Velocity(), 1, 1),
-        (FinerScale(), np.sqrt(step), 1),
-        (FinerScale(equal_weight=True), np.sqrt(step), 1 / step),
+        (NextScale(), np.sqrt(step), 1),
+        (NextScale(equal_weight=True), np.sqrt(step), 1 / step),
     ]:
         c = scalings(process, target, t, s)
         assert not c.skip.any() and c.skip.shape == c.out.shape == c.inner.shape == c.weight.shape == (4, 1, 1, 1)
@@ -262,7 +262,7 @@ def test_scalings_under_blur_are_second_moments_averaged_over_the_spectrum(twin:
     mu = twin.mu(H, W).ravel()
     power = spectrum(float64(mu.tolist())).tolist()
     m = moments(process, process.operator(), float64(t), spectrum, (H, W))
-    targets = (Clean("scalar"), Clean("wiener"), Velocity(), FinerScale(equal_weight=True))
+    targets = (Clean("scalar"), Clean("wiener"), Velocity(), NextScale(equal_weight=True))
     scalar, c, plain, finer = (target.scalings(m) for target in targets)
     assert c.filter is not None and scalar.filter is plain.filter is finer.filter is None
     gains = c.filter(float64(mu.tolist()))
@@ -330,7 +330,7 @@ def test_networks_see_and_give_unit_variance(twin: Twin, name: str) -> None:
         x_t = noised(twin, x_0, noise, t)
         c = scalings(process, target, [t], s, (16, 16))
         z = filtered(c, x_t)
-        asked = (target.truth(process, process.operator(), x_0, x_t, noise, scale) - c.skip * z) / c.out
+        asked = (target.regression_target(process, process.operator(), x_0, x_t, noise, scale) - c.skip * z) / c.out
         for value in (asked, c.inner * z):
             assert float((value**2).mean()) == pytest.approx(1, abs=5 * math.sqrt(2 / value.numel()))
         if name != "finer":  # every scale counts the same
@@ -343,7 +343,7 @@ def test_velocity_asks_for_unit_variance_where_variance_is_preserved(twin: Twin)
     x_0, noise = white_images(twin, 1.0, 200)
     t = torch.full((200,), 0.5, dtype=torch.float64)
     for target in (Noise(), Velocity()):
-        asked = target.truth(process, process.operator(), x_0, noised(twin, x_0, noise, 0.5), noise, t)
+        asked = target.regression_target(process, process.operator(), x_0, noised(twin, x_0, noise, 0.5), noise, t)
         assert float((asked**2).mean()) == pytest.approx(1, abs=5 * math.sqrt(2 / asked.numel()))
 
 
@@ -360,18 +360,18 @@ def test_targets_of_noise_need_some(target: Target, name: str) -> None:
 
 def test_other_targets_suit_every_process() -> None:
     for twin in TWINS:
-        for target in (Clean(), FinerScale()):
+        for target in (Clean(), NextScale()):
             target.check(twin.build())
 
 
 @pytest.mark.parametrize("steps", [1, 7, 9])
 def test_finer_scale_walks_whole_chains_only(steps: int) -> None:
     process = InverseHeat(8)
-    FinerScale().check_steps(process, 8)
+    NextScale().check_steps(process, 8)
     with refused("finer-scale", "steps of 1/8 only", f"steps={steps}", "set steps=8"):
-        FinerScale().check_steps(process, steps)
+        NextScale().check_steps(process, steps)
     with refused("finer-scale", f"steps={steps}"):
-        FinerScale().check_scales(process, torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+        NextScale().check_scales(process, torch.linspace(1, 0, steps + 1, dtype=torch.float64))
 
 
 def test_steepest_blur_is_the_largest_factor_of_one_step() -> None:
@@ -420,7 +420,9 @@ def test_scales_that_differ_by_nothing_ask_for_nothing(name: str) -> None:
             c = scalings(process, target, [t, t], 0.5)
             assert all(torch.isfinite(value).all() for value in (c.skip, c.out, c.inner, c.weight))
             x_t = process.sample(x_0, t)
-            asked = target.truth(process, process.operator(), x_0, x_t, torch.zeros_like(x_0), float64([t, t]))
+            asked = target.regression_target(
+                process, process.operator(), x_0, x_t, torch.zeros_like(x_0), float64([t, t])
+            )
             z = x_t if c.filter is None else process.operator().apply(c.filter, x_t)
             assert torch.isfinite(z).all()
             loss = c.weight * (c.skip * z + c.out * 1.0 - asked) ** 2

@@ -10,7 +10,7 @@ import torch
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.processes import VE, VP, Blurring, Homogeneous, InverseHeat
-from dpm_scales.targets import Clean, FinerScale, Noise, Target, Velocity
+from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from dpm_scales.weights import EDM, P2, LossWeight, MinSNR
 from support.oracles import (
     NOISY,
@@ -154,8 +154,8 @@ def test_heavy_blur_leaves_weights_finite_or_is_refused() -> None:
 
 def test_what_has_no_signal_to_noise_ratio_is_refused() -> None:
     for weight, _ in WEIGHTS.values():
-        with refused("FinerScale", "weight=target"):
-            weight.check(VP(8), FinerScale())
+        with refused("NextScale", "weight=target"):
+            weight.check(VP(8), NextScale())
         with refused("Homogeneous", "needs noise", "weight=target"):
             weight.check(Homogeneous(8), Clean())
         for target in (Clean(), Noise(), Velocity()):

@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from dpm_scales.data import Digits
 from dpm_scales.metrics import frechet_distance
-from dpm_scales.models.draw import draw
+from dpm_scales.models.generate import draw
 from dpm_scales.models.io import load_model
-from dpm_scales.training.ema import WeightAverage
+from dpm_scales.training.ema import EMA
 from dpm_scales.training.module import DiffusionModule
 from support.cluster_shell import Forked, finish, free_port, job_step, start, torchrun, wait_for
 from support.evaluate_helpers import Means, small_features
@@ -34,6 +34,7 @@ from support.shell import (
     call,
     checkpoint,
     column,
+    drawn,
     files,
     one_after_the_other,
     run,
@@ -172,7 +173,7 @@ def counting(path: Path) -> None:
 
     def count(self: DiffusionModule) -> None:
         (optimizer,) = self.trainer.strategy.optimizers
-        average = next(c for c in self.trainer.callbacks if isinstance(c, WeightAverage))
+        average = next(c for c in self.trainer.callbacks if isinstance(c, EMA))
         moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
         parts = {"weights": [*self.parameters()], "average": [*average.module.parameters()], "moments": moments}
         path.write_text(json.dumps({name: numbers(tensors) for name, tensors in parts.items()}))
@@ -247,8 +248,8 @@ def test_each_process_holds_half_of_the_weights(sliced: Path) -> None:
 def test_models_of_sliced_weights_are_models(pair: Path, sliced: Path, tmp_path: Path) -> None:
     """One process draws from the export; its figure is the one that the processes measured together."""
     ours, theirs = (sample(run_dir, tmp_path / run_dir.parent.name, "num_samples=4") for run_dir in (sliced, pair))
-    assert len(files(ours)) == 5
-    for name in files(ours):
+    assert len(drawn(ours)) == 4
+    for name in (*drawn(ours), "grid.png"):
         difference = np.asarray(Image.open(ours / name)).astype(int) - np.asarray(Image.open(theirs / name))
         assert np.abs(difference).max() <= 1
     fake = Means()(torch.cat(list(draw(load_model(sliced), SAMPLES, seed=0))))

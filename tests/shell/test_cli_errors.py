@@ -173,7 +173,7 @@ TRAIN = {
     "trainer.gradient_clip_val=0": "trainer.gradient_clip_val=0 stops all learning; null clips nothing",
     "trainer.accelerator=gpu2": "trainer: .*invalid accelerator name",
     "trainer.devices=zero": "devices",
-    "data.batch_size=0": "batch_size=0: allowed is 1 or more",
+    "data.batch_size=0": "batch_size=0: allowed is a whole number >= 1",
     "data.batch_size=5000": "data.batch_size=5000 exceeds the 1438 training images; set data.batch_size <= 1438",
     # places
     "data=folder": "data.root has no value yet; give it on the command line: KEY=VALUE",

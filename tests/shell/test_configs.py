@@ -32,7 +32,8 @@ from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, I
 from dpm_scales.samplers import Sampler
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule
 from dpm_scales.targets import Clean, Target
-from dpm_scales.training import run
+from dpm_scales.training.run_folder import Rescue
+from dpm_scales.training.trainer import make_trainer
 from dpm_scales.weights import LossWeight
 from support.shell import CONFIGS, call, composed, photos
 
@@ -290,7 +291,7 @@ def test_data_that_must_be_named_says_so() -> None:
 @pytest.mark.parametrize("name", choices("trainer"))
 def test_trainers(name: str, tmp_path: Path) -> None:
     config = composed(f"trainer={name}", "trainer.accelerator=cpu")
-    trainer = run._trainer(config, tmp_path, [])
+    trainer = make_trainer(config, tmp_path, [], Rescue(tmp_path))
     assert isinstance(trainer, pl.Trainer) and isinstance(trainer.strategy, ShardedStrategy) == (name == "fsdp")
     assert trainer.num_devices == config.trainer.devices
     assert list(tmp_path.iterdir()) == []

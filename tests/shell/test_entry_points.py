@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from dpm_scales.images import load_image
-from dpm_scales.models.draw import draw
+from dpm_scales.models.generate import draw
 from dpm_scales.models.io import load_model
 from support.shell import FAST, call, column, composed, files, photos, run, sample, settings, train
 

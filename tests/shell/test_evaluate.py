@@ -18,8 +18,8 @@ import torch
 import yaml
 
 from dpm_scales.data import Digits
-from dpm_scales.distributed.ranks import Shard
-from dpm_scales.evaluation.generated import Drawn, sample_features
+from dpm_scales.distributed.ranks import World
+from dpm_scales.evaluation.generated import ModelSamples, sample_features
 from dpm_scales.evaluation.references import run_data
 from dpm_scales.images import load_image
 from dpm_scales.metrics import frechet_distance, kernel_distance, manifolds
@@ -128,20 +128,20 @@ def test_processes_share_the_samples(network: Means, monkeypatch: pytest.MonkeyP
     for weights in model.denoiser.parameters():
         weights.data = 0.2 * torch.randn(weights.shape, generator=generator)
     labels = torch.tensor([0, 2, 1, 1, 0, 2, 2])
-    fake = Drawn(model, "run", "averaged", None, 7, 3, labels, torch.device("cpu"))
+    fake = ModelSamples(model, "run", "averaged", None, 7, 3, labels, torch.device("cpu"))
     whole = network(torch.cat(list(fake.batches(4))))
     own: dict[int, torch.Tensor] = {}
     monkeypatch.setattr("dpm_scales.evaluation.generated.barrier", lambda: None)
     for collecting in (True, False):
-        for shard in (Shard(rank, 9) for rank in range(9)):  # more than there are samples
+        for world in (World(rank, 9) for rank in range(9)):  # more than there are samples
 
-            def all_gather(gathered: list[torch.Tensor], values: torch.Tensor, rank: int = shard.rank) -> None:
+            def all_gather(gathered: list[torch.Tensor], values: torch.Tensor, rank: int = world.rank) -> None:
                 own[rank] = values
                 for place, number in zip(gathered, range(9), strict=True):
                     place.copy_(own.get(number, values))
 
             monkeypatch.setattr("torch.distributed.all_gather", all_gather)
-            judged = sample_features(fake, network, 2, True, shard, None)
+            judged = sample_features(fake, network, 2, True, world, None)
             if not collecting:
                 torch.testing.assert_close(torch.from_numpy(judged.rows), whole, rtol=0, atol=1e-6)
                 assert judged.number == 7

@@ -15,9 +15,9 @@ import torch
 
 from dpm_scales.data import Digits, digits_data
 from dpm_scales.metrics import frechet_distance, kernel_distance, manifolds
-from dpm_scales.models.draw import draw
+from dpm_scales.models.generate import draw
 from dpm_scales.models.io import load_model
-from dpm_scales.training.ema import WeightAverage
+from dpm_scales.training.ema import EMA
 from dpm_scales.training.module import DiffusionModule
 from dpm_scales.training.monitoring import PeriodicEvaluation, periodic_evaluation
 from support.evaluate_helpers import Means, small_features
@@ -156,17 +156,17 @@ def test_generators_are_left_as_they_were() -> None:
     settings = composed(*EVALUATED).evaluation
     data = digits_data(**{key: value for key, value in composed().data.items() if key != "_target_"})
     before = torch.get_rng_state()
-    assert len(periodic_evaluation(WeightAverage(), data, 0, settings)) == 1
+    assert len(periodic_evaluation(EMA(), data, 0, settings)) == 1
     assert torch.equal(torch.get_rng_state(), before)
     settings.every_n_steps = None
-    assert periodic_evaluation(WeightAverage(), data, 0, settings) == []
+    assert periodic_evaluation(EMA(), data, 0, settings) == []
 
 
 def test_samples_and_features_stay_on_the_device() -> None:
     """No tensor is made elsewhere or read by the host before the features are gathered."""
     settings = composed(*EVALUATED).evaluation
     data = digits_data(**{key: value for key, value in composed().data.items() if key != "_target_"})
-    (callback,) = periodic_evaluation(WeightAverage(), data, 0, settings)
+    (callback,) = periodic_evaluation(EMA(), data, 0, settings)
     assert isinstance(callback, PeriodicEvaluation)
     model = small_model("sampler=ddim", "sampler.steps=3")  # whose grid is not sought, as that of heun is
     gathered: list[torch.Tensor] = []

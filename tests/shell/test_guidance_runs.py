@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from dpm_scales.cli.arguments import tidy
-from dpm_scales.models.draw import with_guidance
+from dpm_scales.models.generate import with_guidance
 from dpm_scales.models.model import Recipe
 from dpm_scales.networks import UNet
 from dpm_scales.training import load_model
@@ -82,7 +82,7 @@ def test_guidance_is_refused_where_nothing_was_learnt_without_labels(sure: Path,
 
 def test_mistakes_end_with_one_line(labelled: Path, tmp_path: Path) -> None:
     for options, words in {
-        ("guidance=-1",): "guidance must be a number >= 0, got -1",
+        ("guidance=-1",): "guidance must be a number >= 0 and <= 1e+30, got -1",
         ("guidance=2", "guidance_interval=[0.8,0.1]"): "guidance_interval must be [low,high]",
         ("guidance=2", "guidance_variable=sigma"): "unknown guidance_variable 'sigma'",
         ("sampler=heun", "sampler.s_churn=-1"): "s_churn must be a number >= 0",

@@ -18,7 +18,7 @@ from dpm_scales.evaluation.likelihood import bits_per_dim, check_classes, condit
 from dpm_scales.evaluation.references import data_pictures, open_pictures
 from dpm_scales.images import load_image, to_range
 from dpm_scales.likelihood import FlowLikelihood, VariationalBound
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.training import Model, build_model, load_model
 from support.evaluate_helpers import Means, noise_images, small_features
 from support.oracles import refused
@@ -48,7 +48,7 @@ def test_bits_are_nats_of_all_images_and_batches_do_not_matter(name: str, method
     model, images = model_of(name), pictures(5)
     result = bits_per_dim(model, images.split(2), method, 3, seed=7)
     process = model.denoiser.process
-    x_0, noise = to_range(images, process.value_range), NoiseSource(7, 5)
+    x_0, noise = to_range(images, process.value_range), CounterRNG(7, 5)
     if method == "flow":
         nats = FlowLikelihood(model.denoiser, model.prior, 3)(x_0, noise)
     else:
@@ -128,7 +128,7 @@ def test_labels_are_heard_and_left_out() -> None:
     images, labels = pictures(4), torch.tensor([0, 2, 1, 2])
     x_0 = to_range(images, model.denoiser.process.value_range)
     for use_labels, heard in ((True, labels), (False, torch.full((4,), 3))):
-        nats = VariationalBound(model.denoiser, model.prior, 3)(x_0, NoiseSource(7, 4), heard).total
+        nats = VariationalBound(model.denoiser, model.prior, 3)(x_0, CounterRNG(7, 4), heard).total
         batches = [(images[:3], labels[:3]), (images[3:], labels[3:])]
         result = bits_per_dim(model, batches, "vlb", 3, seed=7, use_labels=use_labels)
         assert result.bits == pytest.approx(float(nats.mean()) / (64 * math.log(2)), rel=1e-4)

@@ -17,9 +17,9 @@ from torch import Tensor
 from dpm_scales.commands.sample import steer
 from dpm_scales.images import to_range
 from dpm_scales.models.io import save_model
-from dpm_scales.priors import DataPrior, GuidancePrior
+from dpm_scales.priors import DataPrior, OsmosisPrior
 from dpm_scales.processes import InverseHeat, InverseOsmosis, OsmosisDiffusion
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.training import Model, load_model
 from support.shell import Outcome, call, files, one_after_the_other, small_model
 
@@ -81,7 +81,7 @@ def blurred(x: Tensor, time: float) -> np.ndarray:
 
 
 def start(model: Model, first: int, count: int) -> tuple[Tensor, Tensor | None]:
-    return model.prior.sample(model.denoiser.process, NoiseSource(3, count, first), (1, SIDE, SIDE), torch.float64)
+    return model.prior.sample(model.denoiser.process, CounterRNG(3, count, first), (1, SIDE, SIDE), torch.float64)
 
 
 @pytest.mark.parametrize("name", ["own", "other"])
@@ -90,7 +90,7 @@ def test_guidance_of_sample_i_is_image_i_mod_n(name: str, desk: Path) -> None:
     model = load_model(desk / name)
     assert steer(model, str(desk / "set"))[0] == [str(desk / "set" / f"{i}.png") for i in range(3)]
     process = model.denoiser.process
-    assert isinstance(process, InverseOsmosis | OsmosisDiffusion) and isinstance(model.prior, GuidancePrior)
+    assert isinstance(process, InverseOsmosis | OsmosisDiffusion) and isinstance(model.prior, OsmosisPrior)
     model.prior.noise_ratio = 0.0
     y, v = start(model, 4, 5)
     chosen = np.stack([grey(i % 3)[None] for i in range(4, 9)]) / 255
@@ -176,7 +176,7 @@ def test_what_does_not_fit_ends_with_one_line(
 def test_all_images_start_however_many_training_images_are_kept() -> None:
     images = torch.rand(7, 1, SIDE, SIDE)
     own = OsmosisDiffusion(6, guidance_image="own", value_range=(0, 1))
-    for prior, process in ((GuidancePrior(max_images=3), own), (DataPrior(max_images=3), InverseHeat(6))):
+    for prior, process in ((OsmosisPrior(max_images=3), own), (DataPrior(max_images=3), InverseHeat(6))):
         prior.fit(images, process)
         assert len(getattr(prior, prior.stored[0])) == 3
         prior.steer(images, process)

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from dpm_scales.likelihood import start_law
-from dpm_scales.priors import DataPrior, GaussianPrior, GuidancePrior, Prior, auto_prior
+from dpm_scales.priors import DataPrior, GaussianPrior, OsmosisPrior, Prior, auto_prior
 from dpm_scales.processes import Blurring, InverseHeat, OsmosisDiffusion, Process
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.schedules import CosineLogSNR
 from support.oracles import generator, images, refused
 from support.shell import CONFIGS, attempt, small_model
 
 PROCESSES = sorted(path.stem for path in (CONFIGS / "process").glob("*.yaml"))
 OSMOSIS = ["inverse_osmosis", "osmosis", "osmosis_diffusion"]
-PRIORS = {"gaussian": GaussianPrior, "data": DataPrior, "guidance": GuidancePrior}
+PRIORS = {"gaussian": GaussianPrior, "data": DataPrior, "guidance": OsmosisPrior}
 FITS = {
     "gaussian": {"vp", "ve", "blurring"},
     "data": {"blurring", "blurring_chain", "blurring_constant", "heat", "homogeneous"},
     "guidance": set(OSMOSIS),
 }
-WHY = {"gaussian": "GaussianPrior", "data": "DataPrior", "guidance": "GuidancePrior"}
+WHY = {"gaussian": "GaussianPrior", "data": "DataPrior", "guidance": "OsmosisPrior"}
 SHORT = "process.num_scales=20"
 PAIRS = [(process, prior) for process in PROCESSES for prior in PRIORS]
 
@@ -48,7 +48,7 @@ def assert_law(process: Process, prior: Prior) -> None:
     count, (low, high) = 6000, process.value_range
     data = low + (high - low) * (0.2 + 0.6 * torch.rand(3, 1, 4, 5, generator=generator(2), dtype=torch.float64))
     prior.fit(data, process)
-    y, context = prior.sample(process, NoiseSource(1, count), (1, 4, 5), torch.float64)
+    y, context = prior.sample(process, CounterRNG(1, count), (1, 4, 5), torch.float64)
     start = process.operator(context).to_pixels(y)
     rng = generator(3)
     x_0 = data[torch.randint(3, (count,), generator=rng)]
@@ -96,16 +96,16 @@ def test_no_other_way_leads_around_the_check() -> None:
     data.fit(x_0, InverseHeat(4))
     for prior in (GaussianPrior(), data):
         with refused("draws no context"):
-            prior.sample(process, NoiseSource(0, 2), (1, 4, 5))
+            prior.sample(process, CounterRNG(0, 2), (1, 4, 5))
         with refused("draws no context"):
-            start_law(prior, process, x_0, NoiseSource(0, 2))
+            start_law(prior, process, x_0, CounterRNG(0, 2))
     with refused("draws no context"):
         DataPrior().fit(x_0, process)
-    guidance = GuidancePrior()
+    guidance = OsmosisPrior()
     guidance.fit(x_0, process)
     for call in (guidance.sample, lambda *a: start_law(guidance, a[0], x_0, a[1])):
         with refused("needs an osmosis process, not Blurring"):
-            call(Blurring(4), NoiseSource(0, 2), (1, 4, 5))
+            call(Blurring(4), CounterRNG(0, 2), (1, 4, 5))
 
 
 @pytest.mark.parametrize(("lowest", "fits"), [(-7.9, True), (-7.7, False)])
@@ -126,8 +126,8 @@ def test_the_noise_of_the_start_is_the_processes_own_but_for_constant_noise() ->
         assert DataPrior().ratio(process) == ratio and DataPrior(0.7).ratio(process) == 0.7
         prior = DataPrior()
         prior.fit(images(1, 1, 4, 5), process)
-        y = [p.sample(process, NoiseSource(3, 2), (1, 4, 5), torch.float64)[0] for p in (prior, _silent(prior))]
-        white = NoiseSource(3, 2)
+        y = [p.sample(process, CounterRNG(3, 2), (1, 4, 5), torch.float64)[0] for p in (prior, _silent(prior))]
+        white = CounterRNG(3, 2)
         white.uniform()
         gamma = process.noise_scale(1.0, torch.zeros(1, 1, dtype=torch.float64))
         torch.testing.assert_close(y[0] - y[1], ratio * gamma * white.normal((1, 4, 5), torch.float64))

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpm_scales.distributed.ranks import Shard, barrier, first_host, leave, this_shard
+from dpm_scales.distributed.ranks import World, barrier, current_world, first_host, leave
 from dpm_scales.errors import UserError
-from dpm_scales.rng import NoiseSource, white_noise
+from dpm_scales.rng import CounterRNG, white_noise
 from dpm_scales.training.scale_sampling import spread_evenly
 from support.cluster_shell import job_step
 from support.shell import assert_equal, small_model
@@ -24,19 +24,19 @@ SRUN = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID"
 
 
 @pytest.mark.parametrize(
-    ("environment", "shard"),
+    ("environment", "world"),
     [
-        ({}, Shard()),
-        ({**TORCHRUN, "RANK": "5"}, Shard(5, 8, 1, 4, 1)),
-        ({**SRUN, "SLURM_PROCID": "7"}, Shard(7, 8, 3, 4, 1)),
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "9"}, Shard()),  # a batch script without srun
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, Shard()),  # a shell in a job
-        ({"SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1"}, Shard(1, 2, 1, 2)),
-        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, Shard()),  # a process that Lightning started
+        ({}, World()),
+        ({**TORCHRUN, "RANK": "5"}, World(5, 8, 1, 4, 1)),
+        ({**SRUN, "SLURM_PROCID": "7"}, World(7, 8, 3, 4, 1)),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "9"}, World()),  # a batch script without srun
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, World()),  # a shell in a job
+        ({"SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_GLOBALID": "1"}, World(1, 2, 1, 2)),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, World()),  # a process that Lightning started
     ],
 )
-def test_processes_are_told_by_whoever_started_them(environment: dict[str, str], shard: Shard) -> None:
-    assert this_shard(environment) == shard
+def test_processes_are_told_by_whoever_started_them(environment: dict[str, str], world: World) -> None:
+    assert current_world(environment) == world
 
 
 @pytest.mark.parametrize(
@@ -50,13 +50,13 @@ def test_processes_are_told_by_whoever_started_them(environment: dict[str, str],
 )
 def test_contradictions_of_the_environment_are_told(environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        this_shard(environment)
+        current_world(environment)
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 8, 9, 1000])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_parts_are_the_whole(count: int, world_size: int) -> None:
-    parts = [Shard(rank, world_size).part(count) for rank in range(world_size)]
+    parts = [World(rank, world_size).part(count) for rank in range(world_size)]
     assert [number for part in parts for number in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1 and len(parts[0]) >= min(count, 1)
 
@@ -80,7 +80,7 @@ def test_first_machine_of_a_list(hosts: str, first: str) -> None:
 def come_and_go(step: dict[str, str], done: Path) -> None:
     """The second process comes later."""
     os.environ.update(step)
-    if this_shard().rank == 1:
+    if current_world().rank == 1:
         time.sleep(0.5)
         done.touch()
     barrier()
@@ -106,17 +106,17 @@ def test_nobody_leaves_before_all_are_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(3, 5, 7), (1,), ()])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_noise_of_an_image_does_not_depend_on_who_draws_it(world_size: int, shape: tuple[int, ...]) -> None:
-    whole, first = NoiseSource(4, 6 * world_size, 100), 100
-    shares = [NoiseSource(4, 6, first + rank, stride=world_size) for rank in range(world_size)]
-    for draw in ("quick_normal", "uniform", "quick_normal"):
+    whole, first = CounterRNG(4, 6 * world_size, 100), 100
+    shares = [CounterRNG(4, 6, first + rank, stride=world_size) for rank in range(world_size)]
+    for draw in ("normal_float32", "uniform", "normal_float32"):
         together = torch.stack([getattr(share, draw)(shape) for share in shares], 1).flatten(0, 1)
         assert_equal(getattr(whole, draw)(shape), together)
 
 
 def test_quick_normal_is_standard_normal() -> None:
     """Kolmogorov and Smirnov's bound at 1e-4; neighbours, draws and the pairs of Box-Muller are independent."""
-    source = NoiseSource(9, 1000)
-    x, y = source.quick_normal((1001,)).double(), source.quick_normal((1001,)).double()
+    source = CounterRNG(9, 1000)
+    x, y = source.normal_float32((1001,)).double(), source.normal_float32((1001,)).double()
     assert x.shape == (1000, 1001) and torch.isfinite(x).all()
     for draw in (x, y):
         ordered = draw.flatten().sort().values
@@ -143,9 +143,9 @@ def test_loss_of_an_image_does_not_depend_on_whose_batch_it_is_in(world_size: in
     x_0 = torch.rand(4 * world_size, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     t = torch.linspace(0.1, 1, len(x_0), dtype=torch.float64)
     with torch.no_grad():
-        whole = model.denoiser.loss(x_0, t, generator=NoiseSource(3, len(x_0), 50))
+        whole = model.denoiser.loss(x_0, t, generator=CounterRNG(3, len(x_0), 50))
         for rank in range(world_size):
-            noise = NoiseSource(3, 4, 50 + rank, stride=world_size)
+            noise = CounterRNG(3, 4, 50 + rank, stride=world_size)
             part = model.denoiser.loss(x_0[rank::world_size], t[rank::world_size], generator=noise)
             torch.testing.assert_close(part, whole[rank::world_size], rtol=1e-5, atol=1e-6)
 
@@ -160,4 +160,4 @@ def test_scales_of_a_shared_batch_are_those_of_one(world_size: int, count: int) 
 
 def test_stride_must_lead_on() -> None:
     with pytest.raises(UserError, match="stride=0"):
-        NoiseSource(0, 2, stride=0)
+        CounterRNG(0, 2, stride=0)

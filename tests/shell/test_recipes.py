@@ -13,7 +13,7 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError
 from dpm_scales.processes import VP, Blurring, InverseHeat, Process
 from dpm_scales.samplers import Ancestral, Dissipation
-from dpm_scales.targets import Clean, FinerScale, Noise, Target
+from dpm_scales.targets import Clean, NextScale, Noise, Target
 from support.shell import composed
 
 
@@ -41,7 +41,7 @@ def test_cifar10_vp_is_ddpm() -> None:
 
 def test_cifar10_heat_is_ihdm() -> None:
     process, target, config = recipe("cifar10_heat")
-    assert isinstance(process, InverseHeat) and process.num_scales == 200 and isinstance(target, FinerScale)
+    assert isinstance(process, InverseHeat) and process.num_scales == 200 and isinstance(target, NextScale)
     assert not target.equal_weight
     mu = torch.tensor([0.0, 0.1, 1.0], dtype=torch.float64)
     sigmas = np.exp(np.linspace(np.log(0.5), np.log(24), 200))

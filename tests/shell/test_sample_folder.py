@@ -18,10 +18,10 @@ from dpm_scales.cli.options import image_size
 from dpm_scales.commands.sample import TASKS
 from dpm_scales.commands.sample_folder import claimed, differences, require_free, require_room
 from dpm_scales.commands.shared import Setup
-from dpm_scales.distributed.ranks import Shard, first_decides
+from dpm_scales.distributed.ranks import World, first_decides
 from dpm_scales.errors import UserError
 from dpm_scales.images import load_image, make_class_grid
-from dpm_scales.models.draw import finished, weights_digest
+from dpm_scales.models.generate import finished, weights_digest
 from dpm_scales.models.instantiate import plain
 from dpm_scales.models.io import save_model
 from dpm_scales.models.model import Model, build_model
@@ -110,7 +110,7 @@ def made(model: Model, task: str, key: str | None = None) -> dict[str, Any]:
         cfg[key] = OTHERS.get(key, f"{value}2" if isinstance(value, str) else not value if value is False else 7)
     chosen = type(model.sampler)(steps=3 if cfg.steps is None else cfg.steps)
     labels = torch.tensor([0 if cfg.labels is None else cfg.labels])
-    setup = Setup(model, torch.device("cpu"), Path("x"), cfg, Shard(), labels, "0")
+    setup = Setup(model, torch.device("cpu"), Path("x"), cfg, World(), labels, "0")
     for name in ("image", "mask", "start", "end", "prior_images"):
         if cfg.get(name) is not None:
             setup.note(name, torch.full((1, 1, 2, 2), len(str(cfg[name])) + (name == key), dtype=torch.uint8))

@@ -27,7 +27,7 @@ PROCESSES = ("vp", "heat", "homogeneous", "blurring", "osmosis", "ve")
 
 
 @dataclass
-class Drawn:
+class ModelSamples:
     """What a figure shows, taken when it is saved."""
 
     colours: dict[str, str] = field(default_factory=dict)
@@ -38,9 +38,9 @@ class Drawn:
     markers_inside: bool = True
 
 
-def look_at(figure: matplotlib.figure.Figure) -> Drawn:
+def look_at(figure: matplotlib.figure.Figure) -> ModelSamples:
     figure.canvas.draw()
-    found = Drawn()
+    found = ModelSamples()
     boxes = [legend.get_window_extent() for legend in figure.legends]
     for axis in figure.axes:
         found.legend_apart &= axis.get_legend() is None
@@ -66,10 +66,10 @@ def inside(axis: Axes, line: Any) -> bool:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Drawn]]]:
+def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, ModelSamples]]]:
     """A comparison of small photos, and its figures by their names."""
     folder = tmp_path_factory.mktemp("figures")
-    seen: list[Drawn] = []
+    seen: list[ModelSamples] = []
     save = matplotlib.figure.Figure.savefig
 
     def savefig(self: matplotlib.figure.Figure, *args: Any, **kwargs: Any) -> None:
@@ -95,7 +95,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     yield folder / "out", dict(zip(names, seen, strict=True))
 
 
-def test_a_process_has_one_name_and_one_colour_in_all_figures(study: tuple[Path, dict[str, Drawn]]) -> None:
+def test_a_process_has_one_name_and_one_colour_in_all_figures(study: tuple[Path, dict[str, ModelSamples]]) -> None:
     _, figures = study
     assert figures.keys() == {"variance.png", "entropy.png", "distance.png", "trajectories.png"}
     assert figures["variance.png"].colours.keys() == set(PROCESSES)
@@ -104,13 +104,13 @@ def test_a_process_has_one_name_and_one_colour_in_all_figures(study: tuple[Path,
             assert colour == plots.SHIPPED[process.removesuffix(", second draw")][0]
 
 
-def test_nothing_is_hidden_or_cut_off(study: tuple[Path, dict[str, Drawn]]) -> None:
+def test_nothing_is_hidden_or_cut_off(study: tuple[Path, dict[str, ModelSamples]]) -> None:
     _, figures = study
     assert all(figure.legend_apart for figure in figures.values())
     assert all(figure.markers_inside for figure in figures.values())
 
 
-def test_axes_say_what_they_show_in_which_unit(study: tuple[Path, dict[str, Drawn]]) -> None:
+def test_axes_say_what_they_show_in_which_unit(study: tuple[Path, dict[str, ModelSamples]]) -> None:
     _, figures = study
     for name in ("variance.png", "entropy.png", "distance.png"):
         assert all(figures[name].labels)
@@ -132,7 +132,7 @@ def test_trajectories_begin_with_the_image(tmp_path: Path) -> None:
         assert not np.array_equal(pictures[1], image)
 
 
-def test_fewer_images_than_features_are_told(study: tuple[Path, dict[str, Drawn]]) -> None:
+def test_fewer_images_than_features_are_told(study: tuple[Path, dict[str, ModelSamples]]) -> None:
     out, figures = study
     assert json.loads((out / "comparison.json").read_text())["warnings"][0].startswith(FEW)
     assert figures["distance.png"].titles[0] == "too high: fewer images than 6 features"

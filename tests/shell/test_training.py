@@ -16,9 +16,9 @@ from torch import Tensor
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError
 from dpm_scales.images import load_image, make_grid, to_range, to_uint8
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.training import load_model
-from dpm_scales.training.ema import WeightAverage
+from dpm_scales.training.ema import EMA
 from dpm_scales.training.module import BANDS, VALIDATION, DiffusionModule, step_seed
 from dpm_scales.training.scale_sampling import spread_evenly, uniform_scales
 from support.shell import FAST, attempt, call, checkpoint, column, composed, network_weights, small_model, table, train
@@ -55,7 +55,7 @@ def test_average_of_the_weights_by_hand(decay: float, tmp_path: Path, history: l
 
 
 def test_average_warms_up() -> None:
-    average = WeightAverage(0.999)
+    average = EMA(0.999)
     for n in (1, 5, 90, 10000):
         values = [torch.ones(1), torch.full((2,), 2.0)]
         average._average(values, [torch.zeros(1), torch.zeros(2)], torch.tensor(n))
@@ -213,7 +213,7 @@ def test_validation_loss_per_band_by_hand(tmp_path: Path) -> None:
     for index, (images, _) in enumerate(data.val_dataloader()):
         if index == 2:  # limit_val_batches
             break
-        noise = NoiseSource(step_seed(0, VALIDATION, 0), 16, index * 16)
+        noise = CounterRNG(step_seed(0, VALIDATION, 0), 16, index * 16)
         even = spread_evenly(torch.arange(16), 16, step_seed(0, VALIDATION, index + 1) / 2**63)
         t = uniform_scales(even, 1000)
         with torch.no_grad():
@@ -241,7 +241,7 @@ def test_last_step_is_validated_wherever_the_next_was_due(tmp_path: Path) -> Non
 def test_grid_is_drawn_from_the_average_with_the_same_noise(tmp_path: Path) -> None:
     run_dir = train(tmp_path / "run", *FAST, "seed=3")
     model = load_model(run_dir)
-    x = model.sampler.sample(model.denoiser, model.prior, NoiseSource(3, 4), (1, 8, 8))
+    x = model.sampler.sample(model.denoiser, model.prior, CounterRNG(3, 4), (1, 8, 8))
     expected = make_grid(to_uint8(x, (-1, 1)))
     assert torch.equal(load_image(run_dir / "samples" / "step-000006.png"), expected)
 

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 from dpm_scales.targets import Clean, Target
 from support.reference import TWINS, Array, Twin, dct_basis
 
@@ -199,7 +199,7 @@ class OracleDenoiser(Denoiser):
         super().__init__(nn.Identity(), twin.build(), Clean())
         self.twin, self.data = twin, data
 
-    def clean(
+    def predict_mean(
         self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         size = y_t.shape[-2:]
@@ -238,7 +238,7 @@ class TinyNetwork(nn.Module):
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
-class ScriptedNoise(NoiseSource):
+class ScriptedNoise(CounterRNG):
     """Gives the listed draws, one after the other."""
 
     def __init__(self, draws: Sequence[Tensor]) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dpm_scales.errors import UserError, is_whole, require, require_number
-from dpm_scales.guidance import Guided
+from dpm_scales.guidance import ClassifierFreeGuidance
 from dpm_scales.images import to_uint8
 from dpm_scales.memory import lacks_memory
 from dpm_scales.models.model import Model
-from dpm_scales.rng import NoiseSource
+from dpm_scales.rng import CounterRNG
 
 MAX_GUIDANCE = 1e30  # single precision ends soon after
 
@@ -67,7 +67,7 @@ def with_guidance(model: Model, scale: float, interval: Sequence[float] | None =
         f"guidance={scale:g} needs a model that also knows images without labels, and this one was trained with all of "
         "them; drop guidance=, or train with label_dropout=0.1",
     )
-    return replace(model, denoiser=Guided(model.denoiser, classes, scale, interval, variable))
+    return replace(model, denoiser=ClassifierFreeGuidance(model.denoiser, classes, scale, interval, variable))
 
 
 def draw(
@@ -96,7 +96,7 @@ def draw(
     scales = model.sampler.scales(process).to(device)
     for start in range(0, num_samples, batch_size):
         count = min(batch_size, num_samples - start)
-        noise = NoiseSource(seed, count, first + start, device)
+        noise = CounterRNG(seed, count, first + start, device)
         batch_labels = None if labels is None else labels[start : start + count].to(device)
         shape = (model.recipe.channels, height, width)
         x = model.sampler.sample(model.denoiser, model.prior, noise, shape, batch_labels, scales, on_step)
