@@ -19,7 +19,7 @@ Every other pair is refused when the model is built.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +38,7 @@ STEERABLE = "those of heat, of blurring_constant, and of osmosis trained with pr
 """What messages say of models whose start shows an image."""
 
 
-class Prior(nn.Module):
+class Prior(nn.Module, ABC):
     """Distribution at scale 1."""
 
     def check(self, process: Process) -> None:

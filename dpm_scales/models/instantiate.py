@@ -100,6 +100,10 @@ def check_kind(config: Any, kind: type, where: str, late: Iterable[str] | None =
     made = found if inspect.isclass(found) else hints.get("return")
     wrong = not callable(found) or (inspect.isclass(made) and not issubclass(made, kind))
     require(not wrong, _no(kind, f"{where}._target_={name}"))
+    require(
+        not inspect.isabstract(found),
+        f"{where}._target_={name} is an abstract class; name a class derived from it",
+    )
     require(isinstance(partial, bool), f"{where}._partial_ must be true or false, got {partial!r}")
     require(not partial or late is not None, f"{where}._partial_=true would make nothing; leave it out")
     require(

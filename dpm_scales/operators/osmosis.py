@@ -54,16 +54,6 @@ class OsmosisOperator(Operator):
         self.check_images(u)
         return self.stencil(u.dtype).product(u)
 
-    def adjoint_matvec(self, u: Tensor) -> Tensor:
-        """P' u, the transposed matrix: the backward equation."""
-        self.check_images(u)
-        return self.stencil(u.dtype).adjoint().product(u)
-
-    def white_matvec(self, y: Tensor) -> Tensor:
-        """L y in white coordinates."""
-        self.check_images(y)
-        return self.stencil(y.dtype, white=True).product(y)
-
     def dense(self, white: bool = False) -> Tensor:
         """P, or L in white coordinates, as matrices ``(B | 1, C | 1, N, N)`` in float64."""
         return self.stencil(torch.float64, white).dense()

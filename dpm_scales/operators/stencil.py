@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import struct
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -70,11 +71,6 @@ class Stencil:
     def product(self, u: Tensor) -> Tensor:
         """A u for images ``(B, C, H, W)`` in the weights' number format."""
         return self.flat_product(u.flatten(-2)).view(u.shape)
-
-    def adjoint(self) -> Stencil:
-        """The transposed matrix."""
-        swapped = (self.from_left, self.from_right, self.from_above, self.from_below)
-        return Stencil(self.diagonal, *swapped, self.height, self.width)
 
     def affine(self, scale: float, shift: float) -> Stencil:
         """The matrix ``scale * A + shift * I``."""
@@ -127,16 +123,16 @@ def blocks(x: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
             yield slice(i, i + high), slice(j, j + wide)
 
 
-class Product:
+class Product(ABC):
     """A u into a buffer `out`, in place."""
 
+    @abstractmethod
     def set(self) -> None:
-        """``out = A u``."""
-        raise NotImplementedError
+        """Compute ``out = A u``."""
 
+    @abstractmethod
     def add(self, scale: float = 1.0) -> None:
-        """``out += scale * A u``."""
-        raise NotImplementedError
+        """Compute ``out += scale * A u``."""
 
 
 class FiveProducts(Product):

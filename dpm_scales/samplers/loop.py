@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -72,7 +72,7 @@ class Past:
     m: Tensor
 
 
-class Sampler:
+class Sampler(ABC):
     """The loop; members give one step.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,7 +33,7 @@ def numbers_of(owner: object, name: str, values: Sequence[float]) -> list[float]
     return [float(value) for value in numbers]
 
 
-class Schedule(nn.Module):
+class Schedule(nn.Module, ABC):
     """A curve of t. `bind` is called once by the process that owns it; lists are checked and tabulated there."""
 
     knots: Tensor

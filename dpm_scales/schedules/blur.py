@@ -17,8 +17,7 @@ class BlurSchedule(Schedule):
     """``forward(t) -> T(t)``: dissipation time in px^2 (blur_sigma^2 / 2), float64, non-decreasing, 0 at t = 0."""
 
     @abstractmethod
-    def forward(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+    def forward(self, t: Tensor) -> Tensor: ...
 
 
 class LogBlur(BlurSchedule):
@@ -77,8 +76,7 @@ class _ListedBlur(BlurSchedule):
 
     @staticmethod
     @abstractmethod
-    def time(value: float) -> float:
-        raise NotImplementedError
+    def time(value: float) -> float: ...
 
     def forward(self, t: Tensor) -> Tensor:
         return self._interpolate(t)

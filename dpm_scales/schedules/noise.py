@@ -21,8 +21,7 @@ class NoiseSchedule(Schedule):
     """
 
     @abstractmethod
-    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class _LogSNR(NoiseSchedule):
@@ -34,8 +33,7 @@ class _LogSNR(NoiseSchedule):
 
     @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
-        """The published curve, in nats, float64."""
-        raise NotImplementedError
+        """Return the published curve, in nats, float64."""
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_snr = self.log_snr(t) - torch.log(self._before_first(t))
@@ -151,8 +149,7 @@ class _Exploding(NoiseSchedule):
     """a = 1: only the noise grows, gamma_t^2 given by `variance`."""
 
     @abstractmethod
-    def variance(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+    def variance(self, t: Tensor) -> Tensor: ...
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         variance = self.variance(t)

@@ -277,7 +277,7 @@ def test_everything_stays_on_the_device_and_nothing_waits_for_it(per_sample: boo
         time = torch.rand(4 if per_sample else (), device="cuda").double()
         op, f = OsmosisOperator(v, 8), Decay(torch.zeros_like(time), time, 0.01)
         results = [op.apply(f, y), *op.apply_all([f, torch.cos, lambda mu: mu[:, :1] + 1], y)]
-        results += [op.combine((f, y), (torch.cos, y)), op.to_pixels(op.to_white(y)), op.matvec(y), op.white_matvec(y)]
+        results += [op.combine((f, y), (torch.cos, y)), op.to_pixels(op.to_white(y)), op.matvec(y)]
         for result in results:
             assert result.device.type == "cuda" and result.shape == y.shape
         assert op.log_volume().device.type == op.eigenvalues(6, 9, y.device).device.type == "cuda"
@@ -328,8 +328,6 @@ def test_images_that_do_not_fit_the_guidance_are_refused(shape: tuple[int, ...])
     op, x = OsmosisOperator(torch.ones(2, 3, 4, 5)), torch.ones(shape)
     calls: list[Callable[[], Any]] = [
         lambda: op.matvec(x),
-        lambda: op.adjoint_matvec(x),
-        lambda: op.white_matvec(x),
         lambda: op.apply(torch.cos, x),
         lambda: op.apply_all([torch.cos], x),
         lambda: op.combine((torch.cos, torch.ones(2, 3, 4, 5)), (torch.cos, x)),

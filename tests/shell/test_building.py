@@ -16,10 +16,11 @@ from dpm_scales.data import ImageDataModule
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError
 from dpm_scales.models.instantiate import build, check_kind
+from dpm_scales.operators import Operator
 from dpm_scales.priors import Prior
 from dpm_scales.processes import VP, InverseHeat, Process
 from dpm_scales.samplers import DDIM, Heun, Sampler
-from dpm_scales.schedules import ConstantNoise, LogBlur
+from dpm_scales.schedules import BlurSchedule, ConstantNoise, LogBlur, NoiseSchedule
 from dpm_scales.targets import Clean, Target
 from dpm_scales.training import save_model
 from dpm_scales.weights import LossWeight
@@ -116,6 +117,17 @@ def test_what_is_right_is_built(modules: None) -> None:
     assert isinstance(heat.noise, ConstantNoise) and heat.noise.noise_std == 0.2
     assert build({"_target_": "own_module.vp"}, Process, "process", given={"num_scales": 5}).num_scales == 5
     assert build({"_target_": "own_module.told", "noise": None}, Process, "process").num_scales == 7
+
+
+@pytest.mark.parametrize(
+    "kind", [Sampler, Target, Prior, LossWeight, Operator, NoiseSchedule, BlurSchedule], ids=lambda k: k.__name__
+)
+def test_abstract_classes_are_not_built(kind: type) -> None:
+    name = f"{kind.__module__}.{kind.__name__}"
+    with pytest.raises(TypeError, match="abstract"):
+        kind()
+    with pytest.raises(UserError, match=f"^place._target_={name} is an abstract class; name a class derived from it$"):
+        build({"_target_": name}, kind, "place")
 
 
 def test_functions_of_what_was_built_before() -> None:
