@@ -92,6 +92,19 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_choice(name: str, value: object, allowed: Iterable[str], owner: str = "") -> None:
+    """Raise UserError, with the nearest of `allowed`, unless `value` is one of them.
+
+    Args:
+        name: the option's.
+        owner: class or task that has the option, if the message is to name it.
+    """
+    names = tuple(allowed)
+    if value not in names:
+        prefix = f"{owner}: " if owner else ""
+        raise UserError(f"{prefix}unknown {name} {value!r}: {suggest(str(value), names)}")
+
+
 def is_whole(value: object, low: float = -math.inf) -> bool:
     """Whether `value` is an integer (a truth value is none) of at least `low`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= low

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
-from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.errors import require, require_choice
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context
 from dpm_scales.schedules import is_number
@@ -53,8 +53,7 @@ class ClassifierFreeGuidance(Denoiser):
     ) -> None:
         nn.Module.__init__(self)
         require(is_number(scale) and scale >= 0, f"guidance must be a number >= 0, got {scale!r}")
-        if variable not in VARIABLES:
-            raise UserError(f"unknown guidance_variable {variable!r}: {suggest(str(variable), VARIABLES)}")
+        require_choice("guidance_variable", variable, VARIABLES)
         low, high = _interval(interval)
         require(
             variable == "t" or interval is None or not denoiser.process.has_constant_noise(),

@@ -42,7 +42,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.errors import UserError, require, require_choice
 from dpm_scales.operators import Operator, SpectralFunction
 from dpm_scales.processes import Process, Step
 from dpm_scales.spectrum import DataSpectrum
@@ -201,10 +201,7 @@ class Clean(Target):
     """
 
     def __init__(self, preconditioning: str = "auto", clip: bool = True) -> None:
-        if preconditioning not in PRECONDITIONINGS:
-            raise UserError(
-                f"unknown preconditioning {preconditioning!r}: {suggest(preconditioning, PRECONDITIONINGS)}"
-            )
+        require_choice("preconditioning", preconditioning, PRECONDITIONINGS)
         self.preconditioning, self.clip = preconditioning, clip
 
     def resolve_auto(self, process: Process, spectrum: DataSpectrum, size: tuple[int, int]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.editing.degradations import HEAT, Degradation
 from dpm_scales.editing.latents import context_of, noised
-from dpm_scales.errors import UserError, is_whole, require, suggest
+from dpm_scales.errors import UserError, is_whole, require, require_choice
 from dpm_scales.operators import SpectralFunction
 from dpm_scales.processes import Context, Process
 from dpm_scales.rng import CounterRNG
@@ -66,7 +66,7 @@ class Consistent(Denoiser):
         )
         self.degradation, self.observed, self.noise_std = degradation, observed, float(noise_std)
         if isinstance(covariance, str):
-            require(covariance in COVARIANCES, f"unknown covariance {covariance!r}: {suggest(covariance, COVARIANCES)}")
+            require_choice("covariance", covariance, COVARIANCES)
             self.power: SpectralFunction = denoiser.spectrum if covariance == "spectrum" else self._white
         else:
             self.power = covariance

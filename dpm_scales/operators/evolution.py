@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.errors import UserError, require, require_choice
 from dpm_scales.operators.chebyshev import Coefficients, expand, heat_coefficients
 from dpm_scales.operators.implicit import implicit_euler
 from dpm_scales.operators.osmosis import OsmosisOperator, working_dtype
@@ -69,8 +69,7 @@ def evolve(
 
     Raises: UserError for arguments that do not fit, and for systems that do not converge.
     """
-    if method not in METHODS:
-        raise UserError(f"unknown method {method!r}: {suggest(str(method), METHODS)}")
+    require_choice("method", method, METHODS)
     ok = isinstance(tol, float) and 1e-12 <= tol < 1
     require(ok, f"evolve: tol must lie in [1e-12, 1), got {tol!r}")
     _check_images(u, validate)

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.errors import UserError, require, require_choice
 from dpm_scales.operators.base import Decay, Operator, SpectralFunction
 
 SPECTRA = ("continuous", "discrete")
@@ -156,5 +156,4 @@ class HeatOperator(Operator):
 
 
 def _check_spectrum(spectrum: str) -> None:
-    if spectrum not in SPECTRA:
-        raise UserError(f"unknown spectrum {spectrum!r}: {suggest(str(spectrum), SPECTRA)}")
+    require_choice("spectrum", spectrum, SPECTRA)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.errors import UserError, require, require_choice
 from dpm_scales.operators.multigrid import multigrid
 from dpm_scales.operators.stencil import CACHE_BYTES, Stencil, blocks, cut
 
@@ -236,8 +236,7 @@ def implicit_euler(
 
     Raises: UserError for arguments that do not fit, and for systems that do not converge.
     """
-    if method not in SOLVERS:
-        raise UserError(f"unknown method {method!r}: {suggest(str(method), SOLVERS)}")
+    require_choice("method", method, SOLVERS)
     symmetric = stencil.from_left is stencil.from_right and stencil.from_above is stencil.from_below
     require(method != "cg" or symmetric, "cg needs a symmetric matrix: canonical drift in white coordinates")
     x, images, solutions = u.flatten(-2), [], []

@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.errors import UserError, require, require_choice
 from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator, SpectralFunction, chebyshev_degree, heat_blur
 from dpm_scales.processes.law import Context, Process
 from dpm_scales.rng import CounterRNG, Randomness, white_noise
@@ -86,13 +86,8 @@ class Osmosis(Process):
         super().__init__(HeatOperator("discrete"), num_scales, noise, blur, min_decay, value_range)
         name = type(self).__name__
         require_positive(self, guidance_min=guidance_min, guidance_blur_sigma=guidance_blur_sigma, tolerance=tolerance)
-        if guidance_pattern not in PATTERNS:
-            raise UserError(
-                f"{name}: unknown guidance_pattern {guidance_pattern!r}: {suggest(guidance_pattern, PATTERNS)}"
-            )
-        if guidance_image not in IMAGES:
-            wanted = suggest(str(guidance_image), IMAGES)
-            raise UserError(f"{name}: unknown guidance_image {guidance_image!r}: {wanted}")
+        require_choice("guidance_pattern", guidance_pattern, PATTERNS, name)
+        require_choice("guidance_image", guidance_image, IMAGES, name)
         ok = isinstance(guidance_input, bool)
         require(ok, f"{name}: guidance_input must be true or false, got {guidance_input!r}")
         self.guidance_pattern, self.guidance_blur_sigma = guidance_pattern, float(guidance_blur_sigma)
