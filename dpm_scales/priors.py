@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.operators import HeatOperator
-from dpm_scales.processes import MOST_GREY, Context, Osmosis, Process
+from dpm_scales.processes import MOST_GREY, Context, Osmosis, Process, as_scale
 from dpm_scales.rng import CounterRNG
 from dpm_scales.schedules import is_number
 
@@ -96,9 +96,7 @@ class GaussianPrior(Prior):
         self, process: Process, noise: CounterRNG, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Context]:
         self.check_kind(process)
-        white = noise.normal(size, dtype)
-        one = torch.ones((), dtype=torch.float64, device=noise.device)
-        return process.operator().apply(lambda mu: process.noise_scale(one, mu), white), None
+        return process.noise_at(1.0, noise.normal(size, dtype), process.operator()), None
 
 
 class _FittedPrior(Prior):
@@ -207,13 +205,11 @@ class DataPrior(_FittedPrior):
             channels == size[0],
             f"this model starts from blurred training images of {channels} channel(s); it can't sample {size[0]}",
         )
-        one = torch.ones((), dtype=torch.float64, device=noise.device)
         index = self._pick(noise, count)
         u = self.coefficients.new_zeros((noise.count, *size), dtype=dtype)
         u[..., :rows, :columns] = self.coefficients[index].to(dtype)
-        white = noise.normal(size, dtype)
-        mean = operator.apply(process.signal(one), DCT.synthesis(u))
-        return mean + self.ratio(process) * operator.apply(lambda mu: process.noise_scale(one, mu), white), None
+        mean = operator.apply(process.signal(as_scale(1.0, u)), DCT.synthesis(u))
+        return mean + self.ratio(process) * process.noise_at(1.0, noise.normal(size, dtype), operator), None
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise UserError unless images of `size` (H, W) were fitted."""
@@ -294,8 +290,7 @@ class OsmosisPrior(_FittedPrior):
         operator = osmosis.operator(context)
         signal = osmosis.signal_scale(one, torch.zeros_like(one)).to(dtype)
         start = signal * operator.to_white(osmosis.steady_state(mean, context))
-        white = operator.apply(lambda mu: osmosis.noise_scale(one, mu), noise.normal(size, dtype))
-        return start + self.ratio(process) * white, context
+        return start + self.ratio(process) * osmosis.noise_at(1.0, noise.normal(size, dtype), operator), context
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise UserError unless images of `size` (H, W) were fitted, where images guide."""

@@ -38,8 +38,7 @@ def context_of(process: Process, x: Tensor, noise: CounterRNG) -> Context:
 def noised(process: Process, x: Tensor, t: Tensor, noise: CounterRNG, context: Context = None) -> Tensor:
     """y_t from the marginal q(x_t | x), in white coordinates; t is ``()``."""
     operator, white = process.operator(context), noise.normal(tuple(x.shape[1:]), x.dtype)
-    mean = operator.apply(process.signal(t), operator.to_white(x))
-    return mean + operator.apply(lambda mu: process.noise_scale(t, mu), white)
+    return process.perturb(operator.to_white(x), t, white, operator)
 
 
 def scales_from(sampler: Sampler, process: Process, start: float) -> Tensor:

@@ -156,8 +156,7 @@ class VariationalBound:
         y_0, size, count = operator.to_white(x_0), tuple(x_0.shape[1:]), len(scales) - 2
 
         def at(t: Tensor) -> Tensor:
-            white = noise.normal(size, x_0.dtype)
-            return operator.combine((process.signal(t), y_0), (lambda mu: process.noise_scale(t, mu), white))
+            return process.perturb(y_0, t, noise.normal(size, x_0.dtype), operator)
 
         def term(t: Tensor, s: Tensor) -> Tensor:
             m = denoiser.predict_mean(at(t), t, s, context, labels)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.memory import require_memory
 from dpm_scales.operators import Decay, Operator, SpectralFunction, batch_view
-from dpm_scales.rng import CounterRNG, Randomness
+from dpm_scales.rng import CounterRNG, Randomness, white_noise
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule, is_number
 
 MOST_GREY = 0.02
@@ -250,11 +250,25 @@ class Process(nn.Module):
         mean = op.combine((step.posterior_coef_x0, y_0), (step.posterior_coef_xt, y_t))
         return Gaussian(op.to_pixels(mean), step.posterior_std, op)
 
-    def sample(
-        self, x_0: Tensor, t: Scale, generator: torch.Generator | None = None, context: Context = None
-    ) -> Tensor:
-        """x_t in pixels, ``(B, C, H, W)``, drawn from the marginal."""
-        return self.marginal(x_0, t, context).sample(generator)
+    def perturb(self, y_0: Tensor, t: Scale, white: Tensor, operator: Operator) -> Tensor:
+        """Return y_t = lambda_t(L) y_0 + gamma_t(L) eps, ``(B, C, H, W)`` in whitened coordinates, Eq. (13), (38).
+
+        Args:
+            y_0: images ``(B, C, H, W)`` in whitened coordinates.
+            white: eps, white noise ``(B, C, H, W)``.
+            operator: L, as `operator` gives it for the images' context.
+        """
+        return operator.apply(self.signal(as_scale(t, y_0)), y_0) + self.noise_at(t, white, operator)
+
+    def noise_at(self, t: Scale, white: Tensor, operator: Operator) -> Tensor:
+        """Return gamma_t(L) eps, the noise of scale t ``(B, C, H, W)`` in whitened coordinates."""
+        t = as_scale(t, white)
+        return operator.apply(lambda mu: self.noise_scale(t, mu), white)
+
+    def sample(self, x_0: Tensor, t: Scale, generator: Randomness = None, context: Context = None) -> Tensor:
+        """Draw x_t from the marginal: ``(B, C, H, W)`` in pixels."""
+        op, white = self.operator(context), white_noise(x_0, generator)
+        return op.to_pixels(self.perturb(op.to_white(x_0), t, white, op))
 
     def trajectory(
         self, x_0: Tensor, ts: Sequence[float], generator: torch.Generator | None = None, context: Context = None

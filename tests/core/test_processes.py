@@ -227,6 +227,17 @@ def test_marginal_is_the_dense_gaussian(twin: Twin) -> None:
 
 
 @twins
+def test_perturbed_images_are_the_dense_mean_and_the_dense_noise(twin: Twin) -> None:
+    process, y, white = twin.build(), images(3, 2, H, W), images(3, 2, H, W, seed=5) - 0.5
+    scales = [0.06, 0.5, 1.0]
+    found = process.perturb(y, float64(scales), white, process.operator())
+    for b, t in enumerate(scales):
+        mean = vectors(y[b]) @ dense(twin, lambda mu, t=t: twin.signal(t, mu))
+        noise = vectors(white[b]) @ dense(twin, lambda mu, t=t: np.sqrt(twin.variance(t, mu)))
+        close(vectors(found[b]), mean + noise)
+
+
+@twins
 def test_transition_is_the_product_of_the_chains_steps(twin: Twin) -> None:
     process, x = twin.build(), images(2, 2, H, W)
     for s, t in [(0, 1), (0, 5), (1, 2), (3, 8), (2, 6), (7, 8), (4, 4)]:
