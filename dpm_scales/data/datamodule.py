@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from dpm_scales import images
 from dpm_scales.data.base import ImageDataset, ImageSource
 from dpm_scales.data.sampler import EpochImages, ShuffledBatches, collate
+from dpm_scales.distributed.lightning_private import batches_processed
 from dpm_scales.errors import is_whole, require
 from dpm_scales.memory import require_memory
 
@@ -149,9 +150,7 @@ class ImageDataModule(pl.LightningDataModule):
     def next_batch(self) -> int:
         """Number of the next training batch that the trainer has not consumed; prefetched ones do not count."""
         trainer = self.trainer
-        # `completed` lags while a hook saves after a step, `ready` leads after a step that failed
-        progress = None if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.total
-        consumed = int(getattr(progress, "processed", 0))
+        consumed = 0 if trainer is None else batches_processed(trainer)
         if self._anchor is None or self._anchor[0] is not trainer:
             self._anchor = (trainer, consumed)
         return self._start_batch + consumed - self._anchor[1]

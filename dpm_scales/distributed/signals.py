@@ -9,7 +9,6 @@ middle of a step, is left out.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import signal
@@ -24,6 +23,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import distributed
 
+from dpm_scales.distributed.lightning_private import leave_signals_to_us, stop_after_step, validation_follows
 from dpm_scales.storage import any_gone
 
 REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
@@ -51,9 +51,7 @@ class StopTogether(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.received = 0
         if trainer.world_size > 1:
-            # Lightning's handler sends a tensor in the middle of whatever the others do, and its loop waits for the
-            # device in every step
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+            leave_signals_to_us(trainer)
             self._group = distributed.new_group(backend="gloo")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -112,13 +110,7 @@ class StopTogether(Callback):
             distributed.all_reduce(flag, distributed.ReduceOp.MAX, self._group)
             self.received = int(flag)
         if self.received and not (patient and self.received == signal.SIGINT):
-            trainer._signal_connector.received_sigterm = True
-
-
-def validation_follows(trainer: pl.Trainer) -> bool:
-    """Whether a validation is due after the step that has just been taken."""
-    batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-    return bool(trainer.enable_validation and batches % (trainer.val_check_batch or math.inf) == 0)
+            stop_after_step(trainer)
 
 
 def requeue(number: int) -> None:

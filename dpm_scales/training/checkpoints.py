@@ -17,7 +17,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from dpm_scales.distributed.signals import validation_follows
+from dpm_scales.distributed.lightning_private import is_accumulating, update_step_metrics, validation_follows
 from dpm_scales.errors import UserError, require_number
 from dpm_scales.models.checksums import DamagedFileError, checkpoint_step, read_checkpoint, write_checkpoint
 from dpm_scales.models.io import checkpoints
@@ -171,7 +171,7 @@ class LastCheckpoint(Callback):
             self._waits = validation_follows(trainer)
             if not self._waits:
                 # Lightning logs the step only after this hook: a kill between the two would lose its row
-                trainer._logger_connector.update_train_step_metrics()
+                update_step_metrics(trainer)
                 self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -181,7 +181,7 @@ class LastCheckpoint(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         # SIGTERM may also come after the hook above; Lightning then stops between two steps, or in a validation
-        between = not trainer.validating and not trainer.fit_loop.epoch_loop._should_accumulate()
+        between = not trainer.validating and not is_accumulating(trainer)
         if isinstance(exception, SIGTERMException) and between and self._saved < trainer.global_step == self._step:
             self._save(trainer)
 

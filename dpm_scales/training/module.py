@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dpm_scales.distributed.fsdp import clip_norm, like_parameters
+from dpm_scales.distributed.lightning_private import batches_processed
 from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.images import to_range
 from dpm_scales.models.model import Model
@@ -36,12 +37,11 @@ class DiffusionModule(pl.LightningModule):
     """Trains a model's denoiser.
 
     Args:
-        model: denoiser, prior, sampler and recipe.
+        model: denoiser, prior, sampler and recipe; its network gets the labels where the recipe has classes.
         learning_rate: of Adam, > 0.
         warmup_steps: linear warm-up, in optimiser steps.
         decay: "cosine" to zero at the trainer's max_steps, or "constant".
         betas, weight_decay: AdamW's.
-        conditional: give the labels to the network, but for the recipe's share of them that is dropped in training.
         scale_sampling: "uniform", or "importance": scales whose loss varies more come more often and count less.
         loss_weight: of a scale in the training loss, None for the target's own, which validation keeps.
         seed: of scales and noise; every step has its own, so a resumed run draws what an undisturbed one draws, and
@@ -57,7 +57,6 @@ class DiffusionModule(pl.LightningModule):
         decay: str = "cosine",
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        conditional: bool = False,
         seed: int = 0,
         compile_network: bool = False,
         scale_sampling: str = "uniform",
@@ -78,7 +77,7 @@ class DiffusionModule(pl.LightningModule):
         self.model = model.modules()
         self.learning_rate, self.warmup_steps, self.decay = learning_rate, warmup_steps, decay
         self.betas, self.weight_decay = (betas[0], betas[1]), weight_decay
-        self.conditional, self.seed = conditional, seed
+        self.seed = seed
         self.loss_weight = loss_weight
         if compile_network:
             model.denoiser.network.compile(fullgraph=True)
@@ -107,7 +106,7 @@ class DiffusionModule(pl.LightningModule):
         schedule.base_lrs, schedule._last_lr = [self.learning_rate], [rate]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        number = int(getattr(self.trainer.fit_loop.epoch_loop.batch_progress.total, "processed", 0))
+        number = batches_processed(self.trainer)
         torch.manual_seed(step_seed(self.seed, self.global_rank, number))
         x_0, labels = self._images(batch)
         count = x_0.shape[0] * self.trainer.world_size
@@ -224,7 +223,7 @@ class DiffusionModule(pl.LightningModule):
     def _images(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         images, labels = batch
         x_0 = to_range(images, self.parts.denoiser.process.value_range)
-        return x_0, labels if self.conditional else None
+        return x_0, None if self.parts.recipe.num_classes is None else labels
 
     def _noise(self, purpose: int, x_0: Tensor, first: int) -> CounterRNG:
         """Noise of this process's images, every `world_size`-th of those numbered from `first`."""

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 from rich.progress import Progress, TaskID
 
+from dpm_scales.distributed.lightning_private import number_logs_by_step
 from dpm_scales.errors import UserError
 from dpm_scales.progress import LineProgress
 from dpm_scales.storage import FolderGoneError, open_regular, write_text
@@ -26,15 +27,12 @@ LOSS_EVERY = 50  # steps between two readings of the loss by the progress bar
 
 
 class LoggedSteps(Callback):
-    """Lets loggers count optimiser steps, and get the last one's values wherever the next were due.
-
-    Lightning's own count is one too high where a finished run goes on.
-    """
+    """Lets loggers count optimiser steps, and get the last one's values wherever the next were due."""
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        number_logs_by_step(trainer)
         if 0 < trainer.max_steps <= trainer.global_step + 1:
             trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
 

@@ -88,7 +88,6 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     max_bad_steps = optimizer.pop("max_bad_steps", 20)
     module = DiffusionModule(
         model,
-        conditional=bool(cfg.conditional),
         seed=cfg.seed,
         compile_network=bool(cfg.compile),
         scale_sampling=cfg.scale_sampling,

@@ -105,6 +105,20 @@ def test_no_room_imports_one_that_imports_it() -> None:
     assert [room for room in used if room in reached(room, set())] == []
 
 
+def private_touches(source: str) -> list[str]:
+    """Return accesses to a Lightning trainer's inner loops and private attributes."""
+    chains = [ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    return [chain for chain in chains if re.search(r"\btrainer\.(.*\.)?(_(?!_)\w+|epoch_loop)$", chain)]
+
+
+def test_one_file_touches_lightnings_private_parts() -> None:
+    touching = {path.relative_to(PACKAGE).as_posix() for path in MODULES if private_touches(path.read_text())}
+    assert touching == {"distributed/lightning_private.py"}
+    assert private_touches("def f(self): return self.trainer.fit_loop.epoch_loop.batch_progress.total")
+    assert private_touches("trainer._signal_connector.received_sigterm = True")
+    assert not private_touches("trainer.fit_loop.state_dict(), self._trainer, trainer.__class__")
+
+
 def circle(sources: dict[str, str]) -> list[str] | None:
     """Return modules that import each other in a circle, also inside functions, among sources by their full names."""
     graph: dict[str, set[str]] = {}

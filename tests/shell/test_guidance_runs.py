@@ -160,7 +160,7 @@ def test_dropped_labels_are_those_of_the_images_whatever_the_number_of_processes
     model = small_model()
     recipe = Recipe(model.recipe.parts, 1, (8, 8), 10, None, 0.4)
     model.recipe = recipe
-    module, labels = Alone(model, conditional=True), torch.arange(10).repeat(8)
+    module, labels = Alone(model), torch.arange(10).repeat(8)
     whole = module._dropped(labels, torch.zeros(80, 1, 8, 8), 800)
     module.size = 2
     for module.rank in (0, 1):
