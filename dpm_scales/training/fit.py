@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,8 +16,14 @@ from dpm_scales.models.model import Model
 SPECTRUM_IMAGES = 2000  # enough for a curve of 26 numbers
 
 
-def fit_to_data(model: Model, data: ImageDataModule) -> None:
-    """Measure the data's spectrum, settle what depends on it, and hand training images to a prior that starts there."""
+def fit_to_data(model: Model, data: ImageDataModule) -> Model:
+    """Fit the model's buffers to the training data, and return it with the recipe that follows from them.
+
+    The data's spectrum is measured, the target's "auto" choices are resolved by it, and a prior that starts from
+    training images gets them. The modules are shared with `model`, whose recipe stays as it was.
+
+    Raises: UserError if all training images have the same constant value.
+    """
     process, spectrum = model.denoiser.process, model.denoiser.spectrum
     low, high = process.value_range
     std = data.statistics()["std"] * (high - low)
@@ -25,7 +32,7 @@ def fit_to_data(model: Model, data: ImageDataModule) -> None:
     train = data.train_set
 
     def spread(count: int) -> list[int]:
-        """Numbers of at most `count` training images, evenly over the set."""
+        """Return the indices of at most `count` training images, evenly spaced."""
         return torch.linspace(0, len(train) - 1, min(count, len(train))).round().long().tolist()
 
     def loaded(index: list[int]) -> Tensor:
@@ -35,10 +42,12 @@ def fit_to_data(model: Model, data: ImageDataModule) -> None:
         generator, chosen = torch.Generator().manual_seed(0), spread(SPECTRUM_IMAGES)
         for start in range(0, len(chosen), 64):
             x = loaded(chosen[start : start + 64])
-            context, grey = process.context(x, generator), x.mean((-2, -1))
-            yield process.operator(context).to_white(x - process.steady_state(grey, context)), grey
+            context, mean = process.context(x, generator), x.mean((-2, -1))
+            yield process.operator(context).to_white(x - process.steady_state(mean, context)), mean
 
     spectrum.fit(white_batches())
-    model.recipe.parts["target"].update(model.denoiser.resolve_auto(model.recipe.image_size))
+    recipe = model.recipe
+    target = {**recipe.parts["target"], **model.denoiser.resolve_auto(recipe.image_size)}
     if model.prior.max_images > 0:
         model.prior.fit(loaded(spread(model.prior.max_images)), process)
+    return replace(model, recipe=replace(recipe, parts={**recipe.parts, "target": target}))

@@ -13,12 +13,14 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
+from dpm_scales.data import Digits, ImageDataModule
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError
 from dpm_scales.images import load_image, make_grid, to_range, to_uint8
 from dpm_scales.rng import CounterRNG
 from dpm_scales.training import load_model
 from dpm_scales.training.ema import EMA
+from dpm_scales.training.fit import fit_to_data
 from dpm_scales.training.module import BANDS, VALIDATION, DiffusionModule, step_seed
 from dpm_scales.training.scale_sampling import spread_evenly, uniform_scales
 from support.shell import FAST, attempt, call, checkpoint, column, composed, network_weights, small_model, table, train
@@ -269,3 +271,11 @@ def test_without_validation_images_training_goes_on(tmp_path: Path) -> None:
 def test_module_checks_its_values(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"optimizer.{name}"):
         DiffusionModule(small_model(), **{name: value})
+
+
+def test_fitting_to_data_leaves_the_recipe_as_it_was() -> None:
+    model = small_model("process=heat", "target.preconditioning=auto")
+    fitted = fit_to_data(model, ImageDataModule(Digits(), batch_size=8))
+    assert model.recipe.parts["target"]["preconditioning"] == "auto"
+    assert fitted.recipe.parts["target"]["preconditioning"] in ("scalar", "wiener")
+    assert fitted.denoiser is model.denoiser and fitted.recipe.parts["network"] == model.recipe.parts["network"]
