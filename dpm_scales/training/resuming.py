@@ -1,7 +1,7 @@
-"""What may change when a run is resumed: one table of rules, and the lines that tell what has changed.
+"""What may change when a run is resumed: a table of rules, and the lines that report the changes.
 
-A checkpoint holds the options that its run had then. A resumed run compares them with its own: what makes another model
-is refused (the checkpoint's recipe tells), the rest takes effect from the resumed step on.
+A checkpoint contains the options of its run, which a resumed run compares with its own. Options that would change the
+model are refused (by the checkpoint's recipe); the others take effect from the resumed step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dpm_scales.cli.arguments import config_flags
 from dpm_scales.models.instantiate import plain
 from dpm_scales.models.trust import current_names
 
-TAKES, WARNED, REFUSED, APART = "takes effect", "takes effect, with a warning", "refused", "no option of the training"
+TAKES, WARNED, REFUSED, APART = "takes effect", "takes effect, with a warning", "refused", "not a training option"
 KEY = "options"
 """Of a checkpoint: JSON text, so that whatever a stranger puts there is plain."""
 
@@ -41,17 +41,17 @@ class Rule:
     warning: str = ""
 
 
-_OTHER_IMAGES = "the images from here on may be others, and images of the validation may have been trained on"
-_ORDER = "the order of the images is another"
+_OTHER_IMAGES = "the images may differ from here on, and validation images may have been trained on"
+_ORDER = "the order of the images is different"
 
 #: by option, or by the section that it belongs to; the longest name counts
 RULES = {
-    "run_dir": Rule(APART, "names the run"),
-    "resume": Rule(APART, "names the run, which must be there"),
-    "check_resume": Rule(APART, "trains three runs of its own"),
+    "run_dir": Rule(APART, "selects the run"),
+    "resume": Rule(APART, "selects the run, which must exist"),
+    "check_resume": Rule(APART, "trains three separate runs"),
     "data": Rule(
         WARNED,
-        "the images may be others; other channels, size or classes are refused",
+        "the images may differ; a different number of channels, size or classes is refused",
         _OTHER_IMAGES,
     ),
     "data.batch_size": Rule(WARNED, _ORDER),
@@ -60,39 +60,39 @@ RULES = {
     "data.num_workers": Rule(TAKES),
     "data.pin_memory": Rule(TAKES),
     "data.on_error": Rule(TAKES),
-    "process": Rule(REFUSED, "another model"),
-    "target": Rule(REFUSED, "another model"),
-    "prior": Rule(REFUSED, "another model"),
-    "network": Rule(REFUSED, "another model"),
-    "conditional": Rule(REFUSED, "another model"),
-    "label_dropout": Rule(REFUSED, "with `conditional=true`; without labels nothing reads it"),
-    "sampler": Rule(TAKES, "in grids, figures of samples, and the export"),
-    "weight": Rule(TAKES, "`train/loss` before and after do not compare; `val/loss` does"),
-    "scale_sampling": Rule(TAKES, "`importance` begins with a uniform density"),
+    "process": Rule(REFUSED, "a different model"),
+    "target": Rule(REFUSED, "a different model"),
+    "prior": Rule(REFUSED, "a different model"),
+    "network": Rule(REFUSED, "a different model"),
+    "conditional": Rule(REFUSED, "a different model"),
+    "label_dropout": Rule(REFUSED, "with `conditional=true`; unused without labels"),
+    "sampler": Rule(TAKES, "for sample grids, metrics of samples, and the export"),
+    "weight": Rule(TAKES, "`train/loss` is not comparable before and after; `val/loss` is"),
+    "scale_sampling": Rule(TAKES, "`importance` starts from a uniform density"),
     "seed": Rule(
         WARNED,
-        "scales and noise of training and validation, and grids, are drawn from the new one; the weights, and the "
-        "order of the images (`data.seed`), stay",
+        "scales, noise (also of validation) and sample grids are drawn from the new seed; the weights and the order of "
+        "the images (`data.seed`) stay the same",
         "scales, noise and sample grids are drawn from the new seed from here on, and val/loss is measured with other "
         "noise than before; the weights and the order of the images (data.seed) stay",
     ),
     "objective": Rule(TAKES),
-    "optimizer.learning_rate": Rule(TAKES, "times warm-up and decay at the step that the run has reached"),
-    "optimizer.warmup_steps": Rule(TAKES, "counted from the beginning of the run"),
+    "optimizer.learning_rate": Rule(TAKES, "multiplied by warm-up and decay at the current step"),
+    "optimizer.warmup_steps": Rule(TAKES, "counted from step 0 of the run"),
     "optimizer.decay": Rule(TAKES),
     "optimizer.betas": Rule(TAKES, "the moments are kept"),
     "optimizer.weight_decay": Rule(TAKES),
     "optimizer.max_bad_steps": Rule(TAKES),
-    "ema.decay": Rule(TAKES, "the average is kept"),
+    "ema.decay": Rule(TAKES, "the EMA weights are kept"),
     "checkpoint": Rule(TAKES, "from the next checkpoint on"),
     "samples": Rule(TAKES),
     "evaluation": Rule(TAKES),
     "compile": Rule(TAKES),
     "channels_last": Rule(TAKES),
     "trainer.max_steps": Rule(
-        TAKES, "cosine decay is stretched to it, so that the learning rate jumps; the run tells from where to where"
+        TAKES, "cosine decay is stretched to it, so the learning rate jumps; the run prints both values"
     ),
-    "trainer.max_time": Rule(TAKES, "the time before counts"),
+    "trainer.max_time": Rule(TAKES, "includes the time before"),
     "trainer.gradient_clip_val": Rule(TAKES),
     "trainer.accumulate_grad_batches": Rule(TAKES),
     "trainer": Rule(TAKES, "devices, strategy, precision, intervals"),

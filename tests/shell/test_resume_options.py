@@ -244,7 +244,7 @@ def test_what_is_warned_of(run_dir: Path) -> None:
     order = next(line for line in told if "order of the training images" in line and "differs" in line)
     assert all(part in order for part in ("batch_size 16 -> 8", "seed 0 -> 1", "drop_last True -> False"))
     assert any(line.startswith("seed 0 -> 5: scales, noise and sample grids are drawn from the new") for line in told)
-    assert any(line.startswith("data.split_seed 0 -> 1: the images from here on may be others") for line in told)
+    assert any(line.startswith("data.split_seed 0 -> 1: the images may differ from here on") for line in told)
 
 
 @pytest.mark.parametrize("key", REFUSED_ONES)
