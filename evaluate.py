@@ -1,4 +1,4 @@
-"""Judge samples by real images: `python evaluate.py model=… | samples=DIR reference=…`; see configs/evaluate.yaml."""
+"""Compare samples with real images: `python evaluate.py model=… | samples=DIR reference=…`; see configs/evaluate.yaml."""
 
 from __future__ import annotations
 
