@@ -1,4 +1,4 @@
-"""Compare samples with real images: `python evaluate.py model=… | samples=DIR reference=…`; see configs/evaluate.yaml."""
+"""Compare images with real ones: `python evaluate.py model=… | samples=DIR reference=…`; see configs/evaluate.yaml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sample or edit images: `python sample.py model=RUN_OR_EXPORT_OR_CKPT [task=NAME] out=DIR`; see configs/sample.yaml."""
+"""Sample or edit images: `python sample.py model=RUN_EXPORT_OR_CKPT [task=NAME] out=DIR`; see configs/sample.yaml."""
 
 from __future__ import annotations
 
