@@ -49,6 +49,9 @@ ALIASES = {"evolve": {"data": "folder", "processes.dpm": "processes.vp"}, "sampl
 #: what Hydra, Optuna and submitit write into a sweep's folder
 SWEEP_FILES = ("multirun.yaml", "study.db", "study.db-journal", "study.db-wal", "study.db-shm", ".submitit")
 PLAIN_VALUE = re.compile(r"""null|\$\{.*|".*"|'.*'|[A-Za-z_./][A-Za-z0-9_./+-]*""", re.DOTALL)
+#: one of a list without brackets, in its quotes if it has some, and what Hydra's grammar takes for one value as it is
+LIST_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[^,]+""")
+PLAIN_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[A-Za-z0-9_./+-]+|\$\{.*""", re.DOTALL)
 EMPTY = re.compile(r"""\s*|'\s*'|"\s*\"""")
 
 
@@ -126,8 +129,10 @@ def tidy(argv: Iterable[str], aliases: Mapping[str, str] = MappingProxyType({}))
         if key in PATHS and equals and not PLAIN_VALUE.fullmatch(value) and not several:
             mark = '"' if "'" in value else "'"
             options.append(f"{key}={mark}{value}{mark}")
-        elif key in LISTS and "," in value and value[0] not in "[{'\"" and not sweep:
-            options.append(f"{key}=[{value}]")
+        elif key in LISTS and value[:1] not in ("[", "{", "$", ""):
+            items = [item if PLAIN_ITEM.fullmatch(item) else repr(item) for item in LIST_ITEM.findall(value)]
+            joined = ",".join(items)
+            options.append(f"{key}={joined}" if sweep or len(items) == 1 else f"{key}=[{joined}]")
         elif value.startswith("{") and "_target_" in value and key[0] not in "+~":
             options += [f"~{key}", f"+{key}={value}"]
         elif key.startswith(classes) and not key.endswith("._target_"):

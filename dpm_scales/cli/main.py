@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn, TypeVar
 
@@ -29,6 +29,7 @@ from dpm_scales.cli.arguments import (
 )
 from dpm_scales.cli.configs import switches
 from dpm_scales.cli.messages import TRACEBACK, causes, one_line
+from dpm_scales.cli.output import lasting_output
 from dpm_scales.cli.stored import key_of
 from dpm_scales.cli.switches import check_switches
 from dpm_scales.errors import UserError, printable, require
@@ -77,14 +78,15 @@ def main(entry: Callable[[], None], config_name: str) -> None:
     os.environ.setdefault("OC_CAUSE", "0")  # under a debugger OmegaConf would chain what its message already says
     warnings.formatwarning = lambda message, *_args, **_kwargs: _line(f"warning: {message}") + "\n"
     try:
-        sys.argv[1:] = tidy(sys.argv[1:], ALIASES.get(config_name, {}))
-        if not set(HELP_FLAGS).isdisjoint(sys.argv[1:]):
-            from dpm_scales.cli.help import help_text
+        with lasting_output():
+            _require_folder()
+            sys.argv[1:] = tidy(sys.argv[1:], ALIASES.get(config_name, {}))
+            if not set(HELP_FLAGS).isdisjoint(sys.argv[1:]):
+                from dpm_scales.cli.help import help_text
 
-            with suppress(BrokenPipeError):  # a pager that has seen enough
-                print(help_text(config_name, sys.argv[1:]), flush=True)
-            return
-        entry()
+                print(help_text(config_name, sys.argv[1:]))
+            else:
+                entry()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -92,6 +94,13 @@ def main(entry: Callable[[], None], config_name: str) -> None:
         if line is None or os.environ[WISH] == "1":
             raise
         _fail(line, error)
+
+
+def _require_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f"the current folder: {error.strerror}; change to one that exists") from error
 
 
 def _prepare(cfg: DictConfig) -> None:

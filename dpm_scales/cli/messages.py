@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from dpm_scales.cli.arguments import (
     UnknownFlagError,
@@ -57,11 +59,26 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
     for link in chain:
         if isinstance(link, OSError) and link.errno in PLACE_ERRORS and link.filename is not None:
             return f"{str(link.filename)[:200]!r}: {link.strerror}; choose another place"
+    for link in chain:
+        if isinstance(link, MarkedYAMLError) and link.problem_mark is not None:
+            mark = link.problem_mark
+            return f"{mark.name} is not YAML: {link.problem}, line {mark.line + 1}, column {mark.column + 1}"
+        path = _config_path(link) if isinstance(link, UnicodeDecodeError) else None
+        if path is not None:
+            return f"{path} is not UTF-8 text: {link.reason}; save it as UTF-8"  # type: ignore[attr-defined]
     for link in reversed(chain):
         if isinstance(link, HydraException | OmegaConfBaseException):
             return _shorten(str(link), config_name)
         if type(link).__name__ == "MisconfigurationException":  # Lightning's; importing it would take seconds
             return " ".join(str(link).split())
+    return None
+
+
+def _config_path(error: BaseException) -> str | None:
+    """Path of the config that Hydra was reading when it failed, None if it was not reading one."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "load_config" and "full_path" in frame.f_locals:
+            return str(frame.f_locals["full_path"])
     return None
 
 

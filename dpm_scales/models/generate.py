@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unicodedata import normalize
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +36,35 @@ def label_cycle(model: Model, labels: int | str | Sequence[int | str] | None) ->
         return None
     if labels is None:
         return torch.arange(classes)
-    chosen = list(labels) if isinstance(labels, list | tuple | range) else [labels]
+    chosen: list[Any] = list(labels) if isinstance(labels, list | tuple | range) else [labels]
     names = list(model.recipe.class_names or ())
-    numbers = [names.index(c) if isinstance(c, str) and c in names else c for c in chosen]
+    numbers = [_class_number(label, names) for label in chosen]
     known = f"0..{classes - 1}" + (f" or {', '.join(names)}" if names else "")
     for label in numbers:
         require(is_whole(label, 0) and label < classes, f"unknown label {label!r}; allowed: {known}")  # type: ignore[operator]
     require(len(numbers) > 0, "labels is empty; give one class or a list")
     return torch.tensor(numbers, dtype=torch.int64)
+
+
+def _class_number(label: int | str, names: list[str]) -> int | str:
+    """Return the number of the class that `label` names, or `label` itself if there is no such name.
+
+    Names that differ in the encoding of accents alone, as those of files do between systems, are one name if only one
+    class has it.
+
+    Raises: UserError for a number that is another class's name.
+    """
+    if isinstance(label, str):
+        if label in names:
+            return names.index(label)
+        same = [i for i, name in enumerate(names) if normalize("NFC", name) == normalize("NFC", label)]
+        return same[0] if len(same) == 1 else label
+    if is_whole(label, 0) and label < len(names) and str(label) in names and names[label] != str(label):
+        raise UserError(
+            f"label {label} is the name of one class and the number of another, {names[label]!r}; "
+            f"give names, in quotes of their own: labels=\"'{label}'\" or labels=\"'{names[label]}'\""
+        )
+    return label
 
 
 def pick_labels(model: Model, labels: int | str | Sequence[int | str] | None, count: int) -> Tensor | None:
