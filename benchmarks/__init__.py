@@ -1,1 +1,1 @@
-"""Figures about the project: judges of generated images, and timings beside public peers."""
+"""Benchmarks: evaluation of generated images, and timings compared with public implementations."""

@@ -1,4 +1,4 @@
-"""Timings of `heat_blur` beside the two public ways to blur by the heat equation with mirrored boundaries.
+"""Time `heat_blur` against two public implementations of the heat equation with mirrored boundaries.
 
 All three compute exp(-t omega^2) per DCT-II coefficient, omega = (pi k / H, pi l / W), with one time t per image:
 
@@ -6,9 +6,9 @@ All three compute exp(-t omega^2) per DCT-II coefficient, omega = (pi k / H, pi 
     torch-dct   DCT by FFT, multiply, inverse DCT: the route of the published inverse heat dissipation code
     dctorch     DCT by matrix products, multiply, inverse DCT
 
-The routes take turns, so that a slow moment of the machine meets them all; times are medians, ratios the medians of the
-ratios within a turn. The error is the largest one, relative to the largest pixel, against dense matrix exponentials in
-float64.
+The routes alternate, so that load on the machine affects all of them; times are medians, ratios are medians of the
+ratios within a turn. The error is the maximum over pixels, relative to the largest pixel, against dense matrix
+exponentials in float64.
 
     pip install torch-dct && pip install --no-deps dctorch
     python -m benchmarks.blur --out blur.json
@@ -36,7 +36,7 @@ Route = Callable[[Tensor, Tensor], Tensor]
 SHAPES = ((128, 3, 32, 32), (64, 3, 64, 64), (16, 3, 128, 128), (8, 3, 256, 256), (2, 3, 512, 512))
 
 TARGETS = {32: 12.0, 64: 5.0, 128: 3.0, 256: 2.5}
-"""Side in px: how many times as fast as the torch-dct route `heat_blur` is meant to be, on two CPU threads."""
+"""Side in px: target speed-up of `heat_blur` over the torch-dct route, on two CPU threads."""
 
 BLUR_SIGMAS = (0.5, 20.0)
 """Range of the blur in px; an image's time is blur_sigma**2 / 2."""
@@ -46,14 +46,14 @@ TURN_SECONDS = 0.02
 
 
 def squared_frequencies(height: int, width: int, device: torch.device) -> Tensor:
-    """omega^2 in 1/px² for each DCT coefficient: (H, W)."""
+    """Return omega^2 in 1/px² for each DCT coefficient: (H, W)."""
     rows = math.pi * torch.arange(height, device=device) / height
     columns = math.pi * torch.arange(width, device=device) / width
     return rows[:, None] ** 2 + columns**2
 
 
 def make_routes(height: int, width: int, device: torch.device) -> dict[str, Route]:
-    """The installed routes for images of one size; what depends on the size only is computed here."""
+    """Return the installed routes for images of one size, with everything precomputed that depends on the size only."""
     from dpm_scales.operators import heat_blur
 
     routes: dict[str, Route] = {"heat_blur": heat_blur}
@@ -84,7 +84,7 @@ def make_routes(height: int, width: int, device: torch.device) -> dict[str, Rout
 
 
 def dense_blur(x: Tensor, times: Tensor) -> Tensor:
-    """exp(-t L) x in float64, L the dense matrix of -Laplace on each axis."""
+    """Return exp(-t L) x in float64, with L the dense matrix of -Laplace on each axis."""
 
     def laplacian(size: int) -> Tensor:
         positions = torch.arange(size, dtype=torch.float64) + 0.5
@@ -101,7 +101,7 @@ def dense_blur(x: Tensor, times: Tensor) -> Tensor:
 
 
 def random_times(number: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Times (B,) of blurs spread evenly over the logarithm of `BLUR_SIGMAS`."""
+    """Draw times (B,) of blurs that are log-uniform in `BLUR_SIGMAS`."""
     low, high = (math.log(sigma) for sigma in BLUR_SIGMAS)
     sigmas = torch.exp(low + (high - low) * torch.rand(number, generator=generator))
     return (sigmas**2 / 2).to(device)
@@ -109,7 +109,7 @@ def random_times(number: int, generator: torch.Generator, device: torch.device) 
 
 @torch.no_grad()
 def measure(shape: tuple[int, int, int, int], repeats: int, device: torch.device) -> dict[str, Any]:
-    """Medians in ms, ratios to `heat_blur` and errors of every route for images of `shape` (B, C, H, W)."""
+    """Return medians in ms, ratios to `heat_blur` and errors of all routes for images of `shape` (B, C, H, W)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(shape, generator=generator).to(device)
     routes = make_routes(shape[-2], shape[-1], device)
@@ -128,7 +128,7 @@ def measure(shape: tuple[int, int, int, int], repeats: int, device: torch.device
     passed: dict[str, list[float]] = {name: [] for name in routes}
     names = list(routes)
     for turn in range(repeats):
-        times = random_times(shape[0], generator, device)  # new ones, so that nothing can be remembered
+        times = random_times(shape[0], generator, device)  # new ones, to defeat caching
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             passed[name].append(seconds(partial(routes[name], x, times), device, calls[name]))
@@ -147,7 +147,7 @@ def measure(shape: tuple[int, int, int, int], repeats: int, device: torch.device
 
 
 def markdown_table(results: Sequence[dict[str, Any]]) -> str:
-    """One row for each shape: times in ms, ratios with the target, errors."""
+    """Return a table with one row per shape: times in ms, ratios with the target, errors."""
     names = list(results[0]["milliseconds"])
     peers = names[1:]
     header = ["(B, C, H, W)", *(f"{name} ms" for name in names)]
@@ -168,12 +168,12 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a table, and save the figures where asked to."""
+    """Measure, print a table, and optionally save the results."""
     parser = argparse.ArgumentParser(description="Time heat_blur beside torch-dct and dctorch.")
     parser.add_argument("--repeats", type=int, default=31, help="turns of each route")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures there")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the results there")
     options = parser.parse_args(arguments)
     if options.repeats < 1 or options.threads < 1:
         parser.error("--repeats and --threads are numbers >= 1")

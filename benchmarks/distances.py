@@ -1,11 +1,11 @@
-"""Fréchet distance beside clean-fid's: the same features, the same figure, in what time; and all measures by number.
+"""Time the Fréchet distance against clean-fid's on the same features, and all measures as a function of their number.
 
     python -m benchmarks.distances                          # d = 2048, 200 and 5000 images; minutes
     python -m benchmarks.distances --dim 256 --numbers 100
     python -m benchmarks.distances --growth --dim 256 --numbers 2000 5000 10000 20000    # time and memory of each
 
-Both start from features (n, d). clean-fid takes the root of the product of two covariances (d, d); where there are
-fewer images than features that product is singular, and the root both slow and inexact.
+Both start from features (n, d). clean-fid takes the root of the product of two covariances (d, d); with fewer images
+than features that product is singular, and its root is slow and inaccurate.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Array = NDArray[Any]
 
 
 def by_cleanfid(a: Array, b: Array) -> float:
-    """clean-fid's `frechet_distance`; its call of sqrtm has an option that newer versions of SciPy lack."""
+    """Return clean-fid's `frechet_distance`, whose call of sqrtm has an option that newer versions of SciPy lack."""
     from cleanfid import fid
 
     def sqrtm(matrix: Array, disp: bool = True) -> Any:
@@ -40,7 +40,7 @@ def by_cleanfid(a: Array, b: Array) -> float:
 
 
 def features(number: int, dim: int, seed: int) -> Array:
-    """Like those of a network: not negative, correlated, of a falling spectrum; float32."""
+    """Draw features that resemble a network's: non-negative, correlated, with a decaying spectrum; float32."""
     rng = np.random.default_rng(0)  # one mixture for all sets
     mixing = np.linalg.qr(rng.normal(size=(dim, dim)))[0] * np.arange(1, dim + 1) ** -0.5
     draws = np.random.default_rng(seed)
@@ -54,7 +54,7 @@ def timed(function: Callable[[Array, Array], Any], a: Array, b: Array) -> tuple[
 
 
 def growth(dim: int, numbers: Sequence[int]) -> None:
-    """Print the time of the CPU, and the memory beside the features at its highest, of each measure by the number."""
+    """Print the CPU time and the peak memory, without the features, of each measure by number of images."""
     print("| n | Fréchet | kernel | nearest neighbours |")
     print("|---|---|---|---|", flush=True)
     for number in numbers:

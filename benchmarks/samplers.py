@@ -1,13 +1,13 @@
-"""Quality of samples against the number of network evaluations, for each sampler and process.
+"""Measure sample quality against the number of network evaluations, for each sampler and process.
 
     python -m benchmarks.quality --set digits --out runs/quality --recipes vp ve heat blurring
     python -m benchmarks.samplers --set digits --models runs/quality --out runs/samplers
     python -m benchmarks.samplers --set photos32 --models runs/quality --out runs/samplers --device cuda
 
-The table is `SET.csv` and `SET.md` (recipe, sampler, evaluations, the judge's figures), the plot `SET.png`: the Fréchet
-distance of digits to real ones, of photo patches to the training patches. What stands in the table is not drawn again:
-delete the row to have it anew, and take another --out for another grid or seed. A sampler is left out where its process
-has no use for it: deterministic ones under constant noise.
+The table is `SET.csv` and `SET.md` (recipe, sampler, evaluations, the judge's metrics), the plot `SET.png`: the Fréchet
+distance of digits to real ones, of photo patches to the training patches. Existing rows of the table are kept:
+delete a row to recompute it, and use another --out for another grid or seed. Deterministic samplers are omitted for
+processes with constant noise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RECIPES = ("vp", "ve", "heat", "blurring")
 
 
 def _heun(process: Process, number: int, s_churn: float = 0.0) -> Sampler:
-    """Of `number` evaluations, on EDM's grid where nothing blurs."""
+    """Return Heun's sampler for `number` evaluations, on EDM's grid for models without blur."""
     return Heun((number + 1) // 2, "karras" if process.blur is None else "uniform", s_churn=s_churn)
 
 
@@ -63,7 +63,7 @@ Row = dict[str, Any]
 def missing(
     model: Model, recipe: str, evaluations: Sequence[int], rows: Sequence[Row], grid: str
 ) -> Iterator[tuple[Row, Model]]:
-    """The head of each row that is not there yet, and the model with its sampler; `grid` is for models without blur."""
+    """Yield the head of each missing row, and the model with its sampler; `grid` applies to models without blur."""
     process, there = model.denoiser.process, {(r["recipe"], r["sampler"], int(r["evaluations"])) for r in rows}
     for name, make in SAMPLERS.items():
         if process.has_constant_noise() and name in DETERMINISTIC:
@@ -79,9 +79,9 @@ def missing(
 
 
 def write_tables(rows: Sequence[Row], name: str, out: Path) -> None:
-    """`SET.csv` with every row, `SET.md` with the first figure: samplers down, evaluations across.
+    """Write `SET.csv` with all rows, and `SET.md` with the first metric: samplers down, evaluations across.
 
-    Heun's samplers take an odd number of evaluations and stand at the next one.
+    Heun's samplers take an odd number of evaluations and appear at the next even one.
     """
     write_text(out / f"{name}.csv", csv_text(["recipe", "sampler", "evaluations", *FIGURES[name]], rows))
     numbers = _numbers(rows)
@@ -97,14 +97,14 @@ def write_tables(rows: Sequence[Row], name: str, out: Path) -> None:
 
 
 def _numbers(rows: Sequence[Row]) -> list[int]:
-    """Of evaluations that were asked for."""
+    """Return the requested numbers of evaluations."""
     return sorted({int(row["evaluations"]) for row in rows if row["sampler"] == "ancestral"})
 
 
 def plot(rows: Sequence[Row], name: str, path: Path, real: float) -> None:
-    """One panel for each recipe, one line for each sampler.
+    """Plot one panel per recipe, with one line per sampler.
 
-    A grey line for real images, where figures spread so much that the axis is logarithmic; else they are only named.
+    Real images appear as a grey line on logarithmic axes, which wide ranges have; else only in the legend.
     """
     recipes, figure = list(dict.fromkeys(row["recipe"] for row in rows)), FIGURES[name][0]
     numbers, values = _numbers(rows), [float(row[figure]) for row in rows]
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--evaluations", nargs="+", type=int, default=EVALUATIONS)
     parser.add_argument("--number", type=int, default=500, help="samples of each")
-    parser.add_argument("--grid", choices=sorted(GRIDS), default="logsnr", help="of scales without blur")
+    parser.add_argument("--grid", choices=sorted(GRIDS), default="logsnr", help="grid for models without blur")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
 """Time the osmosis stencil's product: five passes, the same compiled by Inductor, and one pass by Triton.
 
-What is timed is a step of the Chebyshev recursion, `out += A u` with A = 2X, and the whole expansion at t = 10 px² of
-images of that size. On the CPU there is no Triton; Inductor alone is compared. Methods take turns; times are medians.
-GB/s counts what one pass must move: five weights (three tensors), `u` and `out` read, `out` written.
+Times a step of the Chebyshev recursion, `out += A u` with A = 2X, and the whole expansion at t = 10 px² for images of
+the same size. The CPU has no Triton, only Inductor. Methods alternate; times are medians.
+GB/s counts the minimum traffic of one pass: five weights (three tensors), `u` and `out` read, `out` written.
 
     python -m benchmarks.stencil                         # CPU
     python -m benchmarks.stencil --device cuda --out stencil.json
@@ -30,7 +30,7 @@ SHAPES = ((250, 1, 8, 8), (64, 3, 32, 32), (32, 3, 64, 64), (1, 3, 321, 481), (1
 
 
 def of_many(call: Callable[[], object], device: torch.device, least: float = 0.02) -> float:
-    """Seconds of one call, from as many in a row as take `least` seconds."""
+    """Return the seconds of one call, averaged over at least `least` seconds of calls in a row."""
     calls = 1
     while (passed := seconds(call, device, calls)) * calls < least:
         calls *= 2
@@ -40,7 +40,7 @@ def of_many(call: Callable[[], object], device: torch.device, least: float = 0.0
 def products(
     weights: tuple[Tensor, ...], u: Tensor, out: Tensor, width: int, compiled: bool
 ) -> dict[str, Callable[[], None]]:
-    """The ways to take ``out += A u``."""
+    """Return the implementations of ``out += A u``."""
     five = FiveProducts(weights, u, out, width)
     ways: dict[str, Callable[[], None]] = {"five passes": five.add}
     if u.device.type == "cuda":
@@ -52,7 +52,7 @@ def products(
 
 
 def measure(shape: tuple[int, int, int, int], dtype: torch.dtype, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a step and of an expansion, by each way."""
+    """Return the seconds of a step and of an expansion for each implementation."""
     device, (batch, channels, height, width) = torch.device(options.device), shape
     generator = torch.Generator().manual_seed(0)
     v = (torch.rand(shape, generator=generator) + 0.1).to(device, dtype)
@@ -91,9 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time the osmosis stencil's product.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each way")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions of each method")
     parser.add_argument("--no-compiled", dest="compiled", action="store_false", help="leave out Inductor")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures there")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the results there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     card = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"

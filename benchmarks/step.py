@@ -1,8 +1,8 @@
-"""The share of a training step that goes into the forward process, for every process in configs/process.
+"""Measure the share of the forward process in a training step, for every process in configs/process.
 
-A step is what the trainer does without its loop: loss of a batch, backward, clipping, AdamW. `sample` is one call of
-`process.sample` on the same batch. Both take turns, so that a slow moment of the machine meets both; times are medians,
-the share is the median of the shares within a turn.
+A step consists of the loss of a batch, backward, clipping and AdamW, without the trainer's loop. `sample` is one call
+of `process.sample` on the same batch. Both alternate, so that load on the machine affects both; times are medians, the
+share is the median of the shares within a turn.
 
     python -m benchmarks.step --out step.json
     python -m benchmarks.step --network adm --size 64 --batch 32 --device cuda
@@ -32,12 +32,12 @@ TARGET = 0.03
 
 
 def names() -> list[str]:
-    """All choices of `process`."""
+    """Return all choices of `process`."""
     return sorted(path.stem for path in (CONFIGS / "process").glob("*.yaml"))
 
 
 def build(name: str, network: str, channels: int) -> Denoiser:
-    """A fresh denoiser of the process `name` with the clean target."""
+    """Return an untrained denoiser for the process `name` with the clean target."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("train", overrides=[f"process={name}", f"network={network}"])
     process: Process = instantiate(cfg.process, _convert_="all")
@@ -49,7 +49,7 @@ def build(name: str, network: str, channels: int) -> Denoiser:
 def measure(
     name: str, network: str, shape: tuple[int, int, int, int], turns: int, device: torch.device
 ) -> dict[str, Any]:
-    """Medians in ms and the share of `sample` for one process."""
+    """Return the medians in ms and the share of `sample` for one process."""
     denoiser = build(name, network, shape[1]).to(device).to(memory_format=torch.channels_last)
     process = denoiser.process
     optimizer = torch.optim.AdamW(denoiser.network.parameters(), lr=1e-4, fused=True)
@@ -82,7 +82,7 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a table, and save the figures where asked to."""
+    """Measure, print a table, and optionally save the results."""
     parser = argparse.ArgumentParser(description="Share of a training step that the forward process takes.")
     parser.add_argument("--network", default="small")
     parser.add_argument("--size", type=int, default=32, help="side of the images in px")
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the figures there")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the results there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)

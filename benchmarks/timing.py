@@ -1,4 +1,4 @@
-"""Wall-clock times of calls, on a CPU or a GPU."""
+"""Measure wall-clock times of calls, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
-    """Seconds of one run, and its result; waits for the device."""
+    """Return the seconds of one run, and its result, after synchronising with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -23,7 +23,7 @@ def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Resul
 
 
 def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Of one call, averaged over as many in a row."""
+    """Return the seconds of one call, averaged over several in a row."""
 
     def run() -> None:
         for _ in range(calls):
