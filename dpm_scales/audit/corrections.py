@@ -151,7 +151,7 @@ def corrections(seed: int = 0) -> list[Correction]:
         Correction(
             "Prop. 10",
             "sigma_j <= b / (1 - a_j)",
-            "gamma_j settles at beta / sqrt(1 - alpha_j^2), far above beta for low frequencies",
+            "gamma_j converges to beta / sqrt(1 - alpha_j^2), far above beta for low frequencies",
             f"gamma at mu = {low:.4f}, the same chain",
             0.1 / (1 - decay),
             float(chain.noise_scale(1.0, torch.tensor([low], dtype=torch.float64)).flatten()[0]),

@@ -1,1 +1,1 @@
-"""Oracles, twins and helpers that the tests share."""
+"""Oracles, reference implementations and helpers shared by the tests."""

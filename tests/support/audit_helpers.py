@@ -1,4 +1,4 @@
-"""What the tests of the audit share: an image, and findings by name."""
+"""Share an image and findings by name between the tests of the audit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Verdicts = dict[tuple[str, str], Verdict]
 
 
 def photo(height: int = 24, width: int = 36, seed: int = 0) -> Tensor:
-    """A smooth colour image and a little noise: ``(1, 3, H, W)`` uint8."""
+    """Return a smooth colour image with a little noise: ``(1, 3, H, W)`` uint8."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:height, :width]
     image = 110 + 2.5 * (rows - height / 2) - 1.5 * (columns - width / 2) + rng.normal(0, 12, (3, height, width))
@@ -28,7 +28,7 @@ def verdicts(rows: list[Finding]) -> Verdicts:
 
 
 def changed(healthy: Process, broken: Process) -> set[tuple[str, str]]:
-    """Findings that are violated in the broken process and not in the healthy one."""
+    """Return the findings violated by the broken process but not by the healthy one."""
     before, after = (verdicts(audit(p, photo(), samples=400)) for p in (healthy, broken))
     return {key for key, verdict in after.items() if verdict is Verdict.VIOLATED and before[key] is not verdict}
 

@@ -1,4 +1,4 @@
-"""Several processes of an entry point at a time, started as srun and torchrun do, on this machine."""
+"""Run several processes of an entry point on this machine, started as by srun and torchrun."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from support.shell import ROOT, Outcome, call
 
-#: of SLURM's jobs: their number is also that of a port
+#: SLURM job numbers, which also determine a port
 JOBS = itertools.count(os.getpid() % 9000 + 1000)
 
 
@@ -32,7 +32,7 @@ def start(*command: str, cwd: Path, **variables: str) -> subprocess.Popen[str]:
 
 
 def job_step(count: int) -> list[dict[str, str]]:
-    """What SLURM tells each process of a job step."""
+    """Return the environment that SLURM gives each process of a job step."""
     job = str(next(JOBS))
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(count), "SLURM_STEP_NUM_NODES": "1"}
     step |= {"SLURM_JOB_ID": job, "SLURM_NTASKS": str(count), "SLURM_JOB_NAME": "train", "SLURM_NODEID": "0"}
@@ -40,11 +40,11 @@ def job_step(count: int) -> list[dict[str, str]]:
 
 
 class Forked:
-    """``python train.py arguments`` in children of this process, which has imported all: they start at once.
+    """Run ``python train.py arguments`` in forked children, which start fast because all modules are imported.
 
     Args:
         steps: environment of each child.
-        prepare: called first in each of them, with its number.
+        prepare: called first in each child, with its rank.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Forked:
                 status = 99
                 told = self.folder / str(rank)
                 try:
-                    os.setpgid(0, 0)  # with what it starts, as a terminal has it
+                    os.setpgid(0, 0)  # one group with its children, as in a terminal
                     signal.signal(signal.SIGINT, signal.default_int_handler)
                     prepare(rank)
                     outcome = call("train.py", *arguments, cwd=cwd, environment={"NO_COLOR": "1", **step})
@@ -75,17 +75,17 @@ class Forked:
             self.children.append(child)
 
     def running(self) -> bool:
-        """Whether all of them are; those that are not are waited for."""
+        """Return whether all processes are running; those that have ended can still be waited for."""
         ended = [os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) for child in self.children]
         return not any(ended)
 
     def signal(self, number: int) -> None:
-        """To all of them, and to what they started."""
+        """Send a signal to all processes and their children."""
         for child in self.children:
             os.killpg(child, number)
 
     def finish(self) -> list[Outcome]:
-        """What they leave; none outlives the test."""
+        """Wait for the processes and return their outcomes; none outlives the test."""
         until, outcomes = time.monotonic() + 240, []
         try:
             for rank, child in enumerate(self.children):
@@ -114,7 +114,7 @@ def free_port() -> str:
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[Outcome]:
-    """What they leave; none outlives the test."""
+    """Wait for the processes and return their outcomes; none outlives the test."""
     try:
         ends = [process.communicate(timeout=240) for process in processes]
     finally:
@@ -124,7 +124,7 @@ def finish(*processes: subprocess.Popen[str]) -> list[Outcome]:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | Forked) -> None:
-    """Until it holds, which must be while the process runs."""
+    """Wait until the condition holds, which must happen while the process runs."""
     until = time.monotonic() + 200
     while not condition():
         if isinstance(process, Forked):

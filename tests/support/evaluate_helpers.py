@@ -1,4 +1,4 @@
-"""A feature network that is small and exact, in place of the pretrained ones."""
+"""Replace the pretrained feature networks by a small exact one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIM = 12
 
 
 class Means(FeatureNetwork):
-    """Mean colours of the quarters of an image."""
+    """Compute the mean colours of the quarters of an image."""
 
     name = "means"
     distance_name = "FD-means"
@@ -40,12 +40,12 @@ class Means(FeatureNetwork):
 
 @contextmanager
 def small_features(network: FeatureNetwork) -> Iterator[None]:
-    """Every command finds this network, whatever is asked for; "missing" finds none."""
+    """Make every command use this network, whichever it requests; "missing" finds none."""
 
     def pick(name: str = "auto", *_: Any, **__: Any) -> FeatureNetwork:
         if name == "missing":
             raise UserError("no feature network: install one")
-        torch.rand(7)  # as a network that is made with random weights first
+        torch.rand(7)  # as for a network initialised with random weights
         return network
 
     places = ("dpm_scales.commands.evaluate", "dpm_scales.training.monitoring")
@@ -54,7 +54,7 @@ def small_features(network: FeatureNetwork) -> Iterator[None]:
 
 
 def noise_images(folder: Path, number: int, seed: int, size: tuple[int, int] = (8, 8), level: int = 0) -> Path:
-    """Grey files 000000.png, … of white noise on a grey level."""
+    """Write grey files 000000.png, … of white noise around a grey level."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for i in range(number):
@@ -63,7 +63,7 @@ def noise_images(folder: Path, number: int, seed: int, size: tuple[int, int] = (
 
 
 class Fake(torch.nn.Module):
-    """Features that anybody can compute: mean and standard deviation of each channel."""
+    """Compute simple features: mean and standard deviation of each channel."""
 
     name, distance_name, kernel_name, hash, resizing = "fake", "FD-fake", "KD-fake", "0", "none"
     dim = 6

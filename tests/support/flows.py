@@ -1,4 +1,4 @@
-"""Exact probability flows of Gaussian data, and samplers run beside them."""
+"""Compute exact probability flows of Gaussian data, and run samplers for comparison."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from support.reference import (
 def run(
     sampler: Sampler, twin: Twin, data: Data, scales: Sequence[float], start: Tensor, whites: Sequence[Tensor]
 ) -> list[Array]:
-    """The same by the package; images in, coefficients out."""
+    """Run the same with the package; return the coefficients of the images."""
     path: list[Array] = []
     denoiser = OracleDenoiser(twin, data)
     noise = ScriptedNoise(whites)
@@ -85,7 +85,7 @@ SMOOTH = [
 
 
 def flow(twin: Twin, data: GaussianData, u: Array, t: float, s: float) -> Array:
-    """The exact solution: a Gaussian's probability flow keeps (u_t - mean_t) / std_t, coefficient by coefficient."""
+    """Return the exact solution: a Gaussian's probability flow keeps each coefficient's (u_t - mean_t) / std_t."""
     (signal_t, noise_t), (signal_s, noise_s) = curves(twin, t), curves(twin, s)
     std_t = np.sqrt(signal_t**2 * data.variance + noise_t**2)
     std_s = np.sqrt(signal_s**2 * data.variance + noise_s**2)

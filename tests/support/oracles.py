@@ -1,13 +1,12 @@
-"""Helpers of the tests of the reverse side: images, scripted noise, a pretended GPU, and denoisers that know the truth.
+"""Help to test the reverse process: images, scripted noise, a fake GPU, and optimal denoisers.
 
 Data for which the optimal denoiser is known:
 
     GaussianData   independent Gaussian DCT coefficients: E[y_0 | y_t] is linear, coefficient by coefficient
     PointData      finitely many images with probabilities: E[y_0 | y_t] is their softmax average
 
-Both are written in numpy, in DCT coefficients by scipy, from the curves of `reference.Twin`: the package is asked for
-nothing. A process without diffusion multiplies all coefficients by the same factor, so that DCT coefficients serve
-there too.
+Both use numpy, DCT coefficients by scipy, and the curves of `reference.Twin`, but nothing of the package. A process
+without diffusion multiplies all coefficients by the same factor, so DCT coefficients suit it too.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:
-    """Uniform values in [-1, 1], float64."""
+    """Draw uniform values in [-1, 1], float64."""
     return 2 * torch.rand(shape, generator=generator(seed), dtype=torch.float64) - 1
 
 
@@ -68,7 +67,7 @@ def close(actual: Any, expected: Any, atol: float = 1e-10, rtol: float = 1e-9) -
 
 @contextmanager
 def refused(*words: str) -> Iterator[None]:
-    """A UserError of one line that contains every one of `words`."""
+    """Expect a UserError of one line that contains all `words`."""
     with pytest.raises(UserError) as caught:
         yield
     message = str(caught.value)
@@ -78,7 +77,7 @@ def refused(*words: str) -> Iterator[None]:
 
 @contextmanager
 def pretended_gpu(*modules: nn.Module, device: str = "cuda") -> Iterator[None]:
-    """No arithmetic, but mixed devices and reads by the host raise; the modules are moved, as by a trainer."""
+    """Fake a GPU: no arithmetic, but mixed devices and reads by the host raise; modules are moved, as by a trainer."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in modules:
             module.to(device)
@@ -92,31 +91,31 @@ _basis = functools.cache(dct_basis)
 
 
 def coefficients(x: Array) -> Array:
-    """Orthonormal DCT-II of the last two axes."""
+    """Return the orthonormal DCT-II of the last two axes."""
     return np.asarray(_basis(x.shape[-2]) @ x @ _basis(x.shape[-1]).T)
 
 
 def pixels(u: Array) -> Array:
-    """Inverse of `coefficients`."""
+    """Invert `coefficients`."""
     return np.asarray(_basis(u.shape[-2]).T @ u @ _basis(u.shape[-1]))
 
 
 def per_mode(function: Callable[[Array], Array], x: Tensor) -> Tensor:
-    """`function` of an image's DCT coefficients, back in pixels."""
+    """Apply `function` to an image's DCT coefficients and return pixels."""
     return torch.from_numpy(pixels(function(coefficients(x.detach().numpy()))))
 
 
 @functools.cache
 def curves(twin: Twin, t: float, height: int = H, width: int = W) -> tuple[Array, Array]:
-    """lambda_t and gamma_t of each DCT coefficient, ``(height, width)``."""
+    """Return lambda_t and gamma_t of each DCT coefficient, ``(height, width)``."""
     mu = twin.mu(height, width)
     signal, noise = twin.signal(t, mu) * np.ones_like(mu), np.sqrt(twin.variance(t, mu).clip(0))
-    signal.flags.writeable = noise.flags.writeable = False  # all callers share them
+    signal.flags.writeable = noise.flags.writeable = False  # shared by all callers
     return signal, noise
 
 
 def each(x: Tensor, t: float | Sequence[float], one: Callable[[Tensor, float], Tensor]) -> Tensor:
-    """`one(image, t)` for each image, of one t for all or one per image."""
+    """Apply `one(image, t)` to each image, with one t for all or one per image."""
     if isinstance(t, Sequence):
         assert len(t) == len(x)
         return torch.cat([one(x[b : b + 1], v) for b, v in enumerate(t)])
@@ -124,28 +123,28 @@ def each(x: Tensor, t: float | Sequence[float], one: Callable[[Tensor, float], T
 
 
 def scaled(twin: Twin, x_0: Tensor, t: float | Sequence[float]) -> Tensor:
-    """lambda_t(L) x_0."""
+    """Return lambda_t(L) x_0."""
     return each(x_0, t, lambda x, v: per_mode(lambda u: curves(twin, v, *x.shape[-2:])[0] * u, x))
 
 
 def spread(twin: Twin, noise: Tensor, t: float | Sequence[float]) -> Tensor:
-    """gamma_t(L) noise."""
+    """Return gamma_t(L) noise."""
     return each(noise, t, lambda x, v: per_mode(lambda u: curves(twin, v, *x.shape[-2:])[1] * u, x))
 
 
 def noised(twin: Twin, x_0: Tensor, noise: Tensor, t: float | Sequence[float]) -> Tensor:
-    """y_t, mode by mode."""
+    """Return y_t, mode by mode."""
     return scaled(twin, x_0, t) + spread(twin, noise, t)
 
 
-# --- data whose denoiser is known -------------------------------------------------------------------------------------
+# --- data with a known denoiser ---------------------------------------------------------------------------------------
 
 
 class Data(Protocol):
     """A distribution of images whose optimal denoiser is known."""
 
     def estimate(self, u: Array, signal: Array, noise: Array) -> Array:
-        """E[u_0 | u_t] for coefficients ``(..., H, W)`` and curves ``(H, W)``."""
+        """Return E[u_0 | u_t] for coefficients ``(..., H, W)`` and curves ``(H, W)``."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +159,11 @@ class GaussianData:
         return np.asarray(self.mean + gain * (u - signal * self.mean))
 
     def uncertainty(self, signal: Array, noise: Array) -> Array:
-        """Var(u_0 | u_t)."""
+        """Return Var(u_0 | u_t)."""
         return np.asarray(self.variance * noise**2 / (signal**2 * self.variance + noise**2))
 
     def sample(self, count: int, seed: int = 0) -> Tensor:
-        """Images ``(count, 1, H, W)``."""
+        """Draw images ``(count, 1, H, W)``."""
         white = np.random.default_rng(seed).standard_normal((count, 1, *self.mean.shape))
         return torch.from_numpy(pixels(self.mean + np.sqrt(self.variance) * white))
 
@@ -187,13 +186,13 @@ class PointData:
 
 
 def gaussian_data(height: int = H, width: int = W, seed: int = 3) -> GaussianData:
-    """Some means and variances, different for each coefficient."""
+    """Return means and variances that differ for each coefficient."""
     rng = np.random.default_rng(seed)
     return GaussianData(rng.normal(size=(height, width)), np.exp(rng.normal(size=(height, width))) / 2)
 
 
 class OracleDenoiser(Denoiser):
-    """lambda_s(L) E[y_0 | y_t], computed from the twin's curves; network and target are not asked."""
+    """lambda_s(L) E[y_0 | y_t], computed from the twin's curves, without network and target."""
 
     def __init__(self, twin: Twin, data: Data) -> None:
         super().__init__(nn.Identity(), twin.build(), Clean())
@@ -208,7 +207,7 @@ class OracleDenoiser(Denoiser):
 
 
 class Answer(nn.Module):
-    """A network that gives back what it is told to, and remembers what it saw."""
+    """A network that returns a given answer and records its inputs."""
 
     def __init__(self, output: Tensor) -> None:
         super().__init__()
@@ -239,7 +238,7 @@ class TinyNetwork(nn.Module):
 
 
 class ScriptedNoise(CounterRNG):
-    """Gives the listed draws, one after the other."""
+    """Return the listed draws, one after another."""
 
     def __init__(self, draws: Sequence[Tensor]) -> None:
         super().__init__(0, draws[0].shape[0] if draws else 1)

@@ -1,4 +1,4 @@
-"""Slow twins of the osmosis operator: matrices summed edge by edge, from the formulas, in numpy and scipy."""
+"""Slow reference implementations of the osmosis operator: matrices summed edge by edge, in numpy and scipy."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ SIZES = [(5, 8), (8, 5), (7, 7), (1, 6), (6, 1), (1, 1), (2, 3)]
 
 
 def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Uniform values in [0, 1]."""
+    """Draw uniform values in [0, 1]."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def guidance_images(*shape: int, seed: int = 1, dark: float = 0.1) -> Tensor:
-    """The paper's guidance images, mean 0.5 and noise 0.1, a share `dark` of them clipped to 1e-6."""
+    """Draw the paper's guidance images, mean 0.5 and noise 0.1, with a fraction `dark` of pixels clipped to 1e-6."""
     generator = torch.Generator().manual_seed(seed)
     v = (0.5 + 0.1 * torch.randn(shape, generator=generator, dtype=torch.float64)).clamp(1e-6, 1)
     return torch.where(torch.rand(shape, generator=generator) < dark, 1e-6, v)
 
 
 def edges(height: int, width: int) -> Iterator[tuple[int, int]]:
-    """Neighbouring pixels i, j = right or lower neighbour of i, as row-major indices."""
+    """Yield neighbouring pixels i, j (right of or below i) as row-major indices."""
     for row in range(height):
         for column in range(width):
             here = row * width + column
@@ -52,7 +52,7 @@ def osmosis_matrix(v: Array) -> Array:
 
 
 def drift_matrix(right: Array, down: Array) -> Array:
-    """P for drift on the edges, ``(H, W - 1)`` and ``(H - 1, W)``: u flows from i to j at the rate 1 + d/2."""
+    """Return P for drift on the edges, ``(H, W - 1)`` and ``(H - 1, W)``: u flows from i to j at the rate 1 + d/2."""
     height, width = right.shape[0], down.shape[1]
     matrix = np.zeros((height * width, height * width))
     for i, j in edges(height, width):
@@ -66,7 +66,7 @@ def drift_matrix(right: Array, down: Array) -> Array:
 
 
 def sparse_osmosis_matrix(v: Array) -> scipy.sparse.csc_matrix:
-    """The same as `osmosis_matrix`, sparse and without loops, for larger images."""
+    """Return `osmosis_matrix` as a sparse matrix, without loops, for larger images."""
     index, grey = np.arange(v.size).reshape(v.shape), v.ravel()
     i = np.concatenate([index[:, :-1].ravel(), index[:-1].ravel()])
     j = np.concatenate([index[:, 1:].ravel(), index[1:].ravel()])
@@ -77,13 +77,13 @@ def sparse_osmosis_matrix(v: Array) -> scipy.sparse.csc_matrix:
 
 
 def white_matrix(v: Array) -> Array:
-    """L = -V^{-1/2} P V^{1/2}, symmetric up to rounding."""
+    """Return L = -V^{-1/2} P V^{1/2}, symmetric up to rounding."""
     root = np.sqrt(v.ravel())
     return -osmosis_matrix(v) * root[None, :] / root[:, None]
 
 
 def per_image(matrix: Callable[[Array], Array], v: Tensor, u: Tensor) -> Tensor:
-    """`matrix` of each guidance image times the image of the same sample and channel: ``(B, C, H, W)``."""
+    """Multiply each image by the `matrix` of the guidance image of the same sample and channel: ``(B, C, H, W)``."""
     v = v.expand_as(u)
     out = np.empty(u.shape)
     for b in range(u.shape[0]):
@@ -93,7 +93,7 @@ def per_image(matrix: Callable[[Array], Array], v: Tensor, u: Tensor) -> Tensor:
 
 
 def white_function(f: Callable[[Array], Any], v: Tensor, y: Tensor) -> Tensor:
-    """f(L) y from the eigenvectors of each dense matrix."""
+    """Return f(L) y from the eigenvectors of each dense matrix."""
 
     def function(grey: Array) -> Array:
         matrix = white_matrix(grey)

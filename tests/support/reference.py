@@ -1,6 +1,6 @@
-"""Slow twins: the law of every process from dense matrices, explicit chains and closed forms, in numpy and scipy.
+"""Slow reference laws of every process: dense matrices, explicit chains and closed forms, in numpy and scipy.
 
-Nothing here calls the package except `Twin.build`. A process is described by what one step of its chain does,
+Nothing here calls the package except `Twin.build`. A process is described by one step of its chain,
 
     U_k = alpha_k(mu) U_{k-1} + beta_k(mu) G,        variances add: gamma_k^2 = alpha_k^2 gamma_{k-1}^2 + beta_k^2,
 
@@ -43,12 +43,12 @@ Array = np.ndarray[Any, Any]
 
 
 def dct_basis(n: int) -> Array:
-    """Orthonormal DCT-II by scipy, as a matrix whose rows are the basis functions."""
+    """Return scipy's orthonormal DCT-II as a matrix whose rows are the basis functions."""
     return scipy.fft.dct(np.eye(n), type=2, norm="ortho", axis=0)
 
 
 def neumann_laplacian(height: int, width: int) -> Array:
-    """The 5-point stencil with reflecting boundaries, summed edge by edge."""
+    """Return the 5-point stencil with reflecting boundaries, summed edge by edge."""
     matrix = np.zeros((height * width, height * width))
     for row in range(height):
         for column in range(width):
@@ -64,7 +64,7 @@ def neumann_laplacian(height: int, width: int) -> Array:
 
 
 def eigenvalues(height: int, width: int, spectrum: str = "continuous") -> Array:
-    """mu of the reflecting Laplacian, ``(height, width)``, one by one."""
+    """Return mu of the reflecting Laplacian, ``(height, width)``, one by one."""
     mu = np.empty((height, width))
     for k in range(height):
         for j in range(width):
@@ -76,7 +76,7 @@ def eigenvalues(height: int, width: int, spectrum: str = "continuous") -> Array:
 
 
 def minus_laplacian(height: int, width: int, spectrum: str | None) -> Array:
-    """L as a dense matrix: C' diag(mu) C, the stencil itself, or 0 where `spectrum` is None."""
+    """Return L as a dense matrix: C' diag(mu) C, the stencil itself, or 0 where `spectrum` is None."""
     if spectrum is None:
         return np.zeros((height * width, height * width))
     if spectrum == "discrete":
@@ -86,13 +86,13 @@ def minus_laplacian(height: int, width: int, spectrum: str | None) -> Array:
 
 
 def dense_function(matrix: Array, f: Callable[[Array], Array]) -> Array:
-    """f(matrix) for a symmetric matrix >= 0."""
+    """Return f(matrix) for a symmetric matrix >= 0."""
     mu, vectors = np.linalg.eigh(matrix)
     return (vectors * np.broadcast_to(f(mu.clip(0)), mu.shape)) @ vectors.T
 
 
 def dense_heat(height: int, width: int, time: float, spectrum: str = "continuous") -> Array:
-    """exp(-T L) by scipy's general matrix exponential."""
+    """Return exp(-T L) by scipy's general matrix exponential."""
     return scipy.linalg.expm(-time * minus_laplacian(height, width, spectrum))
 
 
@@ -222,17 +222,17 @@ class Twin:
     chain_noise: float | None = None
 
     def decay(self, t: float, mu: Array) -> Array:
-        """d_t(mu)."""
+        """Return d_t(mu)."""
         if self.time is None:
             return np.ones_like(mu)
         return (1 - self.floor) * np.exp(-mu * self.time(t)) + self.floor
 
     def signal(self, t: float, mu: Array) -> Array:
-        """lambda_t(mu) in closed form."""
+        """Return lambda_t(mu) in closed form."""
         return self.noise.at(t)[0] * self.decay(t, mu)
 
     def variance(self, t: float, mu: Array) -> Array:
-        """gamma_t^2(mu): closed form for the marginal form, the recursion step by step for the chain form."""
+        """Return gamma_t^2(mu): closed form for the marginal form, the recursion step by step for the chain form."""
         if self.chain_noise is None:
             return np.full_like(mu, self.noise.at(t)[1])
         assert self.time is not None
@@ -247,19 +247,19 @@ class Twin:
         )
 
     def step(self, k: int, mu: Array) -> tuple[Array, Array]:
-        """alpha_k(mu), beta_k^2(mu) of U_k = alpha_k U_{k-1} + beta_k G."""
+        """Return alpha_k(mu), beta_k^2(mu) of U_k = alpha_k U_{k-1} + beta_k G."""
         now, before = k / self.num_scales, (k - 1) / self.num_scales
         if self.chain_noise is not None:
             assert self.time is not None
             return np.exp(-mu * (self.time(now) - self.time(before))), np.full_like(mu, self.chain_noise**2)
         alpha_scalar, beta_squared = self.noise.step(k)
         alpha = alpha_scalar * self.decay(now, mu) / self.decay(before, mu)
-        # what blur takes from the noise of the scale before is made up for
+        # compensates the noise of the previous scale that blur removes
         carried = self.noise.at(before)[1]
         return alpha, beta_squared + (alpha_scalar**2 - alpha**2) * carried
 
     def chain(self, last: int, mu: Array, first: int = 0) -> tuple[Array, Array]:
-        """Product of alpha_k, and the variance added, over the steps first+1 .. last."""
+        """Return the product of alpha_k and the added variance over the steps first+1 .. last."""
         signal, variance = np.ones_like(mu), np.zeros_like(mu)
         for k in range(first + 1, last + 1):
             alpha, beta_squared = self.step(k, mu)
@@ -267,11 +267,11 @@ class Twin:
         return signal, variance
 
     def mu(self, height: int, width: int) -> Array:
-        """Eigenvalues, ``(height, width)``; 0 everywhere for pixels."""
+        """Return the eigenvalues, ``(height, width)``; all 0 for pixels."""
         return np.zeros((height, width)) if self.spectrum is None else eigenvalues(height, width, self.spectrum)
 
     def matrix(self, height: int, width: int) -> Array:
-        """L, dense."""
+        """Return L, dense."""
         return minus_laplacian(height, width, self.spectrum)
 
 

@@ -1,4 +1,4 @@
-"""The entry points as a shell calls them, in this process (fast) or in one of their own, on tiny real data."""
+"""Call the entry points as a shell does, in this process (fast) or in a separate one, on tiny real data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from dpm_scales.training.module import DiffusionModule
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 
-#: constant and fast enough that six steps change what is drawn
+#: constant and large enough that six steps change the samples
 FAST = ("optimizer.learning_rate=0.01", "optimizer.warmup_steps=0", "optimizer.decay=constant")
 
 #: a network of 11 k parameters and few samples; six steps on 8 px digits take about a second
@@ -58,7 +58,7 @@ SMALL = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind."""
+    """The result of a command."""
 
     status: int
     out: str
@@ -66,9 +66,9 @@ class Outcome:
 
 
 def call(script: str, *arguments: str, cwd: Path, environment: dict[str, str] | None = None) -> Outcome:
-    """``python script arguments`` in this process, with standard output and error caught.
+    """Run ``python script arguments`` in this process, capturing standard output and error.
 
-    Hydra composes every config twice, at first for `hydra.mode` alone, which nothing here sets: once is enough.
+    Hydra composes every config twice, first only for `hydra.mode`, which is never set here: once is enough.
     """
     out, err = io.StringIO(), io.StringIO()
     before = Path.cwd()
@@ -98,7 +98,7 @@ def call(script: str, *arguments: str, cwd: Path, environment: dict[str, str] | 
 
 
 def spawn(script: str, *arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
-    """``python script arguments`` in a process of its own."""
+    """Start ``python script arguments`` in a separate process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "WANDB_MODE": "offline"}
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *arguments],
@@ -113,21 +113,21 @@ def spawn(script: str, *arguments: str, cwd: Path, **options: Any) -> subprocess
 
 
 def run(script: str, *arguments: str, cwd: Path) -> Outcome:
-    """The same, to its end."""
+    """Run the same to its end."""
     with spawn(script, *arguments, cwd=cwd) as process:
         out, err = process.communicate(timeout=300)
         return Outcome(process.returncode, out, err)
 
 
 def train(run_dir: Path, *overrides: str) -> Path:
-    """A finished small run."""
+    """Train a small run to its end."""
     outcome = attempt(run_dir, *overrides)
     assert outcome.status == 0, outcome.err
     return run_dir
 
 
 def sample(model: Path, out: Path, *overrides: str) -> Path:
-    """A finished folder of samples."""
+    """Sample a folder of images."""
     outcome = call("sample.py", f"model={model}", f"out={out}", *overrides, cwd=out.parent)
     assert outcome.status == 0, outcome.err
     return out
@@ -135,7 +135,7 @@ def sample(model: Path, out: Path, *overrides: str) -> Path:
 
 @contextlib.contextmanager
 def broken_off(after: int) -> Iterator[None]:
-    """Training ends in its step number `after`, from 0, with a ZeroDivisionError."""
+    """Let training fail in step number `after`, from 0, with a ZeroDivisionError."""
     step, calls = DiffusionModule.training_step, iter(range(10**6))
 
     def cut(self: DiffusionModule, *args: Any) -> Any:
@@ -154,23 +154,23 @@ def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
-    """The config that the entry point `name` would get."""
+    """Compose the config of the entry point `name`."""
     return copy.deepcopy(_composed(name, overrides))
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Contents of all files below a folder."""
+    """Return the contents of all files below a folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let processes that share the work of `sample.py` run in turn, in this one: nobody waits, and each decides."""
+    """Let processes that share the work of `sample.py` run in turn, in this one: none waits, and each decides."""
     monkeypatch.setattr("dpm_scales.distributed.ranks.barrier", lambda: None)
     monkeypatch.setattr("dpm_scales.distributed.ranks.first_decides", lambda decide: decide())
 
 
 def drawn(folder: Path) -> dict[str, bytes]:
-    """Contents of the numbered images in a folder."""
+    """Return the contents of the numbered images in a folder."""
     return {name: data for name, data in files(folder).items() if re.fullmatch(r"\d{6}\.png", name)}
 
 
@@ -180,7 +180,7 @@ def checkpoint(run_dir: Path, name: str = "last") -> dict[str, Any]:
 
 
 def plain_checkpoint(step: int = 3, **more: Any) -> dict[str, Any]:
-    """What a checkpoint holds at the least, of a step."""
+    """Return a minimal checkpoint of a step."""
     generator = torch.Generator().manual_seed(step)
     state = {"model.w": torch.randn(3, 5, generator=generator), "model.b": torch.arange(4)}
     return {"state_dict": state, "recipe": {"version": 3}, "global_step": step, **more}
@@ -192,13 +192,13 @@ def settings(run_dir: Path) -> dict[str, Any]:
 
 
 def table(run_dir: Path) -> list[dict[str, str]]:
-    """Rows of metrics.csv."""
+    """Return the rows of metrics.csv."""
     with (run_dir / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def column(run_dir: Path, name: str) -> list[float]:
-    """What metrics.csv has of one name, in the order of the steps."""
+    """Return one column of metrics.csv, in the order of the steps."""
     return [float(row[name]) for row in table(run_dir) if row.get(name)]
 
 
@@ -207,12 +207,12 @@ def network_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def attempt(run_dir: Path, *overrides: str) -> Outcome:
-    """A small run that may fail."""
+    """Attempt a small run, which may fail."""
     return call("train.py", *SMALL, *overrides, f"run_dir={run_dir}", cwd=run_dir.parent)
 
 
 def small_model(*overrides: str) -> Model:
-    """A fresh one for 8 px digits."""
+    """Build an untrained model for 8 px digits."""
     config = composed(*(o for o in SMALL if o.startswith(("network", "sampler"))), *overrides)
     parts = {name: plain(config[name]) for name in PARTS}
     for key in ("in_channels", "out_channels", "num_classes"):
@@ -221,7 +221,7 @@ def small_model(*overrides: str) -> Model:
 
 
 def photos(folder: Path, number: int = 12, size: tuple[int, int] = (12, 20), first: int = 0) -> Path:
-    """RGB files of smooth colours, size = (H, W)."""
+    """Write RGB files of smooth colours, size = (H, W)."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(first)
     rows, columns = np.mgrid[: size[0], : size[1]]
@@ -233,7 +233,7 @@ def photos(folder: Path, number: int = 12, size: tuple[int, int] = (12, 20), fir
 
 
 def assert_equal(a: Any, b: Any, where: str = "") -> None:
-    """Nested containers of tensors and plain values, equal to the last bit."""
+    """Assert that nested containers of tensors and plain values are equal to the last bit."""
     if isinstance(a, torch.Tensor):
         assert isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b), where
     elif isinstance(a, dict):
