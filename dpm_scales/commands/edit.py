@@ -47,9 +47,8 @@ from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.images import LEVELS, make_grid, psnr, save_gif, to_uint8
 from dpm_scales.models.instantiate import plain
 from dpm_scales.operators import batch_view
-from dpm_scales.processes import Process
 from dpm_scales.rng import CounterRNG
-from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, OnStep, Sampler
+from dpm_scales.samplers import DDIM, Ancestral, OnStep, Sampler
 
 ROUNDING = 12**-0.5 / LEVELS
 """Standard deviation of what 8 bits round away, black 0 and white 1."""
@@ -193,7 +192,7 @@ def coarse(cfg: DictConfig) -> None:
     require(process.has_noise(), f"{type(process).__name__} has no noise, so all that share a start are the same")
     sampler = _random_sampler(setup)
     require(
-        _draws_noise(sampler, process),
+        sampler.is_random,
         f"sampler {type(sampler).__name__} draws no noise on its way, so all that share a start are the same; "
         "use sampler=ancestral or ddim with sampler.eta=1",
     )
@@ -302,12 +301,6 @@ def _resampling(setup: Setup) -> Sampler:
     require_number("resample", repeats, 0, 1000, whole=True)
     sampler = _random_sampler(setup, repeats)
     return Resampling(sampler, repeats) if repeats > 0 else sampler
-
-
-def _draws_noise(sampler: Sampler, process: Process) -> bool:
-    if isinstance(sampler, DDIM):
-        return sampler.eta > 0 or sampler.starts(process, sampler.scales(process)) is not None
-    return not isinstance(sampler, Cold) and not (isinstance(sampler, Dissipation) and sampler.noise_ratio == 0)
 
 
 def _finish(setup: Setup, sharp: Tensor | None, seen: Tensor, results: list[Tensor], note: str) -> None:

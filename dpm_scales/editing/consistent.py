@@ -29,7 +29,7 @@ from dpm_scales.errors import UserError, is_whole, require, require_choice
 from dpm_scales.operators import SpectralFunction
 from dpm_scales.processes import Context, Process
 from dpm_scales.rng import CounterRNG
-from dpm_scales.samplers import Move, OnStep, Sampler
+from dpm_scales.samplers import OnStep, Sampler, StepContext
 from dpm_scales.targets import NextScale, visible_noise, wiener_error
 
 COVARIANCES = ("spectrum", "white")
@@ -150,7 +150,7 @@ class Resampling(Sampler):
         super().__init__(sampler.steps, sampler.grid, sampler.rho)
         self.sampler, self.repeats = sampler, repeats
 
-    def step(self, move: Move, y: Tensor, m: Tensor) -> Tensor:
+    def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
         y = self.sampler.step(move, y, m)
         for _ in range(self.repeats):
             y = move.operator.combine((move.curves.rho, y), (move.curves.transition_std, move.white(y)))

@@ -18,8 +18,9 @@ The last step, from t to s = 0, returns m_0 without noise: y_0-hat itself, since
 from __future__ import annotations
 
 from dpm_scales.denoisers import Denoiser
+from dpm_scales.samplers.churn import Churn
 from dpm_scales.samplers.grids import GRIDS, karras_grid, logsnr_grid, quadratic_grid, uniform_grid
-from dpm_scales.samplers.loop import Move, OnStep, Sampler
+from dpm_scales.samplers.loop import OnStep, PastStep, Sampler, StepContext
 from dpm_scales.samplers.multistep import DPMSolver, UniPC
 from dpm_scales.samplers.one_step import DDIM, Ancestral, Cold, Dissipation, Heun
 from dpm_scales.targets import NextScale
@@ -28,13 +29,15 @@ __all__ = [
     "DDIM",
     "GRIDS",
     "Ancestral",
+    "Churn",
     "Cold",
     "DPMSolver",
     "Dissipation",
     "Heun",
-    "Move",
     "OnStep",
+    "PastStep",
     "Sampler",
+    "StepContext",
     "UniPC",
     "auto_sampler",
     "karras_grid",

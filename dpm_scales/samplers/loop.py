@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from dpm_scales.operators import Operator
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Context, Process, Step
 from dpm_scales.rng import CounterRNG
+from dpm_scales.samplers.churn import Churn
 from dpm_scales.samplers.grids import (
     GRIDS,
     karras_grid,
@@ -30,8 +32,18 @@ OnStep = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Move:
-    """What a step from scale t down to s has at hand."""
+class PastStep:
+    """A finished step: the y at t that it started from, and m = lambda_s y_0-hat by the estimate at t."""
+
+    t: Tensor
+    s: Tensor
+    y: Tensor
+    m: Tensor
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """One step of a sampler, from scale t down to s."""
 
     denoiser: Denoiser
     t: Tensor
@@ -39,6 +51,10 @@ class Move:
     noise: CounterRNG
     context: Context = None
     labels: Tensor | None = None
+    #: finished steps, the newest first: a multistep sampler adds its own, the loop bounds their number by `memory`
+    past: deque[PastStep] = field(default_factory=lambda: deque(maxlen=0))
+    #: number of steps after this one
+    left: int = 0
 
     @property
     def process(self) -> Process:
@@ -54,26 +70,16 @@ class Move:
         return Step(self.process, self.s, self.t)
 
     def predict_mean(self, y: Tensor) -> Tensor:
-        """m_s by the estimate at y_t."""
+        """Evaluate the denoiser at y_t and return m_s = lambda_s(L) y_0-hat."""
         return self.denoiser.predict_mean(y, self.t, self.s, self.context, self.labels)
 
     def white(self, like: Tensor) -> Tensor:
-        """White noise for images like these."""
+        """Draw white noise of the shape and dtype of `like`."""
         return self.noise.normal(tuple(like.shape[1:]), like.dtype)
 
 
-@dataclass(frozen=True)
-class Past:
-    """A finished step: y at t, from where it started, and m = lambda_s y_0-hat, by the estimate at t."""
-
-    t: Tensor
-    s: Tensor
-    y: Tensor
-    m: Tensor
-
-
 class Sampler(ABC):
-    """The loop; members give one step.
+    """Base of all samplers: the loop over pairs of scales. A subclass defines `step`.
 
     Args:
         steps: number of steps, at most the process's num_scales; None for all of them.
@@ -83,8 +89,10 @@ class Sampler(ABC):
 
     #: may be used where the network knows only the next finer scale
     one_scale_at_a_time = True
-    #: number of finished steps that a step looks back on
+    #: number of finished steps that `step` uses
     memory = 0
+    #: noise added before each step; None for none
+    churn: Churn | None = None
 
     def __init__(self, steps: int | None = None, grid: str = "uniform", rho: float = 7.0) -> None:
         require(steps is None or is_whole(steps, 1), f"steps must be a whole number >= 1 or null, got {steps!r}")
@@ -92,6 +100,11 @@ class Sampler(ABC):
             raise UserError(f"unknown grid {grid!r}: {suggest(str(grid), GRIDS)}")
         require_positive(self, rho=rho)
         self.steps, self.grid, self.rho = steps, grid, float(rho)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the result depends on noise drawn after the start; assumed of samplers that do not say otherwise."""
+        return True
 
     def scales(self, process: Process, device: torch.device | str | None = None) -> Tensor:
         """``(steps + 1,)`` scales from 1 down to 0. Raises UserError for more steps than scales."""
@@ -160,54 +173,31 @@ class Sampler(ABC):
         scales: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """The loop itself, from y (white coordinates) at ``scales[0]``; see `sample`."""
-        operator = denoiser.process.operator(context)
+        """Run the loop from y (whitened coordinates) at ``scales[0]``; arguments and result as for `sample`."""
+        process = denoiser.process
+        operator = process.operator(context)
         if scales is None:
-            scales = self.scales(denoiser.process, y.device)
-        starts = self.starts(denoiser.process, scales)
+            scales = self.scales(process, y.device)
+        churned = None if self.churn is None else self.churn.scales(process, scales)
+        past: deque[PastStep] = deque(maxlen=self.memory)
         last = len(scales) - 2
-        past: tuple[Past, ...] = ()
         for i in range(last + 1):
             t, s = scales[i], scales[i + 1]
-            if starts is not None:
-                y, t = self.raised(denoiser.process, y, t, starts[i], noise, context), starts[i]
-            move = Move(denoiser, t, s, noise, context, labels)
+            if self.churn is not None and churned is not None:
+                y, t = self.churn.add(process, y, t, churned[i], noise, context), churned[i]
+            move = StepContext(denoiser, t, s, noise, context, labels, past, last - i)
             m = move.predict_mean(y)
-            if i < last:
-                y = self.corrected(move, y, m, past)
-                before = Past(t, s, y, m)
-                y = self.step(move, y, self.continued(move, m, past, last - i))
-                past = (before, *past)[: self.memory]
-            else:
-                y = m
+            y = self.step(move, y, m) if i < last else m
             if on_step is not None:
                 on_step(i, operator.to_pixels(y))
         return operator.to_pixels(y)
 
-    def starts(self, process: Process, scales: Tensor) -> Tensor | None:
-        """``(steps,)``: the coarser scale that each step goes to before it starts; None for none."""
-        return None
-
-    def raised(
-        self, process: Process, y: Tensor, t: Tensor, higher: Tensor, noise: CounterRNG, context: Context
-    ) -> Tensor:
-        """y at `higher` from y at t, for samplers that have `starts`."""
-        return y
-
-    def corrected(self, move: Move, y: Tensor, m: Tensor, past: Sequence[Past]) -> Tensor:
-        """y at t once more, now that m_s is known from the estimate there."""
-        return y
-
-    def continued(self, move: Move, m: Tensor, past: Sequence[Past], left: int) -> Tensor:
-        """What `step` takes for m_s.
+    @abstractmethod
+    def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
+        """Return y_s, ``(B, C, H, W)`` in whitened coordinates, for s > 0.
 
         Args:
-            m: m_s by the estimate at t.
-            past: the last finished steps, the newest first, at most `memory`.
-            left: number of steps still to come after this one.
+            move: the two scales, and what a step may need besides: process, denoiser, noise, finished steps.
+            y: y_t.
+            m: m_s = lambda_s(L) y_0-hat by the denoiser's estimate at y_t.
         """
-        return m
-
-    @abstractmethod
-    def step(self, move: Move, y: Tensor, m: Tensor) -> Tensor:
-        """y_s from y_t and m_s."""

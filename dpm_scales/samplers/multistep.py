@@ -32,7 +32,7 @@ from dpm_scales.errors import is_whole, require
 from dpm_scales.operators import SpectralFunction
 from dpm_scales.processes import Process, Step
 from dpm_scales.samplers.grids import tables_of
-from dpm_scales.samplers.loop import Move, Past
+from dpm_scales.samplers.loop import PastStep, StepContext
 from dpm_scales.samplers.one_step import DDIM
 
 _FAINT = 1e-3
@@ -69,13 +69,10 @@ class DPMSolver(DDIM):
         for count in range(1, self.order):
             _resolve(process, self.scales(process, tables_of(process)), count, end=False)
 
-    def continued(self, move: Move, m: Tensor, past: Sequence[Past], left: int) -> Tensor:
-        used = past[: min(self.order, left + 1) - 1]
-        if not used:
-            return m
-        own, weights = _Continuation(move.process, move.t, move.s, [p.t for p in used], [p.s for p in used]).weights()
-        terms = zip(weights, [p.m for p in used], strict=True)
-        return move.operator.combine((own, m), *terms)
+    def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
+        used = list(move.past)[: min(self.order, move.left + 1) - 1]
+        move.past.appendleft(PastStep(move.t, move.s, y, m))
+        return super().step(move, y, _extrapolate(move, m, used))
 
 
 class UniPC(DPMSolver):
@@ -104,17 +101,28 @@ class UniPC(DPMSolver):
         for count in range(self.order):
             _resolve(process, self.scales(process, tables_of(process)), count, end=True)
 
-    def corrected(self, move: Move, y: Tensor, m: Tensor, past: Sequence[Past]) -> Tensor:
-        """The step that led to t once more, its polynomial now through the estimate at t as well."""
-        if not past:
+    def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
+        return super().step(move, self.correct(move, y, m), m)
+
+    def correct(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
+        """Return y_t by the last step taken again, its polynomial now through the estimate at t as well."""
+        if not move.past:
             return y
-        last, *older = past[: self.order]
+        last, *older = list(move.past)[: self.order]
         further, again = move.curves, replace(move, t=last.t, s=move.t)
         line = _Continuation(move.process, last.t, move.t, [p.t for p in older], [p.s for p in older], end=True)
         own, (*weights, ending) = line.weights()
         terms = [(own, last.m), *zip(weights, [p.m for p in older], strict=True)]
         terms.append((lambda mu: ending(mu) * further.rho(mu), m))
-        return self.step(again, last.y, move.operator.combine(*terms))
+        return DDIM.step(self, again, last.y, move.operator.combine(*terms))
+
+
+def _extrapolate(move: StepContext, m: Tensor, used: Sequence[PastStep]) -> Tensor:
+    """Return m_s by the polynomial through the estimate at t and those of the steps `used`, the newest first."""
+    if not used:
+        return m
+    own, weights = _Continuation(move.process, move.t, move.s, [p.t for p in used], [p.s for p in used]).weights()
+    return move.operator.combine((own, m), *zip(weights, [p.m for p in used], strict=True))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, require, suggest
-from dpm_scales.processes import Context, Process, Step
-from dpm_scales.rng import CounterRNG
-from dpm_scales.samplers.grids import noise_level, scales_at, tables_of
-from dpm_scales.samplers.loop import Move, Sampler
+from dpm_scales.processes import Process, Step
+from dpm_scales.samplers.churn import Churn
+from dpm_scales.samplers.grids import tables_of
+from dpm_scales.samplers.loop import StepContext, Sampler
 from dpm_scales.schedules import is_number
 from dpm_scales.targets import MAX_DIVISION, steepest_blur
 
@@ -27,7 +26,11 @@ class DDIM(Sampler):
         require(is_number(eta) and 0 <= eta <= 1, f"eta must lie in [0, 1], got {eta!r}")
         self.eta = float(eta)
 
-    def step(self, move: Move, y: Tensor, m: Tensor) -> Tensor:
+    @property
+    def is_random(self) -> bool:
+        return self.eta > 0 or self.churn is not None
+
+    def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
         step, square = move.curves, self.eta**2
 
         def keep(mu: Tensor) -> Tensor:
@@ -60,20 +63,8 @@ class Heun(DDIM):
 
     Where scale s has no noise there is nothing left to correct in "noise", as in EDM's last step.
 
-    Churn (Karras et al. 2022, Algorithm 2) lets errors of earlier steps be forgotten: before each step the image is
-    made coarser again, and the step starts from there. Going from t to a coarser scale t_hat is what the forward
-    process does, and its Markov transition does it exactly: if y_t has the law of scale t, y_t_hat has that of t_hat,
-
-        y_t_hat = rho(L) y_t + s_noise beta(L) eps,   rho = lambda_t_hat / lambda_t,
-        beta^2 = gamma_t_hat^2 - rho^2 gamma_t^2      at every eigenvalue.
-
-    Under blur that blurs on, by exp(-mu (T_t_hat - T_t)), and adds the noise that the coarser scale has more, plus what
-    the blur took from the noise that was there. Where nothing blurs and a = 1 (VE), rho = 1 and
-    beta^2 = gamma_t_hat^2 - gamma_t^2: EDM's.
-
-    t_hat is where the level is (1 + min(s_churn / steps, sqrt(2) - 1)) times that of t, but at most t = 1, since the
-    process ends there. The level is gamma / lambda of the eigenvalue 0, EDM's sigma; where the noise is constant and
-    only blur tells the scales apart it is the blur's standard deviation in pixels.
+    Churn (`Churn`; Karras et al. 2022, Algorithm 2) adds noise before each step, so that errors of earlier steps are
+    forgotten.
 
     Args:
         s_churn: EDM's S_churn, >= 0; 0 for none, and nothing is drawn.
@@ -98,30 +89,21 @@ class Heun(DDIM):
         super().__init__(0.0, steps, grid, rho)
         if variable is not None and variable not in self.variables:
             raise UserError(f"unknown variable {variable!r}: {suggest(str(variable), self.variables)}, or null")
-        for name, value in {"s_churn": s_churn, "s_min": s_min, "s_noise": s_noise}.items():
-            require(is_number(value) and value >= 0, f"{name} must be a number >= 0, got {value!r}")
-        ok = s_max is None or (is_number(s_max) and s_max >= s_min)
-        require(ok, f"s_max must be a number >= s_min={s_min:g} or null, got {s_max!r}")
+        churn = Churn(s_churn, s_min, s_max, s_noise)
+        self.churn = churn if s_churn > 0 else None
         self.variable = variable
-        self.s_churn, self.s_min, self.s_noise = float(s_churn), float(s_min), float(s_noise)
-        self.s_max = math.inf if s_max is None else float(s_max)
 
     def check(self, denoiser: Denoiser) -> None:
         super().check(denoiser)
         process = denoiser.process
         scales = self.scales(process, tables_of(process))
-        starts = self.starts(process, scales)
-        if starts is not None:
-            require(
-                process.has_noise(),
-                f"churn adds noise, and {type(process).__name__} has none; set sampler.s_churn=0",
-            )
-            back, down = Step(process, scales[:-1], starts), Step(process, scales[1:-1], starts[:-1])
-            process.ensure_degree(back.rho)
+        if self.churn is not None:
+            churned = self.churn.check(process, scales)
+            down = Step(process, scales[1:-1], churned[:-1])
             if len(scales) > 2:
                 process.ensure_degree(down.rho, down.posterior_coef_xt, down.posterior_coef_x0)
-            # the way that is gone: up to t_hat, which divides by nothing, and down to s
-            scales = torch.stack([starts, scales[1:]], 1).flatten()
+            # the scales as they are visited: up to t_hat, which divides by nothing, and down to s
+            scales = torch.stack([churned, scales[1:]], 1).flatten()
             denoiser.target.check_scales(process, scales)
         if self._in_noise(process):
             blur = steepest_blur(process, scales)
@@ -131,29 +113,10 @@ class Heun(DDIM):
                 f"1e{blur / math.log(10):.0f}; set sampler.variable=logsnr (or null)",
             )
 
-    def starts(self, process: Process, scales: Tensor) -> Tensor | None:
-        """t_hat of every step."""
-        if self.s_churn == 0:
-            return None
-        ts = scales[:-1]
-        level = _level(process)
-        now = level(ts)
-        factor = 1 + min(self.s_churn / len(ts), math.sqrt(2) - 1)
-        higher = scales_at(level, factor * now, 1 / process.num_scales)
-        return torch.where((now >= self.s_min) & (now <= self.s_max), torch.maximum(higher, ts), ts)
-
-    def raised(
-        self, process: Process, y: Tensor, t: Tensor, higher: Tensor, noise: CounterRNG, context: Context
-    ) -> Tensor:
-        """A draw from the transition from t to `higher`, its noise times s_noise."""
-        step, white = Step(process, t, higher), noise.normal(tuple(y.shape[1:]), y.dtype)
-        spread = (lambda mu: self.s_noise * step.transition_std(mu), white)
-        return process.operator(context).combine((step.rho, y), spread)
-
     def _in_noise(self, process: Process) -> bool:
         return self.variable == "noise" or (self.variable is None and process.blur is None)
 
-    def step(self, move: Move, y: Tensor, m: Tensor) -> Tensor:
+    def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
         first = super().step(move, y, m)
         step, in_noise = move.curves, self._in_noise(move.process)
 
@@ -166,14 +129,6 @@ class Heun(DDIM):
 
         change = replace(move, t=move.s).predict_mean(first) - m
         return first + move.operator.apply(weight, change)
-
-
-def _level(process: Process) -> Callable[[Tensor], Tensor]:
-    """What grows with t: gamma / lambda, or where the noise is constant the blur's standard deviation in px."""
-    blur = process.blur
-    if process.has_constant_noise() and blur is not None:
-        return lambda t: (2 * blur(t)).sqrt()
-    return lambda t: noise_level(process, t)
 
 
 class Dissipation(Sampler):
@@ -189,7 +144,11 @@ class Dissipation(Sampler):
         require(is_number(noise_ratio) and noise_ratio >= 0, f"noise_ratio must be >= 0, got {noise_ratio!r}")
         self.noise_ratio = float(noise_ratio)
 
-    def step(self, move: Move, y: Tensor, m: Tensor) -> Tensor:
+    @property
+    def is_random(self) -> bool:
+        return self.noise_ratio > 0
+
+    def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
         return m + self.noise_ratio * move.operator.apply(move.curves.noise_s, move.white(y))
 
 
@@ -202,5 +161,9 @@ class Cold(Sampler):
     def __init__(self, steps: int | None = None, grid: str = "uniform") -> None:
         super().__init__(steps, grid)
 
-    def step(self, move: Move, y: Tensor, m: Tensor) -> Tensor:
+    @property
+    def is_random(self) -> bool:
+        return False
+
+    def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
         return y + m - move.operator.apply(move.curves.rho, m)

@@ -13,7 +13,7 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.editing import Average, Blur, Consistent, Degradation, Mask, Resampling, restore
 from dpm_scales.processes import VP, OsmosisDiffusion
 from dpm_scales.rng import CounterRNG
-from dpm_scales.samplers import DDIM, Ancestral, Dissipation, Heun, Move
+from dpm_scales.samplers import DDIM, Ancestral, Dissipation, Heun, StepContext
 from dpm_scales.schedules import SinSquaredBlur
 from dpm_scales.targets import Clean, NextScale, Noise
 from support.oracles import (
@@ -351,13 +351,13 @@ def test_resampling_goes_back_by_the_process_itself() -> None:
     x = images(2, 1, H, W)
     down = Ancestral()
     m = denoiser.predict_mean(x, t, s)
-    found = Resampling(down, 2).step(Move(denoiser, t, s, ScriptedNoise(draws)), x, m)
+    found = Resampling(down, 2).step(StepContext(denoiser, t, s, ScriptedNoise(draws)), x, m)
     y = x
     for k in range(3):
         if k > 0:
             law = denoiser.process.transition(y, s, t)
             y = law.mean + denoiser.process.operator().apply(law.std, draws[2 * k - 1])
-        y = down.step(Move(denoiser, t, s, ScriptedNoise([draws[2 * k]])), y, denoiser.predict_mean(y, t, s))
+        y = down.step(StepContext(denoiser, t, s, ScriptedNoise([draws[2 * k]])), y, denoiser.predict_mean(y, t, s))
     close(found, y, atol=1e-12)
 
 

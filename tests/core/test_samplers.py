@@ -21,7 +21,7 @@ from dpm_scales.samplers import (
     Cold,
     Dissipation,
     Heun,
-    Move,
+    StepContext,
     Sampler,
     auto_sampler,
 )
@@ -122,7 +122,7 @@ def test_ancestral_step_draws_from_the_posterior_given_the_estimate(twin: Twin, 
     with torch.no_grad():
         m = denoiser.predict_mean(y, t, s)
         estimate = denoiser.predict_mean(y, t, float64(0.0))
-        actual = Ancestral().step(Move(denoiser, t, s, ScriptedNoise([white])), y, m)
+        actual = Ancestral().step(StepContext(denoiser, t, s, ScriptedNoise([white])), y, m)
     law = process.posterior(y, estimate, s, t)
     expected = law.mean + law.operator.apply(law.std, white)
     close(actual.numpy(), expected.numpy(), 1e-8)
@@ -274,7 +274,7 @@ def test_each_step_is_reported(twin: Twin, name: str) -> None:
     # what is reported is the path itself: the first step alone leads to the first report
     first = sampler.scales(denoiser.process)[:2]
     m = denoiser.predict_mean(y, first[0], first[1])
-    assert torch.equal(sampler.step(Move(denoiser, first[0], first[1], CounterRNG(1, 2)), y, m), seen[0][1])
+    assert torch.equal(sampler.step(StepContext(denoiser, first[0], first[1], CounterRNG(1, 2)), y, m), seen[0][1])
     counts: list[int] = []
     sampler.sample(
         denoiser, GaussianPrior(), CounterRNG(1, 2), (1, H, W), on_step=lambda i, x: counts.append(i), dtype=y.dtype

@@ -13,7 +13,7 @@ import torch
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.processes import VE, VP, Homogeneous, InverseHeat, OsmosisDiffusion, Process
 from dpm_scales.rng import CounterRNG
-from dpm_scales.samplers import DDIM, Heun, Move
+from dpm_scales.samplers import DDIM, Churn, Heun, StepContext, uniform_grid
 from dpm_scales.schedules import ConstantNoise, LogBlur
 from dpm_scales.targets import Clean, Noise
 from support.oracles import (
@@ -110,15 +110,15 @@ def test_churned_euler_step_is_that_of_diffusers() -> None:
     process, sampler = VE(1000), Heun(8, s_churn=6.0, s_min=0.01, s_max=40.0, s_noise=1.01)
     scales = sampler.scales(process)
     close(process.noise_scale(scales[:-1], torch.zeros(1, 1).double()).flatten(), levels[:-1], 1e-6, 1e-5)
-    starts = sampler.starts(process, scales)
-    assert starts is not None
+    assert sampler.churn is not None
+    starts = sampler.churn.scales(process, scales)
     denoiser = Denoiser(TinyNetwork().double(), process, Clean("scalar", clip=False), 0.5).double()
     x = y = 80 * images(2, 1, H, W)
     for i, t in enumerate(scheduler.timesteps[:-1]):
         white = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
         seen = scheduler.scale_model_input(x.float(), t)
         assert seen.shape == x.shape
-        y_hat = sampler.raised(process, y, scales[i], starts[i], ScriptedNoise([white.double()]), None)
+        y_hat = sampler.churn.add(process, y, scales[i], starts[i], ScriptedNoise([white.double()]))
         m = denoiser.predict_mean(y_hat, starts[i], scales[i + 1])
         hat = float(process.noise_scale(starts[i], torch.zeros(1, 1).double()))
         # what their preconditioning makes of the network's answer is the estimate
@@ -134,7 +134,7 @@ def test_churned_euler_step_is_that_of_diffusers() -> None:
             s_noise=1.01,
             generator=torch.Generator().manual_seed(i),
         ).prev_sample
-        y = DDIM(0.0).step(Move(denoiser, starts[i], scales[i + 1], ScriptedNoise([])), y_hat, m)
+        y = DDIM(0.0).step(StepContext(denoiser, starts[i], scales[i + 1], ScriptedNoise([])), y_hat, m)
         close(x.numpy(), y.numpy(), 2e-4 * float(y.abs().max()), 2e-4)
         y = x.double()
 
@@ -144,27 +144,20 @@ def test_what_is_raised_has_the_law_of_the_coarser_scale(twin: Twin) -> None:
     """y_t ~ N(lambda_t y_0, gamma_t^2) and white noise: the mean lambda_t_hat y_0 and variance gamma_t_hat^2, mode by
     mode, from the slow curves; and t_hat at the level asked for."""
     process = twin.build()
-    sampler = Heun(None, "uniform", s_churn=4.0)
-    scales = sampler.scales(process)
-    starts = sampler.starts(process, scales)
-    assert starts is not None and (starts >= scales[:-1]).all() and float(starts.max()) == 1.0
+    churn, scales = Churn(4.0), uniform_grid(process, process.num_scales)
+    starts = churn.scales(process, scales)
+    assert (starts >= scales[:-1]).all() and float(starts.max()) == 1.0
     factor = 1 + min(4.0 / twin.num_scales, math.sqrt(2) - 1)
     y_0 = coefficients(images(1, 1, H, W, seed=5).numpy())
     unit = torch.from_numpy(pixels(np.eye(H * W).reshape(H * W, 1, H, W)))
     for t, higher in zip(scales[1:-1].tolist(), starts[1:].tolist(), strict=True):
         signal, noise = curves(twin, t)
         signal_hat, noise_hat = curves(twin, higher)
-        mean = sampler.raised(
-            process,
-            torch.from_numpy(pixels(signal * y_0)),
-            float64(t),
-            float64(higher),
-            ScriptedNoise([torch.zeros(1, 1, H, W).double()]),
-            None,
-        )
+        zeros = ScriptedNoise([torch.zeros(1, 1, H, W).double()])
+        mean = churn.add(process, torch.from_numpy(pixels(signal * y_0)), float64(t), float64(higher), zeros)
         close(coefficients(mean.numpy()), signal_hat * y_0, 1e-9)
         moved = [
-            sampler.raised(process, y, float64(t), float64(higher), ScriptedNoise([white]), None)
+            churn.add(process, y, float64(t), float64(higher), ScriptedNoise([white]))
             for y, white in ((noise_scaled(noise), 0 * unit), (0 * unit, unit))
         ]
         covariance = sum((m := coefficients(v.numpy()).reshape(H * W, -1)).T @ m for v in moved)
@@ -204,8 +197,8 @@ def test_the_evaluation_is_at_the_coarser_scale(twin: Twin) -> None:
 
     sampler = Heun(4, "uniform", s_churn=1.2)
     scales = sampler.scales(twin.build())
-    starts = sampler.starts(twin.build(), scales)
-    assert starts is not None
+    assert sampler.churn is not None
+    starts = sampler.churn.scales(twin.build(), scales)
     sampler.reverse(Watching(twin, gaussian_data()), images(2, 1, H, W), CounterRNG(0, 2))
     assert seen[::2] == list(zip(starts.tolist(), scales[1:].tolist(), strict=True))
     assert seen[1::2] == [(s, s) for s in scales[1:-1].tolist()]
@@ -213,9 +206,9 @@ def test_the_evaluation_is_at_the_coarser_scale(twin: Twin) -> None:
 
 def test_levels_between_which_steps_are_churned() -> None:
     process, sampler = VE(1000), Heun(12, s_churn=2.0, s_min=0.1, s_max=10.0)
+    assert sampler.churn is not None
     scales = sampler.scales(process)
-    starts = sampler.starts(process, scales)
-    assert starts is not None
+    starts = sampler.churn.scales(process, scales)
     levels = process.noise_scale(scales[:-1], torch.zeros(1, 1).double()).flatten()
     inside = (levels >= 0.1) & (levels <= 10.0)
     assert 0 < inside.sum() < 12
@@ -223,8 +216,8 @@ def test_levels_between_which_steps_are_churned() -> None:
     blur = InverseHeat(40, blur=LogBlur(0.5, 8.0))
     widths = Heun(None, "uniform", s_churn=2.0, s_min=1.0, s_max=4.0)  # in pixels, where the noise is constant
     scales = widths.scales(blur)
-    starts = widths.starts(blur, scales)
-    assert starts is not None
+    assert widths.churn is not None
+    starts = widths.churn.scales(blur, scales)
     sigma = (2 * blur.blur(scales[:-1])).sqrt()
     assert torch.equal(starts > scales[:-1], (sigma >= 1) & (sigma <= 4))
 

@@ -17,7 +17,7 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.priors import DataPrior, GaussianPrior, Prior
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, InverseHeat
 from dpm_scales.rng import CounterRNG
-from dpm_scales.samplers import DDIM, Ancestral, Dissipation, DPMSolver, Heun, Move, Sampler
+from dpm_scales.samplers import DDIM, Ancestral, Dissipation, DPMSolver, Heun, StepContext, Sampler
 from dpm_scales.schedules import ConstantNoise, LinearBeta, LogBlur, SinSquaredBlur
 from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.oracles import (
@@ -71,7 +71,7 @@ def one_step(sampler: Sampler, target: Target, output: Tensor, x_t: Tensor, i: i
     denoiser = Denoiser(Answer(output), VP(1000, LinearBeta()), target)
     t, s = float64((i + 1) / 1000), float64(max(j + 1, 0) / 1000)
     m = denoiser.predict_mean(x_t, t, s)
-    return sampler.step(Move(denoiser, t, s, ScriptedNoise([white])), x_t, m)
+    return sampler.step(StepContext(denoiser, t, s, ScriptedNoise([white])), x_t, m)
 
 
 @pytest.mark.parametrize("steps", [1000, 50])
@@ -256,7 +256,7 @@ def test_dissipation_takes_the_noise_ratio_of_the_process() -> None:
     y, white = images(2, 1, H, W), images(2, 1, H, W, seed=1)
     t, s = float64(0.75), float64(0.5)
     for ratio in (0.0, 1.25, 2.5):
-        moved = Dissipation(ratio).step(Move(denoiser, t, s, ScriptedNoise([white])), y, y)
+        moved = Dissipation(ratio).step(StepContext(denoiser, t, s, ScriptedNoise([white])), y, y)
         close((moved - y).numpy(), (ratio * 0.01 * white).numpy(), 1e-14)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.processes import VP, Blurring, InverseHeat, OsmosisDiffusion
 from dpm_scales.rng import CounterRNG
-from dpm_scales.samplers import DDIM, DPMSolver, Move, UniPC
+from dpm_scales.samplers import DDIM, DPMSolver, StepContext, UniPC
 from dpm_scales.samplers.multistep import _Continuation, _moments
 from dpm_scales.schedules import LinearBeta
 from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
@@ -161,7 +161,7 @@ def test_predictor_of_order_two_is_dpm_solver(twin: Twin) -> None:
     """With the corrector taken away."""
 
     class Uncorrected(UniPC):
-        def corrected(self, move: Move, y: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+        def correct(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
             return y
 
     start, scales = images(2, 1, H, W), float64([0.9, 0.8, 0.6, 0.5, 0.3, 0.0])

@@ -1,0 +1,84 @@
+r"""Churn (Karras et al. 2022, Algorithm 2) for any process: before each step the image is moved to a coarser scale.
+
+Noise on the way lets errors of earlier steps be forgotten. The Markov transition from t to a coarser scale t_hat does
+it exactly: if y_t has the law of scale t, y_t_hat has that of t_hat,
+
+    y_t_hat = rho(L) y_t + s_noise beta(L) eps,   rho = lambda_t_hat / lambda_t,
+    beta^2 = gamma_t_hat^2 - rho^2 gamma_t^2      at every eigenvalue.
+
+Under blur the image is blurred further, by exp(-mu (T_t_hat - T_t)), and the noise replaces also what that blur takes
+from the noise already there. Without blur and with a = 1 (VE), rho = 1 and beta^2 = gamma_t_hat^2 - gamma_t^2: EDM's.
+
+t_hat is where the level is (1 + min(s_churn / steps, sqrt(2) - 1)) times that of t, but at most t = 1, the process's
+last scale. The level is gamma / lambda of the eigenvalue 0, EDM's sigma; where the noise is constant, so that only blur
+distinguishes the scales, it is the blur's standard deviation in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dpm_scales.errors import require
+from dpm_scales.processes import Context, Process, Step
+from dpm_scales.rng import CounterRNG
+from dpm_scales.samplers.grids import noise_level, scales_at
+from dpm_scales.schedules import is_number
+
+
+class Churn:
+    """Noise that is added before each step of a sampler.
+
+    Args:
+        s_churn: EDM's S_churn, >= 0.
+        s_min, s_max: levels between which steps are churned; s_max None for no bound.
+        s_noise: factor of the noise that is added, published 1.003 to 1.007.
+
+    Raises: UserError for negative numbers, and for s_max < s_min.
+    """
+
+    def __init__(self, s_churn: float, s_min: float = 0.0, s_max: float | None = None, s_noise: float = 1.0) -> None:
+        for name, value in {"s_churn": s_churn, "s_min": s_min, "s_noise": s_noise}.items():
+            require(is_number(value) and value >= 0, f"{name} must be a number >= 0, got {value!r}")
+        ok = s_max is None or (is_number(s_max) and s_max >= s_min)
+        require(ok, f"s_max must be a number >= s_min={s_min:g} or null, got {s_max!r}")
+        self.s_churn, self.s_min, self.s_noise = float(s_churn), float(s_min), float(s_noise)
+        self.s_max = math.inf if s_max is None else float(s_max)
+
+    def check(self, process: Process, scales: Tensor) -> Tensor:
+        """Return `scales` of the process. Raises UserError for a process without noise."""
+        require(
+            process.has_noise(),
+            f"churn adds noise, and {type(process).__name__} has none; set sampler.s_churn=0",
+        )
+        churned = self.scales(process, scales)
+        process.ensure_degree(Step(process, scales[:-1], churned).rho)
+        return churned
+
+    def scales(self, process: Process, scales: Tensor) -> Tensor:
+        """Return ``(steps,)``: t_hat >= t of every step along `scales`, ``(steps + 1,)``, descending."""
+        ts = scales[:-1]
+        level = _level(process)
+        now = level(ts)
+        factor = 1 + min(self.s_churn / len(ts), math.sqrt(2) - 1)
+        higher = scales_at(level, factor * now, 1 / process.num_scales)
+        return torch.where((now >= self.s_min) & (now <= self.s_max), torch.maximum(higher, ts), ts)
+
+    def add(
+        self, process: Process, y: Tensor, t: Tensor, t_hat: Tensor, noise: CounterRNG, context: Context = None
+    ) -> Tensor:
+        """Draw y at t_hat from the transition from y at t, with its noise multiplied by s_noise."""
+        step, white = Step(process, t, t_hat), noise.normal(tuple(y.shape[1:]), y.dtype)
+        spread = (lambda mu: self.s_noise * step.transition_std(mu), white)
+        return process.operator(context).combine((step.rho, y), spread)
+
+
+def _level(process: Process) -> Callable[[Tensor], Tensor]:
+    """Return the level that grows with t: gamma / lambda, or under constant noise the blur's standard deviation."""
+    blur = process.blur
+    if process.has_constant_noise() and blur is not None:
+        return lambda t: (2 * blur(t)).sqrt()
+    return lambda t: noise_level(process, t)
