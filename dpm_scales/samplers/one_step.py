@@ -13,7 +13,7 @@ from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.processes import Process, Step
 from dpm_scales.samplers.churn import Churn
 from dpm_scales.samplers.grids import tables_of
-from dpm_scales.samplers.loop import StepContext, Sampler
+from dpm_scales.samplers.loop import Sampler, StepContext
 from dpm_scales.schedules import is_number
 from dpm_scales.targets import MAX_DIVISION, steepest_blur
 

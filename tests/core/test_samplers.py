@@ -21,8 +21,8 @@ from dpm_scales.samplers import (
     Cold,
     Dissipation,
     Heun,
-    StepContext,
     Sampler,
+    StepContext,
     auto_sampler,
 )
 from dpm_scales.schedules import (

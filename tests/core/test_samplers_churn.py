@@ -13,7 +13,19 @@ import torch
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.processes import VE, VP, Homogeneous, InverseHeat, OsmosisDiffusion, Process
 from dpm_scales.rng import CounterRNG
-from dpm_scales.samplers import DDIM, Churn, Heun, StepContext, uniform_grid
+from dpm_scales.samplers import (
+    DDIM,
+    Ancestral,
+    Churn,
+    Cold,
+    Dissipation,
+    DPMSolver,
+    Heun,
+    Sampler,
+    StepContext,
+    UniPC,
+    uniform_grid,
+)
 from dpm_scales.schedules import ConstantNoise, LogBlur
 from dpm_scales.targets import Clean, Noise
 from support.oracles import (
@@ -264,3 +276,13 @@ def test_values_out_of_range_are_refused(arguments: dict[str, Any], words: tuple
 def test_churn_needs_noise() -> None:
     with refused("churn", "Homogeneous", "s_churn=0"):
         Heun(4, "uniform", s_churn=1.0).check(Denoiser(TinyNetwork(), Homogeneous(8), Clean()))
+
+
+def test_whether_a_sampler_draws_noise_is_what_its_steps_do() -> None:
+    """`is_random` against the draws of a run: two seeds end apart, or on the same bits."""
+    denoiser, y = Denoiser(TinyNetwork(), VP(10), Clean()), images(2, 1, H, W)
+    plain: list[Sampler] = [DDIM(0.0, 4), Heun(4), Cold(4), Dissipation(0.0, 4), DPMSolver(0.0, 4), UniPC(2, 4)]
+    drawn: list[Sampler] = [DDIM(0.1, 4), Ancestral(4), Heun(4, s_churn=1.0), Dissipation(1.0, 4), DPMSolver(1.0, 4)]
+    for sampler in plain + drawn:
+        one, two = (sampler.reverse(denoiser, y, CounterRNG(seed, 2)) for seed in (1, 2))
+        assert sampler.is_random == (sampler in drawn) != torch.equal(one, two), type(sampler).__name__

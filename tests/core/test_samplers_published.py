@@ -17,7 +17,7 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.priors import DataPrior, GaussianPrior, Prior
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, InverseHeat
 from dpm_scales.rng import CounterRNG
-from dpm_scales.samplers import DDIM, Ancestral, Dissipation, DPMSolver, Heun, StepContext, Sampler
+from dpm_scales.samplers import DDIM, Ancestral, Dissipation, DPMSolver, Heun, Sampler, StepContext
 from dpm_scales.schedules import ConstantNoise, LinearBeta, LogBlur, SinSquaredBlur
 from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.oracles import (
