@@ -33,13 +33,12 @@ STOPPING = "stopping after this step, with a checkpoint; Ctrl-C once more stops 
 
 
 class StopTogether(Callback):
-    """After a signal to any process, all of them end after the same step, which `LastCheckpoint` then saves.
+    """After a signal to any process, all of them end after the same step, which `Checkpoints` then saves.
 
     So they do once a grid or a figure found that the run's folder is gone; the checkpoint is then saved elsewhere.
 
     A validation that follows the step, or has begun, is finished after a first Ctrl-C; the other signals break it off.
-    A second Ctrl-C ends its process at once. Must come before `LastCheckpoint`. Processes agree once a step, on the
-    CPU: the device is not waited for.
+    A second Ctrl-C ends its process at once. Processes agree once a step, on the CPU: the device is not waited for.
     """
 
     def __init__(self) -> None:

@@ -145,11 +145,19 @@ def restore_last(good: Path) -> None:
         link(good, last)
 
 
-class LastCheckpoint(Callback):
-    """`last.ckpt` every n steps, and after the step with which `StopTogether` ends the run, if that step was finite.
+class Checkpoints(Callback):
+    """Writes the checkpoints of a run, of weights after a finite step alone.
 
-    Where a validation follows the step, the checkpoint waits for its end: a run that went on from between would leave
-    it out. Must come after `EMA`, which averages after every step.
+    `last.ckpt` every n steps, after the step with which `StopTogether` ends the run, and at the end of training.
+    `best.ckpt`, and the next best, by validation loss; of equal losses the earlier one is the better.
+
+    Where a validation follows a step, the step's checkpoint waits for the validation's end: a run resumed from between
+    the two would skip it.
+
+    Args:
+        folder: names the files, and removes those that are not kept.
+        health: judges the weights.
+        every_n_steps: optimiser steps from one `last.ckpt` to the next, >= 1.
     """
 
     def __init__(self, folder: CheckpointFolder, health: Health, every_n_steps: int) -> None:
@@ -157,6 +165,18 @@ class LastCheckpoint(Callback):
         self.folder, self.health, self.every_n_steps = folder, health, every_n_steps
         self._step = self._saved = 0  # the last one seen, and the last one in a checkpoint
         self._waits = False
+        self._ranked: list[tuple[float, int]] = []  # (loss, step), best first
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in checkpoints, which is that of the first release."""
+        return "BestCheckpoint"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ranked": [list(entry) for entry in self._ranked]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._ranked = [(float(loss), int(step)) for loss, step in state_dict["ranked"]]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = self._saved = trainer.global_step
@@ -172,63 +192,37 @@ class LastCheckpoint(Callback):
             if not self._waits:
                 # Lightning logs the step only after this hook: a kill between the two would lose its row
                 update_step_metrics(trainer)
-                self._save(trainer)
+                self._save_last(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._waits or trainer.received_sigterm:
+        self._save_if_best(trainer)
+        if self._waits or trainer.received_sigterm:  # after the ranking, which `last.ckpt` holds
             self._waits = False
-            self._save(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # SIGTERM may also come after the hook above; Lightning then stops between two steps, or in a validation
-        between = not trainer.validating and not is_accumulating(trainer)
-        if isinstance(exception, SIGTERMException) and between and self._saved < trainer.global_step == self._step:
-            self._save(trainer)
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        if self.health.good(trainer):
-            self.folder.save_last(trainer)
-            self._saved = self._step
-
-
-class FinalCheckpoint(Callback):
-    """`last.ckpt` at the end of training too, which must be finite.
-
-    Must come before `EMA`, which then replaces the raw weights.
-    """
-
-    def __init__(self, folder: CheckpointFolder, health: Health) -> None:
-        self.folder, self.health = folder, health
+            self._save_last(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.health.check_end(trainer)
         self.folder.save_last(trainer)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # SIGTERM may also come after `on_train_batch_end`; Lightning then stops between two steps, or in a validation
+        between = not trainer.validating and not is_accumulating(trainer)
+        if isinstance(exception, SIGTERMException) and between and self._saved < trainer.global_step == self._step:
+            self._save_last(trainer)
 
-class BestCheckpoint(Callback):
-    """`best.ckpt` by validation loss, and the next best. Must come before `LastCheckpoint`, which stores the ranking.
+    def _save_last(self, trainer: pl.Trainer) -> None:
+        if self.health.good(trainer):
+            self.folder.save_last(trainer)
+            self._saved = self._step
 
-    Of equal losses the earlier one is the better.
-    """
-
-    def __init__(self, folder: CheckpointFolder, health: Health) -> None:
-        self.folder, self.health = folder, health
-        self._ranked: list[tuple[float, int]] = []  # (loss, step), best first
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _save_if_best(self, trainer: pl.Trainer) -> None:
         loss = trainer.callback_metrics.get("val/loss")
         if trainer.sanity_checking or loss is None or not math.isfinite(float(loss)) or not self.health.good(trainer):
             return
         step = trainer.global_step
-        # a run that went on from an earlier checkpoint meets its own steps again
+        # a run resumed from an earlier checkpoint meets its own steps again
         earlier = [(value, done) for value, done in self._ranked if done < step]
         self._ranked = sorted([*earlier, (float(loss), step)])[: self.folder.keep_best]
         ranked = [done for _, done in self._ranked]
         if step in ranked:
             self.folder.save_best(trainer, ranked)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"ranked": [list(entry) for entry in self._ranked]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._ranked = [(float(loss), int(step)) for loss, step in state_dict["ranked"]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -57,6 +57,9 @@ class EMA(WeightAveraging):
         if isinstance(trainer.strategy, ShardedStrategy):
             shard(self.module, self.module.parts.denoiser.network, pl_module.device)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the module its own weights, which Lightning's class would overwrite: `last.ckpt` holds both."""
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -70,19 +73,11 @@ class EMA(WeightAveraging):
             average.copy_(torch.lerp(current, average, decay.to(average.dtype)))
 
     def _swap_models(self, pl_module: pl.LightningModule) -> None:
-        for average, current in self._pairs(pl_module):
+        pairs = (
+            *zip(self.module.parameters(), pl_module.parameters(), strict=True),
+            *zip(self.module.buffers(), pl_module.buffers(), strict=True),
+        )
+        for average, current in ((local(a.detach()), local(b.detach())) for a, b in pairs):
             kept = average.clone()
             average.copy_(current)
             current.copy_(kept)
-
-    def _copy_average_to_current(self, pl_module: pl.LightningModule) -> None:
-        for average, current in self._pairs(pl_module):
-            current.copy_(average)
-
-    def _pairs(self, pl_module: pl.LightningModule) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parameters and buffers of the average and the current module, this process's slices of them."""
-        for average, current in (
-            *zip(self.module.parameters(), pl_module.parameters(), strict=True),
-            *zip(self.module.buffers(), pl_module.buffers(), strict=True),
-        ):
-            yield local(average.detach()), local(current.detach())

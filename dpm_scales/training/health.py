@@ -96,7 +96,7 @@ class Health:
 
 
 class StopDiverged(Callback):
-    """Ends a run that has diverged, also where no checkpoint is due. Must come before the checkpoints."""
+    """Ends a run that has diverged, also where no checkpoint is due."""
 
     def __init__(self, health: Health) -> None:
         self.health = health

@@ -38,8 +38,7 @@ class PeriodicEvaluation(Callback):
     """Figures of samples by the run's own images, every n steps and after the last, from the averaged weights.
 
     Sample i has the same noise every time. Processes share the samples; the first one measures. Nothing random of the
-    training is touched, and nothing of it is kept in a checkpoint. Must come after `EMA`, and before the
-    checkpoints: the row of a step in a checkpoint is then in the file.
+    training is touched, and nothing of it is kept in a checkpoint.
 
     Args:
         average: the run's.
@@ -142,10 +141,7 @@ def _key(name: str) -> str:
 
 
 class SampleGrid(Callback):
-    """`samples/step-N.png` at each validation, from the averaged weights and always the same noise.
-
-    Must come before `EMA`, which swaps the raw weights back at the end of a validation.
-    """
+    """Writes `samples/step-N.png` at each validation, from the EMA weights and always the same noise."""
 
     def __init__(self, folder: Path, num_images: int = 64, seed: int = 0) -> None:
         require_number("samples.num_images", num_images, 0, whole=True)

@@ -26,11 +26,10 @@ from dpm_scales.models.io import checkpoints, save_model
 from dpm_scales.models.model import PARTS, Model, Recipe, build_model
 from dpm_scales.models.trust import current_names
 from dpm_scales.storage import FolderGoneError, write_text
+from dpm_scales.training.callbacks import check_order
 from dpm_scales.training.checkpoints import (
-    BestCheckpoint,
     CheckpointFolder,
-    FinalCheckpoint,
-    LastCheckpoint,
+    Checkpoints,
     find_checkpoint,
     restore_last,
 )
@@ -107,13 +106,11 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
         LoggedSteps(),
         stop,
         StopDiverged(health),
-        FinalCheckpoint(kept, health),
         SampleGrid(run_dir / "samples", cfg.samples.num_images, cfg.seed),
         average,
         *evaluations,
         LastValidation(),
-        BestCheckpoint(kept, health),
-        LastCheckpoint(kept, health, cfg.checkpoint.every_n_steps),
+        Checkpoints(kept, health, cfg.checkpoint.every_n_steps),
         LearningRateMonitor("step"),
         KeepOptions(cfg),
         UnreadableImages(data, run_dir / "unreadable.txt"),
@@ -121,6 +118,7 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     check_grid(cfg.samples.num_images, recipe)
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepBar())
+    check_order(callbacks)
     rescue = Rescue(run_dir)
     trainer = make_trainer(cfg, run_dir, callbacks, rescue)
     # an empty sampler, for its checks

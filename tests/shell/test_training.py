@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from dpm_scales.data import Digits, ImageDataModule
@@ -19,6 +20,7 @@ from dpm_scales.errors import UserError
 from dpm_scales.images import load_image, make_grid, to_range, to_uint8
 from dpm_scales.rng import CounterRNG
 from dpm_scales.training import load_model
+from dpm_scales.training.callbacks import ORDER, check_order
 from dpm_scales.training.ema import EMA
 from dpm_scales.training.fit import fit_to_data
 from dpm_scales.training.module import BANDS, VALIDATION, DiffusionModule, step_seed
@@ -279,3 +281,12 @@ def test_fitting_to_data_leaves_the_recipe_as_it_was() -> None:
     assert model.recipe.parts["target"]["preconditioning"] == "auto"
     assert fitted.recipe.parts["target"]["preconditioning"] in ("scalar", "wiener")
     assert fitted.denoiser is model.denoiser and fitted.recipe.parts["network"] == model.recipe.parts["network"]
+
+
+@pytest.mark.parametrize(("earlier", "later"), [pair[:2] for pair in ORDER])
+def test_callbacks_in_the_wrong_order_are_refused(earlier: type[Callback], later: type[Callback]) -> None:
+    first, second = object.__new__(earlier), object.__new__(later)
+    check_order([first, Callback(), second])
+    check_order([second])
+    with pytest.raises(AssertionError, match=f"{earlier.__name__} must come before {later.__name__}"):
+        check_order([second, first])
