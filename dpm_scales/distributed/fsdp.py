@@ -109,19 +109,17 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def clip_norm(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """Scale gradients, in place, so that their norm over all parameters is at most `limit`; the norm before, ``()``.
+    """Scale gradients in place to a total norm of at most `limit`, and return the norm they had, ``()``.
 
-    Called by all processes where the parameters are slices. Nothing waits for the device.
+    Called by all ranks where the parameters are sharded. Does not wait for the device.
     """
     parameters = list(parameters)
-    if not any(isinstance(p, DTensor) for p in parameters):
-        return torch.nn.utils.clip_grad_norm_(parameters, limit)
-    # operations on slices: those on the distributed tensors would each be planned on the host
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    square = torch.nn.utils.get_total_norm(gradients).square()
-    distributed.all_reduce(square)
-    norm = square.sqrt()
-    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # for distributed tensors torch would otherwise choose one operation, planned on the host, for each of them
+    foreach = True if any(isinstance(gradient, DTensor) for gradient in gradients) else None
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach)
     return norm
 
 
