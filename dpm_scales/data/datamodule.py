@@ -21,23 +21,23 @@ from dpm_scales.errors import is_whole, require
 from dpm_scales.memory import require_memory
 
 BYTES_PER_IMAGE, BYTES_PER_PIXEL = 400, 14
-"""What a batch takes at least: the loaded images twice as they are collated, then as floats, with noise and a result;
-and for each of them objects of Python."""
+"""Least memory of a batch: per image its Python objects; per pixel the loaded image twice, while it is collated, then
+as a float, with noise and a result."""
 
 
 class ImageDataModule(pl.LightningDataModule):
     """Batches (images uint8 (B, C, H, W), labels int64 (B,)) of a source.
 
-    Training batches are numbered over the whole run; their content depends on the number, `seed`, `batch_size`, the
-    images and how many devices there are. The number of batches consumed is part of a checkpoint.
+    Training batches are numbered over the whole run; their content depends on the number, `seed`, the images and the
+    batch size of all ranks together. Checkpoints hold the number of the next batch.
 
     Args:
         source: the images.
         batch_size: images of one batch on one device.
-        num_workers: loading processes of each device; 0 loads in the training process.
+        num_workers: loader processes of each rank; 0 loads in the training process.
         seed: of the order and the augmentation, >= 0.
-        pin_memory: page-locked batches; null if CUDA is there.
-        drop_last: leave out the images that fill no batch; otherwise images from the front fill the last batch up.
+        pin_memory: whether batches are page-locked; None: if CUDA is available.
+        drop_last: whether to drop the last incomplete batch; otherwise images from the front complete it.
 
     Raises:
         UserError: a value out of range.
@@ -74,7 +74,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def channels(self) -> int:
-        """1 grey or 3 RGB."""
+        """Number of channels: 1 for grey, 3 for RGB."""
         return self.source.channels
 
     @property
@@ -102,7 +102,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.source.prepare()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches; every iterator starts at `next_batch()` and yields one epoch's worth."""
+        """Return shuffled batches; every iterator starts at `next_batch()` and yields one epoch's worth."""
         train = self.train_set
         sampler = ShuffledBatches(
             len(train),
@@ -123,11 +123,11 @@ class ImageDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_ignore_interrupts,
         )
-        loader.read_state, loader.write_state = self.state_dict, self._go_on
+        loader.read_state, loader.write_state = self.state_dict, self._restore
         return loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """All validation images in order, the last batch perhaps smaller; no loader if none are held out."""
+        """Return all validation images in order, the last batch perhaps smaller; no loader if none are held out."""
         val = self.val_set
         if len(val) == 0:
             return []
@@ -142,13 +142,13 @@ class ImageDataModule(pl.LightningDataModule):
         )
 
     def set_start_batch(self, number: int) -> None:
-        """Let the next training iterator start at batch `number` >= 0, counted over the whole run."""
+        """Make the next training iterator start at batch `number` >= 0, counted over the whole run."""
         require(number >= 0, f"start batch {number}: allowed is a whole number >= 0")
         self._start_batch = number
         self._anchor = None
 
     def next_batch(self) -> int:
-        """Number of the next training batch that the trainer has not consumed; prefetched ones do not count."""
+        """Return the number of the next batch that has not been trained on; prefetched ones do not count."""
         trainer = self.trainer
         consumed = 0 if trainer is None else batches_processed(trainer)
         if self._anchor is None or self._anchor[0] is not trainer:
@@ -156,15 +156,15 @@ class ImageDataModule(pl.LightningDataModule):
         return self._start_batch + consumed - self._anchor[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning stores in a checkpoint: the position, and what the order depends on."""
+        """Return what checkpoints hold: the position, and what the order depends on."""
         return {"next_batch": self.next_batch(), **self._order_keys()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume at the stored position; warns if the order is no longer the stored run's."""
+        """Resume at the stored position; warn if the order is no longer that of the stored run."""
         now = self._order_keys()
         before = {key: state_dict.get(key, value) for key, value in now.items()}
         changed = [key for key, value in now.items() if before[key] != value]
-        # a batch is shared by the processes: how many there are makes no difference to what is in it
+        # ranks share a batch, whose content depends on its whole size alone
         if before["batch_size"] * before["world_size"] == now["batch_size"] * now["world_size"]:
             changed = [key for key in changed if key not in ("batch_size", "world_size")]
         if changed and (self.trainer is None or self.trainer.is_global_zero):
@@ -172,12 +172,12 @@ class ImageDataModule(pl.LightningDataModule):
             warnings.warn(
                 f"the order of the training images differs from the checkpoint's: {differences}", stacklevel=2
             )
-        self._go_on(state_dict)
+        self._restore(state_dict)
 
     def statistics(self, max_images: int = 10000) -> dict[str, float]:
-        """Mean and standard deviation of all training pixels and channels, on the scale where white is 1.
+        """Return `mean` and `std` of all training pixels and channels, in the range [0, 1].
 
-        Taken from at most `max_images` images spread evenly over the training set.
+        Measured on at most `max_images` images, evenly spaced in the training set.
         """
         require(max_images >= 1, f"max_images={max_images}: allowed is a whole number >= 1")
         self.prepare_data()
@@ -192,7 +192,7 @@ class ImageDataModule(pl.LightningDataModule):
         mean = total / number
         return {"mean": mean, "std": math.sqrt(max(squares / number - mean**2, 0.0))}
 
-    def _go_on(self, state_dict: dict[str, Any]) -> None:
+    def _restore(self, state_dict: dict[str, Any]) -> None:
         self.set_start_batch(int(state_dict["next_batch"]))
 
     def _world_size(self) -> int:
@@ -209,15 +209,15 @@ class ImageDataModule(pl.LightningDataModule):
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the training process ends the others, after its last step."""
+    """Ignore Ctrl-C, which reaches all processes of a terminal; the training process ends the loaders."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class TrainLoader(DataLoader[Any]):
-    """A loader with the data module's state.
+    """Exposes the data module's state as the loader's.
 
-    Lightning warns about mid-epoch checkpoints of loaders without state, and restores a loader's state only on some
-    of its ways to resume; the data module's own hooks are what counts, both agree.
+    Lightning warns of checkpoints within an epoch if a loader has no state, but restores it only in some cases. The
+    data module's own hooks always restore the same state.
     """
 
     read_state: Callable[[], dict[str, Any]]

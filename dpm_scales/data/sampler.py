@@ -1,4 +1,4 @@
-"""Shuffling that can be continued at any batch: the order is a function of (seed, batch number) and nothing else."""
+"""Shuffle images in an order that is a function of (seed, batch number) alone, and so resumes at any batch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Key = tuple[int, int]
 
 
 class ShuffledBatches(DistributedSampler[Key]):
-    """Endless sequence of shuffled global batches n = 0, 1, 2, ..., of which an iterator yields one epoch's worth.
+    """Shuffled global batches n = 0, 1, 2, ... without end, of which an iterator yields one epoch's worth.
 
-    With E batches an epoch, batch n is part n mod E of a permutation drawn from (seed, n // E). Process `rank` of
-    `world_size` takes every `world_size`-th image of the global batch. An iterator starts at the batch that
-    `next_batch()` names then, so resuming needs that one number. It yields keys (index, epoch), one for each image.
+    With E batches an epoch, batch n is part n mod E of a permutation drawn from (seed, n // E). Rank `rank` of
+    `world_size` takes every `world_size`-th image of the global batch. An iterator starts at batch `next_batch()`, the
+    only number that resuming needs. It yields keys (index, epoch), one for each image.
 
-    It is a DistributedSampler in name only, which tells Lightning to leave it in place on several devices.
+    Derives from DistributedSampler only so that Lightning leaves it in place on several devices.
 
     Args:
         num_images: size of the data set.
-        batch_size: images of one batch of one process.
+        batch_size: images of one batch on one rank.
         seed: of all permutations, >= 0.
-        next_batch: the number of the batch to start at, asked at every new iterator.
-        drop_last: leave out the images that fill no batch; otherwise images from the front fill the last batch up.
-        rank, world_size: this process and how many there are.
-        where: what precedes the arguments' names in messages.
+        next_batch: returns the number of the batch to start at; called by every new iterator.
+        drop_last: whether to drop the last incomplete batch; otherwise images from the front complete it.
+        rank, world_size: number of this rank, and of all ranks.
+        where: prefix of the arguments' names in messages.
 
     Raises:
         UserError: fewer images than one global batch with `drop_last`.
@@ -83,11 +83,11 @@ class ShuffledBatches(DistributedSampler[Key]):
                 yield int(order[(first + slot * self.world_size) % self.num_images]), epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Does nothing: the batch number tells the epoch."""
+        """Do nothing: the batch number determines the epoch."""
 
 
 class EpochImages(Dataset[tuple[Tensor, int]]):
-    """Training images by key (index, epoch); augmentation depends on (seed, epoch, index), not on who loads it."""
+    """Training images by key (index, epoch); augmentation depends on (seed, epoch, index) alone."""
 
     def __init__(self, images: ImageDataset, seed: int) -> None:
         self.images = images
@@ -102,6 +102,6 @@ class EpochImages(Dataset[tuple[Tensor, int]]):
 
 
 def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """Batch of (images uint8 (B, C, H, W), labels int64 (B,))."""
+    """Return a batch (images uint8 (B, C, H, W), labels int64 (B,))."""
     images, labels = zip(*items, strict=True)
     return torch.stack(images), torch.tensor(labels, dtype=torch.int64)

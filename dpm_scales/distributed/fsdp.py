@@ -1,12 +1,12 @@
-"""FSDP: every process holds a slice of the weights, of their gradients, of the optimiser's state and of the average.
+"""FSDP: weights, gradients, optimiser state and EMA are sharded over all ranks.
 
-A network is cut by its blocks (its children that have children, lists of them one by one): a block's weights are
-gathered when it is computed, and given up after it; what is left, the first and the last layer, goes with the network.
-Each tensor is sliced along its first dimension. Slices, sums of gradients and messages are float32, as with DDP;
+A network is wrapped by its blocks (its children that have children, lists of them one by one): a block's weights are
+gathered when it is computed, and freed after it; the remaining first and last layers are gathered with the network.
+Each tensor is sharded along its first dimension. Shards, sums of gradients and messages are float32, as with DDP;
 ``trainer.precision=bf16-mixed`` casts inside of the operations alone.
 
-Files are whole: models and checkpoints of one device, of DDP and of FSDP are the same, and go on as any of them. A
-checkpoint is gathered tensor by tensor, into the memory of the first process's machine.
+Files hold full tensors: models and checkpoints of one device, of DDP and of FSDP are the same, and resume with any of
+them. A checkpoint is gathered tensor by tensor, into the memory of the first rank's machine.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ FSDP = "fsdp"
 
 
 class ShardedStrategy(DDPStrategy):
-    """Lightning's processes and their meeting as for DDP, with the module's network sliced over all of them.
+    """Starts and connects ranks as DDP does, and shards the module's network over them.
 
-    Checkpoints are read before the network is sliced, on the CPU, so that those of other strategies do as well.
+    Checkpoints are loaded on the CPU before the network is sharded, so that those of other strategies fit too.
     """
 
     def model_to_device(self) -> None:
-        """Slices, and buffers, which every process has."""
+        """Shard the parameters, and move the buffers, which every rank has."""
         module: Any = self.lightning_module
         shard(module, module.parts.denoiser.network, self.root_device)
 
     def configure_ddp(self) -> None:
-        """Nothing is wrapped."""
+        """Wrap nothing."""
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole, in the first process; empty in the others."""
+        """Return the full state on the first rank, and no tensors on the others."""
         assert self.lightning_module is not None
         return whole(self.lightning_module.state_dict(), self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Whole, in the first process; empty in the others."""
+        """Return the full state on the first rank, and no tensors on the others."""
         return whole(getattr(optimizer, "optimizer", optimizer).state_dict(), self.is_global_zero)
 
     def teardown(self) -> None:
-        """Slices stay where they are: a tensor of a mesh of GPUs has no place on the CPU."""
+        """Leave the shards where they are: a tensor on a mesh of GPUs can't be moved to the CPU."""
         assert self.cluster_environment is not None and self.accelerator is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
@@ -58,44 +58,44 @@ class ShardedStrategy(DDPStrategy):
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether processes hold slices of this module: computing it is then a matter of all of them, at the same time."""
+    """Return whether this module is sharded: then all ranks must compute it at the same time."""
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def shard(module: nn.Module, network: nn.Module, device: torch.device) -> None:
-    """Slice a module's network over all processes, in place, and move the rest of the module to `device`.
+    """Shard a module's network over all ranks, in place, and move the rest of the module to `device`.
 
     Args:
-        module: on the CPU, with the same shapes in all processes; its values become the first process's.
-        network: in it; holds all of its parameters.
-        device: of this process; the process group must be there.
+        module: on the CPU, with the same shapes on all ranks; its values become the first rank's.
+        network: the part of the module that holds all of its parameters.
+        device: of this rank; the process group must exist.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         value = tensor.detach().to(device).contiguous()
         distributed.broadcast(value, 0)
         tensor.detach().copy_(value)
     if any(p.ndim == 4 and not p.is_contiguous() for p in network.parameters()):
-        # slices are contiguous, and the operations take the format of either operand
+        # shards are contiguous, and operations take the memory format of either operand
         for parameter in network.parameters():
             parameter.data = parameter.data.contiguous()
         network.register_forward_pre_hook(_channels_last)
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for block in _blocks(network):
-        _slice(block, mesh)
-    _slice(network, mesh)
+        _wrap(block, mesh)
+    _wrap(network, mesh)
     module.to(device)
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """Children that have children, lists of them one by one."""
+    """Return the children that have children, lists of them one by one."""
     found: list[nn.Module] = []
     for child in network.children():
         found += child if isinstance(child, nn.ModuleList) else [child]
     return [block for block in found if any(True for _ in block.children())]
 
 
-def _slice(module: nn.Module, mesh: DeviceMesh) -> None:
-    # resharded also at the root, so that between steps all parameters are slices
+def _wrap(module: nn.Module, mesh: DeviceMesh) -> None:
+    # resharded also at the root, so that all parameters are sharded between steps
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
@@ -104,7 +104,7 @@ def _channels_last(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ..
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's slice of a tensor, or all of it if it is not sliced; shares its memory."""
+    """Return this rank's shard of a tensor, or the tensor if it is not sharded; shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -124,11 +124,13 @@ def clip_norm(parameters: Iterable[Tensor], limit: float) -> Tensor:
 
 
 def whole(state: Any, keep: bool = True) -> Any:
-    """Nested containers with the slices of all processes put together, on the CPU; to be called by all of them.
+    """Return nested containers with full tensors on the CPU in place of sharded ones; called by all ranks.
+
+    torch's own `get_optimizer_state_dict` names the optimiser's state by parameter, and checkpoints number it.
 
     Args:
-        state: dictionaries and lists of tensors and plain values, with the same structure in all processes.
-        keep: whether this process needs the result; without, it is empty where tensors would be.
+        state: dictionaries and lists of tensors and plain values, with the same structure on all ranks.
+        keep: whether this rank needs the result; if not, tensors are left out of it.
     """
     if isinstance(state, dict):
         kept = {key: whole(value, keep) for key, value in state.items()}
@@ -138,14 +140,14 @@ def whole(state: Any, keep: bool = True) -> Any:
     if not isinstance(state, DTensor):
         return state.detach() if isinstance(state, Tensor) else state
     gathered = state.full_tensor().detach()
-    # a copy: what the slices are padded by must not go into the file
+    # a copy, without the padding of the shards
     return gathered.cpu().clone() if keep else None
 
 
 def like_parameters(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Hook before `Optimizer.load_state_dict`: a whole state as slices of, and in the memory format of the parameters.
+    """Return an optimiser's full state, sharded and in the memory format of its parameters.
 
-    A checkpoint does not depend on either, and an operation over all parameters at a time needs both.
+    A hook for `Optimizer.register_load_state_dict_pre_hook`: files depend on neither, the fused optimiser on both.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]

@@ -1,11 +1,11 @@
-"""Which part of shared work is this process's: rank and number of processes, as torchrun, srun or submitit tell them.
+"""Ranks: the number of this process and of all of them, as set by torchrun, srun or submitit, and its share of work.
 
-    share = current_world()
-    for number in share.part(num_samples): ...        # this process's samples
-    barrier()                                         # all of them are there
-    if share.is_main: ...                             # what one process does for all
+    world = current_world()
+    for number in world.part(num_samples): ...        # this rank's samples
+    barrier()                                         # wait for all ranks
+    if world.is_main: ...                             # what one rank does for all
 
-A process started alone is the only one: nothing needs to be asked or set.
+A process started alone is rank 0 of 1; nothing needs to be set.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import torch
 
 from dpm_scales.errors import UserError
 
-PORTS = 20000  # the first of as many ports that jobs take by their number
+PORTS = 20000  # jobs use port PORTS + (number % PORTS)
 PATIENCE = timedelta(days=1)  # the longest wait for the slowest process; a dead one is noticed at once
 
 
 @dataclass(frozen=True)
 class World:
-    """One of `world_size` processes that share the work.
+    """Describes this process among the `world_size` that share the work.
 
     Args:
-        rank: its number, from 0.
-        world_size: how many there are.
-        local_rank: its number on its machine; the number of its device.
-        local_world_size: how many there are on its machine.
+        rank: number of this process, from 0.
+        world_size: number of processes.
+        local_rank: number of this process on its machine, which is that of its device.
+        local_world_size: number of processes on its machine.
         node: number of its machine.
     """
 
@@ -44,7 +44,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes what there is one of."""
+        """Whether this rank writes the files that all ranks share."""
         return self.rank == 0
 
     @property
@@ -53,15 +53,15 @@ class World:
         return self.world_size // self.local_world_size
 
     def part(self, count: int) -> range:
-        """This process's part of the numbers 0..count - 1: without gaps, of almost equal length, perhaps empty."""
+        """Return this rank's part of 0..count - 1: contiguous, almost equally long for all ranks, perhaps empty."""
         first, last = (-(-number * count // self.world_size) for number in (self.rank, self.rank + 1))
         return range(first, last)
 
 
 def current_world(environment: Mapping[str, str] | None = None) -> World:
-    """From torchrun's environment variables, those of srun, or those of submitit's local executor.
+    """Return the world by the environment variables of torchrun, srun, or submitit's local executor.
 
-    A batch script's own process is no part of a step, so that a command in it without srun runs alone.
+    A command in a batch script without srun runs alone.
 
     Raises: UserError if the variables contradict each other, or machines have different numbers of processes.
     """
@@ -97,7 +97,7 @@ def current_world(environment: Mapping[str, str] | None = None) -> World:
 
 
 def meet() -> World:
-    """Set the variables by which torch's processes find each other, where srun or submitit started them."""
+    """Return the world, after setting the variables by which ranks of srun or submitit find each other."""
     world = current_world()
     if world.world_size > 1 and "RANK" not in os.environ:
         hosts = os.environ.get("SLURM_STEP_NODELIST", "") if "SLURM_STEP_NUM_TASKS" in os.environ else ""
@@ -117,20 +117,20 @@ def meet() -> World:
 
 
 def first_host(hosts: str) -> str:
-    """The first name of a SLURM list such as ``node[003-006,9],login1``; this machine for none."""
+    """Return the first name of a SLURM list such as ``node[003-006,9],login1``; this machine for none."""
     found = re.match(r"([^\[,\s]+)(?:\[([^\]\-,]+)[^\]]*\])?([^\[,\s]*)", hosts)
     return "127.0.0.1" if found is None else "".join(part or "" for part in found.groups())
 
 
 def own_device(device: torch.device, world: World) -> torch.device:
-    """Of several GPUs the one of this process, where the user names none."""
+    """Return this rank's GPU, unless `device` names one or there is one rank only."""
     if device.type != "cuda" or device.index is not None or world.world_size == 1:
         return device
     return torch.device("cuda", world.local_rank % torch.cuda.device_count())
 
 
 def barrier() -> None:
-    """Wait until all processes are here. Nothing where there is one."""
+    """Wait for all ranks, and create their process group at the first call. Does nothing on one rank."""
     if meet().world_size == 1:
         return
     if not torch.distributed.is_initialized():
@@ -139,9 +139,9 @@ def barrier() -> None:
 
 
 def first_decides(decide: Callable[[], None]) -> None:
-    """Call `decide` in the first process, while the others wait.
+    """Call `decide` on the first rank, while the others wait.
 
-    Raises: its UserError there, and SystemExit with the same status in the others: one line is enough.
+    Raises: its UserError there, and SystemExit with the same status on the others, so that one line is printed.
     """
     world = meet()
     if world.world_size == 1:
@@ -162,7 +162,7 @@ def first_decides(decide: Callable[[], None]) -> None:
 
 
 def leave() -> None:
-    """Wait for the others, and end the group that `barrier` made: the last call of an entry point."""
+    """Wait for the others, and destroy the process group: the last call of an entry point."""
     barrier()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,10 +1,10 @@
-"""A run on a cluster: as many processes as were started, one stop for all of them, one run in a folder.
+"""Stop all ranks of a run after the same step, and queue its job again.
 
 Schedulers send a signal before they take a machine away: SIGUSR1 or SIGUSR2 (`sbatch --signal`) before the time is up,
 SIGTERM on preemption; Ctrl-C is SIGINT. It may reach one process or all of them, at different steps; they end after the
 same step, with a checkpoint. After SIGUSR1 and SIGUSR2 the job is queued again: by submitit if it started the job, else
-by `scontrol requeue`. After SIGTERM that is for the scheduler to decide. Lightning's own requeueing, which saves in the
-middle of a step, is left out.
+by `scontrol requeue`. After SIGTERM the scheduler decides. Lightning's own requeueing, which saves in the middle of a
+step, is not used.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from dpm_scales.distributed.lightning_private import leave_signals_to_us, stop_a
 from dpm_scales.storage import any_gone
 
 REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
-#: of those that reach different processes, the largest number counts: SIGINT, which has the most time, gives way
+#: if ranks receive different ones, the largest number counts: SIGINT, the least urgent, comes last
 SIGNALS = (signal.SIGINT, *REQUEUE, signal.SIGTERM)
 STOPPING = "stopping after this step, with a checkpoint; Ctrl-C once more stops at once"
 
 
 class StopTogether(Callback):
-    """After a signal to any process, all of them end after the same step, which `Checkpoints` then saves.
+    """Ends all ranks after the same step once any of them got a signal; `Checkpoints` then saves that step.
 
-    So they do once a grid or a figure found that the run's folder is gone; the checkpoint is then saved elsewhere.
+    So too once a grid or a metric found that the run's folder is gone; the checkpoint is then saved elsewhere.
 
-    A validation that follows the step, or has begun, is finished after a first Ctrl-C; the other signals break it off.
-    A second Ctrl-C ends its process at once. Processes agree once a step, on the CPU: the device is not waited for.
+    A validation that follows the step, or has begun, is finished after a first Ctrl-C; other signals interrupt it.
+    A second Ctrl-C ends its process at once. Ranks agree once a step, on the CPU, without waiting for the device.
     """
 
     def __init__(self) -> None:
@@ -98,12 +98,12 @@ class StopTogether(Callback):
                 print(STOPPING, file=sys.stderr, flush=True)
 
     def _note_gone(self) -> None:
-        """Stop as after Ctrl-C, which finishes a validation: in the middle of one there is no checkpoint to save."""
+        """Stop as after Ctrl-C, which finishes a validation: no checkpoint can be written in the middle of one."""
         if any_gone():
             self.received = self.received or signal.SIGINT
 
     def _agree(self, trainer: pl.Trainer, patient: bool = False) -> None:
-        """Stop if any process has a signal; `patient`: not yet after Ctrl-C."""
+        """Stop if any rank has a signal; `patient`: not yet after Ctrl-C."""
         if self._group is not None:
             flag = torch.tensor(self.received)
             distributed.all_reduce(flag, distributed.ReduceOp.MAX, self._group)
@@ -113,9 +113,9 @@ class StopTogether(Callback):
 
 
 def requeue(number: int) -> None:
-    """Let the job be queued again after signal `number`, if one of `REQUEUE`; does not return under submitit.
+    """Queue the job again after signal `number`, if it is one of `REQUEUE`; does not return under submitit.
 
-    For the first process. Outside of a job nothing happens.
+    Called by the first rank. Does nothing outside of a job.
     """
     if number not in REQUEUE:
         return
@@ -128,4 +128,4 @@ def requeue(number: int) -> None:
         array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
         job = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
         if subprocess.run(["scontrol", "requeue", job], check=False).returncode:
-            print(f"scontrol can't queue job {job} again; submit it again, and it goes on", file=sys.stderr)
+            print(f"scontrol can't queue job {job} again; submit it again, and it resumes", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Does a killed run end like an undisturbed one, here and with these options? `python train.py check_resume=true`.
+"""Check that a killed run ends as an uninterrupted one, with these options: `python train.py check_resume=true`.
 
 Three short runs in a temporary folder, each in a process of its own: one undisturbed; one that gets SIGKILL in the
 middle of a step, some steps after its checkpoint; and the same one resumed. Then every tensor and figure is compared,
@@ -33,7 +33,7 @@ from dpm_scales.errors import UserError, require
 from dpm_scales.models.checksums import read_checkpoint, read_tensors
 from dpm_scales.models.instantiate import CONFIGS
 
-#: what makes the runs short, where the user does not say otherwise; a validation lies between checkpoint and kill
+#: defaults that make the runs short; a validation lies between checkpoint and kill
 BRIEF = {
     "trainer.max_steps": 12,
     "checkpoint.every_n_steps": 5,
@@ -42,7 +42,7 @@ BRIEF = {
     "trainer.log_every_n_steps": 1,
     "samples.num_images": 4,
 }
-#: what has no meaning here, or would leave traces elsewhere
+#: options that are ignored: without meaning here, or with effects elsewhere
 LEFT_OUT = ("check_resume", "run_dir", "resume", "logger")
 PARTS = {
     "weights": ("current_model_state",),
@@ -56,7 +56,7 @@ PARTS = {
 
 
 def check_resume(cfg: DictConfig, overrides: list[str]) -> int:
-    """Print what was compared and the verdict; 0 if all is the same, 1 if not.
+    """Print what was compared and the verdict; return 0 if all is the same, 1 if not.
 
     Raises: UserError if a run fails by itself, or has no step between its first checkpoint and its last.
     """
@@ -100,7 +100,7 @@ def check_resume(cfg: DictConfig, overrides: list[str]) -> int:
 
 
 def _train(options: list[str], kill_at: int | None, cwd: Path) -> None:
-    """One run, to its end or to its death."""
+    """Train to the end, or until killed after optimiser step `kill_at`."""
     script = [str(CONFIGS.parent / "train.py"), *options]
     command = [sys.executable, *(script if kill_at is None else ["-m", __name__, str(kill_at), *script])]
     # a session of its own, so that the processes of further devices go with it
@@ -132,7 +132,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _compare(whole: Path, killed: Path) -> Iterator[tuple[str, str, str | None]]:
-    """Name, how much was compared, and the worst difference or None."""
+    """Yield the name, how much was compared, and the worst difference or None."""
     ours, theirs = (read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (whole, killed))
     for name, keys in PARTS.items():
         if not any(key in values for key in keys for values in (ours, theirs)):
@@ -156,7 +156,7 @@ def _compare(whole: Path, killed: Path) -> Iterator[tuple[str, str, str | None]]
 
 
 def _leaves(a: Any, b: Any) -> Iterator[tuple[Any, Any]]:
-    """Pairs of values at the same place in two nested containers; a place that one lacks pairs with None."""
+    """Yield pairs of values at the same place in two nested containers; a missing one is None."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys(), key=str):
             yield from _leaves(a.get(key), b.get(key))
@@ -168,7 +168,7 @@ def _leaves(a: Any, b: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _worst(pairs: list[tuple[Any, Any]]) -> str | None:
-    """None if all pairs are equal; else how many differ, and the largest difference of tensors."""
+    """Return None if all pairs are equal; else how many differ, and the largest difference of tensors."""
     count, largest = 0, 0.0
     for a, b in pairs:
         if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype:
@@ -181,7 +181,7 @@ def _worst(pairs: list[tuple[Any, Any]]) -> str | None:
 
 
 def _die_at(step: int) -> None:
-    """SIGKILL to this process right after optimiser step number `step`, before anything else takes note of it."""
+    """Send SIGKILL to this process right after optimiser step `step`, before anything records the step."""
     done = 0
 
     def count(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, with a checksum, the last few and the best few kept, and found again.
+"""Checkpoints of a run: written atomically, with a checksum; the last few and the best few are kept.
 
 `last.ckpt` is the newest, `best.ckpt` the one with the lowest validation loss. What they replace is kept as
 `step-N.ckpt` (`checkpoint.keep_last`) and `best-step-N.ckpt` (`checkpoint.keep_best`): links to the same file, made
@@ -26,12 +26,12 @@ from dpm_scales.training.health import Health
 from dpm_scales.training.module import MOST_STEPS
 from dpm_scales.training.run_folder import Rescue
 
-#: what a run needs to go on, beside its weights
+#: what resuming needs beside the weights
 NEEDED = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "averaging_state", "bad_steps", "global_step")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that appear whole or not at all, with a checksum, and are read without unpickling.
+    """Writes checkpoints atomically, with a checksum, and reads them without unpickling.
 
     Args:
         rescue: saves the run elsewhere if its folder is gone.
@@ -58,7 +58,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class CheckpointFolder:
-    """Names of a run's checkpoints, and which of them are kept.
+    """Names a run's checkpoints, and removes those that are not kept.
 
     Args:
         folder: made at the first checkpoint.
@@ -108,9 +108,9 @@ class CheckpointFolder:
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from, and what is in it; None if there are none.
+    """Return the checkpoint to resume from and its content; None if there are none.
 
-    It is `last.ckpt`. If that is damaged it is the whole one with the most steps, with a warning that says so.
+    It is `last.ckpt`; if that is damaged, the undamaged one with the most steps, with a warning.
 
     Raises: UserError if none can be read, or if another version wrote `last.ckpt`.
     """
@@ -125,10 +125,10 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             continue
         missing = [key for key in NEEDED if key not in values]
         if missing:
-            raise UserError(f"{path} holds weights alone; a run can't go on from it ({missing[0]} is missing)")
+            raise UserError(f"{path} holds weights alone; a run can't resume from it ({missing[0]} is missing)")
         if path != last:
             reason = str(damaged[0]) if last.is_file() else f"{last} is missing"
-            warnings.warn(f"{reason}; going on from {path}, step {values['global_step']}", stacklevel=2)
+            warnings.warn(f"{reason}; resuming from {path}, step {values['global_step']}", stacklevel=2)
         return path, values
     if damaged:
         hint = "" if len(found) == 1 else f" (nor can the {len(found) - 1} others there)"
@@ -137,7 +137,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def restore_last(good: Path) -> None:
-    """Let `last.ckpt` be `good`; the damaged one is kept as `last.damaged`, and no moment is without a `last.ckpt`."""
+    """Make `last.ckpt` a link to `good`, atomically; a damaged one is kept as `last.damaged`."""
     last = good.with_name("last.ckpt")
     if good != last:
         if last.is_file():

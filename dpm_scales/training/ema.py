@@ -17,12 +17,16 @@ from dpm_scales.training.module import DiffusionModule
 
 
 class EMA(WeightAveraging):
-    """Exponential moving average, decay min(`decay`, (1 + n) / (10 + n)) at update n; sliced where the weights are."""
+    """Exponential moving average, decay min(`decay`, (1 + n) / (10 + n)) at update n; sharded if the weights are.
+
+    Args:
+        decay: in [0, 1].
+    """
 
     def __init__(self, decay: float = 0.999) -> None:
         require_number("ema.decay", decay, 0, 1)
         self.decay = decay
-        # buffers are constants of the model here; averaging would round the integer ones
+        # buffers are constants of the model; averaging would round integers
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
 
     @property
@@ -32,25 +36,25 @@ class EMA(WeightAveraging):
 
     @property
     def module(self) -> DiffusionModule:
-        """The one with the averaged weights, from the beginning of `Trainer.fit`."""
+        """The module with the EMA weights, from the beginning of `Trainer.fit`."""
         assert self._average_model is not None
         module = self._average_model.module
         assert isinstance(module, DiffusionModule)
         return module
 
     def model(self) -> Model:
-        """With the averaged weights, in evaluation mode. Where they are sliced, all processes compute it together."""
+        """Return the model with EMA weights, in evaluation mode; if sharded, all ranks must compute it together."""
         self.module.eval()
         return self.module.parts
 
     def averaged(self, keep: bool = True) -> dict[str, Tensor]:
-        """State of denoiser and prior with the averaged weights; called by all processes, empty unless `keep`."""
+        """Return the state of denoiser and prior with EMA weights; called by all ranks, empty unless `keep`."""
         state: dict[str, Tensor] = whole(self.module.model.state_dict(), keep)
         return state
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, ShardedStrategy):
-            self._device = torch.device("cpu")  # whole until it is sliced, which no device needs to hold
+            self._device = torch.device("cpu")  # until it is sharded, so that no device holds all of it
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

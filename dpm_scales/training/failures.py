@@ -1,4 +1,4 @@
-"""What fails in the middle of a training run through no defect of ours, told so that the user knows what to change."""
+"""Failures of memory and files in the middle of a run, reported with what to change."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from dpm_scales.errors import OutOfMemoryError, UserError
 from dpm_scales.storage import write_bytes
 
 MOST_NAMES = 1000
-"""Unreadable images that `unreadable.txt` names."""
+"""Largest number of unreadable images that `unreadable.txt` lists."""
 
 
 @contextmanager
 def told_in_one_line(batch_size: int, image_size: tuple[int, int], num_workers: int) -> Iterator[None]:
-    """Turn a lack of memory, on the device or the machine, and the death of a loading process into one line.
+    """Turn a lack of memory, on the device or the machine, and the death of a loader process into an OutOfMemoryError.
 
     Args:
         batch_size: images of a batch on one device.
         image_size: (H, W) in pixels.
-        num_workers: loading processes.
+        num_workers: loader processes.
     """
     try:
         yield
@@ -50,9 +50,9 @@ def told_in_one_line(batch_size: int, image_size: tuple[int, int], num_workers: 
 
 
 class UnreadableImages(Callback):
-    """Counts the images that could not be read, told at each validation and at the end if there are more.
+    """Warns of images that could not be read, at each validation and at the end if there are new ones.
 
-    Their names are in the run folder's `unreadable.txt`, which is absent as long as there are none.
+    Their names are in the run folder's `unreadable.txt`, which is written once there are any.
     """
 
     def __init__(self, data: ImageDataModule, path: Path) -> None:
@@ -60,7 +60,7 @@ class UnreadableImages(Callback):
         self._told = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._tell(trainer, warn=False)  # what was bad at the start has been told
+        self._tell(trainer, warn=False)  # those found at the start have been reported
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._tell(trainer)

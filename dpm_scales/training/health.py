@@ -1,4 +1,4 @@
-"""Losses that are not finite: nothing is kept of them, and a run that has too many ends with a line that helps.
+"""Handle non-finite losses: their steps are skipped, and a run with too many ends with advice.
 
 A step whose gradients are not finite is skipped on the device and counted there (see `DiffusionModule`). The host looks
 at the count where it waits for the device anyway: whenever a checkpoint is due, and every `CHECK_STEPS` steps.
@@ -24,15 +24,15 @@ from dpm_scales.training.resuming import resume_command
 
 CHECK_STEPS = 50
 SAFE_RATE = 1e-4
-"""A learning rate that hardly any network diverges with."""
+"""Learning rate at which hardly any network diverges."""
 
 
 class Health:
-    """Judges whether a run's weights may be kept.
+    """Checks whether a run's weights may be saved.
 
     Args:
         folder: of the run's checkpoints.
-        max_bad_steps: steps in a row without a finite loss that end the run.
+        max_bad_steps: steps in a row without a finite loss after which the run ends.
     """
 
     def __init__(self, folder: Path, max_bad_steps: int) -> None:
@@ -40,7 +40,7 @@ class Health:
         self.folder, self.max_bad_steps = folder, max_bad_steps
 
     def good(self, trainer: pl.Trainer) -> bool:
-        """Whether the last step was finite, the same in all processes; the host waits for the device.
+        """Return whether the last step was finite, the same on all ranks; waits for the device.
 
         Raises: UserError if the run has diverged: too many steps in a row were not finite, or a weight is not.
         """
@@ -72,14 +72,14 @@ class Health:
             options: that the run is to be resumed with; None for a lower learning rate.
         """
         if not trainer.is_global_zero:
-            raise SystemExit(0)  # the first process speaks for all
+            raise SystemExit(0)  # the first rank reports
         module, run_dir = _module(trainer), self.folder.parent
         if options is None:
             options = [f"optimizer.learning_rate={min(module.learning_rate / 10, SAFE_RATE):g}"]
         more = "" if str(trainer.precision).startswith("32") else ", or with trainer.precision=32-true"
         start = f"{what}; nothing is kept of that"
         command = resume_command(run_dir, *options)
-        # more than one batch has failed with these weights
+        # several batches have failed with these weights
         failed = trainer.global_step - row if row > 1 else -1
         found = [(path, checkpoint_step(path)) for path in checkpoints(self.folder)]
         good = [path for path, step in found if step != failed]
@@ -96,7 +96,7 @@ class Health:
 
 
 class StopDiverged(Callback):
-    """Ends a run that has diverged, also where no checkpoint is due."""
+    """Ends a run that has diverged, also when no checkpoint is due."""
 
     def __init__(self, health: Health) -> None:
         self.health = health
@@ -111,7 +111,7 @@ class StopDiverged(Callback):
 
 
 def set_aside(failed: list[Path], good: Path) -> None:
-    """Rename checkpoints to `step-N.diverged`, and let `last.ckpt` be `good`; there is a `last.ckpt` at any moment."""
+    """Rename checkpoints to `step-N.diverged`, and make `last.ckpt` a link to `good`, which exists at any moment."""
     last = good.with_name("last.ckpt")
     for path in failed:
         link(path, path.with_name(f"step-{checkpoint_step(path) or 0:06d}.diverged"))

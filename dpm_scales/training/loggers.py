@@ -27,7 +27,7 @@ def further_loggers(cfg: DictConfig, run_dir: Path, main: bool) -> list[Logger]:
         return []
     settings = plain(cfg.logger)
     if settings["_target_"].endswith("WandbLogger") and main:
-        # the id is kept, so that a resumed run goes on in the same one
+        # the id is kept, so that a resumed run continues the same one
         kept = run_dir / "wandb_id"
         if not kept.is_file():
             write_text(kept, secrets.token_hex(4))

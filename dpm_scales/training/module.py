@@ -23,14 +23,11 @@ from dpm_scales.weights import LossWeight
 DECAYS = ("cosine", "constant")
 BANDS = 4
 MOST_STEPS = 10**9
-"""That a run, its warm-up or an interval may have."""
+"""Largest number of steps of a run, its warm-up or an interval."""
 
 BETAS = "optimizer.betas must be two numbers in [0, 1)"
-TRAINING, VALIDATION, LABELS = (
-    2**32,
-    2**32 + 1,
-    2**32 + 2,
-)  # streams of random numbers; those below are the processes' own
+TRAINING, VALIDATION, LABELS = 2**32, 2**32 + 1, 2**32 + 2
+"""Streams of random numbers; those below 2**32 are the ranks' own."""
 
 
 class DiffusionModule(pl.LightningModule):
@@ -38,15 +35,17 @@ class DiffusionModule(pl.LightningModule):
 
     Args:
         model: denoiser, prior, sampler and recipe; its network gets the labels where the recipe has classes.
-        learning_rate: of Adam, > 0.
-        warmup_steps: linear warm-up, in optimiser steps.
+        learning_rate: of AdamW, > 0.
+        warmup_steps: optimiser steps of linear warm-up.
         decay: "cosine" to zero at the trainer's max_steps, or "constant".
-        betas, weight_decay: AdamW's.
-        scale_sampling: "uniform", or "importance": scales whose loss varies more come more often and count less.
-        loss_weight: of a scale in the training loss, None for the target's own, which validation keeps.
-        seed: of scales and noise; every step has its own, so a resumed run draws what an undisturbed one draws, and
-            every image too, so that it does not matter how many processes share a batch. Dropout is each process's own.
-        compile_network: torch.compile the network.
+        betas, weight_decay: of AdamW.
+        scale_sampling: "uniform", or "importance": scales whose loss varies more are drawn more often, weighted less.
+        loss_weight: weight of each scale in the training loss; None for the target's own, which validation always uses.
+        seed: of scales and noise, which are functions of (seed, batch number, image): a resumed run draws the same, and
+            so does any number of ranks. Dropout differs between ranks.
+        compile_network: whether to compile the network.
+
+    Raises: UserError for a value out of range, or a weight that does not fit the process and target.
     """
 
     def __init__(
@@ -82,8 +81,8 @@ class DiffusionModule(pl.LightningModule):
         if compile_network:
             model.denoiser.network.compile(fullgraph=True)
 
-        # Not buffers: weight averaging swaps those between the two models.
-        #: steps skipped for non-finite gradients: in all, in a row until now, and the longest row
+        # Not buffers: EMA swaps those between the two models.
+        #: steps skipped for non-finite gradients: in total, in a row up to now, and the longest row
         self.bad_steps = torch.zeros(3)
         self._band_sums = torch.zeros(2, BANDS, dtype=torch.float64)
         num_scales = model.denoiser.process.num_scales
@@ -97,7 +96,7 @@ class DiffusionModule(pl.LightningModule):
             self._importance.state = self._importance.state.to(self.device)
 
     def on_train_start(self) -> None:
-        """Let this run's options count, where a checkpoint has brought back those of its own time."""
+        """Apply this run's options, in place of those that a checkpoint has restored."""
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
         schedule = cast(torch.optim.lr_scheduler.LambdaLR, self.lr_schedulers())
         rate = self.learning_rate * self._rate(schedule.last_epoch)
@@ -118,7 +117,7 @@ class DiffusionModule(pl.LightningModule):
         return loss
 
     def _loss(self, x_0: Tensor, even: Tensor, labels: Tensor | None, noise: CounterRNG) -> Tensor:
-        """The training loss at scales drawn from the uniform numbers `even` ``(B,)``."""
+        """Return the training loss, ``()``, at scales drawn from uniform numbers `even` ``(B,)``."""
         denoiser, weight = self.parts.denoiser, self.loss_weight
         if self._importance is None:
             t = uniform_scales(even, denoiser.process.num_scales)
@@ -126,12 +125,12 @@ class DiffusionModule(pl.LightningModule):
         t, importance = self._importance.draw(even)
         losses = denoiser.loss(x_0, t, labels, noise, loss_weight=weight)
         observed = self._importance.observe(t, losses)
-        # the sums of all processes, so that all go on with the same density
+        # summed over ranks, so that all continue with the same density
         self._importance.update(cast(Tensor, self.trainer.strategy.reduce(observed, reduce_op="sum")))
         return (importance.to(losses.dtype) * losses).mean()
 
     def _dropped(self, labels: Tensor | None, x_0: Tensor, first: int) -> Tensor | None:
-        """Labels, the recipe's share of them replaced by "no label"; whose depends on the image's number alone."""
+        """Return the labels, the recipe's share of them dropped; which ones depends on the images' numbers alone."""
         recipe = self.parts.recipe
         if labels is None or recipe.num_classes is None or recipe.label_dropout == 0:
             return labels
@@ -139,7 +138,7 @@ class DiffusionModule(pl.LightningModule):
         return torch.where(dropped, recipe.num_classes, labels)
 
     def configure_optimizers(self) -> Any:
-        # fused: one kernel, and it skips a step on the device when told so (see below)
+        # fused: one kernel, and it can skip a step on the device (see configure_gradient_clipping)
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True
         )
@@ -151,7 +150,7 @@ class DiffusionModule(pl.LightningModule):
         return self.rate(step, self.trainer.max_steps)
 
     def rate(self, step: int, max_steps: int) -> float:
-        """Share of the learning rate, 0 to 1, that step `step` (from 0) of `max_steps` (-1 for endless) takes."""
+        """Return the factor in [0, 1] on the learning rate at step `step` >= 0 of `max_steps` (-1: no end)."""
         rate = min(1.0, (step + 1) / (self.warmup_steps + 1))
         if self.decay == "cosine" and max_steps > 0:
             rate *= 0.5 * (1 + math.cos(math.pi * min(step / max_steps, 1.0)))
@@ -163,7 +162,7 @@ class DiffusionModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm; where it is not finite, the optimiser skips the step on the device, without a host sync."""
+        """Clip the gradients' norm; if it is not finite, the optimiser skips the step, without a host sync."""
         limit = math.inf if gradient_clip_val is None else float(gradient_clip_val)
         norm = clip_norm(self.parameters(), limit)
         bad = (~torch.isfinite(norm)).to(torch.float32)
@@ -181,7 +180,7 @@ class DiffusionModule(pl.LightningModule):
         self._band_sums = torch.zeros(2, BANDS, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """The same scales and noise at every validation, so that curves can be compared."""
+        """Add up the losses by band of scales; scales and noise are the same at every validation."""
         x_0, labels = self._images(batch)
         loader = cast(DataLoader[Any], self.trainer.val_dataloaders)
         size = cast(int, loader.batch_size) * self.trainer.world_size
@@ -189,7 +188,7 @@ class DiffusionModule(pl.LightningModule):
         noise = self._noise(VALIDATION, x_0, first)
         even = self._even(VALIDATION, noise.numbers - first, min(size, images - first), batch_idx)
         t = uniform_scales(even, self.parts.denoiser.process.num_scales)
-        # with several processes some images come twice, to fill the last batch up
+        # with several ranks some images come twice, to fill the last batch
         counts = (noise.numbers < images).to(torch.float64)
         loss = self.parts.denoiser.loss(x_0, t, labels, noise) * counts
         band = ((t * BANDS).ceil() - 1).clamp(0, BANDS - 1).long()
@@ -199,7 +198,7 @@ class DiffusionModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         sums, counts = cast(Tensor, self.trainer.strategy.reduce(self._band_sums, reduce_op="sum"))
         values = sums / counts.clamp(min=1)
-        # summed, so the same everywhere; `sync_dist` spares Lightning's advice to use it
+        # the same on all ranks already; `sync_dist` only silences Lightning's advice to use it
         self.log("val/loss", sums.sum() / counts.sum().clamp(min=1), prog_bar=True, sync_dist=True)
         for i in range(BANDS):
             self.log(f"val/loss_t{(i + 1) / BANDS:.2f}", values[i], sync_dist=True)
@@ -214,7 +213,7 @@ class DiffusionModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         total, row, _ = checkpoint["bad_steps"]
-        self.bad_steps = torch.tensor([total, row, row])  # a longer row before was a matter of the run before
+        self.bad_steps = torch.tensor([total, row, row])  # the longest row is counted anew in each session
         if self._importance is not None and "importance" in checkpoint:
             self._importance.load(checkpoint["importance"])
 
@@ -226,17 +225,17 @@ class DiffusionModule(pl.LightningModule):
         return x_0, None if self.parts.recipe.num_classes is None else labels
 
     def _noise(self, purpose: int, x_0: Tensor, first: int) -> CounterRNG:
-        """Noise of this process's images, every `world_size`-th of those numbered from `first`."""
+        """Return the noise of this rank's images: every `world_size`-th of those numbered from `first`."""
         seed, world_size = step_seed(self.seed, purpose, 0), self.trainer.world_size
         return CounterRNG(seed, x_0.shape[0], first + self.global_rank, x_0.device, world_size)
 
     def _even(self, purpose: int, places: Tensor, count: int, number: int) -> Tensor:
-        """Uniform numbers for the images at these places of batch `number`, which has `count` in all processes."""
+        """Return uniform numbers for the images at `places` of batch `number`, `count` images on all ranks."""
         return spread_evenly(places, count, step_seed(self.seed, purpose, number + 1) / 2**63)
 
 
 def step_seed(seed: int, stream: int, number: int) -> int:
-    """Well-mixed 63 bits (SplitMix64's finaliser), so that neighbouring steps share nothing."""
+    """Return a well-mixed 63-bit seed (SplitMix64's finaliser); those of neighbouring steps are unrelated."""
     x = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + (number + 1) * 0x8CB92BA72F3D8DD7) % 2**64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64

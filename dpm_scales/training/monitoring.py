@@ -1,4 +1,4 @@
-"""Figures of a run's samples while it trains, into metrics.csv: `eval/fid` and what is like it."""
+"""Monitor a run's samples while it trains: grids, and `eval/fid` and other metrics in metrics.csv."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ PREFIX = "eval/"
 
 
 class PeriodicEvaluation(Callback):
-    """Figures of samples by the run's own images, every n steps and after the last, from the averaged weights.
+    """Logs metrics of samples against the run's images, every n steps and after the last, with the EMA weights.
 
-    Sample i has the same noise every time. Processes share the samples; the first one measures. Nothing random of the
-    training is touched, and nothing of it is kept in a checkpoint.
+    Sample i has the same noise every time. Ranks share the samples, and the first one measures. The random numbers of
+    training are left as they are, and checkpoints hold nothing of it.
 
     Args:
-        average: the run's.
-        data: the run's.
+        average: EMA of the run.
+        data: images of the run.
         seed: of the samples.
         settings: section `evaluation` of configs/train.yaml.
 
-    Raises: UserError for values that can't be meant, no feature network, or a reference without two images.
+    Raises: UserError for a value out of range, a missing feature network, or fewer than two reference images.
     """
 
     def __init__(self, average: EMA, data: ImageDataModule, seed: int, settings: DictConfig) -> None:
@@ -62,13 +62,13 @@ class PeriodicEvaluation(Callback):
         self.reference = data_pictures(data.source, split, "the run's data", settings.num_reference)
         require(len(self.reference) >= 2, f"evaluation.split={split} has {len(self.reference)} images, and needs 2")
         check_numbers(self.measures, len(self.reference), self.num_samples)
-        with _own_random_numbers(torch.device("cpu")):  # the network is made with random weights first
+        with _own_random_numbers(torch.device("cpu")):  # it is built with random weights first
             self.network = pick_features(str(settings.features), settings.inception)
         self._known: FeatureSet | None = None
         self._step = 0
 
     def names(self) -> list[str]:
-        """Of the figures, as `metrics.csv` and `result.json` have them."""
+        """Return the names of the metrics, as in `metrics.csv` and `result.json`."""
         kinds = {"frechet": [self.network.distance_name], "kernel": [self.network.kernel_name]}
         kinds["manifolds"] = list(Manifolds._fields)
         return [f"{PREFIX}{_key(name)}" for measure in self.measures for name in kinds[measure]]
@@ -102,10 +102,10 @@ class PeriodicEvaluation(Callback):
 
     @torch.no_grad()
     def _features(self, model: Model, pl_module: DiffusionModule) -> Tensor:
-        """Features (num_samples, d) of the samples of all processes, on the CPU."""
+        """Return the features ``(num_samples, d)`` of the samples of all ranks, on the CPU."""
         trainer, recipe = pl_module.trainer, model.recipe
         share = -(-self.num_samples // trainer.world_size)
-        # the last ones may have more than are needed: as many batches as the others, which compute sliced weights
+        # the last rank may draw more than are needed: sharded weights want as many batches on each
         start = trainer.global_rank * share
         stop = start + share
         scales = model.sampler.scales(model.denoiser.process, pl_module.device)  # checked when the model was built
@@ -125,13 +125,13 @@ class PeriodicEvaluation(Callback):
 def periodic_evaluation(
     average: EMA, data: ImageDataModule, seed: int, settings: DictConfig
 ) -> list[PeriodicEvaluation]:
-    """The callback that the section `evaluation` asks for, if it does."""
+    """Return the callback that the section `evaluation` asks for, in a list that is otherwise empty."""
     return [] if settings.every_n_steps is None else [PeriodicEvaluation(average, data, seed, settings)]
 
 
 @contextmanager
 def _own_random_numbers(device: torch.device) -> Iterator[None]:
-    """What is drawn from torch's generators within leaves no trace in them."""
+    """Restore the state of torch's generators at the end."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 

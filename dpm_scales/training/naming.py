@@ -15,7 +15,7 @@ from dpm_scales.errors import UserError
 from dpm_scales.storage import read_yaml
 
 RUNS, SWEEPS = Path("runs"), Path("sweeps")
-#: options that say where or on what to run, not what: they do not name a run
+#: options that say where or on what device to run, not what: they are left out of names
 UNNAMED = (
     *("run_dir", "resume", "trainer.devices", "trainer.num_nodes", "trainer.accelerator"),
     *("trainer.enable_progress_bar", "hydra"),
@@ -81,7 +81,7 @@ def short_numbers(text: str) -> str:
 
 
 def _named(overrides: Sequence[str]) -> list[str]:
-    """The options that name a run, in alphabetical order; of one that is given twice the last, which counts."""
+    """Return the options that name a run, in alphabetical order; of repeated ones the last, which counts."""
     return sorted({o.partition("=")[0]: o for o in overrides if _names(o)}.values())
 
 
@@ -90,7 +90,7 @@ def _names(override: str) -> bool:
 
 
 def _name(shown: Sequence[str], named: Sequence[str]) -> str:
-    """A folder's name that shows some options and stands for all."""
+    """Return a folder's name that shows some options and identifies all."""
     full = ",".join(named)
     name = re.sub(r"[^A-Za-z0-9=.,_+-]+", "-", ",".join(shown))[:LONGEST_NAME]
     if name != full:
@@ -100,7 +100,7 @@ def _name(shown: Sequence[str], named: Sequence[str]) -> str:
 
 
 def _begun_in_runs(named: Sequence[str], varied: Sequence[str]) -> bool:
-    """Whether runs/ has been a sweep's folder, and holds runs that this sweep may have made."""
+    """Return whether runs/ has been a sweep's folder with runs that this sweep may have made."""
     if not any((RUNS / name).is_file() for name in ("multirun.yaml", "study.db")):
         return False
     keys = {key_of(o) for o in named}
@@ -116,6 +116,6 @@ def _begun_in_runs(named: Sequence[str], varied: Sequence[str]) -> bool:
 
 
 def _values(overrides: Sequence[str]) -> dict[str, str]:
-    """Keys of options with one value, and that value as Hydra spells it."""
+    """Return the values of options that have one, by key, as Hydra spells them."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     return {key_of(o.input_line or ""): o.get_value_element_as_str() for o in parsed}

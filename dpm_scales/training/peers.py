@@ -1,6 +1,6 @@
-"""Several processes train one run, and one of them is gone: the others end with one line that says what to do.
+"""End a run on several ranks with one line if one of them dies.
 
-torchrun prints a report of its own after that, with the message that each process left in its error file.
+torchrun then prints its own report, with the message that each rank left in its error file.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ _LOST = re.compile(r"gloo|nccl|connection (reset|closed|refused)|broken pipe", r
 
 
 class LostProcessError(UserError):
-    """Another process of the run has ended: no mistake of the user's."""
+    """Another rank of the run has died: not the user's mistake."""
 
     status = 1
 
 
 @contextmanager
 def told_if_one_is_lost(run_dir: Path, main: bool) -> Iterator[None]:
-    """Turn the end of another process, which breaks off what processes do together, into one line.
+    """Turn the failure of a collective operation, after another rank has died, into one line.
 
-    The first process says it; another one does if the first is gone too, which the run folder's lock tells.
+    The first rank reports it; if that has died too, as the run folder's lock shows, the others do.
 
     Args:
-        main: whether this process is the first.
+        main: whether this is the first rank.
 
     Raises:
-        LostProcessError: another process is gone.
-        SystemExit: the same, and the first process says it.
+        LostProcessError: another rank has died.
+        SystemExit: the same, and the first rank reports it.
     """
     _leave_message(f"it was killed, or used up the machine's memory; {AGAIN}")
     try:
@@ -62,7 +62,7 @@ def told_if_one_is_lost(run_dir: Path, main: bool) -> Iterator[None]:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an exception tells that another process does not answer any more."""
+    """Return whether an exception means that another rank no longer answers."""
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     known = isinstance(error, distributed.DistError) or _LOST.search(str(error)) is not None
     return several and isinstance(error, RuntimeError) and known
@@ -77,7 +77,7 @@ def _is_held(run_dir: Path) -> bool:
 
 
 def _leave_message(text: str | None) -> None:
-    """Let torchrun's report say `text` of this process, should it fail; None for nothing."""
+    """Set what torchrun's report says of this rank if it fails; None for nothing."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         return
@@ -85,5 +85,5 @@ def _leave_message(text: str | None) -> None:
         if text is None:
             Path(file).unlink(missing_ok=True)
         else:
-            more = {"timestamp": str(int(time.time()))}  # without a call stack, for which torchrun would show that
+            more = {"timestamp": str(int(time.time()))}  # without a call stack, which torchrun would show instead
             Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": more}}))

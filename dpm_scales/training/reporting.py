@@ -1,4 +1,4 @@
-"""Callbacks: average of the weights, sample grids, the progress bar, metrics.csv."""
+"""Reporting: steps that loggers count, the last validation, the progress bar, metrics.csv."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from dpm_scales.progress import LineProgress
 from dpm_scales.storage import FolderGoneError, open_regular, write_text
 from dpm_scales.tables import csv_text
 
-LOSS_EVERY = 50  # steps between two readings of the loss by the progress bar
+LOSS_EVERY = 50
+"""Steps between two readings of the loss by the progress bar: each waits for the device."""
 
 
 class LoggedSteps(Callback):
-    """Lets loggers count optimiser steps, and get the last one's values wherever the next were due."""
+    """Makes loggers count optimiser steps, and logs the last one whatever the interval."""
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -38,7 +39,7 @@ class LoggedSteps(Callback):
 
 
 class LastValidation(Callback):
-    """A validation, and so a grid and a loss to compare runs by, after the last step, wherever the next was due."""
+    """Runs a validation after the last step, so that every run ends with a grid and a loss to compare."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -48,7 +49,7 @@ class LastValidation(Callback):
 
 
 class StepBar(ProgressBar):
-    """One bar over all steps, with the rate, the time left and the loss; in a log file, one line at each validation."""
+    """Shows one bar over all steps, with rate, time left and loss; in a log file, one line at each validation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +76,6 @@ class StepBar(ProgressBar):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # the loss is read no more often than it is logged: every reading waits for the device
         if self._bar is None:
             return
         self._bar.update(TaskID(0), completed=trainer.global_step)
@@ -113,12 +113,12 @@ class StepBar(ProgressBar):
 
 
 class MetricsFile(Logger):
-    """`metrics.csv`: one row for each time something is logged; a resumed run goes on in the same file.
+    """`metrics.csv`: one row for each time something is logged; a resumed run appends to it.
 
-    Lightning's CSVLogger rewrites from memory, so that a resumed run would lose the rows before it. Where the run's
-    folder is gone, the rows are kept in memory alone, and the next checkpoint tells.
+    Lightning's CSVLogger rewrites from memory, so that a resumed run would lose the rows before it. If the run's
+    folder is gone, rows are kept in memory alone, and the next checkpoint reports it.
 
-    Raises: UserError if what is at `path` is no table of a run.
+    Raises: UserError if the file at `path` is not a run's table.
     """
 
     def __init__(self, path: Path) -> None:
@@ -150,20 +150,20 @@ class MetricsFile(Logger):
 
     @property
     def is_empty(self) -> bool:
-        """Whether there are no rows."""
+        """Whether the file has no rows."""
         return not self._rows
 
     def text(self) -> str:
-        """Content of the file."""
+        """Return the file's content."""
         return csv_text(self._columns, self._rows)
 
     def last(self, prefix: str) -> dict[str, float]:
-        """The last value of every column that begins with `prefix`."""
+        """Return the last value of every column whose name begins with `prefix`."""
         named = [(name, row[name]) for row in self._rows for name in row if name.startswith(prefix)]
         return {name: float(value) for name, value in named if value}
 
     def forget_from(self, step: int) -> None:
-        """Drop the rows that a run resumed after `step` steps will write again; Lightning counts them from 0."""
+        """Drop the rows that a run resumed after `step` steps will write again; rows are numbered from 0."""
         self._rows = [row for row in self._rows if int(row["step"]) < step]
 
     @rank_zero_only
@@ -190,7 +190,7 @@ class MetricsFile(Logger):
 
 
 def _figures(row: dict[str, str]) -> dict[str, str]:
-    """A row of `metrics.csv`. Raises ValueError, KeyError or TypeError unless it is one: a step >= 0, and numbers."""
+    """Return a row of `metrics.csv`. Raises ValueError, KeyError or TypeError without a step >= 0 and numbers."""
     if None in row or int(row["step"]) < 0:
         raise ValueError(f"row {row}")
     for value in row.values():

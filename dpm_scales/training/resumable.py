@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint: its structure is compared with what the run itself would write.
+"""Check that a run can be resumed from a checkpoint, by comparing it with what the run itself would write.
 
 torch and Lightning restore what they find, key by key; a value of another kind would end the run with a traceback, at
 once or some steps later.
@@ -27,7 +27,7 @@ from dpm_scales.models.weights_fit import not_finite
 from dpm_scales.training.module import DiffusionModule
 
 LARGEST = 2**53
-"""No counter of a run is larger."""
+"""Largest value of any counter of a run."""
 
 
 def require_resumable(
@@ -35,13 +35,13 @@ def require_resumable(
 ) -> None:
     """Raise UserError unless everything in a checkpoint is of the kind that this run would write.
 
-    What the checkpoint lacks or has beyond is left to those who read it. Weights and the optimiser's moments are
-    compared where the model is the same; where it is not, there is more to say than that shapes differ.
+    Missing and additional keys are left to the code that reads them. Weights and the optimiser's moments are compared
+    if the model is the same; if not, `check_same_model` has a better message than that shapes differ.
     """
     Recipe.from_dict(checkpoint["recipe"], str(path))
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], fused=True)
     schedule = LambdaLR(optimizer, lambda _: 1.0).state_dict()
-    del schedule["lr_lambdas"]  # a function of ours, of which nothing is stored
+    del schedule["lr_lambdas"]  # a plain function, of which nothing is stored
     wanted: dict[str, Any] = {}
     module.on_save_checkpoint(wanted)
     del wanted["recipe"]  # which is compared by itself
@@ -60,12 +60,12 @@ def require_resumable(
         odd = _odd_optimizer(checkpoint["optimizer_states"], optimizer.param_groups[0], list(module.parameters()))
         odd = odd or _odd_weights(checkpoint, module)
     if odd is not None:
-        raise UserError(f"{path} can't be resumed: {odd}; remove it to go on from another one, if there is any")
+        raise UserError(f"{path} can't be resumed: {odd}; remove it to resume from another one, if there is any")
 
 
 @contextmanager
 def restored_in_one_line(trainer: pl.Trainer, path: Path | None) -> Iterator[None]:
-    """Turn what fails in `Trainer.fit` while the checkpoint at `path` is restored, before training, into one line."""
+    """Turn an exception while `Trainer.fit` restores the checkpoint at `path`, before training, into a UserError."""
     started = _Started()
     _callbacks(trainer).insert(0, started)
     try:
@@ -79,7 +79,7 @@ def restored_in_one_line(trainer: pl.Trainer, path: Path | None) -> Iterator[Non
 
 
 class _Started(Callback):
-    """Whether training has begun."""
+    """Records whether training has begun."""
 
     training = False
 
@@ -93,7 +93,7 @@ def _callbacks(trainer: pl.Trainer) -> list[Callback]:
 
 
 def _difference(wanted: Any, found: Any, where: str) -> str | None:
-    """Where `found` is of another kind than `wanted`, in words; keys that only one of them has are left out."""
+    """Return how `found` differs in kind from `wanted`, or None; keys that only one of them has are ignored."""
     if isinstance(wanted, dict):
         if not isinstance(found, dict):
             return _not_a(where, "a mapping", found)
@@ -125,7 +125,7 @@ def _not_a(where: str, kind: str, found: Any) -> str:
 
 
 def _odd_optimizer(states: Any, group: dict[str, Any], parameters: list[nn.Parameter]) -> str | None:
-    """What is wrong with the optimiser's state: its groups, or moments that are not of the parameters' shapes."""
+    """Return what is wrong with the optimiser's groups or the shapes of its moments, or None."""
     where = "optimizer_states"
     if not isinstance(states, list) or len(states) != 1 or not isinstance(states[0], dict):
         return _not_a(where, "a list of one mapping", states)
@@ -156,7 +156,7 @@ def _odd_optimizer(states: Any, group: dict[str, Any], parameters: list[nn.Param
 
 
 def _odd_weights(checkpoint: dict[str, Any], module: DiffusionModule) -> str | None:
-    """Which weights are not those of the model; how much a prior's buffers hold is the data's matter."""
+    """Return which weights do not fit the model, or None; buffers of a prior may have any size, as the data has."""
     parameters, wanted = dict(module.named_parameters()), module.state_dict()
     for key in ("state_dict", "current_model_state"):
         found = checkpoint.get(key)

@@ -23,17 +23,17 @@ from dpm_scales.models.trust import current_names
 
 TAKES, WARNED, REFUSED, APART = "takes effect", "takes effect, with a warning", "refused", "not a training option"
 KEY = "options"
-"""Of a checkpoint: JSON text, so that whatever a stranger puts there is plain."""
+"""Key of a checkpoint: the options as JSON text, so that a stranger's file holds plain values only."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a changed option does.
+    """What happens if an option has changed.
 
     Attributes:
         kind: one of `TAKES`, `WARNED`, `REFUSED`, `APART`.
         note: what it means, for the documentation.
-        warning: what the run says; empty where the data module says it, which knows the number of images too.
+        warning: printed by the run; empty if the data module warns, which knows the number of images too.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Rule:
 _OTHER_IMAGES = "the images may differ from here on, and validation images may have been trained on"
 _ORDER = "the order of the images is different"
 
-#: by option, or by the section that it belongs to; the longest name counts
+#: by option or section; the longest matching name counts
 RULES = {
     "run_dir": Rule(APART, "selects the run"),
     "resume": Rule(APART, "selects the run, which must exist"),
@@ -104,12 +104,12 @@ Change = tuple[str, Any, Any]
 
 
 def resume_command(run_dir: Path, *options: str) -> str:
-    """The command that resumes a run, as a shell takes it."""
+    """Return the command that resumes a run, quoted for a shell."""
     return " ".join(["python train.py", *map(shlex.quote, (*config_flags(), f"run_dir={run_dir}", *options))])
 
 
 def rule_of(key: str) -> Rule | None:
-    """The rule of an option, None if there is none."""
+    """Return the rule of an option, None if there is none."""
     while key:
         if key in RULES:
             return RULES[key]
@@ -118,13 +118,13 @@ def rule_of(key: str) -> Rule | None:
 
 
 def rules_table() -> str:
-    """The rules in Markdown, for docs/resume.md."""
+    """Return the rules in Markdown, for docs/resume.md."""
     lines = [f"| `{key}` | {rule.kind} | {rule.note} |" for key, rule in RULES.items()]
     return "\n".join(["| option | when changed | |", "|---|---|---|", *lines])
 
 
 def options_of(cfg: DictConfig) -> dict[str, Any]:
-    """A run's options, resolved, but for what names its folder: the same options are the same bytes wherever it is."""
+    """Return a run's options, resolved, without those that name its folder: the bytes do not depend on where it is."""
     options: dict[str, Any] = plain(cfg)
     kept = {key: value for key, value in options.items() if key not in RULES or RULES[key].kind != APART}
     return {**kept, "logger": {"_target_": kept["logger"]["_target_"]}}
@@ -143,7 +143,7 @@ class KeepOptions(Callback):
 
 
 def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The options that a checkpoint's run had; empty if it does not tell, as those of earlier versions."""
+    """Return the options of a checkpoint's run; empty if none are stored, as in earlier versions."""
     try:
         values = json.loads(checkpoint[KEY])
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -152,7 +152,7 @@ def stored_options(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def stored_rate(checkpoint: dict[str, Any]) -> float | None:
-    """The learning rate that a checkpoint's run would have gone on with; None if it does not tell."""
+    """Return the learning rate of the next step of a checkpoint's run; None if it is not stored."""
     try:
         return float(checkpoint["optimizer_states"][0]["param_groups"][0]["lr"])
     except (LookupError, TypeError, ValueError):
@@ -160,7 +160,7 @@ def stored_rate(checkpoint: dict[str, Any]) -> float | None:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], section: str = "") -> Iterator[Change]:
-    """Options that differ; where a class does, it alone, by its name. What either side does not have is left out."""
+    """Yield the options that differ; of a section whose class differs, that alone. Options of one side are ignored."""
     old_class, new_class = (str(side.get("_target_")).rpartition(".")[2] for side in (before, now))
     if old_class != new_class:
         yield section, old_class, new_class
@@ -199,6 +199,6 @@ def what_changed(checkpoint: dict[str, Any], now: dict[str, Any], rate: float) -
 
 
 def _text(value: Any) -> str:
-    """Without quotes where they would say nothing; what a file holds may hold terminal escapes."""
+    """Return a value as JSON, without quotes where it is plain text; escapes of a terminal stay escaped."""
     text = json.dumps(value)[:200]
     return text[1:-1] if isinstance(value, str) and text[1:-1] and "\\" not in text else text

@@ -1,4 +1,4 @@
-"""One training run: the run folder, resuming, the trainer, the export, the result."""
+"""Train one run: build it from its config, resume it, export the model, return the result."""
 
 from __future__ import annotations
 
@@ -71,9 +71,21 @@ def _recipe(cfg: DictConfig, data: ImageDataModule) -> Recipe:
 
 
 def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
-    """Train to the end, from the last checkpoint if there is one; returns and saves the result.
+    """Train to the end, from the last checkpoint if there is one; return and save the result.
 
-    Everything that the user can get wrong is looked at before the run folder is made.
+    All options are checked before the run folder is made.
+
+    Args:
+        cfg: as composed from configs/train.yaml.
+        run_dir: folder of the run; made if missing.
+        overrides: the command line's options, ``KEY=VALUE``, stored in the folder.
+
+    Returns:
+        What result.json holds: `overrides`, `steps`, `seconds`, and the last ``val/`` and ``eval/`` metrics.
+
+    Raises:
+        UserError: an option out of range, a folder or checkpoint that can't be used, or a diverged run.
+        SystemExit: after Ctrl-C or a signal, with 128 + its number; a checkpoint is written first.
     """
     silence_lightning()
     check_keys(cfg)
@@ -127,10 +139,10 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     module.parts = fit_to_data(model, data)
 
     with taken(run_dir) if trainer.is_global_zero else nullcontext():
-        return _go_on(cfg, run_dir, overrides, trainer, module, data, average, stop, rescue)
+        return _resume_and_fit(cfg, run_dir, overrides, trainer, module, data, average, stop, rescue)
 
 
-def _go_on(
+def _resume_and_fit(
     cfg: DictConfig,
     run_dir: Path,
     overrides: list[str],
@@ -141,7 +153,7 @@ def _go_on(
     stop: StopTogether,
     rescue: Rescue,
 ) -> dict[str, Any]:
-    """Train from where the run folder stands; returns and saves the result."""
+    """Train from the folder's last checkpoint, if there is one; return and save the result."""
     model, main = module.parts, trainer.is_global_zero
     resume, steps, changed = None, 0, ""
     warned: list[str] = []
@@ -153,7 +165,7 @@ def _go_on(
         steps = int(checkpoint["global_step"])
         rate = module.learning_rate * module.rate(steps, cfg.trainer.max_steps)
         changed, warned = what_changed(checkpoint, options_of(cfg), rate)
-        del checkpoint  # as large as the weights, their average and the optimiser's state together
+        del checkpoint  # as large as weights, EMA and optimiser state together
     del found
     finished = steps_done(run_dir, cfg.trainer.max_steps)
     if finished is not None:
@@ -186,13 +198,13 @@ def _go_on(
             with restored_in_one_line(trainer, resume), told_if_one_is_lost(run_dir, main), told:
                 trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         except SystemExit:
-            # Lightning's end after Ctrl-C or a signal of SIGNALS
+            # how Lightning ends after Ctrl-C or a signal of SIGNALS
             if not main:
-                raise SystemExit(0) from None  # a status of its own would let Lightning kill the others
+                raise SystemExit(0) from None  # any other status would make Lightning kill the other ranks
             saved = next(map(checkpoint_step, checkpoints(run_dir / "checkpoints")), 0)
             again = f", from step {saved}" if saved != trainer.global_step else ""
             command = resume_command(run_dir)
-            print(f"stopped at step {trainer.global_step}; go on with: {command}{again}", file=sys.stderr)
+            print(f"stopped at step {trainer.global_step}; resume with: {command}{again}", file=sys.stderr)
             requeue(stop.received)
             raise SystemExit(128 + (stop.received or 15) if trainer.received_sigterm else 130) from None
         seconds = time.perf_counter() - start
@@ -216,18 +228,18 @@ def _go_on(
                 raise rescue.save(error, finish) from error
         for logger in trainer.loggers:
             if hasattr(logger, "experiment") and hasattr(logger.experiment, "finish"):
-                logger.experiment.finish()  # or the next run of a sweep would go on in this one
+                logger.experiment.finish()  # or the next run of a sweep would continue it
         return result
 
 
 def _images(data: ImageDataModule) -> str:
-    """How many images train and validate, and which folders they come from."""
+    """Return how many images train and validate, and which folders they come from."""
     note = f" ({data.source.split_note})" if data.source.split_note else ""
     return f"{len(data.train_set)} + {len(data.val_set)} images{note}"
 
 
 def _classes(cfg: DictConfig, data: ImageDataModule) -> str:
-    """The classes that the network is shown, or that were asked for and are not; empty without any."""
+    """Return the classes that the network gets, or that are labelled but not used; empty without any."""
     if not cfg.conditional:
         asked = cfg.data.get("labels") not in (None, "none")
         return f"{data.num_classes} classes, not shown without conditional=true, " if asked else ""
@@ -236,7 +248,7 @@ def _classes(cfg: DictConfig, data: ImageDataModule) -> str:
 
 
 def _first_line(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, model: Model, data: ImageDataModule) -> str:
-    """What is trained on what; the batch is that of one process, times processes, times accumulated ones."""
+    """Return what is trained on what; batch = images per rank x ranks x accumulated batches."""
     height, width = model.recipe.image_size
     parts = [data.batch_size, trainer.world_size, *([n] if (n := trainer.accumulate_grad_batches) > 1 else [])]
     return (

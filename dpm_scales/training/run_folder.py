@@ -1,4 +1,4 @@
-"""The folder of a run: what may lie in it, who writes to it, and where a run is saved when its folder goes away."""
+"""The folder of a run: its files, its lock, and where a run is saved if the folder disappears."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ from dpm_scales.storage import (
     write_text,
 )
 
-#: what a run writes, as patterns below its folder; a folder at the name of a file would fail at the first write, hours
-#: after the start
+#: patterns of the files that a run writes; checked at the start, since a folder of that name would fail hours later
 FILES = (
     *("config.yaml", "overrides.yaml", "result.json", "metrics.csv", "unreadable.txt", "wandb_id", CONFIG_DIR_FILE),
     *("checkpoints/*.ckpt", "checkpoints/last.damaged", "samples/step-*.png"),
@@ -59,7 +58,7 @@ def taken(run_dir: Path) -> Iterator[None]:
 
 
 def prepare(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, str]:
-    """Write the files that a run begins with, its options; returns their texts by name."""
+    """Write the files with the run's options, and return their texts by name."""
     check_writable(run_dir)
     remove_leftovers(run_dir)
     config = OmegaConf.to_container(cfg, resolve=True)
@@ -72,7 +71,7 @@ def prepare(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, s
 
 
 def steps_done(run_dir: Path, max_steps: int) -> dict[str, Any] | None:
-    """The result of a run that has taken all its steps, else None."""
+    """Return the result of a run that has taken all its steps, else None."""
     done = run_dir / "result.json"
     if not done.is_file():
         return None
@@ -81,7 +80,7 @@ def steps_done(run_dir: Path, max_steps: int) -> dict[str, Any] | None:
 
 
 def trusted_data(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
-    """The data's config, without downloads to a place that the run's folder alone names.
+    """Return the data's config, without downloads to a place that only the run's folder names.
 
     Raises: UserError if the run would write its images among those that it is trained on.
     """
@@ -100,11 +99,11 @@ def trusted_data(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 
 
 class Rescue:
-    """Saves a run elsewhere once its folder is gone.
+    """Saves a run elsewhere if its folder has disappeared.
 
     Attributes:
-        texts: of the files that are saved too, by name.
-        metrics: returns that of `metrics.csv`.
+        texts: contents of further files to save, by name.
+        metrics: returns the content of `metrics.csv`.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -113,7 +112,7 @@ class Rescue:
         self.metrics: Callable[[], str] | None = None
 
     def save(self, error: FolderGoneError, write: Callable[[Path], None]) -> FolderGoneError:
-        """Let `write` save the run in a new folder, and return the error that names it."""
+        """Save the run in a new folder by `write`, and return the error that names the folder."""
         for place in (self._beside(), Path(tempfile.gettempdir()) / f"{self.run_dir.name[:80]}-rescued"):
             if place is None:
                 continue
@@ -129,13 +128,13 @@ class Rescue:
         return error
 
     def _beside(self) -> Path | None:
-        """A place beside the run's folder; None if what held that is gone too."""
+        """Return a place beside the run's folder; None if its parent is gone too."""
         beside = self.run_dir.absolute().with_name(f"{self.run_dir.name[:200]}-rescued")
         return beside if beside.parent.is_dir() else None
 
 
 def _unused(place: Path) -> Path:
-    """The place, or the first of its numbered neighbours at which nothing is."""
+    """Return the place, numbered if it exists."""
     number, found = 1, place
     while found.is_symlink() or found.exists():
         number += 1
@@ -144,12 +143,12 @@ def _unused(place: Path) -> Path:
 
 
 def only_run(folder: Path) -> AbstractContextManager[None]:
-    """Keep other processes, also on other machines, from training in the same folder meanwhile: see `storage.lock`."""
+    """Return a lock that keeps other processes and machines from training in the folder: see `storage.lock`."""
     return lock(folder / ".lock", "is being trained by", "wait for it, or choose another run_dir")
 
 
 def stored_result(file: Path) -> dict[str, Any]:
-    """A finished run's figures and its `overrides`. Raises UserError if the file is damaged."""
+    """Return a finished run's metrics and its `overrides`. Raises UserError if the file is damaged."""
     try:
         result = json.loads(read_text(file))
         if not isinstance(result["overrides"], list) or not all(isinstance(o, str) for o in result["overrides"]):

@@ -1,4 +1,4 @@
-r"""Which scales a training step looks at: evenly, or more often where the loss varies more.
+r"""Draw the scales of a training step: uniformly, or more often where the loss varies more.
 
 The expected loss is the mean of L_k over the scales k = 1..K. Scales drawn with probabilities p_k, each loss weighted
 by 1 / (K p_k), have the same mean and, for p_k ~ sqrt(E[L_k^2]), the least variance (Nichol & Dhariwal 2021, Eq. (18)).
@@ -14,31 +14,31 @@ from dpm_scales.errors import require
 
 SCALE_SAMPLINGS = ("uniform", "importance")
 BINS = 64
-MEMORY = 200  # observations that a bin's mean goes back on
-WARMUP = 10  # observations of every bin before the density is followed, as published
+MEMORY = 200  # observations in the running mean of a bin
+WARMUP = 10  # observations of every bin before the density is used, as published
 FLOOR = 0.05  # share of the density that stays uniform: no loss is weighted by more than its inverse
 
 
 def spread_evenly(places: Tensor, count: int, offset: float) -> Tensor:
-    """Numbers in [0, 1), uniform and evenly spread over a batch (VDM, App. I): ``(B,)`` float64.
+    """Return numbers in [0, 1), each uniform and together evenly spread (VDM, App. I): ``(B,)`` float64.
 
     Args:
-        places: ``(B,)`` int64, of this process's images in the batch of all processes.
+        places: ``(B,)`` int64, of this rank's images in the batch of all ranks.
         count: images of that batch.
-        offset: uniform on [0, 1), the same in all processes.
+        offset: uniform on [0, 1), the same on all ranks.
     """
     return (places.to(torch.float64) + offset) / count
 
 
 def uniform_scales(even: Tensor, num_scales: int) -> Tensor:
-    """Scales k / num_scales, k uniform on 1..num_scales, from uniform numbers in [0, 1)."""
+    """Return scales k / num_scales, k uniform on 1..num_scales, from uniform numbers in [0, 1)."""
     return (torch.floor(even * num_scales).clamp(max=num_scales - 1) + 1) / num_scales
 
 
 class ImportanceScales:
-    """Scales by the second moments of the loss. Everything stays on the device of `state`.
+    """Draws scales by the second moments of their losses, on the device of `state`.
 
-    `state` ``(2, bins)``, float64, is all there is to be kept: mean squared losses, and how many went into each.
+    `state` ``(2, bins)``, float64, is stored in checkpoints: mean squared losses, and how many went into each.
     """
 
     def __init__(self, num_scales: int) -> None:
@@ -46,20 +46,20 @@ class ImportanceScales:
         self.state = torch.zeros(2, min(BINS, num_scales), dtype=torch.float64)
 
     def load(self, state: list[list[float]]) -> None:
-        """Go on from a stored state. Raises UserError for one of another number of bins."""
+        """Restore a stored state. Raises UserError for one of another number of bins."""
         tensor = torch.tensor(state, dtype=torch.float64)
         ok = tensor.shape == self.state.shape
         require(ok, f"the stored density of scales has shape {tuple(tensor.shape)}, not {tuple(self.state.shape)}")
         self.state = tensor.to(self.state.device)
 
     def density(self) -> Tensor:
-        """p_1..p_K, float64 ``(num_scales,)``."""
+        """Return p_1..p_K, float64 ``(num_scales,)``."""
         k = torch.arange(1, self.num_scales + 1, device=self.state.device)
         index, (_, sizes) = self._bins(k / self.num_scales), self._members()
         return (self._shares() / sizes)[index]
 
     def draw(self, even: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales from uniform numbers in [0, 1), and what their losses are to be weighted by: ``(B,)``, float64."""
+        """Return scales from uniform numbers in [0, 1), and the weights of their losses: ``(B,)`` each, float64."""
         shares, (first, sizes) = self._shares(), self._members()
         edges = _sums(shares)
         index = torch.searchsorted(edges / edges[-1], even, right=True).clamp(max=len(edges) - 1)
@@ -68,7 +68,7 @@ class ImportanceScales:
         return k / self.num_scales, sizes[index] / (self.num_scales * shares[index])
 
     def observe(self, t: Tensor, loss: Tensor) -> Tensor:
-        """Losses ``(B,)`` at t ``(B,)`` as `update` wants them, summed over the processes: ``(2, bins)``."""
+        """Return what `update` needs of losses ``(B,)`` at t ``(B,)``, to be summed over ranks: ``(2, bins)``."""
         squares = loss.detach().to(torch.float64) ** 2
         finite = torch.isfinite(squares)
         seen = torch.stack([torch.where(finite, squares, 0.0), finite.to(torch.float64)])
@@ -77,7 +77,7 @@ class ImportanceScales:
         return (seen[:, :, None] * member).sum(1)
 
     def update(self, observed: Tensor) -> None:
-        """Take in the sums of all processes."""
+        """Update the moments with the sums of all ranks."""
         squares, counts = self.state
         new, number = observed
         counts = (counts + number).clamp(max=MEMORY)
@@ -87,7 +87,7 @@ class ImportanceScales:
         self.state = torch.stack([squares + step, counts])
 
     def _shares(self) -> Tensor:
-        """Probabilities of the bins."""
+        """Return the probabilities of the bins."""
         (squares, counts), (_, sizes) = self.state, self._members()
         flat = sizes / self.num_scales
         rough = sizes * squares.sqrt()
@@ -96,17 +96,17 @@ class ImportanceScales:
         return torch.where((counts.min() >= WARMUP) & (total > 0), wanted, flat)
 
     def _bins(self, t: Tensor) -> Tensor:
-        """The bins that scales lie in."""
+        """Return the bins that scales lie in."""
         k = (t * self.num_scales).round().long() - 1
         return k * self.state.shape[1] // self.num_scales
 
     def _members(self) -> tuple[Tensor, Tensor]:
-        """Of each bin, the first scale's k - 1 and the number of scales."""
+        """Return each bin's first k - 1 and its number of scales."""
         bins = self.state.shape[1]
         edges = -(-torch.arange(bins + 1, device=self.state.device) * self.num_scales // bins)
         return edges[:-1].double(), edges.diff().double()
 
 
 def _sums(values: Tensor) -> Tensor:
-    """`cumsum`, in an order that does not change from run to run on a GPU."""
+    """Return the `cumsum`, in an order that does not change from run to run on a GPU."""
     return (values * torch.ones(len(values), len(values), dtype=values.dtype, device=values.device).tril()).sum(1)

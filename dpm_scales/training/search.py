@@ -1,10 +1,10 @@
-"""A search for the best values of options: an Optuna study in a sweep's folder, which can be broken off anywhere.
+"""Search for the best values of options: an Optuna study in a sweep's folder, which can be interrupted anywhere.
 
     trial k = proposal of a tree-structured Parzen estimator from (seed, k, the trials before)
 
-so that a study that was broken off and goes on proposes what an undisturbed one does. The study is `study.db` (SQLite).
-Trials that a killed sweep left behind come first: their run folders are named by their values, so that the runs go on
-where they stopped. A trial whose values are a user's mistake (a schedule of which no chain exists) counts as failed.
+so that a study resumed after an interruption makes the proposals of an uninterrupted one. It is stored in `study.db`
+(SQLite). Trials that a killed sweep left unfinished come first: their run folders are named by their values, so their
+runs resume. A trial whose values are a user's mistake (a schedule of which no chain exists) counts as failed.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def search(
         direction: "minimize" or "maximize".
         seed: of the proposals, >= 0.
 
-    Raises: UserError for values that can't be meant, nothing to search, another study in the folder, and if no trial
-    gave a value.
+    Raises: UserError for a value out of range, nothing to search, another study in the folder, and if no trial gave a
+    value.
     """
     require_number("hydra.sweeper.n_trials", n_trials, 1, whole=True)
     require_number("hydra.sweeper.n_jobs", n_jobs, 1, whole=True)
@@ -160,7 +160,7 @@ def as_experiment(options: Sequence[str], is_group: Callable[[str], bool]) -> tu
 
 
 def _distribution(override: Override) -> Any:
-    """What an override's values are drawn from. Raises UserError for an empty or impossible interval."""
+    """Return the distribution of an override's values. Raises UserError for an empty or impossible interval."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value: Any = override.value()
@@ -184,7 +184,7 @@ def _distribution(override: Override) -> Any:
 
 
 def _assigned(params: dict[str, Any]) -> list[str]:
-    """Values as overrides."""
+    """Return values as overrides."""
     return [f"{key}={'null' if value is None else value}" for key, value in params.items()]
 
 
@@ -200,7 +200,7 @@ def _check_study(study: Any, root: Path, space: dict[str, Any], fixed: str) -> N
 
 
 def _value(result: JobReturn, objective: str) -> float:
-    """What a run returned. Raises UserError if that was a user's mistake, or is no number; any other error as it is."""
+    """Return a run's objective. Raises UserError if it is missing or not finite, and what a failed run raised."""
     if result.status == JobStatus.COMPLETED and result.return_value is None:
         raise UserError(f"the runs have no {objective} to compare them by; set objective to one of their result.json")
     value = float(result.return_value)  # raises what a failed run did

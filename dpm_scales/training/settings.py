@@ -1,4 +1,4 @@
-"""What a run is asked for, looked at before anything is made: otherwise it would fail late, or deep inside."""
+"""Check a run's options before anything is made, which would otherwise fail late or deep inside a library."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dpm_scales.models.instantiate import CONFIGS
 from dpm_scales.models.model import PARTS, Recipe
 from dpm_scales.training.module import BANDS, MOST_STEPS
 
-#: half precision overflows, and 64 bits are for the curves of a process, which have them anyway
+#: accepted names, and Lightning's; half precision overflows, and a process computes its curves in 64 bits anyway
 PRECISIONS = {"32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Refuse keys that nothing reads: Hydra lets an experiment file add any."""
+    """Raise UserError for keys that nothing reads: Hydra lets an experiment file add any."""
     known = yaml.safe_load((CONFIGS / "train.yaml").read_text())
     read = {"": [*PARTS, "data", "weight", "trainer", "logger", *known]}
     read |= {section: list(known[section]) for section in ("optimizer", "ema", "checkpoint", "samples", "evaluation")}
@@ -36,7 +36,7 @@ def check_keys(cfg: DictConfig) -> None:
 
 
 def check_numbers(cfg: DictConfig) -> None:
-    """What would otherwise fail late, or below Lightning with its words."""
+    """Raise UserError for numbers and strategies that would otherwise fail late, or inside Lightning."""
     require_number("seed", cfg.seed, 0, 2**32 - 1, whole=True)
     require(
         cfg.process.get("num_scales") != 1,
@@ -66,10 +66,10 @@ def check_numbers(cfg: DictConfig) -> None:
 
 
 def check_objective(objective: Any, evaluated: Iterable[str]) -> None:
-    """Raise UserError unless `objective` is a figure of result.json.
+    """Raise UserError unless `objective` is one of the metrics in result.json.
 
     Args:
-        evaluated: figures of the run's samples, if it measures any.
+        evaluated: names of the metrics of the run's samples, if it measures any.
     """
     bands = (f"val/loss_t{(band + 1) / BANDS:.2f}" for band in range(BANDS))
     names = ["steps", "seconds", "val/loss", *bands, *evaluated]
@@ -79,7 +79,7 @@ def check_objective(objective: Any, evaluated: Iterable[str]) -> None:
 
 
 def check_grid(num_images: int, recipe: Recipe) -> None:
-    """Raise OutOfMemoryError unless the sample grid's images, and their noise, fit into memory."""
+    """Raise OutOfMemoryError unless the sample grid's images and their noise fit into memory."""
     height, width = recipe.image_size
     require_memory(
         2 * 4 * num_images * recipe.channels * height * width,
@@ -89,7 +89,7 @@ def check_grid(num_images: int, recipe: Recipe) -> None:
 
 
 def precision_of(cfg: DictConfig) -> str:
-    """The precision in Lightning's words. Raises UserError for one that overflows."""
+    """Return the precision by Lightning's name. Raises UserError for an unknown one, and one that overflows."""
     cuda = torch.cuda.is_available() and cfg.trainer.accelerator in ("auto", "gpu", "cuda")
     wanted = cfg.trainer.precision
     name = str(("bf16-mixed" if cuda else "32-true") if wanted is None else wanted)
@@ -99,7 +99,7 @@ def precision_of(cfg: DictConfig) -> str:
 
 
 def check_same_model(before: Any, now: Any, run_dir: Path, key: str = "") -> None:
-    """Raise UserError, naming the first key, if a run would go on as another model. The sampler may change."""
+    """Raise UserError, naming the first key, if a run would resume as another model. The sampler may change."""
     if key == "sampler" or before == now:
         return
     if isinstance(before, dict) and isinstance(now, dict):

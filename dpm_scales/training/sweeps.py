@@ -28,9 +28,9 @@ Row = dict[str, Any]
 
 LONGEST_CELL = 24  # characters
 PADDING = 2  # characters between columns
-#: options on which the validation loss depends, whatever is learnt: it is that of other noise, targets or images
+#: options that change what the validation loss measures: its noise, targets or images
 LAWS = ("process", "target", "experiment", "data")
-#: those of the data that leave the validation images as they are
+#: options of the data that leave the validation images as they are
 SAME_IMAGES = tuple(
     f"data.{name}"
     for name in ("batch_size", "num_workers", "pin_memory", "drop_last", "seed", "random_flip", "random_crop")
@@ -55,7 +55,7 @@ def job_folders(config: DictConfig) -> tuple[Path, Path]:
 
 
 def results(root: Path) -> tuple[dict[str, Row], list[str]]:
-    """Results of the finished runs directly below `root`, by folder name; and a line for each file that is damaged."""
+    """Return the results of the finished runs directly below `root`, by folder, and a line for each damaged file."""
     found, damaged = {}, []
     for path in sorted(root.glob("*/result.json")):
         try:
@@ -66,7 +66,7 @@ def results(root: Path) -> tuple[dict[str, Row], list[str]]:
 
 
 def collect(root: Path) -> tuple[list[str], list[Row]]:
-    """Options in which the finished runs directly below `root` differ, and one row for each run, by folder name."""
+    """Return the options in which the finished runs directly below `root` differ, and a row for each, by folder."""
     finished, _ = results(root)
     options = {
         name: {key: value for key, _, value in (o.partition("=") for o in result.pop("overrides"))}
@@ -82,7 +82,7 @@ def collect(root: Path) -> tuple[list[str], list[Row]]:
 
 
 def unfinished(root: Path, rows: list[Row]) -> list[str]:
-    """Names of the run folders directly below `root` that have no row."""
+    """Return the names of the run folders directly below `root` that have no row."""
     finished = {row["run"] for row in rows}
     return sorted(path.parent.name for path in root.glob("*/overrides.yaml") if path.parent.name not in finished)
 
@@ -90,7 +90,7 @@ def unfinished(root: Path, rows: list[Row]) -> list[str]:
 def write_table(root: Path) -> tuple[list[str], list[Row]]:
     """Write `sweep.csv` with the finished runs below `root`; returns what `collect` does.
 
-    Called after every run: a run that fails takes nothing from the table of the others.
+    Called after every run, so that a run that fails does not cost the others their table.
     """
     varied, rows = collect(root)
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -162,13 +162,13 @@ def _is_law(option: str) -> bool:
 
 
 def _rank(value: Any, highest: bool) -> float:
-    """What to sort by, so that the best is first and what is no number last."""
+    """Return a sort key: the best first, missing values last."""
     number = float(value) if isinstance(value, int | float) else math.nan
     return math.inf if math.isnan(number) else -number if highest else number
 
 
 def _head(name: str, names: Sequence[str]) -> str:
-    """The last part of an option's name, unless others end alike."""
+    """Return the last part of an option's name, unless others end alike."""
     short = name.rpartition(".")[2]
     return _elided(short if [n.rpartition(".")[2] for n in names].count(short) == 1 else name)
 
@@ -179,16 +179,16 @@ def _cell(value: Any) -> str:
 
 
 def _elided(text: str, longest: int = LONGEST_CELL) -> str:
-    """The beginning and the end of a long text."""
+    """Return the text, its middle elided if it is long."""
     half = longest // 2
     return text if len(text) <= longest else f"{text[: longest - half - 1]}…{text[-half:]}"
 
 
 class SweepTable(Callback):
-    """Gives a sweep its folder, and prints its runs beside each other."""
+    """Sets a sweep's folder, and prints a table of its runs at the end."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Tell the jobs, by options of Hydra's, where the sweep's folder is and which options all of them share."""
+        """Pass the sweep's folder, and the options that all jobs share, to the jobs by Hydra's options."""
         hydra = config.hydra
         given = [*(f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items())]
         given += hydra.overrides.task

@@ -1,4 +1,4 @@
-"""Lightning's trainer as a run needs it: environment, strategy, precision, log interval, several processes."""
+"""Build Lightning's trainer for a run: environment, strategy, precision, log interval, further ranks."""
 
 from __future__ import annotations
 
@@ -22,41 +22,38 @@ from dpm_scales.cli.arguments import TRAIN, config_flags, tidy
 from dpm_scales.distributed.fsdp import FSDP, ShardedStrategy
 from dpm_scales.distributed.ranks import meet
 from dpm_scales.models.instantiate import build
-from dpm_scales.training.checkpoints import (
-    AtomicCheckpointIO,
-)
+from dpm_scales.training.checkpoints import AtomicCheckpointIO
 from dpm_scales.training.run_folder import Rescue
-from dpm_scales.training.settings import (
-    precision_of,
-)
+from dpm_scales.training.settings import precision_of
 
 
 def follow_environment(cfg: DictConfig) -> ClusterEnvironment:
-    """How processes are started; where torchrun or srun did, the trainer takes the devices and machines that they gave.
+    """Return how ranks are started; if torchrun or srun did, set the trainer's devices and machines to theirs.
 
-    So one command line serves one process and many, and Lightning guesses nothing: inside a batch script it would wait
-    for processes that nobody starts.
+    One command line then serves one rank and many, and Lightning does not guess: inside a batch script it would wait
+    for ranks that nobody starts.
     """
-    shard = meet()
-    if shard.world_size == 1:
+    world = meet()
+    if world.world_size == 1:
         return LightningEnvironment()
-    cfg.trainer.devices, cfg.trainer.num_nodes = shard.local_world_size, shard.num_nodes
+    cfg.trainer.devices, cfg.trainer.num_nodes = world.local_world_size, world.num_nodes
     if cfg.trainer.strategy == "auto":
         cfg.trainer.strategy = "ddp"
     return TorchElasticEnvironment()
 
 
-#: times that a run logs at least, however short
+#: least number of rows in metrics.csv, however short the run
 LOGGED_AT_LEAST = 20
 
 
 def log_interval(trainer: DictConfig) -> int:
-    """Steps from one row of metrics.csv to the next."""
+    """Return the number of steps from one row of metrics.csv to the next."""
     steps, most = int(trainer.max_steps), int(trainer.log_every_n_steps)
     return most if steps < 0 else max(1, min(most, steps // LOGGED_AT_LEAST))
 
 
 def make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback], rescue: Rescue) -> pl.Trainer:
+    """Build the trainer of a run; its loggers are added once the run folder exists."""
     environment = follow_environment(cfg)
     strategy = cfg.trainer.strategy
     return build(
@@ -68,19 +65,19 @@ def make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback], resc
             "precision": precision_of(cfg),
             "log_every_n_steps": log_interval(cfg.trainer),
             "callbacks": callbacks,
-            "logger": False,  # they come when the run folder is there
+            "logger": False,
             "plugins": [AtomicCheckpointIO(rescue), environment],
             "default_root_dir": str(run_dir),
             "num_sanity_val_steps": 0,
             "check_val_every_n_epoch": None,
             "enable_model_summary": False,
-            "enable_checkpointing": False,  # the callbacks of ours do it
+            "enable_checkpointing": False,  # `Checkpoints` does it
         },
     )
 
 
 def silence_lightning() -> None:
-    """Lightning's advertisements and what is true of every short run; our own first line says the rest."""
+    """Silence Lightning's advertisements, and warnings that every short run would cause."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
@@ -96,10 +93,10 @@ def silence_lightning() -> None:
 
 @contextmanager
 def repeat_command(overrides: list[str], run_dir: Path) -> Iterator[None]:
-    """Let the processes that Lightning starts for further devices train this run, also where a sweep started it.
+    """Make the ranks that Lightning starts for further devices train this run, also within a sweep.
 
-    They repeat this process's command line, so theirs is this run's; and afterwards nothing is left of their group that
-    the next run would take for its own.
+    Lightning repeats this process's command line, which is therefore set to this run's. Afterwards the ranks' process
+    group and environment variables are removed, so that the next run of a sweep does not join them.
     """
     argv, environment = sys.argv, dict(os.environ)
     options = tidy([*config_flags(), *(o for o in overrides if not o.startswith("run_dir=")), f"run_dir={run_dir}"])

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 
 class StudySweeper(Sweeper):
-    """Searches for the best values of options, and goes on with a study that was broken off.
+    """Searches for the best values of options, and resumes an interrupted study.
 
     Args:
         n_trials: runs of the study, those done before included, >= 1.

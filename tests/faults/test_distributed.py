@@ -270,7 +270,7 @@ def test_ctrl_c_stops_all_processes_with_a_checkpoint(sliced: Path, tmp_path: Pa
     steps = checkpoint(run_dir)["global_step"]
     assert (end.status, other.status, other.err) == (130, 0, "") and 3 <= steps < STEPS, end.err + other.err
     assert end.err.count("Ctrl-C once more stops at once") == 1 and "Traceback" not in end.err, end.err
-    assert f"stopped at step {steps}; go on with: python train.py run_dir={run_dir}" in end.err
+    assert f"stopped at step {steps}; resume with: python train.py run_dir={run_dir}" in end.err
     ends = Forked(job_step(2), "checkpoint.every_n_steps=14", f"run_dir={run_dir}", cwd=tmp_path).finish()
     assert [end.status for end in ends] == [0, 0] and "resuming" in ends[0].out, ends[0].err + ends[1].err
     for name in STATES:

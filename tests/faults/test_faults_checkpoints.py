@@ -234,7 +234,7 @@ def test_the_newest_whole_one_is_found(tmp_path: Path, recwarn: pytest.WarningsR
     assert found() == ("last.ckpt", 30) and not recwarn.list
     flip(tmp_path / "last.ckpt", 700)
     for name, step in (("step-000020.ckpt", 20), ("best.ckpt", 15), ("step-000010.ckpt", 10)):
-        with pytest.warns(UserWarning, match=rf"last\.ckpt is damaged: .*; going on from .*{name}, step {step}$"):
+        with pytest.warns(UserWarning, match=rf"last\.ckpt is damaged: .*; resuming from .*{name}, step {step}$"):
             assert found() == (name, step)
         flip(tmp_path / name, 700)
     with pytest.raises(
@@ -243,7 +243,7 @@ def test_the_newest_whole_one_is_found(tmp_path: Path, recwarn: pytest.WarningsR
         find_checkpoint(tmp_path)
     write_checkpoint(tmp_path / "best.ckpt", resumable(15))
     (tmp_path / "last.ckpt").unlink()
-    with pytest.warns(UserWarning, match=r"last\.ckpt is missing; going on from .*best\.ckpt, step 15"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt is missing; resuming from .*best\.ckpt, step 15"):
         assert found() == ("best.ckpt", 15)
 
 
@@ -267,7 +267,7 @@ def test_a_damaged_run_goes_on_from_the_checkpoint_before(kept: Path, tmp_path: 
     assert outcome.status == 2 and outcome.err.count("\n") == 1 and not (tmp_path / "out").exists()
     assert "last.ckpt is damaged" in outcome.err and "step-000008.ckpt (step 8) is whole" in outcome.err
     assert files(run_dir) == before
-    with pytest.warns(UserWarning, match=r"last\.ckpt is damaged.* going on from .*step-000008\.ckpt, step 8"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt is damaged.* resuming from .*step-000008\.ckpt, step 8"):
         outcome = call("train.py", f"run_dir={run_dir}", cwd=tmp_path)
     assert outcome.status == 0, outcome.err
     for name in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):

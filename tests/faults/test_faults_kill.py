@@ -167,7 +167,7 @@ def test_ctrl_c_once_ends_with_a_checkpoint(slow: str, steps: int, tmp_path: Pat
     status, text, run_dir = interrupted(tmp_path, times=1, slow=slow)
     assert status == 130 and "Traceback" not in text, text
     assert "Ctrl-C once more stops at once" in text
-    assert f"stopped at step {steps}; go on with: python train.py run_dir={run_dir}" in text
+    assert f"stopped at step {steps}; resume with: python train.py run_dir={run_dir}" in text
     assert checkpoint(run_dir)["global_step"] == steps
     assert call("train.py", f"run_dir={run_dir}", cwd=tmp_path).status == 0
     options = ("checkpoint.every_n_steps=4", "trainer.max_steps=9", "trainer.val_check_interval=5")
@@ -179,7 +179,7 @@ def test_ctrl_c_once_ends_with_a_checkpoint(slow: str, steps: int, tmp_path: Pat
 def test_ctrl_c_twice_ends_at_once(tmp_path: Path) -> None:
     status, text, run_dir = interrupted(tmp_path, times=2, slow="training_step")
     assert status == 130 and "Traceback" not in text, text
-    assert "stopped at step 5; go on with" in text
+    assert "stopped at step 5; resume with" in text
     assert checkpoint(run_dir)["global_step"] == 4
 
 

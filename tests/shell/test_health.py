@@ -124,7 +124,7 @@ def test_a_stop_amid_steps_that_are_not_finite_keeps_the_checkpoint_before(
     run_dir = tmp_path / "run"
     outcome = attempt(run_dir, "trainer.max_steps=9", "checkpoint.every_n_steps=2", "samples.num_images=0")
     assert outcome.status == 143, outcome.err
-    assert outcome.err == f"stopped at step 5; go on with: python train.py run_dir={run_dir}, from step 2\n"
+    assert outcome.err == f"stopped at step 5; resume with: python train.py run_dir={run_dir}, from step 2\n"
     assert checkpoint(run_dir)["global_step"] == 2 and checkpoint(run_dir, "best")["global_step"] == 3
 
 

@@ -282,7 +282,7 @@ def test_sigterm_loses_no_step(
     with monkeypatch.context() as patch:
         patch.setattr(owner, "on_train_batch_end", terminate)
         outcome = attempt(run_dir, *RUN)
-    assert outcome.status == 143 and f"stopped at step {step}; go on with" in outcome.err
+    assert outcome.status == 143 and f"stopped at step {step}; resume with" in outcome.err
     assert not step == 5 or checkpoint(run_dir)["global_step"] == 5
     outcome = call("train.py", f"run_dir={run_dir}", cwd=tmp_path)
     assert outcome.status == 0, outcome.err
@@ -337,7 +337,7 @@ def test_killed_runs_go_on(number: signal.Signals, status: int, long_run: Path, 
     steps = checkpoint(run_dir)["global_step"]
     assert 7 <= steps < 120 and "Traceback" not in err
     if number != signal.SIGKILL:
-        assert f"go on with: python train.py run_dir={run_dir}" in err
+        assert f"resume with: python train.py run_dir={run_dir}" in err
     if number == signal.SIGTERM:
         assert f"stopped at step {steps};" in err  # a checkpoint of its own: nothing is lost
     assert call("train.py", f"run_dir={run_dir}", cwd=tmp_path).status == 0
