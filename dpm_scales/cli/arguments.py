@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from dpm_scales.cli.stored import key_of, stored_config_dir, stored_overrides
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.models.instantiate import CONFIGS
+from dpm_scales.models.trust import foreign_packages, trusted_names
 from dpm_scales.storage import check_names
 
 TRAIN = CONFIGS.with_name("train.py")
@@ -43,7 +44,7 @@ PATHS = (
 )
 NEVER_EMPTY = (*PATHS, "logger.save_dir")
 #: options that are lists, which may be given without their brackets
-LISTS = ("labels", "guidance_interval")
+LISTS = ("labels", "guidance_interval", "allow")
 #: options of an entry point that Hydra would take for one of the config groups, or that had another name once
 ALIASES = {"evolve": {"data": "folder", "processes.dpm": "processes.vp"}, "sample": {"task": "edit"}}
 #: what Hydra, Optuna and submitit write into a sweep's folder
@@ -190,7 +191,7 @@ def with_stored_overrides(argv: Iterable[str]) -> list[str]:
     if folder is None or sweep or not (Path(folder) / "overrides.yaml").is_file():
         return [*flags, *options]
     keys = {key_of(a) for a in options} | {"run_dir", "resume"}
-    stored = stored_overrides(Path(folder) / "overrides.yaml", keys, PATHS)
+    stored = stored_overrides(Path(folder) / "overrides.yaml", keys, PATHS, _allowed(options))
     if not any(key_of(a) == "hydra.searchpath" for a in options):
         _require_configs(stored, Path(folder), config_dirs(flags))
     return [*flags, *stored, *options]
@@ -218,6 +219,23 @@ def _require_configs(stored: list[str], run_dir: Path, given: list[str]) -> None
                 seen = ", a config of your own"
             again = f"--config-dir {shlex.quote(first)} as it was" if first else "the --config-dir that holds it"
             raise UserError(f"{run_dir} was trained with {option}{seen}; give {again}")
+
+
+def _allowed(options: list[str]) -> tuple[str, ...]:
+    """Return the packages of the last ``allow=…`` that was typed."""
+    typed = [option for option in options if option.startswith("allow=")][-1:]
+    return trusted_names([] if not typed else OverridesParser.create().parse_override(typed[0]).value())
+
+
+def trust_options() -> list[str]:
+    """Return ``allow=[…]`` if the stored options of the job that runs will need it, for a command that resumes it."""
+    if not HydraConfig.initialized():
+        return []
+    parsed = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    plain = [one for one in parsed if not one.is_sweep_override() and not one.is_delete()]
+    named = [{one.key_or_group.rpartition(".")[2]: one.value()} for one in plain if one.key_or_group != "allow"]
+    packages = foreign_packages(named)
+    return [f"allow=[{','.join(packages)}]"] if packages else []
 
 
 def _path_option(options: list[str], key: str, sweep: bool) -> str | None:

@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dpm_scales.errors import UserError, require
-from dpm_scales.models.trust import ADVICE, check_class
+from dpm_scales.models.trust import ADVICE, OPTION_ROOMS, check_target, walk_config
 from dpm_scales.storage import open_regular, read_yaml
 
 _KEY = re.compile(r"[A-Za-z][\w/-]*(\.\w+)*")
@@ -45,12 +45,15 @@ def may_download(run_dir: Path) -> bool:
     return run_dir not in _without_downloads
 
 
-def stored_overrides(file: Path, without: Collection[str], paths: Collection[str]) -> list[str]:
-    """The options in a run's `overrides.yaml`.
+def stored_overrides(
+    file: Path, without: Collection[str], paths: Collection[str], allow: Collection[str] = ()
+) -> list[str]:
+    """Return the options in a run's `overrides.yaml`.
 
     Args:
         without: keys to leave out, which may therefore hold anything.
         paths: keys whose values are places: they may name any, with the help of environment variables.
+        allow: packages whose classes they may name too.
 
     Raises: UserError if the file is damaged, or holds an option that could do more than choose and set.
     """
@@ -61,7 +64,7 @@ def stored_overrides(file: Path, without: Collection[str], paths: Collection[str
         raise UserError(damaged) from error
     require(isinstance(values, list) and all(isinstance(value, str) for value in values), damaged)
     stored = [value for value in values if key_of(value) not in without]
-    keys = {key for override in stored for key in _check(override, file, paths)}
+    keys = {key for override in stored for key in _check(override, file, paths, allow)}
     _without_downloads.discard(file.parent)
     if "data.root" in keys and not {"data.root", "data.download"} & set(without):
         _without_downloads.add(file.parent)
@@ -82,8 +85,8 @@ def stored_config_dir(run_dir: Path) -> str | None:
     return text if text and not file.is_symlink() else None
 
 
-def _check(text: str, file: Path, paths: Collection[str]) -> list[str]:
-    """Raise UserError for an option that a folder may not hold; returns the keys of the values that it sets."""
+def _check(text: str, file: Path, paths: Collection[str], allow: Collection[str]) -> list[str]:
+    """Raise UserError for an option that a folder may not hold; return the keys of the values that it sets."""
     refused = f"{file} holds the option {text[:200]!r}"
     try:
         override = OverridesParser.create().parse_override(text)
@@ -95,12 +98,13 @@ def _check(text: str, file: Path, paths: Collection[str]) -> list[str]:
     require(bool(_KEY.fullmatch(key)) and len(key) <= _LONGEST_KEY, f"{refused}, which is none")
     parts = re.split(r"[./]", key)
     require(parts[0] != "hydra", f"{refused}, and settings of Hydra are not a run's; {ADVICE}")
+    require(parts[0] != "allow", f"{refused}, and what is trusted is said on the command line alone; remove it there")
     names_class = parts[-1] == "_target_"
     hidden = any(part.startswith("_") for part in (parts[:-1] if names_class else parts))
     require(not hidden, f"{refused}, which a stored run may not; {ADVICE}")
     if names_class:
-        check_class(value, refused)
-    _check_value(value, key, refused, paths)
+        check_target(value, refused, OPTION_ROOMS, allow, ADVICE)
+    _check_value(value, key, refused, paths, allow)
     leaves = list(_leaves(value, key))
     for name, entry in leaves:
         section, *names = name.split(".")
@@ -134,14 +138,12 @@ def _is_below(base: Path, name: str, folder: Path) -> bool:
         return False
 
 
-def _check_value(value: Any, key: str, refused: str, paths: Collection[str]) -> None:
-    from dpm_scales.models.trust import nodes
-
-    for node in nodes(value, refused):
+def _check_value(value: Any, key: str, refused: str, paths: Collection[str], allow: Collection[str]) -> None:
+    for node in walk_config(value, refused):
         if isinstance(node, dict):
             for name, entry in node.items():
                 if name == "_target_":
-                    check_class(entry, refused)
+                    check_target(entry, refused, OPTION_ROOMS, allow, ADVICE)
                 else:
                     plain = not str(name).startswith("_") or name == "_partial_"
                     require(plain, f"{refused}, with a key that a stored run may not have; {ADVICE}")

@@ -58,7 +58,7 @@ def evaluate(cfg: DictConfig) -> None:
     world = meet()
     device = own_device(pick_device(str(cfg.device)), world)
     run = None if cfg.model is None else Path(str(cfg.model))
-    real = open_pictures(str(cfg.reference), "reference", str(cfg.split), cfg.num_reference, run)
+    real = open_pictures(str(cfg.reference), "reference", str(cfg.split), cfg.num_reference, run, plain(cfg.allow))
     fake: Pictures | ModelSamples
     if run is None:
         fake = open_pictures(str(cfg.samples), "samples", "all", cfg.num_samples)
@@ -68,7 +68,9 @@ def evaluate(cfg: DictConfig) -> None:
         fake = _drawn(cfg, number, device)
     yardstick = None
     if cfg.yardstick is not None:
-        yardstick = open_pictures(str(cfg.yardstick), "yardstick", str(cfg.yardstick_split), len(fake), run)
+        yardstick = open_pictures(
+            str(cfg.yardstick), "yardstick", str(cfg.yardstick_split), len(fake), run, plain(cfg.allow)
+        )
     for other in (fake, *([] if yardstick is None else [yardstick])):
         _check_sizes(real, other, cfg.any_size)
         check_numbers(measures, len(real), len(other))
@@ -144,7 +146,9 @@ def _held_out(cfg: DictConfig, fake: Pictures | ModelSamples, run: Path | None) 
     if cfg.likelihood is None or not isinstance(fake, ModelSamples):
         return None
     estimator(fake.model, cfg.likelihood, cfg.likelihood_scales, cfg.likelihood_draws)
-    held = open_pictures(str(cfg.reference), "reference", str(cfg.likelihood_split), cfg.num_reference, run)
+    held = open_pictures(
+        str(cfg.reference), "reference", str(cfg.likelihood_split), cfg.num_reference, run, plain(cfg.allow)
+    )
     check_classes(fake.model, held)
     return held
 

@@ -40,7 +40,7 @@ def comparison_entries(cfg: DictConfig) -> list[Entry]:
         if node is None:
             continue
         given = {} if isinstance(node, dict) and node.get("num_scales") is not None else {"num_scales": len(times)}
-        process = build(node, Process, f"processes.{name}", given=given)
+        process = build(node, Process, f"processes.{name}", kwargs=given)
         entries.append(Entry(str(name), process, even))
     if cfg.get("process") is not None:
         scales = plain(cfg.scales) or list(even)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from dpm_scales.cli.options import check_counts, guidance_settings, pick_device
@@ -28,7 +28,7 @@ from dpm_scales.memory import require_memory
 from dpm_scales.models.generate import finished, label_cycle, sample_bytes, weights_digest, with_guidance
 from dpm_scales.models.instantiate import plain
 from dpm_scales.models.io import load_model
-from dpm_scales.models.model import Model, with_sampler
+from dpm_scales.models.model import Model
 from dpm_scales.processes import Process
 from dpm_scales.progress import progress_bar
 from dpm_scales.rng import CounterRNG
@@ -41,7 +41,7 @@ Make = Callable[[Tensor, CounterRNG, "Tensor | None", OnStep], Tensor]
 
 
 SHARED_OPTIONS = (
-    *("task", "model", "weights", "out", "overwrite", "seed", "batch_size", "device", "size", "trajectory"),
+    *("task", "model", "allow", "weights", "out", "overwrite", "seed", "batch_size", "device", "size", "trajectory"),
     *("sampler", "steps", "labels", "guidance", "guidance_interval", "guidance_variable"),
 )
 """Options of all tasks, which the record holds elsewhere or which change no image; the others are the task's own."""
@@ -147,21 +147,11 @@ def settings_of(sampler: Sampler) -> dict[str, Any]:
     return settings
 
 
-def choose_sampler(model: Model, cfg: DictConfig) -> Model:
-    """Return the model with the sampler and number of steps that the config asks for, if it does."""
-    settings = plain(cfg.sampler)
-    if not settings.get("_target_"):
-        if cfg.steps is None:
-            return model
-        settings = dict(model.recipe.parts["sampler"])
-    if cfg.steps is not None:
-        settings["steps"] = cfg.steps
-    return with_sampler(model, OmegaConf.create(settings))
-
-
 def choose_model(cfg: DictConfig) -> Model:
-    """Return the model that the config names, with the sampler and the guidance that it asks for."""
-    model = choose_sampler(load_model(str(cfg.model), cfg.weights), cfg)
+    """Return the model that the config names, with the sampler, steps and guidance that it asks for."""
+    sampler = plain(cfg.sampler)
+    chosen = sampler if sampler.get("_target_") else None
+    model = load_model(str(cfg.model), cfg.weights, allow=plain(cfg.allow), sampler=chosen, steps=cfg.steps)
     return with_guidance(model, cfg.guidance, plain(cfg.guidance_interval), cfg.guidance_variable)
 
 

@@ -4,17 +4,17 @@ the few images that a model edits or starts from."""
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpm_scales import data as rooms
 from dpm_scales.data import ArraySource
 from dpm_scales.data.base import ImageSource
 from dpm_scales.data.files import open_store
 from dpm_scales.data.image_sets import ARRAYS, PictureFiles, Pictures, PictureSet
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.models.instantiate import CONFIGS, build, read_config
-from dpm_scales.models.trust import nodes
+from dpm_scales.models.trust import DATA_ROOMS, check_target, trusted_names, walk_config
 from dpm_scales.storage import read_yaml
 
 if TYPE_CHECKING:
@@ -26,9 +26,14 @@ RUN_DATA = "data"
 
 
 def open_pictures(
-    place: str, key: str, split: str = "train", limit: int | None = None, model: Path | None = None
+    place: str,
+    key: str,
+    split: str = "train",
+    limit: int | None = None,
+    model: Path | None = None,
+    allow: Collection[str] = (),
 ) -> Pictures:
-    """The images of a place.
+    """Return the images of a place.
 
     Args:
         place: a folder, a .zip, .npy or .npz file, the name of a file in `configs/data`, or "data".
@@ -36,6 +41,7 @@ def open_pictures(
         split: "train", "val" or "all": which part of a data set; files have no parts.
         limit: number of images, spread evenly; None for all.
         model: whose run "data" is the data of.
+        allow: packages whose classes the config of "data" may name besides dpm_scales.data.
 
     Raises: UserError for a place that is none, or without two images.
     """
@@ -45,7 +51,7 @@ def open_pictures(
     if place == RUN_DATA:
         require(model is not None, f"{key}=data is the data of the model's run, and no model= was given")
         assert model is not None
-        pictures = data_pictures(run_data(model).source, split, f"data of {model}", limit)
+        pictures = data_pictures(run_data(model, allow).source, split, f"data of {model}", limit)
     elif place in names:
         pictures = data_pictures(_named_data(place, key).source, split, place, limit)
     elif Path(place).suffix.lower() in ARRAYS:
@@ -67,19 +73,20 @@ def data_pictures(source: ImageSource, split: str, name: str, limit: int | None 
     return PictureSet(source, [part() for part in parts], f"{name}, split {split}", limit)
 
 
-def run_data(model: Path) -> ImageDataModule:
-    """The data set that the run of a model was trained on.
+def run_data(model: Path, allow: Collection[str] = ()) -> ImageDataModule:
+    """Return the data set that the run of a model was trained on.
 
     Args:
         model: run folder, or an export or a checkpoint in one.
+        allow: packages whose classes the run's config may name besides dpm_scales.data.
 
-    Raises: UserError without the run's config.yaml, or if that names a data set that is not of this package.
+    Raises: UserError without the run's config.yaml, or if that names another class.
     """
     for folder in (model, *model.parents[:2]):
         config = folder / "config.yaml"
         values = read_yaml(config) if config.is_file() else None
         if isinstance(values, dict) and isinstance(values.get("data"), dict):
-            return _build_stored(values["data"], str(config))
+            return _build_stored(values["data"], str(config), allow)
     raise UserError(f"{model} lies in no run folder, whose config.yaml would name the data; give reference=DIR")
 
 
@@ -87,28 +94,32 @@ def _named_data(name: str, key: str) -> ImageDataModule:
     return _build(read_config(CONFIGS / "data" / f"{name}.yaml", key), name)
 
 
-def _build_stored(settings: dict[str, Any], source: str) -> ImageDataModule:
-    """The data set of a run's config, which is downloaded to the usual place alone."""
+def _build_stored(settings: dict[str, Any], source: str, allow: Collection[str]) -> ImageDataModule:
+    """Return the data set of a run's config, which is downloaded to the usual place alone."""
     usual = settings.get("root") == os.environ.get("DPM_SCALES_DATA", "data_cache")
     if "download" not in settings or usual:
-        return _build(settings, source)
+        return _build(settings, source, allow)
     try:
-        return _build({**settings, "download": False}, source)
+        return _build({**settings, "download": False}, source, allow)
     except UserError as error:
         raise UserError(f"{source}: {error}; or name the data set or its folder: reference=NAME_OR_DIR") from error
 
 
-def _build(settings: Any, source: str) -> ImageDataModule:
-    """Raises UserError unless the config asks for a data set of this package and nothing else."""
+def _build(settings: Any, source: str, allow: Collection[str] = ()) -> ImageDataModule:
+    """Return the data set of a config. Raises UserError if that names a class that it may not, or holds objects."""
     from dpm_scales.data import ImageDataModule  # and Lightning with it, which takes seconds
 
-    room, _, name = str(settings.get("_target_")).rpartition(".")
-    ours = room == "dpm_scales.data" and name in rooms.__all__
-    require(ours, f"{source}: the data {settings.get('_target_')!r} are not of dpm_scales.data; give reference=DIR")
-    held = [node for value in settings.values() for node in nodes(value, source)]
-    objects = any(isinstance(node, dict) or (isinstance(node, str) and "${" in node) for node in held)
-    hidden = any(str(key).startswith("_") for key in settings.keys() - {"_target_"})
-    require(not objects and not hidden, f"{source}: the data's config holds objects; give reference=DIR")
+    allow, advice = trusted_names(allow), "give reference=DIR"
+    check_target(settings.get("_target_"), f"{source}: the data's config", DATA_ROOMS, allow, advice)
+    held = [node for value in settings.values() for node in walk_config(value, source)]
+    for node in held:
+        if isinstance(node, dict) and "_target_" in node:
+            check_target(node["_target_"], f"{source}: the data's config", (), allow, advice)
+    unresolved = any(isinstance(node, str) and "${" in node for node in held)
+    keys = [settings.keys(), *(node.keys() for node in held if isinstance(node, dict))]
+    hidden = any(str(key).startswith("_") for names in keys for key in names - {"_target_"})
+    objects = not allow and any(isinstance(node, dict) for node in held)
+    require(not (objects or unresolved or hidden), f"{source}: the data's config holds objects; {advice}")
     built: ImageDataModule = build(settings, ImageDataModule, f"{source}: data")
     built.prepare_data()
     return built

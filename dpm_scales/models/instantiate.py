@@ -41,46 +41,52 @@ def read_config(file: Path, key: str) -> dict[str, Any]:
 
 
 def build(
-    config: Any, kind: type, where: str, late: dict[str, Any] | None = None, given: dict[str, Any] | None = None
+    config: Any,
+    kind: type,
+    where: str,
+    partial_kwargs: dict[str, Any] | None = None,
+    kwargs: dict[str, Any] | None = None,
 ) -> Any:
-    """The object that a config describes.
+    """Return the object that a config describes.
 
     Args:
         config: a mapping with `_target_` and that class's arguments.
         kind: what the object must be.
         where: the config's key, for messages.
-        late: for places where `_partial_` may stand: what the function that then makes the object is given.
-        given: further arguments, which every class for this place takes.
+        partial_kwargs: where `_partial_` is allowed: arguments of the function that then makes the object.
+        kwargs: further arguments, which every class for this place takes.
 
     Raises: UserError if there is no such class, or if it makes something else; OutOfMemoryError if memory runs out.
     """
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    settings, given = plain(config), given or {}
-    found = check_kind(settings, kind, where, late=late)
+    settings, kwargs = plain(config), kwargs or {}
+    found = check_kind(settings, kind, where, partial_kwargs)
     what = f"{where}._target_={settings['_target_']}"
-    _require_arguments(found, given, what)
+    _require_arguments(found, kwargs, what)
     try:
         # under its key, which Hydra's errors tell
-        built = instantiate(OmegaConf.create({where: settings})[where], _convert_="all", **given)
+        built = instantiate(OmegaConf.create({where: settings})[where], _convert_="all", **kwargs)
     except Exception as error:
-        place = lacks_memory(root(error))
+        place = lacks_memory(root_cause(error))
         if place is None:
             raise
         raise OutOfMemoryError(f"{what} needs more memory than {place} has left; choose smaller values") from error
-    if late is not None and settings.get("_partial_"):
-        _require_arguments(found, late, what)
-        built = built(**late)
+    if partial_kwargs is not None and settings.get("_partial_"):
+        _require_arguments(found, partial_kwargs, what)
+        built = built(**partial_kwargs)
     require(isinstance(built, kind), _no(kind, what))
     return built
 
 
-def check_kind(config: Any, kind: type, where: str, late: Iterable[str] | None = None) -> Any:
-    """What a config's `_target_` names, and with it those of its arguments; nothing is built.
+def check_kind(config: Any, kind: type, where: str, partial_kwargs: Iterable[str] | None = None) -> Any:
+    """Return the class or function that a config's `_target_` names, after a check of those in its arguments too.
+
+    Nothing is built.
 
     Args:
-        late: what functions are given where `_partial_` may stand; None where it may not.
+        partial_kwargs: names of what functions are given where `_partial_` is allowed; None where it is not.
 
     Raises: UserError if it is not there, or is known to make something else than `kind`.
     """
@@ -105,11 +111,11 @@ def check_kind(config: Any, kind: type, where: str, late: Iterable[str] | None =
         f"{where}._target_={name} is an abstract class; name a class derived from it",
     )
     require(isinstance(partial, bool), f"{where}._partial_ must be true or false, got {partial!r}")
-    require(not partial or late is not None, f"{where}._partial_=true would make nothing; leave it out")
+    require(not partial or partial_kwargs is not None, f"{where}._partial_=true would make nothing; leave it out")
     require(
         not partial or not inspect.isclass(found),
-        f"{where}._partial_=true is for functions of the {' and the '.join(late or ())}, and {name} is a class; "
-        f"set {where}._partial_=false",
+        f"{where}._partial_=true is for functions of the {' and the '.join(partial_kwargs or ())}, and {name} is a "
+        f"class; set {where}._partial_=false",
     )
     for key, value in settings.items():
         require_switch(f"{where}.{key}", value, alternatives(hints.get(key)))
@@ -178,16 +184,16 @@ def _no(kind: type, what: str) -> str:
     return f"{what} makes no {kind.__name__}; name a class derived from {room}.{kind.__name__}"
 
 
-def root(error: BaseException) -> BaseException:
-    """The exception that the others of a chain were raised from."""
+def root_cause(error: BaseException) -> BaseException:
+    """Return the exception that the others of a chain were raised from."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
-def cause(error: BaseException) -> str:
-    """The first line of what lies at the bottom of an exception."""
-    error = root(error)
+def root_cause_line(error: BaseException) -> str:
+    """Return the first line of an exception's root cause; the name of its class if it says nothing."""
+    error = root_cause(error)
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 

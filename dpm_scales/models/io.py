@@ -1,18 +1,21 @@
 """Models as files: `model.safetensors` + `config.yaml`, and checkpoints read without unpickling anything.
 
-The config names classes of this package alone: a stranger's file can't make us import something else. It is checked
-against `dpm_scales.` before anything is built from it.
+The config may name classes of this package alone, and of those that the user trusts: it is checked against
+`models.trust` before anything is imported or built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import Tensor
 
+from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import OutOfMemoryError, UserError, require, suggest
 from dpm_scales.memory import lacks_memory
 from dpm_scales.models.checksums import (
@@ -22,8 +25,9 @@ from dpm_scales.models.checksums import (
     read_tensors,
     write_tensors,
 )
-from dpm_scales.models.instantiate import cause, root
-from dpm_scales.models.model import Model, Recipe, build_model
+from dpm_scales.models.instantiate import root_cause, root_cause_line
+from dpm_scales.models.model import Model, Recipe, build_denoiser, build_sampler, named_modules
+from dpm_scales.models.trust import trusted_names
 from dpm_scales.models.weights_fit import MisfitError, not_finite, require_dtypes
 from dpm_scales.storage import read_yaml, write_text
 
@@ -47,16 +51,49 @@ def save_model(folder: Path, model: Model, state: dict[str, Tensor] | None = Non
     write_text(folder / "config.yaml", yaml.safe_dump(model.recipe.to_dict(), sort_keys=False))
 
 
-def load_model(path: str | Path, weights: str = "averaged") -> Model:
-    """A model from a run folder, an export folder or a checkpoint file, on the CPU, in evaluation mode.
+@dataclass(frozen=True)
+class _Wanted:
+    """What a caller asks for instead of what the file says: see `load_model`."""
+
+    allow: Collection[str] = ()
+    sampler: Mapping[str, Any] | None = None
+    steps: int | None = None
+
+    def recipe(self, values: Any, source: str) -> Recipe:
+        """Return the recipe that a file holds, without its sampler if another one is asked for."""
+        if self.sampler is not None and isinstance(values, dict) and "sampler" in values:
+            values = {**values, "sampler": None}  # it is not built, so that its class needs no trust
+        return Recipe.from_dict(values, source, self.allow)
+
+    def with_sampler(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with the sampler and the steps that are asked for."""
+        settings = recipe.parts["sampler"] if self.sampler is None else dict(self.sampler)
+        if self.steps is not None and isinstance(settings, dict):
+            settings = {**settings, "steps": self.steps}
+        return replace(recipe, parts={**recipe.parts, "sampler": settings})
+
+
+def load_model(
+    path: str | Path,
+    weights: str = "averaged",
+    *,
+    allow: Collection[str] = (),
+    sampler: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+) -> Model:
+    """Return the model of a run folder, an export folder or a checkpoint file, on the CPU, in evaluation mode.
 
     Args:
         weights: "averaged", or "raw" for the last step's weights, which only checkpoints hold.
+        allow: packages, modules or classes that you trust, ``["mynet"]``: the model may name classes of them, which are
+            imported; otherwise those of dpm_scales alone.
+        sampler: config of a sampler to use in place of the model's own.
+        steps: number of steps of the sampler; None for its own.
 
-    Raises: UserError if nothing is there, if it is not a model of ours, or if its weights are not finite or do not fit
-    its config.
+    Raises: UserError if there is no model, if it names a class that it may not, or if its weights are not finite or do
+    not fit its config.
     """
-    path = Path(path)
+    path, wanted = Path(path), _Wanted(trusted_names(allow), sampler, steps)
     require(weights in WEIGHTS, f"unknown weights {weights!r}: {suggest(str(weights), WEIGHTS)}")
     require(path.exists(), f"no model at {path}: no such file or folder")
     tensors = path
@@ -69,17 +106,17 @@ def load_model(path: str | Path, weights: str = "averaged") -> Model:
         require(tensors.is_file(), f"no model in {path}: neither model/model.safetensors nor checkpoints/last.ckpt")
     if tensors.suffix == ".safetensors":
         require(weights != "raw", f"raw weights are in checkpoints only, not in {tensors}")
-        return _load_export(tensors)
-    return _load_checkpoint(tensors, weights)
+        return _load_export(tensors, wanted)
+    return _load_checkpoint(tensors, weights, wanted)
 
 
-def _load_export(tensors: Path) -> Model:
+def _load_export(tensors: Path, wanted: _Wanted) -> Model:
     config = tensors.with_name("config.yaml")
     require(config.is_file(), f"{tensors} has no config.yaml beside it")
-    recipe = Recipe.from_dict(read_yaml(config), str(config))
+    recipe = wanted.recipe(read_yaml(config), str(config))
     with _offering(tensors.parent.parent / "checkpoints"):
         state = read_tensors(tensors)
-    return _with_weights(recipe, state, str(tensors))
+    return _with_weights(recipe, state, str(tensors), wanted)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -109,36 +146,52 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _load_checkpoint(path: Path, weights: str) -> Model:
+def _load_checkpoint(path: Path, weights: str, wanted: _Wanted) -> Model:
     with _offering(path.parent):
         values = read_checkpoint(path)
     # with weight averaging, `state_dict` is the average and the raw weights lie apart
     state = values.get("current_model_state", values["state_dict"]) if weights == "raw" else values["state_dict"]
     state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-    return _with_weights(Recipe.from_dict(values["recipe"], str(path)), state, str(path))
+    return _with_weights(wanted.recipe(values["recipe"], str(path)), state, str(path), wanted)
 
 
-def _with_weights(recipe: Recipe, state: dict[str, Tensor], source: str) -> Model:
+def _with_weights(recipe: Recipe, state: dict[str, Tensor], source: str, wanted: _Wanted) -> Model:
     try:
-        model = build_model(recipe, weights=state)
-        require_dtypes(state, model.modules().state_dict())
-        model.modules().load_state_dict(state)
+        denoiser, prior = build_denoiser(recipe, weights=state)
+        modules = named_modules(denoiser, prior)
+        require_dtypes(state, modules.state_dict())
+        modules.load_state_dict(state)
     except Exception as error:
         raise _refused(error, source) from error
     bad = not_finite(state)
     require(bad is None, f"{source}: the weights are not finite ({bad}): training has diverged; choose another model")
-    model.modules().eval()
-    return model
+    modules.eval()
+    asked = wanted.with_sampler(recipe)
+    try:
+        sampler = build_sampler(asked.parts["sampler"], denoiser)
+    except Exception:
+        if wanted.sampler is None:
+            _require_sampler(recipe, denoiser, source)
+        raise
+    return Model(denoiser, prior, sampler, asked)
+
+
+def _require_sampler(recipe: Recipe, denoiser: Denoiser, source: str) -> None:
+    """Raise UserError that names the file unless its own sampler can be built."""
+    try:
+        build_sampler(recipe.parts["sampler"], denoiser)
+    except Exception as error:
+        raise _refused(error, source) from error
 
 
 def _refused(error: Exception, source: str) -> UserError:
     """The line for a model that could not be built and given its weights."""
-    first = root(error)
+    first = root_cause(error)
     if isinstance(first, OutOfMemoryError) or lacks_memory(first) is not None:
-        return OutOfMemoryError(f"{source}: the model needs more memory than there is: {cause(error)}")
+        return OutOfMemoryError(f"{source}: the model needs more memory than there is: {root_cause_line(error)}")
     if isinstance(first, MisfitError):
         return UserError(f"{source}: the weights do not fit the config: {first}")
     if str(first).startswith("Error(s) in loading state_dict"):
         lines = str(first).splitlines()
         return UserError(f"{source}: the weights do not fit the config: {lines[min(1, len(lines) - 1)].strip()}")
-    return UserError(f"{source}: the model's config can't be built: {cause(error)}")
+    return UserError(f"{source}: the model's config can't be built: {root_cause_line(error)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, require
-from dpm_scales.models.checksums import (
-    FORMAT,
-    VERSION,
-)
+from dpm_scales.models.checksums import FORMAT, VERSION
 from dpm_scales.models.instantiate import build, plain
-from dpm_scales.models.trust import check_targets, current_names
+from dpm_scales.models.trust import check_targets, current_names, trusted_names
 from dpm_scales.models.weights_fit import require_fit, within_memory
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Process
@@ -56,13 +53,21 @@ class Recipe:
         return {"format": FORMAT, "version": VERSION, "image": image, "labels": labels, **self.parts}
 
     @staticmethod
-    def from_dict(values: Any, source: str) -> Recipe:
-        """Raises UserError for anything that is not a recipe of this version."""
+    def from_dict(values: Any, source: str, allow: Collection[str] = ()) -> Recipe:
+        """Return the recipe that a file holds.
+
+        Args:
+            values: its content.
+            source: its path, for messages.
+            allow: packages whose classes it may name besides those of the core; see `models.trust`.
+
+        Raises: UserError for anything that is not a recipe of this version, or names another class.
+        """
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise UserError(f"{source} is not a dpm_scales model; give a run folder, its model/ folder or a checkpoint")
         if values.get("version") != VERSION:
             raise UserError(f"{source} has model format {values.get('version')!r}; this version reads {VERSION}")
-        check_targets(values, source)
+        check_targets(values, source, trusted_names(allow))
         try:
             image, labels = values["image"], values["labels"]
             parts = {name: current_names(values[name]) for name in PARTS}
@@ -93,15 +98,28 @@ class Model:
 
     def modules(self) -> nn.ModuleDict:
         """Denoiser and prior under the names that exports and checkpoints use."""
-        return nn.ModuleDict({"denoiser": self.denoiser, "prior": self.prior})
+        return named_modules(self.denoiser, self.prior)
+
+
+def named_modules(denoiser: Denoiser, prior: Prior) -> nn.ModuleDict:
+    """Return what has weights under the names that exports and checkpoints use."""
+    return nn.ModuleDict({"denoiser": denoiser, "prior": prior})
 
 
 def build_model(recipe: Recipe, data_std: float = 0.5, weights: Mapping[str, Tensor] | None = None) -> Model:
-    """Build a model with fresh weights.
+    """Return a model with fresh weights; arguments and errors are those of `build_denoiser`."""
+    denoiser, prior = build_denoiser(recipe, data_std, weights)
+    return Model(denoiser, prior, build_sampler(recipe.parts["sampler"], denoiser), recipe)
+
+
+def build_denoiser(
+    recipe: Recipe, data_std: float = 0.5, weights: Mapping[str, Tensor] | None = None
+) -> tuple[Denoiser, Prior]:
+    """Return the parts of a model that have weights.
 
     Args:
         data_std: as in `Denoiser`.
-        weights: that the model is to be given, by the names of `Model.modules`: its network is compared with them
+        weights: that the model will be given, by the names of `Model.modules`: its network is compared with them
             before memory is taken for it.
 
     Raises: UserError for parts that do not fit together, MisfitError for weights of another network, OutOfMemoryError
@@ -110,8 +128,8 @@ def build_model(recipe: Recipe, data_std: float = 0.5, weights: Mapping[str, Ten
     parts = recipe.parts
     process = build(parts["process"], Process, "process")
     inputs = recipe.channels * (1 + process.context_channels)
-    given = {"in_channels": inputs, "out_channels": recipe.channels, "num_classes": recipe.num_classes}
-    make = partial(build, parts["network"], nn.Module, "network", given=given)
+    kwargs = {"in_channels": inputs, "out_channels": recipe.channels, "num_classes": recipe.num_classes}
+    make = partial(build, parts["network"], nn.Module, "network", kwargs=kwargs)
     if weights is not None:
         require_fit(make, weights, "denoiser.network.")
     with within_memory("this network"):
@@ -121,15 +139,18 @@ def build_model(recipe: Recipe, data_std: float = 0.5, weights: Mapping[str, Ten
     target = build(parts["target"], Target, "target")
     prior = build(parts["prior"], Prior, "prior", {"process": process})
     prior.check(process)
-    denoiser = Denoiser(network, process, target, data_std)
-    sampler = build(parts["sampler"], Sampler, "sampler", {"denoiser": denoiser})
+    return Denoiser(network, process, target, data_std), prior
+
+
+def build_sampler(settings: Any, denoiser: Denoiser) -> Sampler:
+    """Return the sampler that a config describes. Raises UserError if it does not fit the denoiser."""
+    sampler: Sampler = build(settings, Sampler, "sampler", {"denoiser": denoiser})
     sampler.check(denoiser)
-    return Model(denoiser, prior, sampler, recipe)
+    return sampler
 
 
-def with_sampler(model: Model, sampler: Any) -> Model:
-    """The model with another sampler (a config), checked against its denoiser."""
-    built = build(sampler, Sampler, "sampler", {"denoiser": model.denoiser})
-    built.check(model.denoiser)
-    parts = {**model.recipe.parts, "sampler": plain(sampler)}
-    return replace(model, sampler=built, recipe=replace(model.recipe, parts=parts))
+def with_sampler(model: Model, settings: Any) -> Model:
+    """Return the model with another sampler, that of a config. Raises UserError if it does not fit the denoiser."""
+    parts = {**model.recipe.parts, "sampler": plain(settings)}
+    sampler = build_sampler(settings, model.denoiser)
+    return replace(model, sampler=sampler, recipe=replace(model.recipe, parts=parts))

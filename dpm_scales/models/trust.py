@@ -1,13 +1,15 @@
 """What a file may name: the only allow-list.
 
 Whoever types a command may name any class of any package. A file may not: a model's config and a checkpoint's recipe
-may name classes that the core defines; the stored options and the data's config of a run, those of `dpm_scales.data`
-too. Nothing else is imported.
+may name classes of the core; the stored options of a run, those of `dpm_scales.data` too; the data's config of a run,
+those alone. Nothing else is imported, unless the typist trusts its package: `allow=[mynet]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pydoc
+import re
+from collections.abc import Collection, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -15,9 +17,26 @@ from dpm_scales.errors import UserError, require
 
 MAX_NODES, MAX_DEPTH = 10**5, 50
 
+#: rooms whose classes a model's config may name, the data's config of a run, and the stored options of a run
+MODEL_ROOMS = ("processes", "schedules", "targets", "networks", "priors", "samplers")
+DATA_ROOMS = ("data",)
+OPTION_ROOMS = (*MODEL_ROOMS, *DATA_ROOMS)
+#: classes of these rooms that no file may name, and why
+HARMFUL = {"dpm_scales.data.TorchvisionSource": "could download to any place"}
+#: names that classes had in files of earlier versions
+RENAMED = {
+    "dpm_scales.priors.GuidancePrior": "dpm_scales.priors.OsmosisPrior",
+    "dpm_scales.targets.FinerScale": "dpm_scales.targets.NextScale",
+}
+ADVICE = "if you trust it, give this option on the command line"
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
-def nodes(value: Any, source: str) -> Iterator[Any]:
-    """All values in nested containers, parents first. Refuses a tree that refers to itself, or is absurdly large."""
+
+def walk_config(value: Any, source: str) -> Iterator[Any]:
+    """Yield all values in nested containers, parents first.
+
+    Raises: UserError for a tree that refers to itself, or has more than `MAX_NODES` values or `MAX_DEPTH` levels.
+    """
     stack, number = [(value, 0)], 0
     while stack:
         node, depth = stack.pop()
@@ -29,13 +48,6 @@ def nodes(value: Any, source: str) -> Iterator[Any]:
             stack += [(child, depth + 1) for child in children]
 
 
-#: names that classes had in files of earlier versions
-RENAMED = {
-    "dpm_scales.priors.GuidancePrior": "dpm_scales.priors.OsmosisPrior",
-    "dpm_scales.targets.FinerScale": "dpm_scales.targets.NextScale",
-}
-
-
 def current_names(config: Any) -> Any:
     """Return nested plain containers with the present name of every class that a `_target_` names."""
     if isinstance(config, dict):
@@ -45,16 +57,36 @@ def current_names(config: Any) -> Any:
     return [current_names(value) for value in config] if isinstance(config, list) else config
 
 
-ROOMS = ("processes", "schedules", "targets", "networks", "priors", "samplers")
+def trusted_names(allow: Any) -> tuple[str, ...]:
+    """Return the value of the option `allow`, one name or a list of names, as a tuple.
+
+    Raises: UserError for anything but names of packages, modules or classes.
+    """
+    names = (allow,) if isinstance(allow, str) else tuple(allow) if isinstance(allow, list | tuple | set) else None
+    if names is None or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
+        raise UserError(f"allow must name packages whose classes files may use, allow=[mynet], got {allow!r}")
+    return names
 
 
-def check_targets(value: Any, source: str) -> None:
-    """Raise UserError unless a config is plain, resolved, and names classes of the core alone."""
-    for node in nodes(value, source):
+def foreign_packages(*configs: Any) -> list[str]:
+    """Return the packages other than dpm_scales whose classes these plain containers name, in alphabetical order."""
+    found = {node.get("_target_") for node in walk_config(configs, "options") if isinstance(node, dict)}
+    packages = {name.partition(".")[0] for name in found if isinstance(name, str) and _NAME.fullmatch(name)}
+    return sorted(packages - {"dpm_scales"})
+
+
+def check_targets(value: Any, source: str, allow: Collection[str] = ()) -> None:
+    """Raise UserError unless a model's config is plain, resolved, and names classes that it may.
+
+    Args:
+        source: the file, for messages.
+        allow: packages, modules or classes that the user trusts; see `check_target`.
+    """
+    for node in walk_config(value, source):
         if isinstance(node, dict):
             for key, entry in node.items():
                 if key == "_target_":
-                    check_target(entry, source)
+                    check_target(entry, source, allow=allow)
                 elif str(key).startswith("_") and key != "_partial_":
                     raise UserError(f"{source} holds the key {key!r}, which a model's config may not")
         elif isinstance(node, str) and "${" in node:
@@ -63,28 +95,43 @@ def check_targets(value: Any, source: str) -> None:
             raise UserError(f"{source} holds a {type(node).__name__}, which a model's config may not")
 
 
-def check_target(name: Any, source: str) -> None:
-    """Only what a room of the core itself defines: no import of others, nothing that a room imports from elsewhere."""
-    parts = name.split(".") if isinstance(name, str) else []
-    ours = len(parts) == 3 and parts[0] == "dpm_scales" and parts[1] in ROOMS
-    require(ours, f"{source} asks for {name!r}; a model may only use the classes of dpm_scales")
-    found = getattr(import_module(f"dpm_scales.{parts[1]}"), parts[2], None)
-    defined_here = str(getattr(found, "__module__", "")).startswith(f"dpm_scales.{parts[1]}")
-    require(callable(found) and defined_here, f"{source} asks for {name!r}, which this version of dpm_scales has not")
+def check_target(
+    name: Any, source: str, rooms: Collection[str] = MODEL_ROOMS, allow: Collection[str] = (), advice: str = ""
+) -> None:
+    """Raise UserError unless a file may name this class; import nothing before it is known that it may.
 
+    A class must be defined where its name says, in a room or below a trusted package: `mynet.os.system` is not.
 
-ADVICE = "if you trust it, give this option on the command line"
-
-
-def check_class(name: Any, refused: str) -> None:
-    """Only what the core or the data's room defines."""
-    from dpm_scales import data
-
-    room, _, own = str(name).rpartition(".")
-    if room == "dpm_scales.data" and own in data.__all__:
-        require(own != "TorchvisionSource", f"{refused}, which could download to any place; {ADVICE}")
+    Args:
+        name: value of a `_target_`.
+        source: the file, for messages.
+        rooms: packages of dpm_scales whose classes may be named.
+        allow: packages, modules or classes that the user trusts.
+        advice: what the user can do, where `allow` does not help.
+    """
+    text = name if isinstance(name, str) and _NAME.fullmatch(name) else ""
+    advice = f"; {advice}" if advice else ""
+    parts = text.split(".")
+    asked = f"{source} asks for {name!r}"
+    if len(parts) == 3 and parts[0] == "dpm_scales" and parts[1] in rooms:
+        require(text not in HARMFUL, f"{asked}, which {HARMFUL.get(text)}{advice}")
+        room = f"dpm_scales.{parts[1]}"
+        found = getattr(import_module(room), parts[2], None)
+        require(_is_defined_in(found, room), f"{asked}, which this version of dpm_scales has not{advice}")
         return
+    trusted = next((prefix for prefix in allow if f"{text}.".startswith(f"{prefix}.")), None)
+    if trusted is None:
+        end = advice if parts[0] in ("", "dpm_scales") else f"; if you trust it: allow=[{parts[0]}]"
+        own = "a model may only use the classes of dpm_scales"
+        data = "data may only use the classes of dpm_scales.data, or be given by reference=DIR"
+        raise UserError(f"{asked}; {own if MODEL_ROOMS[0] in rooms else data}{end}")
     try:
-        check_target(name, refused)
-    except UserError as error:
-        raise UserError(f"{error}; {ADVICE}") from error
+        found = pydoc.locate(text)
+    except pydoc.ErrorDuringImport as error:
+        raise UserError(f"{asked}, which can't be imported: {error.value}") from error
+    require(found is not None, f"{asked}, and there is no such class; is its package installed, or on PYTHONPATH?")
+    require(text == trusted or _is_defined_in(found, trusted), f"{asked}, which is not a class of {trusted}")
+
+
+def _is_defined_in(found: Any, package: str) -> bool:
+    return callable(found) and f"{getattr(found, '__module__', '')}.".startswith(f"{package}.")

@@ -17,7 +17,7 @@ from dpm_scales.storage import read_yaml
 RUNS, SWEEPS = Path("runs"), Path("sweeps")
 #: options that say where or on what device to run, not what: they are left out of names
 UNNAMED = (
-    *("run_dir", "resume", "trainer.devices", "trainer.num_nodes", "trainer.accelerator"),
+    *("run_dir", "resume", "allow", "trainer.devices", "trainer.num_nodes", "trainer.accelerator"),
     *("trainer.enable_progress_bar", "hydra"),
 )
 LONGEST_NAME = 80  # characters, before the hash

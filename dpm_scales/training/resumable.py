@@ -7,7 +7,7 @@ once or some steps later.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from dpm_scales.data import ImageDataModule
 from dpm_scales.errors import UserError
 from dpm_scales.models.checksums import is_plain_tensor
-from dpm_scales.models.instantiate import cause, root
+from dpm_scales.models.instantiate import root_cause, root_cause_line
 from dpm_scales.models.model import Recipe
+from dpm_scales.models.trust import walk_config
 from dpm_scales.models.weights_fit import not_finite
 from dpm_scales.training.module import DiffusionModule
 
@@ -31,14 +32,21 @@ LARGEST = 2**53
 
 
 def require_resumable(
-    checkpoint: dict[str, Any], path: Path, trainer: pl.Trainer, module: DiffusionModule, data: ImageDataModule
+    checkpoint: dict[str, Any],
+    path: Path,
+    trainer: pl.Trainer,
+    module: DiffusionModule,
+    data: ImageDataModule,
+    allow: Collection[str] = (),
 ) -> None:
     """Raise UserError unless everything in a checkpoint is of the kind that this run would write.
 
     Missing and additional keys are left to the code that reads them. Weights and the optimiser's moments are compared
     if the model is the same; if not, `check_same_model` has a better message than that shapes differ.
     """
-    Recipe.from_dict(checkpoint["recipe"], str(path))
+    own = module.parts.recipe.to_dict()  # whose classes are imported already
+    classes = {node["_target_"] for node in walk_config(own, "recipe") if isinstance(node, dict) and "_target_" in node}
+    Recipe.from_dict(checkpoint["recipe"], str(path), (*classes, *allow))
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], fused=True)
     schedule = LambdaLR(optimizer, lambda _: 1.0).state_dict()
     del schedule["lr_lambdas"]  # a plain function, of which nothing is stored
@@ -55,7 +63,7 @@ def require_resumable(
         type(data).__qualname__: data.state_dict(),
     }
     odd = _difference(wanted, checkpoint, "")
-    ours = {**module.parts.recipe.to_dict(), "sampler": None}
+    ours = {**own, "sampler": None}
     if odd is None and {**checkpoint["recipe"], "sampler": None} == ours:
         odd = _odd_optimizer(checkpoint["optimizer_states"], optimizer.param_groups[0], list(module.parameters()))
         odd = odd or _odd_weights(checkpoint, module)
@@ -73,8 +81,8 @@ def restored_in_one_line(trainer: pl.Trainer, path: Path | None) -> Iterator[Non
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if path is None or started.training or isinstance(error, UserError):
             raise
-        first = root(error)
-        reason = f"{first} is missing" if isinstance(first, KeyError) else cause(error)
+        first = root_cause(error)
+        reason = f"{first} is missing" if isinstance(first, KeyError) else root_cause_line(error)
         raise UserError(f"{path} can't be resumed: {reason}; choose another run_dir") from error
 
 

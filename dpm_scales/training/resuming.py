@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
-from dpm_scales.cli.arguments import config_flags
+from dpm_scales.cli.arguments import config_flags, trust_options
 from dpm_scales.models.instantiate import plain
 from dpm_scales.models.trust import current_names
 
@@ -48,6 +48,7 @@ _ORDER = "the order of the images is different"
 RULES = {
     "run_dir": Rule(APART, "selects the run"),
     "resume": Rule(APART, "selects the run, which must exist"),
+    "allow": Rule(APART, "names the packages whose classes the run's files may use; never stored"),
     "check_resume": Rule(APART, "trains three separate runs"),
     "data": Rule(
         WARNED,
@@ -105,7 +106,8 @@ Change = tuple[str, Any, Any]
 
 def resume_command(run_dir: Path, *options: str) -> str:
     """Return the command that resumes a run, quoted for a shell."""
-    return " ".join(["python train.py", *map(shlex.quote, (*config_flags(), f"run_dir={run_dir}", *options))])
+    words = (*config_flags(), f"run_dir={run_dir}", *trust_options(), *options)
+    return " ".join(["python train.py", *map(shlex.quote, words)])
 
 
 def rule_of(key: str) -> Rule | None:

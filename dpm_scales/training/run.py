@@ -24,7 +24,7 @@ from dpm_scales.models.checksums import checkpoint_step
 from dpm_scales.models.instantiate import build, check_kind, plain
 from dpm_scales.models.io import checkpoints, save_model
 from dpm_scales.models.model import PARTS, Model, Recipe, build_model
-from dpm_scales.models.trust import current_names
+from dpm_scales.models.trust import current_names, foreign_packages, trusted_names
 from dpm_scales.storage import FolderGoneError, write_text
 from dpm_scales.training.callbacks import check_order
 from dpm_scales.training.checkpoints import (
@@ -160,7 +160,7 @@ def _resume_and_fit(
     found = find_checkpoint(run_dir / "checkpoints")
     if found is not None:
         resume, checkpoint = found
-        require_resumable(checkpoint, resume, trainer, module, data)
+        require_resumable(checkpoint, resume, trainer, module, data, trusted_names(plain(cfg.allow)))
         check_same_model(current_names(checkpoint["recipe"]), current_names(model.recipe.to_dict()), run_dir)
         steps = int(checkpoint["global_step"])
         rate = module.learning_rate * module.rate(steps, cfg.trainer.max_steps)
@@ -180,6 +180,12 @@ def _resume_and_fit(
         if resume is not None:
             restore_last(resume)
         print(_first_line(cfg, run_dir, trainer, model, data) + (f", resuming {resume}" if resume else ""))
+        packages = foreign_packages(model.recipe.parts, plain(cfg.data))
+        if packages:
+            print(
+                f"this run uses classes of {listed(packages)}: files are not trusted, so whoever loads or resumes it "
+                f"gives allow=[{','.join(packages)}]"
+            )
         if changed:
             print(changed)
         if steps >= cfg.trainer.log_every_n_steps and metrics.is_empty:

@@ -60,7 +60,7 @@ def make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback], resc
         cfg.trainer,
         pl.Trainer,
         "trainer",
-        given={
+        kwargs={
             "strategy": ShardedStrategy() if strategy == FSDP else strategy,
             "precision": precision_of(cfg),
             "log_every_n_steps": log_interval(cfg.trainer),

@@ -115,7 +115,7 @@ def test_what_is_right_is_built(modules: None) -> None:
     )
     assert isinstance(heat, InverseHeat) and isinstance(heat.blur, LogBlur)
     assert isinstance(heat.noise, ConstantNoise) and heat.noise.noise_std == 0.2
-    assert build({"_target_": "own_module.vp"}, Process, "process", given={"num_scales": 5}).num_scales == 5
+    assert build({"_target_": "own_module.vp"}, Process, "process", kwargs={"num_scales": 5}).num_scales == 5
     assert build({"_target_": "own_module.told", "noise": None}, Process, "process").num_scales == 7
 
 
@@ -157,7 +157,7 @@ def test_functions_of_what_was_built_before() -> None:
 def test_given_arguments_must_be_taken() -> None:
     config = {"_target_": P + "VP"}
     with pytest.raises(UserError, match="network._target_=.*VP takes no argument in_channels, which it would be given"):
-        build(config, nn.Module, "network", given={"in_channels": 3})
+        build(config, nn.Module, "network", kwargs={"in_channels": 3})
     with pytest.raises(InstantiationException, match="unexpected keyword argument 'colour'"):
         build(config | {"colour": 3}, Process, "process")
 
@@ -198,7 +198,7 @@ def test_what_configs_name_passes(group: str) -> None:
     config = composed(
         "logger=tensorboard", "weight=edm", "run_dir=x", f"{group}.seed=3" if group == "data" else "seed=3"
     )
-    check_kind(config[group], KINDS[group], group, late=LATE.get(group))
+    check_kind(config[group], KINDS[group], group, partial_kwargs=LATE.get(group))
 
 
 def test_a_network_without_weights(tmp_path: Path) -> None:
