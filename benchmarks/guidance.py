@@ -90,7 +90,7 @@ def steered(folder: Path, judge: Judge) -> list[str]:
     x = to_range(digits, process.value_range)
     model.prior.steer(x, process)
     first, second = torch.cat(list(draw(model, 2 * len(x), seed=0))).chunk(2)
-    time = process.guidance_blur_sigma**2 / 2
+    time = process.guidance.blur_sigma**2 / 2
     guides = to_uint8(heat_blur(x, time), process.value_range)
     rows = torch.stack([images[:12] for images in (digits, guides, first, second)])
     save_png(folder / "steered.png", make_grid(rows.flatten(0, 1), columns=12, upscale=6))

@@ -255,19 +255,19 @@ class OsmosisPrior(_FittedPrior):
     def steer(self, images: Tensor, process: Process) -> None:
         osmosis = as_osmosis(process)
         require(
-            osmosis.guidance_image != "none",
+            osmosis.guidance.image != "none",
             f"this model's {type(process).__name__} takes an image's mean grey values alone, and no image can choose "
             f"its start; models that can be told are {STEERABLE}",
         )
         super().steer(images, process)
 
     def _limit(self, process: Process) -> int:
-        guides = as_osmosis(process).guidance_image != "none"
+        guides = as_osmosis(process).guidance.image != "none"
         return min(self.max_images, self.max_reliefs) if guides else self.max_images
 
     def _store(self, images: Tensor, process: Process) -> None:
         images, device = images.to(torch.float32), self.grey.device
-        relief = as_osmosis(process).relief(images)
+        relief = as_osmosis(process).guidance_detail(images)
         self.grey = images.mean((-2, -1)).to(device)
         if relief is not None:
             self.relief = relief.to(device)
@@ -284,9 +284,9 @@ class OsmosisPrior(_FittedPrior):
         mean, relief = self.grey[index].to(dtype), None
         if len(self.relief) > 0:
             self.check_size(size[1:])
-            guides = self._pick(noise, count) if osmosis.guidance_image == "other" else index
+            guides = self._pick(noise, count) if osmosis.guidance.image == "other" else index
             relief = self.relief[guides].to(dtype)
-        context = osmosis.guidance(mean, noise.normal(size, dtype), relief)
+        context = osmosis.draw_guidance(mean, noise.normal(size, dtype), relief)
         operator = osmosis.operator(context)
         signal = osmosis.signal_scale(one, torch.zeros_like(one)).to(dtype)
         start = signal * operator.to_white(osmosis.steady_state(mean, context))

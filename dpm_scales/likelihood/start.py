@@ -130,24 +130,24 @@ def _guidance(
 ) -> tuple[Tensor, Tensor, Tensor, Context]:
     """log w_i, what the context costs, the m_i, and the context, as the table above has them."""
     own, known, shape = x_0.mean((-2, -1)), prior.grey.to(torch.float64), tuple(x_0.shape[1:])
-    count, std = len(known), process.guidance_noise
+    count, std = len(known), process.guidance.noise
     zero = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
     equal = (zero[:1, None] - math.log(count)).expand(1, count)
-    if process.guidance_image == "own":
-        context = process.guidance(own, noise.normal(shape, x_0.dtype), process.relief(x_0))
+    if process.guidance.image == "own":
+        context = process.draw_guidance(own, noise.normal(shape, x_0.dtype), process.guidance_detail(x_0))
         return zero[:1, None], zero, own[:, None], context
     relief = None
-    if process.guidance_image == "other":
+    if process.guidance.image == "other":
         relief = prior.relief[(noise.uniform() * len(prior.relief)).long()].to(x_0.dtype)
     if std == 0 and relief is None:
-        return equal, zero, known[None], process.guidance(own, noise.normal(shape, x_0.dtype))
-    if std == 0 or process.guidance_pattern == "edges":
+        return equal, zero, known[None], process.draw_guidance(own, noise.normal(shape, x_0.dtype))
+    if std == 0 or process.guidance.pattern == "edges":
         index, cost = _grey_near(process, own, known, math.prod(shape[1:]), noise)
-        context = process.guidance(prior.grey[index].to(x_0.dtype), noise.normal(shape, x_0.dtype), relief)
+        context = process.draw_guidance(prior.grey[index].to(x_0.dtype), noise.normal(shape, x_0.dtype), relief)
         return zero[:1, None], cost, known[index][:, None], context
     white = noise.normal(shape, x_0.dtype)
-    context = process.guidance(own, white, relief)
-    if process.guidance_pattern == "white" and relief is None:
+    context = process.draw_guidance(own, white, relief)
+    if process.guidance.pattern == "white" and relief is None:
         log_densities = _log_guidance_densities(process, context, prior.grey)
         log_density = _log_guidance_densities(process, context, own, paired=True)
     else:
@@ -171,9 +171,9 @@ def _log_mean_densities(process: Osmosis, own: Tensor, known: Tensor, white: Ten
     """log densities of the mean of the unclipped guidance, drawn around `own` ``(B, C)``, under the values `known`
     ``(M, C)`` and under its own, ``(B, M)`` and ``(B,)``, up to the same number."""
     low, high = process.value_range
-    drawn = process.guidance_noise * white.to(torch.float64).mean((-2, -1))  # times b, as the standard deviation
-    gain = process.pattern(torch.ones_like(white[:1], dtype=torch.float64)).mean()
-    variance = (process.guidance_noise * gain) ** 2 / white[0, 0].numel()
+    drawn = process.guidance.noise * white.to(torch.float64).mean((-2, -1))  # times b, as the standard deviation
+    gain = process.guidance.patterned(torch.ones_like(white[:1], dtype=torch.float64)).mean()
+    variance = (process.guidance.noise * gain) ** 2 / white[0, 0].numel()
     place = (own.to(torch.float64) - low) / (high - low) + gain * drawn
     squares = _squared_distances(place, (known - low) / (high - low))
     return -squares / (2 * variance), -(gain * drawn).square().sum(1) / (2 * variance)
@@ -192,8 +192,8 @@ def _log_guidance_densities(process: Osmosis, v: Tensor, mean: Tensor, paired: b
     Returns: float64 ``(B, M)``, with `paired` ``(B,)``.
     """
     low, high = process.value_range
-    std, least = process.guidance_noise, process.guidance_min
-    grey = (mean.to(v.dtype) - low) / (high - low)  # rounded as `Osmosis.guidance` rounds it
+    std, least = process.guidance.noise, process.guidance.minimum
+    grey = (mean.to(v.dtype) - low) / (high - low)  # rounded as `Osmosis.draw_guidance` rounds it
     g = grey.to(torch.float64) if paired else grey.to(torch.float64)[None]
     dark, bright = v <= least, v >= 1
     inside = ~(dark | bright)

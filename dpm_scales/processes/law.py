@@ -20,7 +20,7 @@ too); what depends on t and mu has shape ``mu.shape`` or ``(B, 1, *mu.shape)``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.memory import require_memory
 from dpm_scales.operators import Decay, Operator, SpectralFunction, batch_view
+from dpm_scales.processes.checks import Chain
+from dpm_scales.processes.steps import Step
 from dpm_scales.rng import CounterRNG, Randomness, white_noise
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule, is_number
 
@@ -105,7 +107,7 @@ class Process(nn.Module):
         ):
             require(ok, f"{type(self).__name__}: {key}={got!r} is no {key} schedule; see dpm_scales.schedules")
         self._operator = operator
-        # what `_check_consistency` takes at its peak, and all tables together less
+        # what `_check_consistency` takes at its peak; all tables together take less
         num_bytes = num_scales * (80 + 40 * len(self._probes()))
         require_memory(num_bytes, f"{type(self).__name__}: num_scales={num_scales}", "lower num_scales")
         self.num_scales = num_scales
@@ -324,125 +326,18 @@ class Process(nn.Module):
         largest = self._operator.eigenvalues(64, 64).max().item()
         return torch.linspace(0, 1, 24, dtype=torch.float64) ** 3 * largest if largest > 0 else torch.zeros(1).double()
 
-    def _check_consistency(self, tolerance: float = 1e-9) -> None:
-        """Every step of the chain exists: look at all scales and at eigenvalues that span the spectrum."""
-        name = type(self).__name__
-        ts = torch.arange(self.num_scales + 1, dtype=torch.float64) / self.num_scales
-        mu = self._probes()
-        log_signal = self.signal(ts).log(mu)[:, 0]
-        variance = self.noise_scale(ts, mu)[:, 0] ** 2
-        log_signal, variance = (v.expand(len(ts), len(mu)) for v in (log_signal, variance))
-
-        def report(bad: Tensor, describe: Callable[[int, int], str]) -> None:
-            if bad.any():
-                k, j = (int(i) for i in bad.nonzero()[0])
-                raise UserError(
-                    f"{name}: at scale k={k + 1} of {self.num_scales}, eigenvalue mu={mu[j]:.4g}: {describe(k, j)}"
-                )
-
-        image = bool((log_signal[0].abs() <= tolerance).all()) and bool((variance[0] <= tolerance**2).all())
-        require(
-            image,
-            f"{name}: scale 0 must be the image, and is {math.exp(log_signal[0].min()):.6g} times the image with noise "
-            f"{variance[0].max().sqrt():.4g}; let the schedules start at signal 1, noise 0 and no blur",
-        )
-        growth = log_signal[1:] - log_signal[:-1]
-        report(
-            growth > tolerance,
-            lambda k, j: f"the signal grows by a factor {math.exp(growth[k, j]):.4g}; no step may sharpen or amplify",
-        )
-        added = variance[1:] - torch.exp(2 * growth) * variance[:-1]
-        report(
-            ~(added >= -tolerance * (variance[1:] + 1e-30)),
-            lambda k, j: (
-                f"the transition would need the variance {added[k, j]:.4g}; noise must grow at least as the "
-                "signal's square falls, so raise the noise there"
-            ),
-        )
+    def _check_consistency(self) -> None:
+        """Raise UserError unless every step of the chain exists and the class's promises hold."""
+        ts, mu = torch.arange(self.num_scales + 1, dtype=torch.float64) / self.num_scales, self._probes()
+        shape = (len(ts), len(mu))
+        log_signal = self.signal(ts).log(mu)[:, 0].expand(shape)
+        chain = Chain(type(self).__name__, mu, log_signal, (self.noise_scale(ts, mu)[:, 0] ** 2).expand(shape))
+        chain.check_image()
+        chain.check_transitions()
         if self.variance_preserving:
-            total = torch.exp(2 * self.noise(ts)[0]) + variance[:, 0]
-            worst = int((total[1:] - 1).abs().argmax()) + 1
-            require(
-                abs(float(total[worst]) - 1) < 1e-6,
-                f"{name}: signal^2 + noise^2 is {total[worst]:.4g} at scale k={worst} of {self.num_scales}, and must "
-                f"be 1; take a variance-preserving schedule, or for {type(self.noise).__name__} the process ve or heat",
-            )
+            chain.check_variance_preserving(self.noise(ts)[0], type(self.noise).__name__)
         if self.lyapunov:
-            fall = variance[1:] - variance[:-1]
-            report(
-                fall < -tolerance * variance[:-1],
-                lambda k, j: (
-                    f"the noise falls from {variance[k, j].sqrt():.4g} to {variance[k + 1, j].sqrt():.4g}, so "
-                    "entropy would fall (Lyapunov property); use a non-decreasing schedule"
-                ),
-            )
-
-
-@dataclass(frozen=True)
-class Step:
-    """The functions of mu between two scales s <= t; each maps mu to ``mu.shape`` or ``(B, 1, *mu.shape)``."""
-
-    process: Process
-    s: Tensor
-    t: Tensor
-
-    def signal_s(self, mu: Tensor) -> Tensor:
-        """lambda_s."""
-        return torch.exp(self.process.signal(self.s).log(mu))
-
-    def signal_t(self, mu: Tensor) -> Tensor:
-        """lambda_t."""
-        return torch.exp(self.process.signal(self.t).log(mu))
-
-    def noise_s(self, mu: Tensor) -> Tensor:
-        """gamma_s."""
-        return self.process.noise_scale(self.s, mu)
-
-    def noise_t(self, mu: Tensor) -> Tensor:
-        """gamma_t."""
-        return self.process.noise_scale(self.t, mu)
-
-    def log_rho(self, mu: Tensor) -> Tensor:
-        """log(lambda_t / lambda_s)."""
-        return self.process.signal(self.t).log(mu) - self.process.signal(self.s).log(mu)
-
-    def rho(self, mu: Tensor) -> Tensor:
-        """lambda_t / lambda_s, in (0, 1]."""
-        return torch.exp(self.log_rho(mu))
-
-    def half_log_snr_gain(self, mu: Tensor) -> Tensor:
-        """h = (l_s - l_t) / 2 >= 0, the step's length for exponential integrators; +inf where scale s has no noise."""
-        return -self.log_rho(mu) - self._log_noise_ratio(mu)
-
-    def transition_std(self, mu: Tensor) -> Tensor:
-        """beta with beta^2 = gamma_t^2 - rho^2 gamma_s^2."""
-        variance = self.noise_t(mu) ** 2 - self.rho(mu) ** 2 * self.noise_s(mu) ** 2
-        return variance.clamp(min=0).sqrt()
-
-    def tau(self, mu: Tensor) -> Tensor:
-        """1 - exp(l_t - l_s), in [0, 1]; 1 where scale s has no noise."""
-        return -torch.expm1(-2 * self.half_log_snr_gain(mu).clamp(min=0))
-
-    def posterior_coef_xt(self, mu: Tensor) -> Tensor:
-        """a = gamma_s sqrt(1 - tau) / gamma_t = rho gamma_s^2 / gamma_t^2: how much of y_t the posterior keeps."""
-        return torch.exp(self.log_rho(mu) + 2 * self._log_noise_ratio(mu))
-
-    def posterior_coef_x0(self, mu: Tensor) -> Tensor:
-        """lambda_s - a lambda_t = lambda_s tau, without the cancellation: how much of y_0 the posterior takes."""
-        return self.signal_s(mu) * self.tau(mu)
-
-    def posterior_std(self, mu: Tensor) -> Tensor:
-        """gamma_s sqrt(tau)."""
-        return self.noise_s(mu) * self.tau(mu).sqrt()
-
-    def noise_ratio(self, mu: Tensor) -> Tensor:
-        """gamma_s / gamma_t; 0 where scale s has no noise."""
-        return torch.exp(self._log_noise_ratio(mu))
-
-    def _log_noise_ratio(self, mu: Tensor) -> Tensor:
-        """log(gamma_s / gamma_t); -inf where scale s has no noise, and by convention where neither has."""
-        log_s, log_t = self.process.log_noise_scale(self.s, mu), self.process.log_noise_scale(self.t, mu)
-        return torch.where(torch.isneginf(log_s), log_s, log_s - log_t)
+            chain.check_lyapunov()
 
 
 def _grey() -> Tensor:

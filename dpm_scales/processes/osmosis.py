@@ -27,8 +27,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require, require_choice
-from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator, SpectralFunction, chebyshev_degree, heat_blur
+from dpm_scales.errors import UserError, require
+from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator, SpectralFunction, chebyshev_degree
+from dpm_scales.processes.guidance_images import Guidance
 from dpm_scales.processes.law import Context, Process
 from dpm_scales.rng import CounterRNG, Randomness, white_noise
 from dpm_scales.schedules import (
@@ -39,12 +40,9 @@ from dpm_scales.schedules import (
     NoiseSchedule,
     NoNoise,
     SinSquaredBlur,
-    is_number,
     require_positive,
 )
 
-PATTERNS = ("white", "smooth", "edges")
-IMAGES = ("none", "own", "other")
 STRIDES = (1, 4, 20, 100)
 """Steps, in scales, whose functions the expansion is made for."""
 
@@ -54,13 +52,7 @@ class Osmosis(Process):
 
     Args:
         num_scales, noise, blur, min_decay, value_range: as for `Process`.
-        guidance_noise: standard deviation of the guidance image around the mean grey value, black 0 and white 1; >= 0.
-        guidance_min: smallest value of the guidance image, in (0, 1).
-        guidance_pattern: "white" noise; "smooth", noise blurred by `guidance_blur_sigma` and of the same standard
-            deviation; "edges", its sign.
-        guidance_blur_sigma: of the last two, and of guidance images, in px, > 0.
-        guidance_image: "none"; "own", each image guides itself; "other", the next one of the batch guides it.
-        guidance_input: whether the network sees the guidance image.
+        guidance: how guidance images are drawn; members take its values as `guidance_*`.
         tolerance: bound on the error of f(L), relative to the largest f, for means of the law and of samplers' steps;
             the degree of the expansion follows from it. Standard deviations that vanish like a root at mu = 0, as the
             posterior's under constant noise do, are met to about 1e-2 of the noise.
@@ -75,27 +67,13 @@ class Osmosis(Process):
         blur: BlurSchedule,
         min_decay: float,
         value_range: Sequence[float],
-        guidance_noise: float,
-        guidance_min: float,
-        guidance_pattern: str,
-        guidance_blur_sigma: float,
-        guidance_image: str,
-        guidance_input: bool,
+        guidance: Guidance,
         tolerance: float,
     ) -> None:
         super().__init__(HeatOperator("discrete"), num_scales, noise, blur, min_decay, value_range)
-        name = type(self).__name__
-        require_positive(self, guidance_min=guidance_min, guidance_blur_sigma=guidance_blur_sigma, tolerance=tolerance)
-        require_choice("guidance_pattern", guidance_pattern, PATTERNS, name)
-        require_choice("guidance_image", guidance_image, IMAGES, name)
-        ok = isinstance(guidance_input, bool)
-        require(ok, f"{name}: guidance_input must be true or false, got {guidance_input!r}")
-        self.guidance_pattern, self.guidance_blur_sigma = guidance_pattern, float(guidance_blur_sigma)
-        self.guidance_image, self.context_channels = guidance_image, int(guidance_input)
-        ok = is_number(guidance_noise) and guidance_noise >= 0
-        require(ok, f"{name}: guidance_noise must be a number >= 0, got {guidance_noise!r}")
-        require(guidance_min < 1, f"{name}: guidance_min must lie in (0, 1), got {guidance_min!r}")
-        self.guidance_noise, self.guidance_min = float(guidance_noise), float(guidance_min)
+        require_positive(self, tolerance=tolerance)
+        self.guidance = guidance.checked(self)
+        self.context_channels = int(guidance.visible)
         self.tolerance, self.degree = float(tolerance), 1
         ts = torch.arange(self.num_scales + 1, dtype=torch.float64) / self.num_scales
         self.ensure_degree(self.signal(ts))
@@ -114,54 +92,44 @@ class Osmosis(Process):
 
     def context(self, x_0: Tensor, generator: Randomness = None) -> Context:
         """A guidance image around each image's mean grey value: ``(B, C, H, W)``."""
-        white = white_noise(x_0, generator)
-        relief = self.relief(x_0)
-        if relief is not None and self.guidance_image == "other":
-            relief = relief.roll(1, 0)
-        return self.guidance(x_0.mean((-2, -1)), white, relief)
+        white, detail = white_noise(x_0, generator), self.guidance_detail(x_0)
+        if detail is not None and self.guidance.image == "other":
+            detail = detail.roll(1, 0)
+        return self.draw_guidance(x_0.mean((-2, -1)), white, detail)
 
     def context_from(self, x: Tensor, noise: CounterRNG) -> Context:
         require(
-            self.guidance_image != "other",
+            self.guidance.image != "other",
             f"{type(self).__name__} with guidance_image=other leads to an image of its own; there is nothing to edit",
         )
         white = noise.normal(tuple(x.shape[1:]), x.dtype)
-        return self.guidance(x.mean((-2, -1)), white, self.relief(x))
+        return self.draw_guidance(x.mean((-2, -1)), white, self.guidance_detail(x))
 
     def default_prior(self) -> str:
         return "guidance"
 
     @property
     def condition(self) -> str | None:
-        return "guidance image" if self.guidance_image == "own" else None
+        return "guidance image" if self.guidance.image == "own" else None
 
-    def relief(self, images: Tensor) -> Tensor | None:
-        """What `images` ``(B, C, H, W)`` guide with: blurred, without their mean, white is 1; None if they don't."""
-        if self.guidance_image == "none":
-            return None
+    def guidance_detail(self, images: Tensor) -> Tensor | None:
+        """Return what images ``(B, C, H, W)`` guide with, zero-mean, white is 1; None if images don't guide."""
+        return None if self.guidance.image == "none" else self.guidance.detail(self._unit(images))
+
+    def draw_guidance(self, mean: Tensor, white: Tensor, detail: Tensor | None = None) -> Tensor:
+        """Return guidance images ``(B, C, H, W)``.
+
+        Args:
+            mean: mean intensities ``(B, C)`` in the value range.
+            white: white noise ``(B, C, H, W)``.
+            detail: as `guidance_detail` gives it.
+        """
+        return self.guidance.draw(self._unit(mean), white, detail)
+
+    def _unit(self, values: Tensor) -> Tensor:
+        """Map the value range to [0, 1]."""
         low, high = self.value_range
-        blurred = heat_blur((images - low) / (high - low), self.guidance_blur_sigma**2 / 2)
-        return blurred - blurred.mean((-2, -1), keepdim=True)
-
-    def guidance(self, mean: Tensor, white: Tensor, relief: Tensor | None = None) -> Tensor:
-        """Guidance images from mean grey values ``(B, C)`` in the value range, white noise ``(B, C, H, W)`` and what
-        `relief` gave."""
-        low, high = self.value_range
-        grey = ((mean - low) / (high - low))[..., None, None]
-        if relief is not None:
-            grey = grey + relief
-        return (grey + self.guidance_noise * self.pattern(white)).clamp(self.guidance_min, 1.0)
-
-    def pattern(self, white: Tensor) -> Tensor:
-        """White noise ``(B, C, H, W)`` as the guidance's pattern of variance one."""
-        if self.guidance_pattern == "white":
-            return white
-        time = self.guidance_blur_sigma**2 / 2
-        smooth = heat_blur(white, time)
-        if self.guidance_pattern == "edges":
-            return torch.sign(smooth)
-        mu = HeatOperator().eigenvalues(white.shape[-2], white.shape[-1], white.device)
-        return smooth / torch.exp(-2 * time * mu).mean().sqrt().to(white.dtype)
+        return (values - low) / (high - low)
 
     def operator(self, context: Context = None) -> Operator:
         return self._operator if context is None else OsmosisOperator(context, self.degree, validate=False)
@@ -200,9 +168,11 @@ class OsmosisFilter(Osmosis):
         tolerance: float = 1e-6,
         value_range: Sequence[float] = (0.0, 1.0),
     ) -> None:
-        guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_image, guidance_input)
+        guidance = Guidance(
+            guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_image, guidance_input
+        )
         super().__init__(
-            num_scales, NoNoise(), LogBlur() if blur is None else blur, 0.0, value_range, *guidance, tolerance
+            num_scales, NoNoise(), LogBlur() if blur is None else blur, 0.0, value_range, guidance, tolerance
         )
 
 
@@ -224,8 +194,10 @@ class InverseOsmosis(Osmosis):
         value_range: Sequence[float] = (0.0, 1.0),
     ) -> None:
         noise, blur = ConstantNoise() if noise is None else noise, LogBlur() if blur is None else blur
-        guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_image, guidance_input)
-        super().__init__(num_scales, noise, blur, 0.0, value_range, *guidance, tolerance)
+        guidance = Guidance(
+            guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_image, guidance_input
+        )
+        super().__init__(num_scales, noise, blur, 0.0, value_range, guidance, tolerance)
 
 
 class OsmosisDiffusion(Osmosis):
@@ -253,5 +225,7 @@ class OsmosisDiffusion(Osmosis):
         value_range: Sequence[float] = (-1.0, 1.0),
     ) -> None:
         noise, blur = CosineLogSNR() if noise is None else noise, SinSquaredBlur() if blur is None else blur
-        guidance = (guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_image, guidance_input)
-        super().__init__(num_scales, noise, blur, min_decay, value_range, *guidance, tolerance)
+        guidance = Guidance(
+            guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_image, guidance_input
+        )
+        super().__init__(num_scales, noise, blur, min_decay, value_range, guidance, tolerance)

@@ -94,7 +94,7 @@ def test_guidance_of_sample_i_is_image_i_mod_n(name: str, desk: Path) -> None:
     model.prior.noise_ratio = 0.0
     y, v = start(model, 4, 5)
     chosen = np.stack([grey(i % 3)[None] for i in range(4, 9)]) / 255
-    shown = blurred(torch.from_numpy(chosen), 0.5).clip(process.guidance_min, 1)
+    shown = blurred(torch.from_numpy(chosen), 0.5).clip(process.guidance.minimum, 1)
     assert v is not None
     np.testing.assert_allclose(v.numpy(), shown, atol=1e-5)
     signal = float(process.signal_scale(1.0, torch.zeros(1)))

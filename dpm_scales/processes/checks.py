@@ -1,0 +1,90 @@
+"""Checks of a forward process at construction: every step of its chain exists and keeps what the process promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpm_scales.errors import UserError, require
+
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The curves of a process at its scales k / K, k = 0..K, and at M eigenvalues that span the spectrum.
+
+    Attributes:
+        name: the process's class, for messages.
+        mu: eigenvalues ``(M,)``.
+        log_signal: log lambda ``(K + 1, M)``.
+        variance: gamma^2 ``(K + 1, M)``.
+    """
+
+    name: str
+    mu: Tensor
+    log_signal: Tensor
+    variance: Tensor
+
+    def check_image(self) -> None:
+        """Raise UserError unless scale 0 is the image: no blur, no noise."""
+        log_signal, variance = self.log_signal[0], self.variance[0]
+        require(
+            bool((log_signal.abs() <= TOLERANCE).all()) and bool((variance <= TOLERANCE**2).all()),
+            f"{self.name}: scale 0 must be the image, and is {math.exp(log_signal.min()):.6g} times the image with "
+            f"noise {variance.max().sqrt():.4g}; let the schedules start at signal 1, noise 0 and no blur",
+        )
+
+    def check_transitions(self) -> None:
+        """Raise UserError for a step that amplifies a frequency, or would need noise of negative variance."""
+        growth = self.log_signal[1:] - self.log_signal[:-1]
+        self._refuse(
+            growth > TOLERANCE,
+            lambda k, j: f"the signal grows by a factor {math.exp(growth[k, j]):.4g}; no step may sharpen or amplify",
+        )
+        added = self.variance[1:] - torch.exp(2 * growth) * self.variance[:-1]
+        self._refuse(
+            ~(added >= -TOLERANCE * (self.variance[1:] + 1e-30)),
+            lambda k, j: (
+                f"the transition would need the variance {added[k, j]:.4g}; noise must grow at least as the "
+                "signal's square falls, so raise the noise there"
+            ),
+        )
+
+    def check_variance_preserving(self, log_signal: Tensor, schedule: str) -> None:
+        """Raise UserError unless a^2 + gamma^2 = 1 at every scale but 0.
+
+        Args:
+            log_signal: log a ``(K + 1,)``.
+            schedule: the noise schedule's class, for the message.
+        """
+        total = torch.exp(2 * log_signal) + self.variance[:, 0]
+        worst = int((total[1:] - 1).abs().argmax()) + 1
+        require(
+            abs(float(total[worst]) - 1) < 1e-6,
+            f"{self.name}: signal^2 + noise^2 is {total[worst]:.4g} at scale k={worst} of {len(total) - 1}, and must "
+            f"be 1; take a variance-preserving schedule, or for {schedule} the process ve or heat",
+        )
+
+    def check_lyapunov(self) -> None:
+        """Raise UserError if gamma falls between two scales."""
+        fall = self.variance[1:] - self.variance[:-1]
+        self._refuse(
+            fall < -TOLERANCE * self.variance[:-1],
+            lambda k, j: (
+                f"the noise falls from {self.variance[k, j].sqrt():.4g} to {self.variance[k + 1, j].sqrt():.4g}, so "
+                "entropy would fall (Lyapunov property); use a non-decreasing schedule"
+            ),
+        )
+
+    def _refuse(self, bad: Tensor, describe: Callable[[int, int], str]) -> None:
+        """Raise UserError at the first step k and eigenvalue j where `bad` ``(K, M)`` holds."""
+        if bad.any():
+            k, j = (int(i) for i in bad.nonzero()[0])
+            raise UserError(
+                f"{self.name}: at scale k={k + 1} of {len(bad)}, eigenvalue mu={self.mu[j]:.4g}: {describe(k, j)}"
+            )
