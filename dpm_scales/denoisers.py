@@ -1,11 +1,13 @@
 """A denoiser is a network with its meaning: process, target and preconditioning.
 
-predict(y_t, t)    the answer in the target's terms
-clean(y_t, t, s)   m_s = lambda_s(L) y_0-hat, all that a sampler needs
-loss(x_0, t)       what training minimises, one value per image
+predict(y_t, t)           the network's answer in the target's terms
+predict_mean(y_t, t, s)   m_s = lambda_s(L) y_0-hat, all that a sampler needs
+loss(x_0, t)              what training minimises, one value per image
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,27 @@ from dpm_scales.targets import Target, moments
 from dpm_scales.weights import LossWeight
 
 
-class Denoiser(nn.Module):
+class BaseDenoiser(nn.Module, ABC):
+    """What samplers, edits and likelihoods ask of a denoiser: the mean m_s, and what it was made from."""
+
+    process: Process
+    target: Target
+    spectrum: DataSpectrum
+
+    @abstractmethod
+    def predict_mean(
+        self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Return m_s = lambda_s(L) y_0-hat, ``(B, C, H, W)`` in whitened coordinates; at s = 0 the estimate y_0-hat.
+
+        Args:
+            y_t: ``(B, C, H, W)`` in whitened coordinates, at scale t.
+            t, s: float64, ``()`` or ``(B,)``, s <= t.
+            labels: ``(B,)`` int64 or None.
+        """
+
+
+class Denoiser(BaseDenoiser):
     """Network + process + target.
 
     Args:
@@ -72,19 +94,12 @@ class Denoiser(nn.Module):
     def predict(
         self, operator: Operator, y_t: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None
     ) -> Tensor:
-        """What the target asks for, at scale t ``(B,)``; pixels or white coordinates, as the target has it."""
+        """Return the prediction at scale t ``(B,)``, in pixels or whitened coordinates as the target has it."""
         return self._predict(operator, y_t, t, context, labels)[0]
 
     def predict_mean(
         self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None
     ) -> Tensor:
-        """m_s in white coordinates; at s = 0 the estimate y_0-hat itself.
-
-        Args:
-            y_t: ``(B, C, H, W)`` in white coordinates, at scale t.
-            t, s: float64, ``()`` or ``(B,)``, s <= t.
-            labels: ``(B,)`` int64 or None.
-        """
         operator = self.process.operator(context)
         prediction = self.predict(operator, y_t, t.expand(y_t.shape[0]), context, labels)
         return self.target.predict_mean(self.process, operator, prediction, y_t, t, s)

@@ -19,9 +19,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dpm_scales.denoisers import Denoiser
+from dpm_scales.denoisers import BaseDenoiser, Denoiser
 from dpm_scales.errors import require, require_choice
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context
@@ -30,7 +30,7 @@ from dpm_scales.schedules import is_number
 VARIABLES = ("t", "logsnr")
 
 
-class ClassifierFreeGuidance(Denoiser):
+class ClassifierFreeGuidance(BaseDenoiser):
     """A denoiser with guidance; it shares network, process, target and spectrum with the one it is made from.
 
     Args:
@@ -51,7 +51,7 @@ class ClassifierFreeGuidance(Denoiser):
         interval: Sequence[float] | None = None,
         variable: str = "t",
     ) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         require(is_number(scale) and scale >= 0, f"guidance must be a number >= 0, got {scale!r}")
         require_choice("guidance_variable", variable, VARIABLES)
         low, high = _interval(interval)
@@ -60,21 +60,29 @@ class ClassifierFreeGuidance(Denoiser):
             f"the logSNR of {type(denoiser.process).__name__} is the same at all scales; set guidance_variable=t",
         )
         self.network, self.process, self.target = denoiser.network, denoiser.process, denoiser.target
-        self.spectrum, self._degree = denoiser.spectrum, denoiser._degree
+        self.spectrum, self._answer = denoiser.spectrum, denoiser.predict
         self.null_label, self.scale, self.low, self.high = null_label, float(scale), low, high
         self.variable = variable
+
+    def predict_mean(
+        self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None
+    ) -> Tensor:
+        operator = self.process.operator(context)
+        prediction = self.predict(operator, y_t, t.expand(y_t.shape[0]), context, labels)
+        return self.target.predict_mean(self.process, operator, prediction, y_t, t, s)
 
     def predict(
         self, operator: Operator, y_t: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None
     ) -> Tensor:
+        """Return the guided prediction in the target's terms, see `Denoiser.predict`."""
         null = torch.full((y_t.shape[0],), self.null_label, dtype=torch.int64, device=y_t.device)
         everywhere = self.low == -math.inf and self.high == math.inf
         if labels is None or (self.scale == 0 and everywhere):
-            return super().predict(operator, y_t, t, context, null)
+            return self._answer(operator, y_t, t, context, null)
         if self.scale == 1:
-            return super().predict(operator, y_t, t, context, labels)
+            return self._answer(operator, y_t, t, context, labels)
         both = None if context is None else torch.cat([context, context])
-        twice = super().predict(
+        twice = self._answer(
             self.process.operator(both), torch.cat([y_t, y_t]), torch.cat([t, t]), both, torch.cat([labels, null])
         )
         labelled, plain = twice.chunk(2)

@@ -20,9 +20,9 @@ Every sampler works with it: it is a denoiser. `Resampling` adds RePaint's steps
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dpm_scales.denoisers import Denoiser
+from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.editing.degradations import HEAT, Degradation
 from dpm_scales.editing.latents import context_of, noised
 from dpm_scales.errors import UserError, is_whole, require, require_choice
@@ -35,7 +35,7 @@ from dpm_scales.targets import NextScale, visible_noise, wiener_error
 COVARIANCES = ("spectrum", "white")
 
 
-class Consistent(Denoiser):
+class Consistent(BaseDenoiser):
     """The denoiser's estimates, conditioned on a degraded image.
 
     Args:
@@ -50,20 +50,16 @@ class Consistent(Denoiser):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: BaseDenoiser,
         degradation: Degradation,
         observed: Tensor,
         noise_std: float = 0.0,
         covariance: str | SpectralFunction = "spectrum",
     ) -> None:
-        nn.Module.__init__(self)  # a denoiser around another, without a network of its own
+        super().__init__()
         check_estimates(denoiser)
-        self.inner, self.process, self.target, self.spectrum = (
-            denoiser,
-            denoiser.process,
-            denoiser.target,
-            denoiser.spectrum,
-        )
+        self.inner, self.process, self.target = denoiser, denoiser.process, denoiser.target
+        self.spectrum = denoiser.spectrum
         self.degradation, self.observed, self.noise_std = degradation, observed, float(noise_std)
         if isinstance(covariance, str):
             require_choice("covariance", covariance, COVARIANCES)
@@ -77,7 +73,6 @@ class Consistent(Denoiser):
     def predict_mean(
         self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None
     ) -> Tensor:
-        """m_s in white coordinates; see `Denoiser.clean`."""
         operator = self.process.operator(context)
         m_0 = self.inner.predict_mean(y_t, t, torch.zeros_like(t), context, labels)
         estimate = self.conditioned(operator.to_pixels(m_0), t)
@@ -158,7 +153,7 @@ class Resampling(Sampler):
         return y
 
 
-def check_estimates(denoiser: Denoiser) -> None:
+def check_estimates(denoiser: BaseDenoiser) -> None:
     """Raise UserError unless the network's answer at any scale tells x_0-hat."""
     if isinstance(denoiser.target, NextScale):
         raise UserError(

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import Denoiser
+from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.errors import UserError
 from dpm_scales.processes import Context, Process, Step
 from dpm_scales.rng import CounterRNG
@@ -64,7 +64,7 @@ def nearest_blur(process: Process, blur_sigma: float) -> tuple[float, float]:
 
 @torch.no_grad()
 def encode(
-    denoiser: Denoiser,
+    denoiser: BaseDenoiser,
     x: Tensor,
     scales: Tensor,
     context: Context = None,

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import Denoiser
+from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.errors import UserError, is_whole, require, require_number, suggest
 from dpm_scales.likelihood.decoder import check_decoder, decode
 from dpm_scales.likelihood.start import start_law
@@ -101,7 +101,7 @@ class VariationalBound:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: BaseDenoiser,
         prior: Prior,
         steps: int | None = None,
         draws: int | None = None,
@@ -220,7 +220,7 @@ class _Weight:
         return terms.flatten(1) @ bands
 
 
-def _shares(denoiser: Denoiser, weight: _Weight, scales: Tensor, like: Tensor) -> Tensor:
+def _shares(denoiser: BaseDenoiser, weight: _Weight, scales: Tensor, like: Tensor) -> Tensor:
     """With what probability a draw looks at each step, ``(n,)``: its share of what linear filtering would leave."""
     process = denoiser.process
     mu = process.operator().eigenvalues(like.shape[-2], like.shape[-1], scales.device)

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import Denoiser
+from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.errors import require_number
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context
@@ -50,7 +50,7 @@ def negative_log_likelihood(
     return -log_p.flatten(1).sum(1)
 
 
-def wiener_std(denoiser: Denoiser, operator: Operator, t: Tensor, like: Tensor) -> Tensor:
+def wiener_std(denoiser: BaseDenoiser, operator: Operator, t: Tensor, like: Tensor) -> Tensor:
     """The standard deviation that the decoder takes by default, in pixels: ``(B | 1, C, H, W)`` shaped as `like`.
 
     That of the linear (Wiener) estimate of x_0 from y_t for data of the denoiser's spectrum, averaged over the
@@ -74,7 +74,7 @@ def check_decoder(std: float | None, levels: int | None) -> None:
 
 
 def decode(
-    denoiser: Denoiser,
+    denoiser: BaseDenoiser,
     operator: Operator,
     y: Tensor,
     t: Tensor,

@@ -32,7 +32,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import Denoiser
+from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.likelihood.bound import Likelihood, OnStep, check_noise
 from dpm_scales.likelihood.decoder import check_decoder, decode
@@ -66,7 +66,7 @@ class FlowLikelihood:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: BaseDenoiser,
         prior: Prior,
         steps: int = 64,
         probes: int = 1,
@@ -119,7 +119,7 @@ class FlowLikelihood:
 
 @torch.no_grad()
 def follow_flow(
-    denoiser: Denoiser,
+    denoiser: BaseDenoiser,
     start: Start,
     y: Tensor,
     scales: Tensor,
@@ -166,7 +166,7 @@ def _factors(step: Step) -> tuple[SpectralFunction, SpectralFunction, SpectralFu
 
 
 def _with_trace(
-    denoiser: Denoiser,
+    denoiser: BaseDenoiser,
     operator: Operator,
     f: SpectralFunction,
     y: Tensor,

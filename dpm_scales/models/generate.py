@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 from unicodedata import normalize
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, is_whole, require, require_number
 from dpm_scales.guidance import ClassifierFreeGuidance
 from dpm_scales.images import to_uint8
@@ -89,7 +90,8 @@ def with_guidance(model: Model, scale: float, interval: Sequence[float] | None =
         f"guidance={scale:g} needs a model that also knows images without labels, and this one was trained with all of "
         "them; drop guidance=, or train with label_dropout=0.1",
     )
-    return replace(model, denoiser=ClassifierFreeGuidance(model.denoiser, classes, scale, interval, variable))
+    guided = ClassifierFreeGuidance(model.denoiser, classes, scale, interval, variable)
+    return replace(model, denoiser=cast(Denoiser, guided))  # serves whatever does not train
 
 
 def draw(

@@ -17,7 +17,7 @@ The last step, from t to s = 0, returns m_0 without noise: y_0-hat itself, since
 
 from __future__ import annotations
 
-from dpm_scales.denoisers import Denoiser
+from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.samplers.churn import Churn
 from dpm_scales.samplers.grids import GRIDS, karras_grid, logsnr_grid, quadratic_grid, uniform_grid
 from dpm_scales.samplers.loop import OnStep, PastStep, Sampler, StepContext
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 
-def auto_sampler(denoiser: Denoiser, steps: int | None = None) -> Sampler:
+def auto_sampler(denoiser: BaseDenoiser, steps: int | None = None) -> Sampler:
     """What suits a model: Heun without blur, dissipation without noise, SDE-DPM-Solver++(2M) for blur and noise.
 
     Noise on the way lets errors of earlier steps be forgotten, and the second order needs a fraction of the ancestral

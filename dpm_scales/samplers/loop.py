@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import Denoiser
+from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.errors import UserError, is_whole, require, suggest
 from dpm_scales.operators import Operator
 from dpm_scales.priors import Prior
@@ -45,7 +45,7 @@ class PastStep:
 class StepContext:
     """One step of a sampler, from scale t down to s."""
 
-    denoiser: Denoiser
+    denoiser: BaseDenoiser
     t: Tensor
     s: Tensor
     noise: CounterRNG
@@ -121,7 +121,7 @@ class Sampler(ABC):
             return quadratic_grid(process, steps, device)
         return uniform_grid(process, steps, device)
 
-    def check(self, denoiser: Denoiser) -> None:
+    def check(self, denoiser: BaseDenoiser) -> None:
         """Raise UserError, before any work, if this sampler can't run with this denoiser."""
         scales = self.scales(denoiser.process, tables_of(denoiser.process))
         if isinstance(denoiser.target, NextScale):
@@ -136,7 +136,7 @@ class Sampler(ABC):
     @torch.no_grad()
     def sample(
         self,
-        denoiser: Denoiser,
+        denoiser: BaseDenoiser,
         prior: Prior,
         noise: CounterRNG,
         size: tuple[int, int, int],
@@ -165,7 +165,7 @@ class Sampler(ABC):
     @torch.no_grad()
     def reverse(
         self,
-        denoiser: Denoiser,
+        denoiser: BaseDenoiser,
         y: Tensor,
         noise: CounterRNG,
         context: Context = None,

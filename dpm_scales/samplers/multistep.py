@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import Denoiser
+from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.errors import is_whole, require
 from dpm_scales.operators import SpectralFunction
 from dpm_scales.processes import Process, Step
@@ -63,7 +63,7 @@ class DPMSolver(DDIM):
         self.order = order
         self.memory = order - 1
 
-    def check(self, denoiser: Denoiser) -> None:
+    def check(self, denoiser: BaseDenoiser) -> None:
         super().check(denoiser)
         process = denoiser.process
         for count in range(1, self.order):
@@ -95,7 +95,7 @@ class UniPC(DPMSolver):
         super().__init__(0.0, steps, grid, rho, order)
         self.memory = order
 
-    def check(self, denoiser: Denoiser) -> None:
+    def check(self, denoiser: BaseDenoiser) -> None:
         super().check(denoiser)
         process = denoiser.process
         for count in range(self.order):

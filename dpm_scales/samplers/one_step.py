@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import Denoiser
+from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.processes import Process, Step
 from dpm_scales.samplers.churn import Churn
@@ -93,7 +93,7 @@ class Heun(DDIM):
         self.churn = churn if s_churn > 0 else None
         self.variable = variable
 
-    def check(self, denoiser: Denoiser) -> None:
+    def check(self, denoiser: BaseDenoiser) -> None:
         super().check(denoiser)
         process = denoiser.process
         scales = self.scales(process, tables_of(process))

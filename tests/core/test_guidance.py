@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpm_scales.denoisers import Denoiser
+from dpm_scales.denoisers import BaseDenoiser, Denoiser
 from dpm_scales.guidance import ClassifierFreeGuidance
 from dpm_scales.priors import GaussianPrior
 from dpm_scales.processes import VE, VP, Blurring, InverseHeat, OsmosisDiffusion
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, Dissipation, DPMSolver, Heun, Sampler, UniPC
+from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.flows import SMOOTH
 from support.oracles import (
@@ -192,6 +193,29 @@ def test_context_goes_with_both_halves() -> None:
     guided = ClassifierFreeGuidance(denoiser, NULL, 3.0).predict_mean(x_0, t, s, context, labels)
     with_label, without = (denoiser.predict_mean(x_0, t, s, context, v) for v in (labels, torch.full((2,), NULL)))
     close(guided.detach().numpy(), (without + 3 * (with_label - without)).detach().numpy(), 1e-8)
+
+
+def test_samplers_ask_a_denoiser_for_its_means_alone() -> None:
+    class Still(BaseDenoiser):
+        """Its estimate is one image, whatever it sees."""
+
+        def __init__(self, process: VP, image: Tensor) -> None:
+            super().__init__()
+            self.process, self.target, self.spectrum, self.image = process, Clean(), DataSpectrum(), image
+
+        def predict_mean(
+            self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None
+        ) -> Tensor:
+            return self.process.operator(context).apply(self.process.signal(s), self.image.expand(y_t.shape))
+
+    image = images(1, 1, H, W).float()
+    for sampler in (Ancestral(4), DDIM(0.0, 4), Heun(4), DPMSolver(0.0, 4), UniPC(2, 4)):
+        still = Still(VP(8), image)
+        sampler.check(still)
+        found = sampler.sample(still, GaussianPrior(), CounterRNG(0, 2), (1, H, W))
+        torch.testing.assert_close(found, image.expand(2, 1, H, W))
+    with pytest.raises(TypeError, match="abstract"):
+        BaseDenoiser()  # type: ignore[abstract]
 
 
 def test_guidance_shares_the_denoisers_parts_and_moves_with_them() -> None:
