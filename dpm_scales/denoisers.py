@@ -62,7 +62,7 @@ class Denoiser(BaseDenoiser):
         self._degree = self._filter_degree()
 
     def _filter_degree(self) -> int:
-        """Degree that the preconditioning's filter needs, for white data: the measured spectrum bends it little."""
+        """Return the degree that the preconditioning's filter needs, for white data: the spectrum changes it little."""
         white, process = DataSpectrum(), self.process
         # seven curves of all eigenvalues, float64
         num_bytes = 56 * process.operator().eigenvalues(8, 8).numel() * process.num_scales
@@ -72,7 +72,7 @@ class Denoiser(BaseDenoiser):
         return 0 if wiener is None else process.degree_of(wiener)
 
     def resolve_auto(self, size: tuple[int, int]) -> dict[str, str]:
-        """The target's choices for the measured spectrum and images of `size` (H, W), by argument; to be stored."""
+        """Resolve the target's "auto" arguments for images of `size` (H, W); return them by name, to be stored."""
         chosen = self.target.resolve_auto(self.process, self.spectrum, size)
         self._degree = self._filter_degree()
         return chosen
@@ -80,7 +80,7 @@ class Denoiser(BaseDenoiser):
     def _predict(
         self, operator: Operator, y_t: Tensor, t: Tensor, context: Context, labels: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Prediction and loss weight; t is ``(B,)``."""
+        """Return prediction and loss weight; t is ``(B,)``."""
         size, dtype = (y_t.shape[-2], y_t.shape[-1]), y_t.dtype
         c = self.target.scalings(moments(self.process, operator, t, self.spectrum, size))
         z = operator.to_pixels(y_t if c.filter is None else operator.at_degree(self._degree).apply(c.filter, y_t))
@@ -113,7 +113,7 @@ class Denoiser(BaseDenoiser):
         context: Context = None,
         loss_weight: LossWeight | None = None,
     ) -> Tensor:
-        """Weighted squared error, averaged over each image: ``(B,)``.
+        """Return the weighted squared error, averaged over each image: ``(B,)``.
 
         Args:
             x_0: ``(B, C, H, W)`` in the process's value range.

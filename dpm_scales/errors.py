@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this".
+"""The exception for the user's mistakes, and checks of arguments that raise it.
 
 Constructors and readers raise it with a single line: what was seen, what is allowed, what to do. Entry points print
 that line and exit with its status, 2; everything else is a defect and keeps its traceback.
@@ -18,7 +18,7 @@ class UserError(ValueError):
     """Bad input whose message is one line fit for a person.
 
     Attributes:
-        status: that an entry point ends with.
+        status: exit status of an entry point.
     """
 
     status = 2
@@ -28,23 +28,23 @@ class UserError(ValueError):
 
 
 class OutOfMemoryError(UserError):
-    """Asked for more than the machine has; another machine might do it."""
+    """The machine lacks the memory; another one may have it."""
 
     status = 1
 
 
 def printable(text: str) -> str:
-    """`text` with escapes, ``\\x1b``, in place of the characters that would steer a terminal or reorder a line."""
+    """Return `text` with escapes, ``\\x1b``, for characters that would control a terminal or reorder a line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def nearest(name: str, names: Iterable[str], sure: bool = False) -> str | None:
-    """Which of `names` was meant by `name`, a misspelt, shortened or abbreviated one; None if none comes near.
+    """Return the one of `names` nearest to `name`, misspelt, shortened or abbreviated; None if none is near.
 
     Options of one level, `optimizer.…`, are compared by what differs, their last part.
 
     Args:
-        sure: only if hardly another one can be meant.
+        sure: only if the match is close.
     """
     known = sorted(names)
     parent = name.rpartition(".")[0]
@@ -67,19 +67,19 @@ def nearest(name: str, names: Iterable[str], sure: bool = False) -> str | None:
 
 
 def is_initials(name: str, other: str) -> bool:
-    """Whether `name` is made of the initials of the words in `other`: lr, learning_rate."""
+    """Return whether `name` consists of the initials of the words in `other`: lr, learning_rate."""
     words = other.split("_")
     return len(words) > 1 and name == "".join(word[:1] for word in words)
 
 
 def _shortens(words: list[str], others: list[str]) -> bool:
-    """Whether each of `words`, of at least three letters, begins one of `others`, in their order."""
+    """Return whether each of `words`, of at least three letters, is a prefix of one of `others`, in order."""
     rest = iter(others)
     return all(len(word) > 2 and any(other.startswith(word) for other in rest) for word in words)
 
 
 def suggest(name: str, allowed: Iterable[str]) -> str:
-    """``"did you mean 'x'? allowed: a, b, x"`` for an unknown `name`."""
+    """Return ``"did you mean 'x'? allowed: a, b, x"`` for an unknown `name`."""
     names = sorted(allowed)
     close = nearest(name, names)
     hint = f"did you mean {close!r}? " if close is not None else ""
@@ -106,7 +106,7 @@ def require_choice(name: str, value: object, allowed: Iterable[str], owner: str 
 
 
 def is_whole(value: object, low: float = -math.inf) -> bool:
-    """Whether `value` is an integer (a truth value is none) of at least `low`."""
+    """Return whether `value` is an integer (not a bool) of at least `low`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
@@ -115,7 +115,7 @@ def require_number(
 ) -> None:
     """Raise UserError unless `value` is a number (a whole one if asked for) with `low` <= value <= `high`.
 
-    Infinite ones are refused, and those beyond 64 bits.
+    Infinite numbers and integers beyond 64 bits are refused.
     """
     fits = is_whole(value) or (not whole and isinstance(value, float) and math.isfinite(value))
     limit = min(high, MOST) if is_whole(value) and value > MOST else high  # type: ignore[operator]
@@ -127,7 +127,7 @@ def require_number(
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a finite real number, of Python's or NumPy's kinds; True and False are not."""
+    """Return whether `value` is a finite real number, of Python or NumPy; True and False are not."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -1,7 +1,7 @@
-r"""Classifier-free guidance (Ho & Salimans 2021), as a denoiser: samplers know nothing of it.
+r"""Classifier-free guidance (Ho & Salimans 2021), as a denoiser that any sampler takes.
 
-A network that was trained with labels, some of them dropped, knows two answers, with the label and without. Guidance
-goes on beyond the first in the direction from the second,
+A network trained with label dropout gives two predictions, with the label and without. Guidance extrapolates from the
+second through the first,
 
     prediction = D(y_t) + scale (D(y_t | label) - D(y_t)),
 
@@ -34,11 +34,11 @@ class ClassifierFreeGuidance(BaseDenoiser):
     """A denoiser with guidance; it shares network, process, target and spectrum with the one it is made from.
 
     Args:
-        denoiser: trained with label dropout; nothing here can tell.
+        denoiser: trained with label dropout; that is not checked.
         null_label: what the network takes for "no label".
         scale: >= 0.
         interval: (low, high), the scales that are guided; None for all.
-        variable: what the interval speaks of: "t", or "logsnr", log(lambda_t^2 / gamma_t^2) of the eigenvalue 0.
+        variable: variable of the interval: "t", or "logsnr", log(lambda_t^2 / gamma_t^2) of the eigenvalue 0.
 
     Raises: UserError for values out of range, and for an interval in logSNR where the process keeps that constant.
     """
@@ -90,7 +90,7 @@ class ClassifierFreeGuidance(BaseDenoiser):
         return guided if everywhere else torch.where(self._inside(t)[:, None, None, None], guided, labelled)
 
     def _inside(self, t: Tensor) -> Tensor:
-        """Which of the scales ``(B,)`` are guided."""
+        """Return which of the scales ``(B,)`` are guided, as a mask."""
         place = t
         if self.variable == "logsnr":
             place = self.process.log_snr(t, torch.zeros(1, dtype=torch.float64, device=t.device)).reshape(t.shape)

@@ -1,8 +1,7 @@
-"""Memory, compared with what there is before it is taken.
+"""Checks that memory is free before it is allocated.
 
-Whoever is about to make a table, a batch or a list whose size a user chose calls `require_memory` with the bytes that
-it will hold at least: the user then reads one line at once, where an allocation would fail late, or a machine without a
-limit would begin to swap.
+Code that allocates a table, a batch or a list whose size a user chose calls `require_memory` first, with a lower bound
+on its bytes: the user reads one line at once, instead of a late failure, or a machine that begins to swap.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from dpm_scales.errors import OutOfMemoryError
 if TYPE_CHECKING:  # importing torch takes seconds
     import torch
 
-#: bytes that nobody needs to ask for
+#: bytes below which nothing is checked
 NEGLIGIBLE = 2**24
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
-#: what torch says on the CPU, for sizes that can't be allocated and for sizes that 64 bits can't hold
+#: torch's messages on the CPU, for sizes that can't be allocated or that overflow 64 bits
 _ALLOCATION_FAILED = re.compile("DefaultCPUAllocator|Storage size calculation|integer multiplication overflow")
 
 
@@ -46,7 +45,7 @@ def require_memory(num_bytes: float, what: str, remedy: str, device: torch.devic
 
 
 def available_memory(device: torch.device | None = None) -> float:
-    """Bytes that can still be allocated, infinite where nobody tells.
+    """Return the bytes that can still be allocated, infinite where that is unknown.
 
     On the machine itself that is the least of what the kernel, the limits of this process (``ulimit -v``) and those of
     its control groups (containers, SLURM) leave; on a CUDA device, what is free there or cached by torch.
@@ -62,7 +61,7 @@ def available_memory(device: torch.device | None = None) -> float:
 
 
 def lacks_memory(error: BaseException) -> str | None:
-    """Where memory ran out, "the machine" or "the device", if that is what an exception tells; else None."""
+    """Return where memory ran out, "the machine" or "the device", for exceptions that mean that; else None."""
     if isinstance(error, MemoryError):
         return "the machine"
     if any(kind.__name__ == "OutOfMemoryError" and kind.__module__ == "torch" for kind in type(error).__mro__):
@@ -104,7 +103,7 @@ def _of_process() -> float:
 
 
 def _of_control_groups() -> Iterator[float]:
-    """What each control group of this process leaves, of both versions of the interface and of all levels."""
+    """Yield the bytes that each control group of this process leaves, for both versions of the interface."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:

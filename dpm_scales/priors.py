@@ -3,14 +3,14 @@
 `GaussianPrior`: the process's own noise, for processes that end (almost) in noise: VP, VE, blurring diffusion.
 `DataPrior`: a training image, blurred to scale 1, plus noise (IHDM): for processes that end in blur. The blurred images
 are stored as the few DCT coefficients that are left of them, so an export samples without its training data.
-`OsmosisPrior`: the steady state of a guidance image around a training image's mean grey value, plus noise, for the
-osmosis processes. Only those grey values are stored, and what images guide with where the process asks for them.
+`OsmosisPrior`: the steady state of a guidance image around a training image's mean intensity, plus noise, for the
+osmosis processes. Only those intensities are stored, and what images guide with where the process asks for them.
 
 The last two can be steered: then sampling starts from images that a user chooses, if the start shows images at all.
 
 | prior | fits processes |
 |---|---|
-| GaussianPrior | those with noise, without a context, that leave at most 2 % of a grey value at scale 1 if they blur |
+| GaussianPrior | those with noise, without a context, that leave at most 2 % of the mean at scale 1 if they blur |
 | DataPrior | those that blur in the DCT basis, without a context |
 | OsmosisPrior | those of osmosis |
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.operators import HeatOperator
-from dpm_scales.processes import MOST_GREY, Context, Osmosis, Process, as_scale
+from dpm_scales.processes import MAX_MEAN_LEFT, Context, Osmosis, Process, as_scale
 from dpm_scales.rng import CounterRNG
 from dpm_scales.schedules import is_number
 
@@ -35,25 +35,25 @@ DCT = HeatOperator()
 """The basis that blurred images are stored in."""
 
 STEERABLE = "those of heat, of blurring_constant, and of osmosis trained with process.guidance_image=own (or other)"
-"""What messages say of models whose start shows an image."""
+"""Models whose start shows an image, in words, for messages."""
 
 
 class Prior(nn.Module, ABC):
-    """Distribution at scale 1."""
+    """The distribution of y_1 at scale 1, where sampling starts."""
 
     def check(self, process: Process) -> None:
         """Raise UserError, before any training, for a process whose law at scale 1 is not this prior's."""
         self.check_kind(process)
 
     def check_kind(self, process: Process) -> None:  # noqa: B027 - a prior of one's own may fit all
-        """Raise UserError for a process of a kind that this prior can't start: it would be another operator's law."""
+        """Raise UserError for a kind of process that this prior can't start, one of another operator."""
 
     def fit(self, images: Tensor, process: Process) -> None:
-        """Learn from training images ``(N, C, H, W)`` in the process's value range, if there is anything to learn."""
+        """Fit to training images ``(N, C, H, W)`` in the process's value range, if the prior learns from data."""
 
     @property
     def max_images(self) -> int:
-        """How many training images `fit` can use; 0 for none."""
+        """Number of training images that `fit` uses at most; 0 for none."""
         return 0
 
     def steer(self, images: Tensor, process: Process) -> None:
@@ -73,7 +73,14 @@ class Prior(nn.Module, ABC):
     def sample(
         self, process: Process, noise: CounterRNG, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Context]:
-        """y_1 in white coordinates ``(B, C, H, W)`` for `size` (C, H, W), and the context."""
+        """Draw y_1 and the context.
+
+        Args:
+            noise: one stream for each sample.
+            size: (C, H, W).
+
+        Returns: y_1 ``(B, C, H, W)`` in whitened coordinates, and the context or None.
+        """
 
 
 class GaussianPrior(Prior):
@@ -84,9 +91,9 @@ class GaussianPrior(Prior):
         name = type(process).__name__
         require(process.has_noise(), f"GaussianPrior starts from noise, and {name} has none; set prior=data (or auto)")
         require(
-            process.blur is None or process.grey_left <= MOST_GREY,
+            process.blur is None or process.mean_left <= MAX_MEAN_LEFT,
             f"GaussianPrior starts from noise alone, and {name} ends in blurred images: of a grey value "
-            f"{process.grey_left:.3g} times the noise is left at scale 1; set prior=data (or auto)",
+            f"{process.mean_left:.3g} times the noise is left at scale 1; set prior=data (or auto)",
         )
 
     def check_kind(self, process: Process) -> None:
@@ -100,7 +107,7 @@ class GaussianPrior(Prior):
 
 
 class _FittedPrior(Prior):
-    """A prior that keeps something of each training image in the buffers `stored`, and starts there with noise."""
+    """A prior that stores a summary of each training image in the buffers `stored`, and adds noise to it."""
 
     stored: ClassVar[tuple[str, ...]]
 
@@ -115,7 +122,7 @@ class _FittedPrior(Prior):
         self._in_turn = False
 
     def ratio(self, process: Process) -> float:
-        """r. By default 1, the law of scale 1 itself, but 1.25 where the noise is constant (Rissanen et al. 2023)."""
+        """Return r: by default 1, the law at scale 1, but 1.25 where the noise is constant (Rissanen et al. 2023)."""
         if self.noise_ratio is not None:
             return self.noise_ratio
         return 1.25 if process.has_constant_noise() else 1.0
@@ -134,15 +141,15 @@ class _FittedPrior(Prior):
         self._in_turn = True
 
     def _limit(self, process: Process) -> int:
-        """How many images `fit` keeps."""
+        """Return the number of images that `fit` stores at most."""
         return self._max_images
 
     @abstractmethod
     def _store(self, images: Tensor, process: Process) -> None:
-        """Keep of all images what sampling starts from."""
+        """Store what sampling starts from, for all images ``(N, C, H, W)``."""
 
     def _pick(self, noise: CounterRNG, count: int) -> Tensor:
-        """``(B,)`` numbers of stored images: at random, or in turn where a user has chosen them."""
+        """Return ``(B,)`` indices of stored images: at random, or in turn where a user has chosen the images."""
         return noise.numbers % count if self._in_turn else (noise.uniform() * count).long()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -228,16 +235,18 @@ class DataPrior(_FittedPrior):
 
 
 class OsmosisPrior(_FittedPrior):
-    """y_1 = lambda_1(0) V^{-1/2} (v m) + r gamma_1(L) eps, m the mean grey values of a random training image, v the
-    guidance image that the process draws around them, of mean one. Where images guide, so does the same training image,
-    or, with `guidance_image="other"`, any other.
+    """y_1 = lambda_1(0) V^{-1/2} (v m) + r gamma_1(L) eps.
+
+    m are the mean intensities of a random training image, v is the guidance image that the process draws around them,
+    of mean one. Where images guide, the same training image does, or any other with `guidance_image="other"`. The
+    buffer `grey` holds the mean intensities, `relief` the detail of the images that guide.
 
     Args:
         noise_ratio: r, the noise of the start over the process's own.
-        max_images: how many training images to take grey values of, and at most 1000 that guide.
+        max_images: how many training images to take the mean intensity of, and at most 1000 that guide.
     """
 
-    max_reliefs: ClassVar[int] = 1000
+    max_guides: ClassVar[int] = 1000
 
     stored: ClassVar[tuple[str, ...]] = ("grey", "relief")
     grey: Tensor
@@ -263,14 +272,14 @@ class OsmosisPrior(_FittedPrior):
 
     def _limit(self, process: Process) -> int:
         guides = as_osmosis(process).guidance.image != "none"
-        return min(self.max_images, self.max_reliefs) if guides else self.max_images
+        return min(self.max_images, self.max_guides) if guides else self.max_images
 
     def _store(self, images: Tensor, process: Process) -> None:
         images, device = images.to(torch.float32), self.grey.device
-        relief = as_osmosis(process).guidance_detail(images)
+        detail = as_osmosis(process).guidance_detail(images)
         self.grey = images.mean((-2, -1)).to(device)
-        if relief is not None:
-            self.relief = relief.to(device)
+        if detail is not None:
+            self.relief = detail.to(device)
 
     def sample(
         self, process: Process, noise: CounterRNG, size: tuple[int, int, int], dtype: torch.dtype = torch.float32
@@ -281,12 +290,12 @@ class OsmosisPrior(_FittedPrior):
         require(channels == size[0], f"this model was trained on {channels} channel(s); it can't sample {size[0]}")
         one = torch.ones((), dtype=torch.float64, device=noise.device)
         index = self._pick(noise, count)
-        mean, relief = self.grey[index].to(dtype), None
+        mean, detail = self.grey[index].to(dtype), None
         if len(self.relief) > 0:
             self.check_size(size[1:])
             guides = self._pick(noise, count) if osmosis.guidance.image == "other" else index
-            relief = self.relief[guides].to(dtype)
-        context = osmosis.draw_guidance(mean, noise.normal(size, dtype), relief)
+            detail = self.relief[guides].to(dtype)
+        context = osmosis.draw_guidance(mean, noise.normal(size, dtype), detail)
         operator = osmosis.operator(context)
         signal = osmosis.signal_scale(one, torch.zeros_like(one)).to(dtype)
         start = signal * operator.to_white(osmosis.steady_state(mean, context))
@@ -312,7 +321,7 @@ class OsmosisPrior(_FittedPrior):
 
 
 def as_osmosis(process: Process) -> Osmosis:
-    """The process as one of osmosis. Raises UserError for any other."""
+    """Return the process as one of osmosis. Raises UserError for any other."""
     if not isinstance(process, Osmosis):
         raise UserError(
             f"OsmosisPrior starts from guidance images and needs an osmosis process, not {type(process).__name__}; "
@@ -330,7 +339,7 @@ def _require_no_context(prior: Prior, process: Process) -> None:
 
 
 def auto_prior(process: Process) -> Prior:
-    """The prior that the process asks for, see `Process.default_prior`."""
+    """Return the prior that fits the process, see `Process.default_prior`."""
     kinds: dict[str, type[Prior]] = {"gaussian": GaussianPrior, "data": DataPrior, "guidance": OsmosisPrior}
     return kinds[process.default_prior()]()
 

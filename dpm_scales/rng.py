@@ -21,7 +21,7 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch's is arithmetic."""
+    """Shift to the right logically; torch's shift is arithmetic."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
@@ -60,30 +60,30 @@ class CounterRNG:
         self.device = self._keys.device
 
     def uniform(self, shape: tuple[int, ...] = ()) -> Tensor:
-        """``(B, *shape)`` in [0, 1), float64."""
+        """Draw ``(B, *shape)`` uniform in [0, 1), float64."""
         bits = _shift(self._bits(math.prod(shape)), 11)
         return (bits.to(torch.float64) * 2.0**-53).reshape(self.count, *shape)
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """``(B, *shape)`` standard normal (Box-Muller, in float64, then cast)."""
+        """Draw ``(B, *shape)`` standard normal (Box-Muller, in float64, then cast)."""
         radius = torch.sqrt(-2 * torch.log1p(-self.uniform(shape)))
         return (radius * torch.cos(2 * math.pi * self.uniform(shape))).to(dtype)
 
     def normal_float32(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """``(B, *shape)`` standard normal for training, several times faster, at most 6.7.
+        """Draw ``(B, *shape)`` standard normal for training, several times faster, at most 6.7.
 
         64 random bits make two numbers, radius and angle from 32 each (Box-Muller), in float32: devices round apart.
         """
         size = math.prod(shape)
         bits = self._bits((size + 1) // 2)
-        # half a step off zero, whose logarithm there is none of
+        # half a step off zero, whose logarithm is infinite
         radius = _shift(bits, 32).to(torch.float32).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
         angle = bits.bitwise_and_(0xFFFFFFFF).to(torch.float32).mul_(2 * math.pi * 2.0**-32)
         pair = torch.cat([torch.cos(angle).mul_(radius), angle.sin_().mul_(radius)], 1)
         return pair[:, :size].reshape(self.count, *shape).to(dtype)
 
     def _bits(self, size: int) -> Tensor:
-        """``(B, size)`` of 64 random bits, the next draw."""
+        """Draw ``(B, size)`` integers of 64 random bits."""
         self._draws += 1
         # the product wraps as a tensor; as a Python number it would leave 64 bits
         number = torch.full((), self._draws, dtype=torch.int64, device=self.device)
@@ -93,11 +93,11 @@ class CounterRNG:
 
 
 Randomness = torch.Generator | CounterRNG | None
-"""Of a law's draws: torch's own, or by the number of each sample."""
+"""Source of a law's draws: torch's own generator, or one that counts by sample."""
 
 
 def white_noise(like: Tensor, randomness: Randomness) -> Tensor:
-    """Standard normal of shape, type and device of `like` ``(B, ...)``."""
+    """Draw standard normal noise with the shape, dtype and device of `like` ``(B, ...)``."""
     if isinstance(randomness, CounterRNG):
         return randomness.normal_float32(tuple(like.shape[1:]), like.dtype)
     return torch.randn(like.shape, generator=randomness, dtype=like.dtype, device=like.device)

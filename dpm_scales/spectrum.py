@@ -1,10 +1,10 @@
-r"""How the variance of the data is spread over the eigenvalues of the operator: P(mu), measured from training images.
+r"""The power spectrum of the data over the eigenvalues of the operator: P(mu), measured from training images.
 
 Images have most of their power at low frequencies, and a process that blurs treats frequencies differently; so the
 preconditioning (`targets`) asks for P(mu) where EDM's asks for one number (Karras et al. 2022, Table 1).
 
 P is kept as the factor by which a frequency exceeds white data of the same variance, at knots that are evenly spaced in
-log mu, and once more at mu = 0, the average grey value. Until it is measured the data count as white.
+log mu, and once more at mu = 0, the mean intensity. Until it is measured, data are taken to be white.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOWEST, HIGHEST = math.log(1e-5), math.log(20.0)
 """From the lowest frequency of a side of 1000 px to the highest of any image."""
 
 _SMALLEST = 1e-6
-"""Of white data: what 8-bit images round away."""
+"""Least power in units of white data: below it 8-bit images are rounded."""
 
 
 class DataSpectrum(nn.Module):
@@ -52,7 +52,7 @@ class DataSpectrum(nn.Module):
         return self.std.to(torch.float64) ** 2
 
     def forward(self, mu: Tensor) -> Tensor:
-        """P(mu), float64, of the shape of mu."""
+        """Return P(mu), float64, of the shape of mu."""
         place = (mu.clamp(min=1e-30).log() - LOWEST) * ((KNOTS - 1) / (HIGHEST - LOWEST))
         below = place.clamp(0, KNOTS - 2).floor()
         part = (place - below).clamp(0, 1)
@@ -62,7 +62,7 @@ class DataSpectrum(nn.Module):
         return self.variance * torch.exp(torch.where(mu > 0, curve, factors[0]))
 
     def on(self, mu: Tensor) -> Tensor:
-        """P at the eigenvalues of an operator. A single one stands for all: then P is the data's variance."""
+        """Return P at an operator's eigenvalues; the data's variance if there is a single one, for all frequencies."""
         return self.variance.expand(mu.shape) if mu.numel() == 1 else self(mu)
 
     @torch.no_grad()
@@ -70,18 +70,18 @@ class DataSpectrum(nn.Module):
         """Measure P as a share of the variance.
 
         Args:
-            batches: images in white coordinates without their steady state, ``(N, C, H, W)`` of one size, and their
-                average grey values ``(N, C)``.
+            batches: images in whitened coordinates without their steady state, ``(N, C, H, W)`` of one size, and their
+                mean intensities ``(N, C)``.
         """
         operator, number = HeatOperator(), 0
         squares = first = second = torch.zeros(())
         mu = torch.zeros(())
-        for y, grey in batches:
+        for y, mean in batches:
             if number == 0:
                 mu = operator.eigenvalues(y.shape[-2], y.shape[-1], y.device).flatten()
-            u, grey = operator.analysis(y.to(torch.float64)).flatten(-2), grey.to(torch.float64)
+            u, mean = operator.analysis(y.to(torch.float64)).flatten(-2), mean.to(torch.float64)
             squares, number = squares + u.square().mean(1).sum(0), number + len(y)
-            first, second = first + grey.sum(0), second + grey.square().sum(0)
+            first, second = first + mean.sum(0), second + mean.square().sum(0)
         require(number > 0, "no images to measure a spectrum from")
         power = squares / number
         power[0] = len(mu) * (second / number - (first / number) ** 2).clamp(min=0).mean()
@@ -91,17 +91,17 @@ class DataSpectrum(nn.Module):
         if len(mu) > 1:
             knots = torch.linspace(LOWEST, HIGHEST, KNOTS, dtype=torch.float64, device=mu.device)
             log_mu = mu[1:].log()
-            # beyond the image's own frequencies its lowest and highest stand for those of other sizes
+            # beyond the image's own frequencies P is that of its lowest and highest
             inside = torch.minimum(torch.maximum(knots, log_mu.min()), log_mu.max())
             distance = (inside[:, None] - log_mu) / (0.5 * (knots[1] - knots[0]))
             curve = _local_lines(torch.softmax(-0.5 * distance**2, -1), distance, log_factors[1:])
         self.log_factor.copy_(torch.cat([log_factors[:1], curve]))
-        # what smoothing has taken or given
+        # smoothing has changed the mean: restore it
         self.log_factor.sub_((self(mu).mean() / self.variance).log())
 
 
 def _local_lines(weights: Tensor, x: Tensor, values: Tensor) -> Tensor:
-    """At x = 0, the straight lines fitted to `values` with weights that sum to 1: power laws stay what they are."""
+    """Return local linear fits of `values` at x = 0, with weights that sum to 1; power laws are reproduced exactly."""
     x_mean, mean = (weights * x).sum(-1), weights @ values
     spread = (weights * x**2).sum(-1) - x_mean**2
     slope = ((weights * x) @ values - x_mean * mean) / spread.clamp(min=1e-2)

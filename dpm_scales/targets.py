@@ -1,4 +1,4 @@
-r"""What the network is asked for, and how its answer becomes the clean image at the target scale.
+r"""Regression targets of the network, and the way from its output to the clean image at the target scale.
 
 A sampler needs only m_s = lambda_s(L) y_0-hat; at s = 0 that is y_0-hat. With F the network, and c_skip, c_out, c_in
 scalars of t,
@@ -26,8 +26,8 @@ S = Cov(x_0, x_t), D = Var(x_0 - c_skip z), Z = Var(z), R = Var(m_s - x_t). Wher
 "wiener" and "scalar" are one, and exactly EDM's (Karras et al. 2022, Table 1), for any a_t:
 c_skip w = a s^2 / (a^2 s^2 + gamma^2), c_out = gamma s / sqrt(a^2 s^2 + gamma^2), c_in w = 1 / sqrt(V).
 
-Under blur and a little constant noise x_t is smooth but for the noise, and what it still tells of its faint frequencies
-drowns in the strong ones; z is sharpened down to the noise. Under scheduled noise the raw pixels tell more.
+Under blur and a little constant noise x_t is smooth, and its faint frequencies are lost to the network beside the
+strong ones; z is sharpened down to the noise. Under scheduled noise the raw pixels carry more information.
 
 The Clean target never divides, so it is the robust one under blur: errors of a noise estimate are amplified by 1 / rho
 at high frequencies. The noise target's division is by rho, the factor of one step, never by lambda_t.
@@ -47,9 +47,9 @@ from dpm_scales.operators import Operator, SpectralFunction
 from dpm_scales.processes import Process, Step
 from dpm_scales.spectrum import DataSpectrum
 
-# Of Var(x_0): scales that differ by nothing, as the first of a list may from the image, ask for nothing, not for 0 / 0.
+# Least second moment, in units of Var(x_0): a scale may equal the image (the first of a list), and 0 / 0 is undefined.
 _SMALLEST = 1e-12
-# What stands for noise where there is none: sharpening by more than 50 would show what numbers round.
+# Noise variance of a deterministic process, in units of Var(x_0): sharpening by more than 50 amplifies rounding errors.
 _ROUNDING = 1e-4
 #: a step that blurs a frequency by more than this leaves nothing of it to divide by
 MAX_DIVISION = 1e6
@@ -73,7 +73,7 @@ class Moments:
 
 
 def wiener_error(signal: Tensor, power: Tensor, noise: Tensor) -> Tensor:
-    """P gamma^2 / (lambda^2 P + gamma^2): what the Wiener estimate of x_0 leaves of the data's variance P.
+    """Return P gamma^2 / (lambda^2 P + gamma^2), the error variance of the Wiener estimate of x_0.
 
     Args:
         signal, power, noise: lambda_t, P and gamma_t^2 of each eigenvalue.
@@ -82,13 +82,13 @@ def wiener_error(signal: Tensor, power: Tensor, noise: Tensor) -> Tensor:
 
 
 def visible_noise(process: Process, t: Tensor, mu: Tensor, spectrum: DataSpectrum) -> Tensor:
-    """gamma_t^2, and where there is none what stands for it: numbers are rounded."""
+    """Return gamma_t^2, or the variance of rounding errors where there is no noise."""
     noise = process.noise_scale(t, mu) ** 2
     return torch.where(noise > 0, noise, _ROUNDING * spectrum.variance)
 
 
 def moments(process: Process, operator: Operator, t: Tensor, spectrum: DataSpectrum, size: tuple[int, int]) -> Moments:
-    """The moments at scales t ``(B,)`` for images of `size` (H, W)."""
+    """Return the moments at scales t ``(B,)`` for images of `size` (H, W)."""
     finer = (t - 1 / process.num_scales).clamp(min=0)
     smallest = _SMALLEST * spectrum.variance
 
@@ -123,7 +123,7 @@ def moments(process: Process, operator: Operator, t: Tensor, spectrum: DataSpect
 
 
 def steepest_blur(process: Process, scales: Tensor) -> float:
-    """log of the largest factor by which a step between `scales` (descending) blurs some frequency beyond the mean."""
+    """Return the log of the largest factor by which a step between `scales` (descending) blurs beyond the mean."""
     largest = process.operator().eigenvalues(64, 64, scales.device).max()
     mu = largest * torch.linspace(0, 1, 24, dtype=torch.float64, device=scales.device) ** 3
     log_rho = Step(process, scales[1:], scales[:-1]).log_rho(mu)
@@ -154,7 +154,7 @@ def _require_noise(process: Process, target: str) -> None:
 
 
 class Target(ABC):
-    """One row of the table above. Images and predictions are in white coordinates unless said otherwise."""
+    """One row of the table above. Images and predictions are in whitened coordinates unless said otherwise."""
 
     def check(self, process: Process) -> None:  # noqa: B027 - most targets fit every process
         """Raise UserError if the process can't be learnt through this target."""
@@ -163,14 +163,14 @@ class Target(ABC):
         """Raise UserError if a sampler can't go through `scales` (descending to 0) with this target."""
 
     def resolve_auto(self, process: Process, spectrum: DataSpectrum, size: tuple[int, int]) -> dict[str, str]:
-        """Make the choices that wait for the data's spectrum, for images of `size` (H, W); returns them by argument."""
+        """Resolve "auto" arguments by the data's spectrum, for images of `size` (H, W); return them by name."""
         return {}
 
     def scalings(self, m: Moments) -> Scalings:
         return _plain(m)
 
     def noise_errors(self, signal: Tensor, noise: Tensor) -> Tensor:
-        """Squared error of eps that goes with a unit squared error of the prediction, from lambda_t and gamma_t(mu).
+        """Return the squared error of eps for a unit squared error of the prediction, from lambda_t and gamma_t.
 
         Raises: UserError where the prediction does not say what eps is.
         """
@@ -183,20 +183,20 @@ class Target(ABC):
     def regression_target(
         self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor
     ) -> Tensor:
-        """What the prediction should be; x in pixels, `noise` white."""
+        """Return the ideal prediction ``(B, C, H, W)``; x in pixels, `noise` white."""
 
     @abstractmethod
     def predict_mean(
         self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
     ) -> Tensor:
-        """m_s in white coordinates from a prediction at scale t."""
+        """Return m_s ``(B, C, H, W)`` in whitened coordinates from a prediction at scale t."""
 
 
 class Clean(Target):
     """The clean image x_0, in pixels.
 
     Args:
-        preconditioning: "scalar" (EDM's), "wiener", "none", or "auto", see `settle`.
+        preconditioning: "scalar" (EDM's), "wiener", "none", or "auto", see `resolve_auto`.
         clip: clip the estimate to the process's value range while sampling.
     """
 
@@ -205,9 +205,11 @@ class Clean(Target):
         self.preconditioning, self.clip = preconditioning, clip
 
     def resolve_auto(self, process: Process, spectrum: DataSpectrum, size: tuple[int, int]) -> dict[str, str]:
-        """ "auto" becomes "wiener" where the noise is constant, so that blur alone tells the scales apart, and where
-        estimating each frequency by itself leaves less than 1 / `WORTHWHILE` of the error, in the geometric mean over
-        the scales (a quarter of it for photos under blur, all of it for 8 px digits); else "scalar".
+        """Resolve "auto" to "wiener" or "scalar".
+
+        "wiener" where the noise is constant, so that only blur distinguishes the scales, and where estimating each
+        frequency by itself leaves less than 1 / `WORTHWHILE` of the error, in the geometric mean over the scales (a
+        quarter of it for photos under blur, all of it for 8 px digits).
         """
         if self.preconditioning == "auto":
             k = torch.linspace(1, process.num_scales, min(50, process.num_scales), dtype=torch.float64)
@@ -338,7 +340,7 @@ class NextScale(Target):
         self.check_steps(process, len(scales) - 1)
 
     def check_steps(self, process: Process, steps: int) -> None:
-        """Raise UserError unless `steps` walks the whole chain: the network knows one step only."""
+        """Raise UserError unless `steps` is the whole chain: the network has learnt single steps only."""
         if steps != process.num_scales:
             raise UserError(
                 f"a network trained on the finer-scale target knows steps of 1/{process.num_scales} only, "

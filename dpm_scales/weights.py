@@ -1,4 +1,4 @@
-r"""How much each scale counts in the loss: published weights, as functions of the signal-to-noise ratio.
+r"""Weights of the scales in the loss: published ones, as functions of the signal-to-noise ratio.
 
 A weight is published for one of the targets and holds for all: the squared errors of x_0, eps and v at a given x_t
 are fixed multiples of each other. With SNR = lambda^2 / gamma^2 and the weight w of eps's squared error,
@@ -13,7 +13,7 @@ s is the data's standard deviation. For any process v = lambda eps - gamma y_0, 
 lambda^2 / (lambda^2 + gamma^2)^2 of eps.
 
 Under blur each frequency has its own SNR. There a scale's weight is the mean of its frequencies' weights, each counted
-by the power P(mu) that the data have (`spectrum`): what is weighted is the share of the image that a scale still tells.
+by the data's power P(mu) (`spectrum`): a weight is an average over the share of the image that a scale still shows.
 Where lambda and gamma do not depend on mu that is the published weight.
 """
 
@@ -31,14 +31,14 @@ from dpm_scales.schedules import require_finite, require_positive
 from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Target
 
-_LARGEST = 1e12  # what float32 and an optimiser can still bear
+_LARGEST = 1e12  # beyond it float32 gradients overflow in the optimiser
 
 
 class LossWeight(ABC):
     """A row of the table above."""
 
     def check(self, process: Process, target: Target) -> None:
-        """Raise UserError if the weight says nothing of this process and target."""
+        """Raise UserError if the weight is not defined for this process and target."""
         require(
             process.has_noise(),
             f"a loss weight by the signal-to-noise ratio needs noise, and {type(process).__name__} has none; "
@@ -54,7 +54,7 @@ class LossWeight(ABC):
 
     @abstractmethod
     def of_noise(self, snr: Tensor, variance: Tensor) -> Tensor:
-        """w from SNR > 0 and the data's variance."""
+        """Return w from SNR > 0 and the data's variance."""
 
     def __call__(
         self,
@@ -65,7 +65,7 @@ class LossWeight(ABC):
         spectrum: DataSpectrum,
         size: tuple[int, int],
     ) -> Tensor:
-        """Weight of the squared error of the target's prediction, float64 ``(B, 1, 1, 1)``.
+        """Return the weight of the squared error of the target's prediction, float64 ``(B, 1, 1, 1)``.
 
         Args:
             t: ``(B,)`` in (0, 1].

@@ -28,7 +28,7 @@ def zero_init(module: _Module) -> _Module:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm with at most 32 groups of at least 4 channels, the most that divide `channels` (as EDM does)."""
+    """Return a group norm with at most 32 groups of at least 4 channels, the most that divide `channels` (EDM)."""
     groups = max(g for g in range(1, max(min(32, channels // 4), 1) + 1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=1e-5)
 
@@ -54,7 +54,7 @@ class ScaleEmbedding(nn.Module):
         self.project = nn.Linear(dim, dim)
 
     def features(self, t: Tensor) -> Tensor:
-        """``[cos, sin]`` of ``1000 * t`` at geometric frequencies from 1 to 1e-4.
+        """Return ``[cos, sin]`` of ``1000 * t`` at geometric frequencies from 1 to 1e-4.
 
         Args:
             t: (B,) float scale in [0, 1].

@@ -219,7 +219,7 @@ class UNet(nn.Module):
         return self._unfold(h)[..., :height, :width]
 
     def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """(B, embedding_dim) embedding of scale and label."""
+        """Return the ``(B, embedding_dim)`` embedding of scale and label."""
         emb: Tensor = self.embed_scale(t)
         if self.embed_label is None or self.num_classes is None:
             if labels is not None:

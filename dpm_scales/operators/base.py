@@ -1,7 +1,7 @@
 """Diffusion operators and their functional calculus.
 
 A process of this package is a self-adjoint operator L >= 0 and two curves of its eigenvalues mu; every formula is then
-``f(L) y``. An operator knows how to compute that, and nothing else of the process:
+``f(L) y``. An operator computes that, and is independent of the process:
 
     PixelOperator     L = 0                       multiply by f(0)
     HeatOperator      L = -Laplacian              DCT, multiply by f(mu), inverse DCT
@@ -9,7 +9,7 @@ A process of this package is a self-adjoint operator L >= 0 and two curves of it
 
 `f` maps eigenvalues (a float64 tensor of any shape) to a tensor with optional leading batch dimensions ``(B, 1)``.
 Trailing dimensions of size one say that f does not depend on mu: the operator then only scales, without a transform.
-Images are ``(B, C, H, W)``; ``x`` are pixels, ``y`` white coordinates (where the process's noise is white).
+Images are ``(B, C, H, W)``; ``x`` are pixels, ``y`` whitened coordinates (where the process's noise is white).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SpectralFunction = Callable[[Tensor], Tensor]
 
 
 def batch_view(value: Tensor, mu: Tensor) -> Tensor:
-    """`value` of shape ``()`` or ``(B,)``, shaped to broadcast against ``(B, C, *mu.shape)``."""
+    """Return `value` of shape ``()`` or ``(B,)``, shaped to broadcast against ``(B, C, *mu.shape)``."""
     ones = (1,) * mu.ndim
     return value.reshape(ones) if value.ndim == 0 else value.reshape(-1, 1, *ones)
 
@@ -44,7 +44,7 @@ class Decay:
     floor: float = 0.0
 
     def log(self, mu: Tensor) -> Tensor:
-        """log f(mu), finite even where f underflows."""
+        """Return log f(mu), finite even where f underflows."""
         log_scale = batch_view(self.log_scale, mu)
         if self.time is None:
             return log_scale
@@ -65,34 +65,34 @@ class Operator(ABC):
 
     @abstractmethod
     def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-        """Eigenvalues mu in 1/px^2, float64, broadcastable to ``(height, width)``."""
+        """Return the eigenvalues mu in 1/px^2, float64, broadcastable to ``(height, width)``."""
 
     @abstractmethod
     def apply(self, f: SpectralFunction, y: Tensor) -> Tensor:
-        """f(L) y for y of shape ``(B, C, H, W)``; same shape and dtype."""
+        """Return f(L) y for y of shape ``(B, C, H, W)``; same shape and dtype."""
 
     def apply_all(self, functions: Sequence[SpectralFunction], y: Tensor) -> list[Tensor]:
-        """f_1(L) y, f_2(L) y, ..., at the price of one sweep where the operator expands its functions."""
+        """Return f_1(L) y, f_2(L) y, ..., at the price of one sweep where the operator expands its functions."""
         return [self.apply(f, y) for f in functions]
 
     def combine(self, *terms: tuple[SpectralFunction, Tensor]) -> Tensor:
-        """sum_i f_i(L) y_i, at the price of one synthesis where the operator is diagonal."""
+        """Return sum_i f_i(L) y_i, at the price of one synthesis where the operator is diagonal."""
         return torch.stack([self.apply(f, y) for f, y in terms]).sum(0)
 
     def at_degree(self, degree: int) -> Operator:
-        """The same operator with expansions of at least this degree, where it expands its functions."""
+        """Return the same operator with expansions of at least this degree, where it expands its functions."""
         return self
 
     def to_white(self, x: Tensor) -> Tensor:
-        """Pixels to the coordinates in which the noise is white."""
+        """Map pixels to whitened coordinates, in which the noise is white."""
         return x
 
     def to_pixels(self, y: Tensor) -> Tensor:
-        """Inverse of `to_white`."""
+        """Map whitened coordinates to pixels, the inverse of `to_white`."""
         return y
 
     def log_volume(self) -> Tensor | float:
-        """log |det| of `to_pixels` per image channel, in nats: what pixels add to an entropy."""
+        """Return log |det| of `to_pixels` per image channel, in nats: added to entropies in pixels."""
         return 0.0
 
 

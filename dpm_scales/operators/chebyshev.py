@@ -39,13 +39,13 @@ Coefficients = tuple[float, ...] | Tensor
 
 
 def chebyshev_nodes(number: int, device: torch.device | str | None = None) -> Tensor:
-    """The eigenvalues 4 (1 + cos theta_j) at which f is asked, ``(number,)`` float64 in (0, 8)."""
+    """Return the eigenvalues 4 (1 + cos theta_j) at which f is asked, ``(number,)`` float64 in (0, 8)."""
     theta = (torch.arange(number, dtype=torch.float64, device=device) + 0.5) * (math.pi / number)
     return SPECTRAL_BOUND * torch.cos(theta / 2) ** 2
 
 
 def chebyshev_coefficients(values: Tensor, degree: int) -> Tensor:
-    """c_0 .. c_degree from the values of f at M > degree nodes, ``(..., M)``; float64, differentiable.
+    """Return c_0 .. c_degree from the values of f at M > degree nodes, ``(..., M)``; float64, differentiable.
 
     The cosine transform is taken by FFT: for the degrees of long evolutions its matrix would not fit into memory.
     """
@@ -59,7 +59,7 @@ def chebyshev_coefficients(values: Tensor, degree: int) -> Tensor:
 def chebyshev_degree(
     functions: SpectralFunction | Sequence[SpectralFunction], tol: float = 1e-6, max_degree: int = 4096
 ) -> int:
-    """Smallest degree whose expansion of each function is within ``tol * max|f|`` on [0, 8], for each sample.
+    """Return the smallest degree whose expansion of each function is within ``tol * max|f|`` on [0, 8] for all samples.
 
     The bound is the sum of the neglected |c_k|, so it holds at every eigenvalue and for every guidance image. Works on
     the host: call it when a process is built, not in a step.
@@ -97,7 +97,7 @@ def _degree(f: SpectralFunction, tol: float, max_degree: int) -> int:
 
 
 def heat_coefficients(time: float, tol: float) -> tuple[float, ...]:
-    """c_k of exp(-t mu) on [0, 8], with as many terms as leave out no more than `tol` in all.
+    """Return c_k of exp(-t mu) on [0, 8], with as many terms as leave out no more than `tol` in all.
 
     c_k = (2 - [k = 0]) (-1)^k exp(-4t) I_k(4t). The scaled Bessel functions come from Miller's backward recurrence,
     I_{k-1} = I_{k+1} + (2k / 4t) I_k, and sum |c_k| = 1 gives the scale: plain numbers, so nothing waits for a device.
@@ -125,7 +125,7 @@ def heat_coefficients(time: float, tol: float) -> tuple[float, ...]:
 
 
 def expand(stencil: Stencil, y: Tensor, coefficients: Sequence[Coefficients]) -> tuple[Tensor, ...]:
-    """f_1(L) y, f_2(L) y, ... in one sweep.
+    """Return f_1(L) y, f_2(L) y, ... in one sweep.
 
     Args:
         stencil: L, in the number format of y.
@@ -136,7 +136,7 @@ def expand(stencil: Stencil, y: Tensor, coefficients: Sequence[Coefficients]) ->
 
 
 def collect(stencil: Stencil, coefficients: Sequence[Coefficients], ys: Sequence[Tensor]) -> Tensor:
-    """f_1(L) y_1 + f_2(L) y_2 + ... in one sweep; see `expand`."""
+    """Return f_1(L) y_1 + f_2(L) y_2 + ... in one sweep; see `expand`."""
     return _Collect.apply(stencil, len(ys), *coefficients, *ys)
 
 
@@ -199,7 +199,7 @@ def _recall(ctx: Any) -> tuple[list[Coefficients], tuple[Tensor, ...]]:
 def _parts(
     stencil: Stencil, coefficients: Sequence[Coefficients], y: Tensor
 ) -> Iterator[tuple[Stencil, list[Coefficients], tuple[slice, slice]]]:
-    """What belongs to each block of samples and channels."""
+    """Yield what belongs to each block of samples and channels."""
     for place in blocks(y, CACHE_BYTES):
         chosen = [cut(c, *place) if isinstance(c, Tensor) and c.ndim == 4 else c for c in coefficients]
         yield stencil.part(*place), chosen, place
@@ -210,7 +210,7 @@ def _sign(k: int) -> float:
 
 
 def _signed(coefficients: Coefficients) -> Sequence[Any]:
-    """s_k c_k, one by one."""
+    """Return s_k c_k for each k."""
     if not isinstance(coefficients, Tensor):
         return [_sign(k) * c for k, c in enumerate(coefficients)]
     index = torch.arange(coefficients.shape[-1], device=coefficients.device)
@@ -225,12 +225,12 @@ def _add(out: Tensor, c: float | Tensor, y: Tensor) -> None:
 
 
 def _twice(stencil: Stencil) -> Stencil:
-    """2X = L/2 - 2."""
+    """Return 2X = L/2 - 2."""
     return stencil.affine(4 / SPECTRAL_BOUND, -2.0)
 
 
 def _basis(stencil: Stencil, y: Tensor, degree: int) -> Iterator[Tensor]:
-    """S_0 y, S_1 y, ..., each valid until the next is asked for."""
+    """Yield S_0 y, S_1 y, ..., each valid until the next is asked for."""
     twice = _twice(stencil)
     here = y.clone(memory_format=torch.contiguous_format)
     other = torch.zeros_like(here)
@@ -269,7 +269,7 @@ def _clenshaw(stencil: Stencil, coefficients: Sequence[Coefficients], ys: Sequen
 
 
 def _moments(stencil: Stencil, y: Tensor, grad: Tensor, like: Coefficients) -> Tensor:
-    """<grad, T_k y> for each c_k, summed to the shape of the coefficients."""
+    """Return <grad, T_k y> for each c_k, summed to the shape of the coefficients."""
     assert isinstance(like, Tensor)
     degree = like.shape[-1] - 1
     products = [_sign(k) * (s * grad).sum(-1, keepdim=True) for k, s in enumerate(_basis(stencil, y, degree))]

@@ -36,7 +36,7 @@ def evolve(
     step_size: float | None = None,
     validate: bool | None = None,
 ) -> Tensor:
-    """Osmosis with the canonical drift of a guidance image and reflecting boundaries, Eq. (46)-(49), Peter 2024.
+    """Evolve images by osmosis with canonical drift and reflecting boundaries, Eq. (46)-(49), Peter 2024.
 
     Args:
         u: images >= 0, ``(B, C, H, W)``, any float dtype.
@@ -54,7 +54,7 @@ def evolve(
         validate: whether to look at the values of u and v, which waits for the device; None where they lie on the CPU.
 
     Returns: ``(T, *u.shape)``, same dtype. Every method leaves errors of `tol` or of rounding; so that none of them
-    makes an image negative or changes its mean grey value, values below 0 are set to 0 and each image channel is then
+    makes an image negative or changes its mean intensity, values below 0 are set to 0 and each image channel is then
     rescaled to the mean of u.
 
     Rounding in float32 (and half precision, which is computed in it) grows with the time and with the contrast of v.
@@ -90,7 +90,7 @@ def evolve(
 def _expanded(
     operator: OsmosisOperator, start: Tensor, rows: list[list[float]], tol: float, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """u at each time by one Chebyshev sweep in `dtype`; float64."""
+    """Return u at each time by one Chebyshev sweep in `dtype`; float64."""
     steady = start.mean((-2, -1), keepdim=True) * operator.guidance
     y = operator.to_white(start - steady).to(dtype).flatten(-2)
     parts = expand(operator.stencil(dtype, white=True), y, [_coefficients(row, tol, y) for row in rows])
@@ -107,7 +107,7 @@ def _stepped(
     tol: float,
     dtype: torch.dtype,
 ) -> Iterator[Tensor]:
-    """u at each time by implicit Euler in `dtype`, in pixels, or for CG in white coordinates; float64."""
+    """Return u at each time by implicit Euler in `dtype`, in pixels, or for CG in whitened coordinates; float64."""
     if method == "cg":
         stencil, x = operator.stencil(dtype, white=True).affine(-1.0, 0.0), operator.to_white(start).to(dtype)
     else:
@@ -118,14 +118,14 @@ def _stepped(
 
 
 def _conserve(image: Tensor, start: Tensor) -> Tensor:
-    """No value below 0, and the mean grey values of `start`."""
+    """Clip images at 0 and give them back the mean intensities of `start`."""
     image = image.clamp(min=0)
     mean = image.mean((-2, -1), keepdim=True)
     return image * torch.where(mean > 0, start.mean((-2, -1), keepdim=True) / mean, 1)
 
 
 def _coefficients(row: list[float], tol: float, y: Tensor) -> Coefficients:
-    """Numbers where all samples share the time, else ``(B, 1, 1, K + 1)``."""
+    """Return numbers where all samples share the time, else ``(B, 1, 1, K + 1)``."""
     series = [heat_coefficients(time, 0.1 * tol) for time in row]
     if len(series) == 1:
         return series[0]
@@ -147,7 +147,7 @@ def _check_images(u: Tensor, validate: bool | None) -> None:
 
 
 def _check_times(times: Times, batch: int) -> list[list[float]]:
-    """The times, row by row: one number for all samples, or one for each."""
+    """Return the times, row by row: one number for all samples, or one for each."""
     plain: Any = times.tolist() if hasattr(times, "tolist") else times  # tensors, and numpy arrays
     rows: list[Any] = list(plain) if isinstance(plain, Sequence) and not isinstance(plain, str) else []
     require(len(rows) > 0, f"evolve: times must be a sequence of numbers in px^2, not empty, got {times!r}")

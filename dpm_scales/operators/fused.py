@@ -50,7 +50,7 @@ def _product(  # type: ignore[no-untyped-def]  # Triton reads the arguments' kin
 
 
 def product(out: Tensor, u: Tensor, weights: tuple[Tensor, ...], width: int, scale: float | None) -> None:
-    """``out = A u``, or ``out += scale * A u``.
+    """Compute ``out = A u``, or ``out += scale * A u``.
 
     Args:
         out, u: contiguous ``(B, C, N)`` of one number format.

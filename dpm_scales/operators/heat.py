@@ -25,7 +25,7 @@ SPECTRA = ("continuous", "discrete")
 
 
 def dct_matrix(n: int, device: torch.device | str | None = None) -> Tensor:
-    """Orthonormal DCT-II as an ``(n, n)`` float64 matrix: ``u = C x``."""
+    """Return the orthonormal DCT-II as an ``(n, n)`` float64 matrix: ``u = C x``."""
     k = torch.arange(n, dtype=torch.float64, device=device)
     basis = torch.cos(torch.outer(k * (math.pi / n), k + 0.5)) * math.sqrt(2 / n)
     basis[0] *= math.sqrt(0.5)
@@ -38,19 +38,19 @@ def _axis_eigenvalues(n: int, spectrum: str, device: torch.device | str | None) 
 
 
 def _blur_matrix(n: int, time: Tensor, spectrum: str, dtype: torch.dtype) -> Tensor:
-    """G(T) of shape ``(*time.shape, n, n)`` in `dtype`; the exponentials are taken in float64."""
+    """Return G(T) of shape ``(*time.shape, n, n)`` in `dtype`; the exponentials are taken in float64."""
     basis = dct_matrix(n, time.device).to(dtype)
     decay = torch.exp(-_axis_eigenvalues(n, spectrum, time.device) * time[..., None]).to(dtype)
     return (basis.T * decay[..., None, :]) @ basis
 
 
 def _as_given(x: Tensor) -> torch.autocast:
-    """The law is computed in the images' own precision: mixed precision is the network's alone."""
+    """Return a context without autocast: the law is computed in the images' own precision."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def heat_blur(x: Tensor, dissipation_time: Tensor | float, spectrum: str = "continuous") -> Tensor:
-    """Homogeneous diffusion ``exp(T Laplacian) x`` with reflecting boundaries (Eq. (33)-(35), Peter 2024).
+    """Return the diffused images ``exp(T Laplacian) x`` with reflecting boundaries (Eq. (33)-(35), Peter 2024).
 
     Args:
         x: images ``(B, C, H, W)``, any float dtype.
@@ -102,13 +102,13 @@ class HeatOperator(Operator):
         return rows[:, None] + columns[None, :]
 
     def analysis(self, x: Tensor) -> Tensor:
-        """Orthonormal DCT-II over the last two axes: pixels to coefficients u."""
+        """Return the orthonormal DCT-II over the last two axes: pixels to coefficients u."""
         rows, columns = self._matrices(x)
         with _as_given(x):
             return rows @ (x @ columns.mT)
 
     def synthesis(self, u: Tensor) -> Tensor:
-        """Inverse of `analysis`."""
+        """Invert `analysis`."""
         rows, columns = self._matrices(u)
         with _as_given(u):
             return rows.mT @ (u @ columns)

@@ -3,11 +3,11 @@ r"""Implicit Euler for du/dt = P u, the scheme of the published osmosis filters 
     (I - tau P) u^{k+1} = u^k
 
 It takes any drift, and any step: I - tau P is an M-matrix with column sums 1, so images stay positive and keep their
-mean grey value. First order in tau. The systems are solved, all samples and channels together, by
+mean intensity. First order in tau. The systems are solved, all samples and channels together, by
 
     bicgstab    stabilised biconjugate gradients (van der Vorst 1992), restarted where it breaks down
-    cg          conjugate gradients, for a symmetric matrix: canonical drift in white coordinates, which is CG for P in
-                the product sum u w / v
+    cg          conjugate gradients, for a symmetric matrix: canonical drift in whitened coordinates, which is CG for P
+                in the product sum u w / v
 
 Every system has its own scalars, and stops when its own residual has fallen below `tol` of its right-hand side; it is
 then left as it is. The host asks once an iteration whether all have stopped.
@@ -41,7 +41,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class ImplicitEvolution:
-    """What `implicit_euler` returns: `images` ``(T, B, C, H, W)`` at the T times; `iterations` and relative `residuals`
+    """Result of `implicit_euler`: `images` ``(T, B, C, H, W)`` at the T times; `iterations` and relative `residuals`
     of each step, ``(steps, B, C)``."""
 
     images: Tensor
@@ -53,7 +53,7 @@ class ImplicitEvolution:
 
 
 def jacobi(matrix: Stencil) -> Preconditioner:
-    """Division by the diagonal."""
+    """Return the preconditioner that divides by the diagonal."""
     inverse = 1 / matrix.diagonal
 
     def precondition(r: Tensor, out: Tensor) -> None:
@@ -172,7 +172,7 @@ def _solve(
     tol: float,
     max_iterations: int,
 ) -> Solution:
-    """A x = b from the first guess b. On a CPU block by block: solvers have a dozen arrays, which then stay cached."""
+    """Solve A x = b from the first guess b, on a CPU block by block: the dozen arrays of a solver then stay cached."""
     parts, x = [], torch.empty_like(b)
     for place in blocks(b, CACHE_BYTES // 2):
         part = SOLVERS[method](matrix.part(*place), b[place], b[place], tol, max_iterations)
@@ -191,7 +191,7 @@ def _norm(a: Tensor) -> Tensor:
 
 
 def _ratio(a: Tensor, b: Tensor, where: Tensor) -> Tensor:
-    """a / b, and 0 outside `where` and where b is 0: the update then leaves a system as it is."""
+    """Return a / b, and 0 outside `where` and where b is 0: the update then leaves a system as it is."""
     return torch.where(where & (b != 0), a / b, 0)
 
 
@@ -221,7 +221,7 @@ def implicit_euler(
     tol: float = 1e-6,
     max_iterations: int = 1000,
 ) -> ImplicitEvolution:
-    """Implicit Euler from time 0 through all `times`.
+    """Integrate du/dt = P u by implicit Euler from time 0 through all `times`.
 
     Args:
         stencil: the matrix P of du/dt = P u, e.g. `drift_stencil` or ``OsmosisOperator.stencil``; symmetric for "cg".
@@ -231,14 +231,14 @@ def implicit_euler(
         step_size: largest step in px^2 instead.
         method: "bicgstab" or "cg".
         tol: relative residual of each system. In float32 the residual that is seen stops near 1e-7 (1 + 8 tau), while
-            the recursion of the solver goes on to fall and decides: `residuals` are those seen at the end.
+            the recursion of the solver continues to fall and decides: `residuals` are those seen at the end.
         max_iterations: of each solve.
 
     Raises: UserError for arguments that do not fit, and for systems that do not converge.
     """
     require_choice("method", method, SOLVERS)
     symmetric = stencil.from_left is stencil.from_right and stencil.from_above is stencil.from_below
-    require(method != "cg" or symmetric, "cg needs a symmetric matrix: canonical drift in white coordinates")
+    require(method != "cg" or symmetric, "cg needs a symmetric matrix: canonical drift in whitened coordinates")
     x, images, solutions = u.flatten(-2), [], []
     matrix, before, last = stencil, 0.0, 0.0
     for time, number in zip(times, _steps(times, num_steps, step_size), strict=True):
@@ -259,7 +259,7 @@ def implicit_euler(
 
 
 def _steps(times: Sequence[float], num_steps: int | Sequence[int], step_size: float | None) -> list[int]:
-    """The number of steps that lead to each time from the one before."""
+    """Return the number of steps that lead to each time from the one before."""
     lengths = [time - before for before, time in zip([0.0, *times], times, strict=False)]
     require(all(length >= 0 for length in lengths), f"times must be ascending numbers >= 0 px^2, got {list(times)}")
     if step_size is not None:
@@ -282,18 +282,18 @@ def steady_state(
     max_iterations: int = 1000,
     fixed: Tensor | None = None,
 ) -> Tensor:
-    """The image that du/dt = P u ends in: implicit Euler with steps that grow a hundredfold, until one changes no more.
+    """Return the limit of du/dt = P u, by implicit Euler with steps that grow a hundredfold until nothing changes.
 
     Args:
         stencil: P, any drift, in float64.
-        u: start ``(B, C, H, W)``, float64; it decides the mean grey value, and else only how long it takes.
+        u: start ``(B, C, H, W)``, float64; it decides the mean intensity, and else only how long it takes.
         tol: largest relative change |u^{k+1} - u^k| / |u^k| of the last step.
         max_steps: after which to give up. The step stops growing at 1e8 px^2.
         max_iterations: of each solve, which has multigrid for a preconditioner.
         fixed: bool ``(B | 1, C | 1, H, W)``, pixels that stay as they are (Dirichlet data); None for none. With them
-            the mean grey value is not kept.
+            the mean intensity is not kept.
 
-    Raises: UserError, with the figures, where it does not settle.
+    Raises: UserError, with the figures, where it does not converge.
     """
     start, held = u.flatten(-2), None if fixed is None else fixed.flatten(-2)
     settled = torch.empty_like(start)
@@ -322,7 +322,7 @@ def _settle(
 
 
 def without_rows(p: Stencil, fixed: Tensor) -> Stencil:
-    """P with rows of zeros for fixed pixels, which then take nothing."""
+    """Return P with rows of zeros for fixed pixels, which then take nothing."""
     free = (~fixed).to(p.diagonal.dtype)
     return Stencil(
         p.diagonal * free,

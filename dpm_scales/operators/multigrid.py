@@ -30,10 +30,10 @@ HELD = 1e12
 
 
 def multigrid(p: Stencil, step: float, like: Tensor, fixed: Tensor | None = None) -> Callable[[Tensor, Tensor], None]:
-    """A preconditioner for (I - step P) x = r: writes one V-cycle's approximate solution into its second argument.
+    """Make a preconditioner for (I - step P) x = r that writes one V-cycle's solution into its second argument.
 
     Args:
-        p: P, which loses no grey value: its columns sum to 0.
+        p: P, which loses no intensity: its columns sum to 0.
         step: tau > 0 in px^2.
         like: what the solution resembles, ``(B, C, N)``; only its absolute values matter.
         fixed: bool ``(B | 1, C | 1, N)``, pixels that take no flow.
@@ -88,7 +88,7 @@ class _Level:
         self.coarser = _Level(self._sum(mass), *sideways, *upright)
 
     def solve(self, r: Tensor) -> Tensor:
-        """w of shape ``(B, C, N)``."""
+        """Return w, ``(B, C, N)``."""
         if self.coarser is None:
             return torch.linalg.lu_solve(*self.factors, r[..., None])[..., 0]
         w = self.inverse * r
@@ -107,12 +107,12 @@ class _Level:
         return torch.addcmul(w, self.inverse, r - self.matrix.flat_product(w))
 
     def _sum(self, x: Tensor) -> Tensor:
-        """Sums over blocks; those at the end may have fewer pixels."""
+        """Return sums over blocks; those at the end may have fewer pixels."""
         down, across = self.block
         x = F.pad(x, (0, -x.shape[-1] % across, 0, -x.shape[-2] % down))
         return x.unflatten(-1, (-1, across)).sum(-1).unflatten(-2, (-1, down)).sum(-2)
 
     def _border(self, flow: Tensor, axis: int, block: int) -> Tensor:
-        """Flows across the borders of blocks, 0 within them."""
+        """Return flows across the borders of blocks, 0 within them."""
         inner = torch.arange(flow.shape[axis], device=flow.device) % block < block - 1
         return flow.masked_fill(inner if axis == -1 else inner[:, None], 0.0)

@@ -6,7 +6,7 @@ L has no transform that diagonalises it for all v; f(L) y is a Chebyshev expansi
 `HeatOperator("discrete")`.
 
 The eigenvector of L to the eigenvalue 0 is known, sqrt(v), so that component is f(0) exactly: f(0) = 1 keeps the mean
-grey value, whatever the degree.
+intensity, whatever the degree.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ class OsmosisOperator(Operator):
     # --- the operator itself ------------------------------------------------------------------------------------------
 
     def matvec(self, u: Tensor) -> Tensor:
-        """P u in pixels, Eq. (46), Peter 2024: ``(B, C, H, W)``, same dtype."""
+        """Return P u in pixels, Eq. (46), Peter 2024: ``(B, C, H, W)``, same dtype."""
         self.check_images(u)
         return self.stencil(u.dtype).product(u)
 
     def dense(self, white: bool = False) -> Tensor:
-        """P, or L in white coordinates, as matrices ``(B | 1, C | 1, N, N)`` in float64."""
+        """Return P, or L in whitened coordinates, as matrices ``(B | 1, C | 1, N, N)`` in float64."""
         return self.stencil(torch.float64, white).dense()
 
     def stencil(self, dtype: torch.dtype, white: bool = False) -> Stencil:
-        """P, or L in white coordinates; weights are computed in float64."""
+        """Return P, or L in whitened coordinates; weights are computed in float64."""
         key = (dtype, white)
         if key not in self._stencils:
             build = white_stencil if white else osmosis_stencil
@@ -67,7 +67,7 @@ class OsmosisOperator(Operator):
         return self._stencils[key]
 
     def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-        """The spectrum of the constant guidance image: a model of L's, for priors over eigenvalues and for entropies.
+        """Return the spectrum of the constant guidance image, a model of L's spectrum for power spectra and entropies.
 
         Exact eigenvalues of other v need the dense matrix; [0, 8] bounds them all.
         """
@@ -84,7 +84,7 @@ class OsmosisOperator(Operator):
         return y * self._sqrt.to(y.dtype)
 
     def log_volume(self) -> Tensor:
-        """sum 1/2 ln v per image channel, v normalised to mean one: float64 ``(B | 1, C | 1)``, <= 0."""
+        """Return sum 1/2 ln v per image channel, v normalised to mean one: float64 ``(B | 1, C | 1)``, <= 0."""
         return 0.5 * self.guidance.log().sum((-2, -1))
 
     def at_degree(self, degree: int) -> OsmosisOperator:
@@ -100,7 +100,7 @@ class OsmosisOperator(Operator):
         return self.combine((f, y))
 
     def apply_all(self, functions: Sequence[SpectralFunction], y: Tensor) -> list[Tensor]:
-        """f_1(L) y, f_2(L) y, ... at the price of one sweep and one multiplication each."""
+        """Return f_1(L) y, f_2(L) y, ... at the price of one sweep and one multiplication each."""
         self.check_images(y)
         values = [f(self._mu(y.device)) for f in functions]
         results = {i: v.to(y.dtype) * y for i, v in enumerate(values) if _is_constant(v)}
@@ -109,17 +109,17 @@ class OsmosisOperator(Operator):
             dtype = working_dtype(y.dtype)
             flat, mode = y.to(dtype).flatten(-2), self._mode(dtype)
             coefficients = [self._coefficients(values[i], dtype) for i in turning]
-            grey = (flat * mode).sum(-1, keepdim=True)
+            dc = (flat * mode).sum(-1, keepdim=True)
             expanded = expand(self.stencil(dtype, white=True), flat, coefficients)
             for i, out in zip(turning, expanded, strict=True):
-                results[i] = _mend(out, mode, values[i][..., -1].to(dtype) * grey).view(y.shape).to(y.dtype)
+                results[i] = _set_dc(out, mode, values[i][..., -1].to(dtype) * dc).view(y.shape).to(y.dtype)
         return [results[i] for i in range(len(values))]
 
     def combine(self, *terms: tuple[SpectralFunction, Tensor]) -> Tensor:
         scaled: list[Tensor] = []
         coefficients: list[Tensor] = []
         flats: list[Tensor] = []
-        grey: list[Tensor] = []
+        dc: list[Tensor] = []
         first = terms[0][1]
         dtype = working_dtype(first.dtype)
         mode = self._mode(dtype)
@@ -131,21 +131,21 @@ class OsmosisOperator(Operator):
                 continue
             coefficients.append(self._coefficients(values, dtype))
             flats.append(y.to(dtype).flatten(-2))
-            grey.append(values[..., -1].to(dtype) * (flats[-1] * mode).sum(-1, keepdim=True))
+            dc.append(values[..., -1].to(dtype) * (flats[-1] * mode).sum(-1, keepdim=True))
         if flats:
             out = collect(self.stencil(dtype, white=True), coefficients, flats)
-            scaled.append(_mend(out, mode, torch.stack(grey).sum(0)).view(first.shape).to(first.dtype))
+            scaled.append(_set_dc(out, mode, torch.stack(dc).sum(0)).view(first.shape).to(first.dtype))
         return scaled[0] if len(scaled) == 1 else torch.stack(scaled).sum(0)
 
     def _mu(self, device: torch.device) -> Tensor:
-        """Chebyshev nodes, then 0: ``(1, M + 1)``."""
+        """Return Chebyshev nodes, then 0: ``(1, M + 1)``."""
         return torch.nn.functional.pad(chebyshev_nodes(2 * (self.degree + 1), device), (0, 1))[None]
 
     def _coefficients(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         return chebyshev_coefficients(values[..., :-1], self.degree).to(dtype)
 
     def _mode(self, dtype: torch.dtype) -> Tensor:
-        """The normalised eigenvector to the eigenvalue 0, ``(B | 1, C | 1, N)``."""
+        """Return the normalised eigenvector to the eigenvalue 0, ``(B | 1, C | 1, N)``."""
         flat = self._sqrt.flatten(-2)
         return (flat / math.sqrt(flat.shape[-1])).to(dtype)
 
@@ -161,7 +161,7 @@ class OsmosisOperator(Operator):
 
 
 def check_guidance(guidance_image: Tensor, validate: bool | None = None) -> Tensor:
-    """The guidance image as ``(B | 1, C | 1, H, W)``. Raises UserError, see `OsmosisOperator`."""
+    """Return the guidance image as ``(B | 1, C | 1, H, W)``. Raises UserError, see `OsmosisOperator`."""
     v = guidance_image
     ok = isinstance(v, Tensor) and v.ndim in (3, 4) and v.numel() > 0
     require(ok, f"guidance image must be (B, C, H, W) or (C, H, W), not empty, got {_seen(v)}")
@@ -178,14 +178,14 @@ def check_guidance(guidance_image: Tensor, validate: bool | None = None) -> Tens
 
 
 def normalised(guidance: Tensor) -> Tensor:
-    """v / mean(v) for each image channel, float64."""
+    """Return v / mean(v) for each image channel, float64."""
     v = guidance.to(torch.float64)
     return v / v.mean((-2, -1), keepdim=True)
 
 
-def _mend(out: Tensor, mode: Tensor, grey: Tensor) -> Tensor:
-    """`out` with its component along the known eigenvector set to `grey`."""
-    return torch.addcmul(out, grey - (out * mode).sum(-1, keepdim=True), mode)
+def _set_dc(out: Tensor, mode: Tensor, dc: Tensor) -> Tensor:
+    """Return `out` with its component along the eigenvector to the eigenvalue 0 set to `dc`."""
+    return torch.addcmul(out, dc - (out * mode).sum(-1, keepdim=True), mode)
 
 
 def _is_constant(values: Tensor) -> bool:
@@ -193,7 +193,7 @@ def _is_constant(values: Tensor) -> bool:
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half precision is for storage: the recursion would lose everything in it."""
+    """Return the dtype of the recursion: half precision is for storage, and would lose all digits in it."""
     return dtype if dtype == torch.float64 else torch.float32
 
 

@@ -55,7 +55,7 @@ class Stencil:
     width: int
 
     def bind(self, u: Tensor, out: Tensor) -> Product:
-        """The product A u into `out`, both contiguous ``(B, C, N)``, to be taken many times."""
+        """Bind the product A u into `out`, both contiguous ``(B, C, N)``, to be taken many times."""
         weights = (self.diagonal, self.from_right, self.from_left, self.from_below, self.from_above)
         alike = len({(w.shape, _steps(w)) for w in weights}) == 1 and self.diagonal.stride(-1) == 1
         if alike and u.is_contiguous() and out.is_contiguous() and _may_fuse(u):
@@ -63,29 +63,29 @@ class Stencil:
         return FiveProducts(weights, u, out, self.width)
 
     def flat_product(self, u: Tensor) -> Tensor:
-        """A u for u of shape ``(B, C, N)``."""
+        """Return A u for u of shape ``(B, C, N)``."""
         out = torch.empty_like(u)
         self.bind(u, out).set()
         return out
 
     def product(self, u: Tensor) -> Tensor:
-        """A u for images ``(B, C, H, W)`` in the weights' number format."""
+        """Return A u for images ``(B, C, H, W)`` in the weights' number format."""
         return self.flat_product(u.flatten(-2)).view(u.shape)
 
     def affine(self, scale: float, shift: float) -> Stencil:
-        """The matrix ``scale * A + shift * I``."""
+        """Return the matrix ``scale * A + shift * I``."""
         return self._map(lambda weight: scale * weight, self.diagonal * scale + shift)
 
     def to(self, dtype: torch.dtype) -> Stencil:
-        """The same matrix in another number format."""
+        """Return the same matrix in another number format."""
         return self._map(lambda weight: weight.to(dtype), self.diagonal.to(dtype))
 
     def part(self, samples: slice, channels: slice) -> Stencil:
-        """The matrices of some samples and channels; one that serves all of them stays."""
+        """Return the matrices of some samples and channels; one that serves all of them stays."""
         return self._map(lambda weight: cut(weight, samples, channels), cut(self.diagonal, samples, channels))
 
     def dense(self) -> Tensor:
-        """``(B | 1, C | 1, N, N)``: for tests, and small images."""
+        """Return the dense matrix ``(B | 1, C | 1, N, N)``, for tests and small images."""
         matrix = torch.diag_embed(self.diagonal)
         for weight, offset in (
             (self.from_right[..., :-1], 1),
@@ -104,14 +104,16 @@ class Stencil:
 
 
 def cut(x: Tensor, samples: slice, channels: slice) -> Tensor:
-    """Some samples and channels of ``(B | 1, C | 1, ...)``; an axis of size one stays."""
+    """Return some samples and channels of ``(B | 1, C | 1, ...)``; an axis of size one stays."""
     whole = slice(None)
     return x[samples if x.shape[0] > 1 else whole, channels if x.shape[1] > 1 else whole]
 
 
 def blocks(x: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
-    """Samples and channels of ``(B, C, N)`` in blocks of at most `size` bytes, or one image channel; elsewhere than on
-    the CPU, where nothing is gained, all together."""
+    """Yield slices of samples and channels of ``(B, C, N)``: blocks of at most `size` bytes, or one image channel.
+
+    Other devices than the CPU, which gain nothing, have one block.
+    """
     batch, channels, number = x.shape
     if x.device.type != "cpu" or x.numel() * x.element_size() <= size:
         yield slice(0, batch), slice(0, channels)
@@ -182,19 +184,19 @@ class FusedProduct(Product):
 
 
 def _steps(weight: Tensor) -> tuple[int, ...]:
-    """Strides of the axes that are walked along."""
+    """Return the strides of the axes of more than one entry."""
     return tuple(step for step, size in zip(weight.stride(), weight.shape, strict=True) if size > 1)
 
 
 def _may_fuse(u: Tensor) -> bool:
-    """Whether Triton serves here. Inductor fuses by itself, and pretended tensors have no memory."""
+    """Return whether Triton can take the product of `u`. Inductor fuses by itself; fake tensors have no memory."""
     ours = u.device.type == "cuda" and u.dtype in (torch.float32, torch.float64)
     return ours and not isinstance(u, FakeTensor) and not torch.compiler.is_compiling() and _fuses_right(u.device)
 
 
 @functools.cache
 def _fuses_right(device: torch.device) -> bool:
-    """Whether Triton compiles on this device, and gives what five products give: tried once."""
+    """Return whether Triton compiles on this device and agrees with five products; tried once per device."""
     try:
         for dtype in (torch.float32, torch.float64):
             stencil = white_stencil(torch.rand(2, 1, 5, 7, device=device, dtype=dtype) + 0.5)
@@ -212,7 +214,7 @@ def _fuses_right(device: torch.device) -> bool:
 
 
 def canonical_drift(guidance_image: Tensor) -> tuple[Tensor, Tensor]:
-    """Drift whose steady state is the guidance image v > 0, in the middles of the edges (Vogel et al. 2013).
+    """Return the drift whose steady state is the guidance image v > 0, in the middles of the edges (Vogel et al. 2013).
 
     Args:
         guidance_image: ``(..., H, W)``.
@@ -225,7 +227,7 @@ def canonical_drift(guidance_image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def drift_stencil(right: Tensor, down: Tensor) -> Stencil:
-    """P for a drift given on the edges.
+    """Return P for a drift given on the edges.
 
     Args:
         right: d from each pixel to its right neighbour, ``(B | 1, C | 1, H, W - 1)``, in 1/px.
@@ -243,7 +245,7 @@ def drift_stencil(right: Tensor, down: Tensor) -> Stencil:
 
 
 def osmosis_stencil(guidance_image: Tensor) -> Stencil:
-    """P for the canonical drift of v > 0, ``(B | 1, C | 1, H, W)``, in the number format of v.
+    """Return P for the canonical drift of v > 0, ``(B | 1, C | 1, H, W)``, in the number format of v.
 
     The weights are taken as quotients, not from the drift: 1 - d/2 has no correct digit left where v is very dark.
     """
@@ -251,7 +253,7 @@ def osmosis_stencil(guidance_image: Tensor) -> Stencil:
 
 
 def white_stencil(guidance_image: Tensor) -> Stencil:
-    """L = -V^{-1/2} P V^{1/2}, symmetric, with spectrum in [0, 8]."""
+    """Return L = -V^{-1/2} P V^{1/2}, symmetric, with spectrum in [0, 8]."""
     left, right, top, bottom = _shares(guidance_image)
     p = _stencil(left, right, top, bottom)
     across, downwards = (_flat(-(a * b).sqrt(), *pad) for a, b, pad in ((left, right, (1, 0)), (top, bottom, (0, 1))))
@@ -259,13 +261,13 @@ def white_stencil(guidance_image: Tensor) -> Stencil:
 
 
 def _shares(v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """2 v_i / (v_i + v_j) for both ends of the horizontal, then of the vertical edges."""
+    """Return 2 v_i / (v_i + v_j) for both ends of the horizontal, then of the vertical edges."""
     a, b, c, d = v[..., :-1], v[..., 1:], v[..., :-1, :], v[..., 1:, :]
     return 2 * a / (a + b), 2 * b / (a + b), 2 * c / (c + d), 2 * d / (c + d)
 
 
 def _stencil(left: Tensor, right: Tensor, top: Tensor, bottom: Tensor) -> Stencil:
-    """P from what each end of an edge takes from the other; what it takes, the other loses."""
+    """Return P from what each end of an edge takes from the other; what it takes, the other loses."""
     lost = F.pad(right, (0, 1)) + F.pad(left, (1, 0)) + F.pad(bottom, (0, 0, 0, 1)) + F.pad(top, (0, 0, 1, 0))
     height, width = lost.shape[-2:]
     weights = (_flat(left, 1, 0), _flat(right, 1, 0), _flat(top, 0, 1), _flat(bottom, 0, 1))
@@ -273,5 +275,5 @@ def _stencil(left: Tensor, right: Tensor, top: Tensor, bottom: Tensor) -> Stenci
 
 
 def _flat(edges: Tensor, columns: int, rows: int) -> Tensor:
-    """Edges as a flat image, with weight 0 where the grid ends."""
+    """Return edges as a flat image, with weight 0 where the grid ends."""
     return F.pad(edges, (0, columns, 0, rows)).flatten(-2)

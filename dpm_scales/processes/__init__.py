@@ -1,12 +1,12 @@
 """Processes: the law of every forward process, and its members."""
 
-from dpm_scales.processes.law import MOST_GREY, Context, Gaussian, Process, Scale, as_scale
+from dpm_scales.processes.law import MAX_MEAN_LEFT, Context, Gaussian, Process, Scale, as_scale
 from dpm_scales.processes.members import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat
 from dpm_scales.processes.osmosis import InverseOsmosis, Osmosis, OsmosisDiffusion, OsmosisFilter
 from dpm_scales.processes.steps import Step
 
 __all__ = [
-    "MOST_GREY",
+    "MAX_MEAN_LEFT",
     "VE",
     "VP",
     "Blurring",

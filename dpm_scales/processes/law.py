@@ -35,8 +35,8 @@ from dpm_scales.processes.steps import Step
 from dpm_scales.rng import CounterRNG, Randomness, white_noise
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule, is_number
 
-MOST_GREY = 0.02
-"""What may be left of a grey value at scale 1, in units of its noise, where sampling starts from noise alone."""
+MAX_MEAN_LEFT = 0.02
+"""Largest lambda_1 / gamma_1 of the mean intensity (mu = 0) for which sampling starts from noise alone."""
 
 Context = Tensor | None
 Scale = Tensor | float
@@ -44,14 +44,14 @@ Scale = Tensor | float
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A Gaussian on images: `mean` in pixels ``(B, C, H, W)``, `std` a function of mu in white coordinates."""
+    """A Gaussian on images: `mean` in pixels ``(B, C, H, W)``, `std` a function of mu in whitened coordinates."""
 
     mean: Tensor
     std: SpectralFunction
     operator: Operator
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw, in pixels."""
+        """Draw one image each: ``(B, C, H, W)`` in pixels."""
         noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
         return self.mean + self.operator.to_pixels(self.operator.apply(self.std, noise))
 
@@ -118,49 +118,49 @@ class Process(nn.Module):
         noise.bind(num_scales)
         if blur is not None:
             blur.bind(num_scales)
-        first, last = self.log_noise_scale(1 / num_scales, _grey()), self.log_noise_scale(1.0, _grey())
+        first, last = self.log_noise_scale(1 / num_scales, _zero()), self.log_noise_scale(1.0, _zero())
         self._constant = bool(torch.isclose(first, last, rtol=0, atol=1e-9).all())
         self._noisy = bool((last > -math.inf).all())
-        self._grey_left = float((0.5 * self.log_snr(1.0, _grey())).exp())
+        self._mean_left = float((0.5 * self.log_snr(1.0, _zero())).exp())
         self._check_consistency()
 
     # --- context and operator -----------------------------------------------------------------------------------------
 
     def context(self, x_0: Tensor, generator: Randomness = None) -> Context:
-        """What a sample carries besides its pixels, drawn once per sample; None where there is nothing."""
+        """Draw what a sample carries besides its pixels, once per sample; None for processes without a context."""
         return None
 
     @property
     def has_context(self) -> bool:
-        """Whether samples carry a context: whether the class draws one."""
+        """Whether samples carry a context, that is, whether the class overrides `context`."""
         return type(self).context is not Process.context
 
     @property
     def is_heat_blur(self) -> bool:
-        """Whether the means are images blurred by the heat equation, all alike: in the DCT basis, without a context."""
+        """Whether the means are images blurred by the heat equation: diagonal in the DCT basis, without a context."""
         return self.blur is not None and not self.has_context and self._operator.is_diagonal
 
     def context_from(self, x: Tensor, noise: CounterRNG) -> Context:
-        """The context of images ``(B, C, H, W)`` in pixels that a user gives, drawn by the number of each.
+        """Draw the context of given images ``(B, C, H, W)`` in pixels, by the number of each.
 
         Raises: UserError for a process whose context does not come from the image itself.
         """
         return self.context(x, noise)
 
     def context_features(self, context: Context) -> Context:
-        """The context as channels for the network, ``(B, context_channels * C, H, W)``, or None."""
+        """Return the context as channels for the network, ``(B, context_channels * C, H, W)``, or None."""
         return None
 
     def operator(self, context: Context = None) -> Operator:
-        """The operator that acts on the samples of this context."""
+        """Return the operator that acts on the samples of this context."""
         return self._operator
 
     def steady_state(self, mean: Tensor, context: Context = None) -> Tensor:
-        """What infinite blur makes of images of mean grey values ``(B, C)``, in pixels: ``(B, C, H | 1, W | 1)``."""
+        """Return the limit of infinite blur in pixels, ``(B, C, H | 1, W | 1)``, for mean intensities ``(B, C)``."""
         return mean[..., None, None]
 
     def degree_of(self, *functions: SpectralFunction) -> int:
-        """Degree that an expansion of these functions needs; 0 where the operator is diagonal."""
+        """Return the degree that an expansion of these functions needs; 0 where the operator is diagonal."""
         return 0
 
     def ensure_degree(self, *functions: SpectralFunction) -> None:
@@ -172,47 +172,47 @@ class Process(nn.Module):
     # --- curves -------------------------------------------------------------------------------------------------------
 
     def signal(self, t: Scale) -> Decay:
-        """lambda_t as a spectral function."""
+        """Return lambda_t as a spectral function."""
         t = self._scale(t)
         log_scale, _ = self.noise(t)
         return Decay(log_scale, None if self.blur is None else self.blur(t), self.min_decay)
 
     def log_noise_scale(self, t: Scale, mu: Tensor) -> Tensor:
-        """log gamma_t(mu), -inf where there is no noise. Trailing dimensions of size one: the same for every mu."""
+        """Return log gamma_t(mu), -inf without noise. Trailing dimensions of size one: the same for every mu."""
         _, log_noise = self.noise(as_scale(t, mu))
         return batch_view(log_noise, mu)
 
     def signal_scale(self, t: Scale, mu: Tensor) -> Tensor:
-        """lambda_t(mu), float64 (VDM: alpha_t, DDPM: sqrt of alpha-bar)."""
+        """Return lambda_t(mu), float64 (VDM: alpha_t, DDPM: sqrt of alpha-bar)."""
         return self.signal(as_scale(t, mu))(mu)
 
     def noise_scale(self, t: Scale, mu: Tensor) -> Tensor:
-        """gamma_t(mu), float64, a standard deviation."""
+        """Return gamma_t(mu), float64, a standard deviation."""
         return torch.exp(self.log_noise_scale(t, mu))
 
     def log_snr(self, t: Scale, mu: Tensor) -> Tensor:
-        """l_t(mu) = log(lambda_t^2 / gamma_t^2), +inf where there is no noise."""
+        """Return l_t(mu) = log(lambda_t^2 / gamma_t^2), +inf where there is no noise."""
         return 2 * (self.signal(as_scale(t, mu)).log(mu) - self.log_noise_scale(t, mu))
 
     def has_constant_noise(self) -> bool:
-        """Whether gamma is the same at all scales but 0 (or 0 at all), so that only blur tells them apart."""
+        """Return whether gamma is the same at all scales but 0 (or 0 at all), so that only blur tells them apart."""
         return self._constant
 
     def has_noise(self) -> bool:
-        """Whether gamma is positive at scale 1."""
+        """Return whether gamma is positive at scale 1."""
         return self._noisy
 
     @property
-    def grey_left(self) -> float:
-        """lambda_1 / gamma_1 at mu = 0: what is left of a grey value at scale 1, in units of its noise; inf without."""
-        return self._grey_left
+    def mean_left(self) -> float:
+        """lambda_1 / gamma_1 at mu = 0, the mean intensity left at scale 1 in units of its noise; inf without noise."""
+        return self._mean_left
 
     # --- models -------------------------------------------------------------------------------------------------------
 
     def default_prior(self) -> str:
-        """Where sampling starts: "gaussian", "data" or "guidance", see `priors`.
+        """Return the kind of prior that fits: "gaussian", "data" or "guidance", see `priors`.
 
-        "data" if the process blurs and leaves more than 2 % of a grey value at scale 1, in units of its noise.
+        "data" if the process blurs and leaves more than 2 % of the mean intensity at scale 1, in units of its noise.
 
         Raises: UserError for a process with a context whose class names none.
         """
@@ -221,32 +221,32 @@ class Process(nn.Module):
             not self.has_context,
             f"{name} has a context for every sample, and no prior is known that draws it; give the model one that does",
         )
-        return "gaussian" if self.blur is None or self.grey_left <= MOST_GREY else "data"
+        return "gaussian" if self.blur is None or self.mean_left <= MAX_MEAN_LEFT else "data"
 
     @property
     def condition(self) -> str | None:
-        """What the law of images is given, in words, where the context is a function of the image; None elsewhere."""
+        """Name of what the law of images is conditioned on, where the context is a function of the image; else None."""
         return None
 
     # --- laws ---------------------------------------------------------------------------------------------------------
 
     def step(self, s: Scale, t: Scale) -> Step:
-        """The functions of mu that lead from scale s to t > s and back."""
+        """Return the functions of mu that lead from scale s to t > s and back."""
         return Step(self, self._scale(s), self._scale(t))
 
     def marginal(self, x_0: Tensor, t: Scale, context: Context = None) -> Gaussian:
-        """q(x_t | x_0), Eq. (13), (38)."""
+        """Return q(x_t | x_0), Eq. (13), (38)."""
         op, t = self.operator(context), as_scale(t, x_0)
         mean = op.to_pixels(op.apply(self.signal(t), op.to_white(x_0)))
         return Gaussian(mean, lambda mu: self.noise_scale(t, mu), op)
 
     def transition(self, x_s: Tensor, s: Scale, t: Scale, context: Context = None) -> Gaussian:
-        """q(x_t | x_s) for s <= t, Eq. (3), (37)."""
+        """Return q(x_t | x_s) for s <= t, Eq. (3), (37)."""
         op, step = self.operator(context), self.step(as_scale(s, x_s), as_scale(t, x_s))
         return Gaussian(op.to_pixels(op.apply(step.rho, op.to_white(x_s))), step.transition_std, op)
 
     def posterior(self, x_t: Tensor, x_0: Tensor, s: Scale, t: Scale, context: Context = None) -> Gaussian:
-        """q(x_s | x_t, x_0) for s < t."""
+        """Return q(x_s | x_t, x_0) for s < t."""
         op, step = self.operator(context), self.step(as_scale(s, x_0), as_scale(t, x_0))
         y_0, y_t = op.to_white(x_0), op.to_white(x_t)
         mean = op.combine((step.posterior_coef_x0, y_0), (step.posterior_coef_xt, y_t))
@@ -275,7 +275,7 @@ class Process(nn.Module):
     def trajectory(
         self, x_0: Tensor, ts: Sequence[float], generator: torch.Generator | None = None, context: Context = None
     ) -> Tensor:
-        """One Markov path at the scales `ts`, ascending in [0, 1], Eq. (2): ``(len(ts), B, C, H, W)``.
+        """Draw one Markov path at the scales `ts`, ascending in [0, 1], Eq. (2): ``(len(ts), B, C, H, W)``.
 
         Without noise there is one path only, the means; all of them come from one sweep.
 
@@ -297,7 +297,7 @@ class Process(nn.Module):
         return torch.stack(path)
 
     def conditional_entropy(self, t: Scale, size: tuple[int, int], context: Context = None) -> Tensor:
-        """H(U_t | U_0) = sum_j 1/2 ln(2 pi e gamma_t(mu_j)^2) in nats per image channel, Eq. (42) corrected.
+        """Return H(U_t | U_0) = sum_j 1/2 ln(2 pi e gamma_t(mu_j)^2) in nats per image channel, Eq. (42) corrected.
 
         Args:
             t: ``()`` or ``(B,)``.
@@ -316,13 +316,13 @@ class Process(nn.Module):
         return (total.squeeze(-1) if t.ndim else total) + volume
 
     def _scale(self, t: Scale) -> Tensor:
-        """t as a tensor; a Python number goes where the curves' own tables are."""
+        """Return t as a tensor; a Python number is put on the device of the curves' tables."""
         return as_scale(t, next(self.buffers(), None))
 
     # --- construction -------------------------------------------------------------------------------------------------
 
     def _probes(self) -> Tensor:
-        """Eigenvalues that span the spectrum, float64; one where there is one only."""
+        """Return eigenvalues ``(M,)`` that span the spectrum, float64; one where there is only one."""
         largest = self._operator.eigenvalues(64, 64).max().item()
         return torch.linspace(0, 1, 24, dtype=torch.float64) ** 3 * largest if largest > 0 else torch.zeros(1).double()
 
@@ -340,12 +340,13 @@ class Process(nn.Module):
             chain.check_lyapunov()
 
 
-def _grey() -> Tensor:
+def _zero() -> Tensor:
+    """Return the eigenvalue 0, of the mean intensity."""
     return torch.zeros(1, dtype=torch.float64)
 
 
 def as_scale(t: Scale, like: Tensor | None = None) -> Tensor:
-    """t as a float64 tensor, on `like`'s device if it is a Python number."""
+    """Return t as a float64 tensor, on `like`'s device if it is a Python number."""
     if isinstance(t, Tensor):
         return t.to(torch.float64)
     require(0 <= t <= 1, f"a scale t must lie in [0, 1], got {t}")

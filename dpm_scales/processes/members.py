@@ -129,7 +129,7 @@ class Blurring(Process):
 class BlurringChain(Process):
     r"""Blurring diffusion in chain form, Eq. (36): U_k = exp(-mu dT_k) U_{k-1} + beta G, one beta for every mu.
 
-    So gamma_k^2(mu) = exp(-2 mu dT_k) gamma_{k-1}^2 + beta^2: it grows without bound at mu = 0 and settles elsewhere
+    So gamma_k^2(mu) = exp(-2 mu dT_k) gamma_{k-1}^2 + beta^2: it grows without bound at mu = 0 and converges elsewhere
     (the corrected Prop. 10); where the steps of T grow it even falls, so no Lyapunov property is promised.
     Scales between k and k + 1 take a part of the step: T from the schedule, beta^2 in proportion.
     """

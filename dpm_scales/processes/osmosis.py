@@ -6,7 +6,7 @@ r"""Processes of the osmosis operator: each is a process of the heat operator wi
 | InverseOsmosis | InverseHeat | sqrt(v) sigma, v of mean one | clip(m + 0.1 N(0, 1), 1e-2, 1) |
 | OsmosisDiffusion | Blurring | sqrt(v) gamma_t, v of mean one | clip(m + 0.1 N(0, 1), 1e-2, 1) |
 
-m is the mean grey value of the image, in units where black is 0 and white is 1. The guidance image is the process's
+m is the mean intensity of the image, in units where black is 0 and white is 1. The guidance image is the process's
 context: drawn once per sample, handed to the operator, and to the network as the channels v - 1. A constant v
 (`guidance_noise=0`) gives the heat operator's process with the discrete spectrum.
 
@@ -16,7 +16,7 @@ drawn independently of what the image shows, so it is no condition: the reverse 
 With `guidance_image` the guidance is an image s, blurred: v = clip(m + s - mean(s) + 0.1 N(0, 1), ...). Where s is the
 image itself ("own"), osmosis goes from it towards what v shows, and the reverse process draws from the law of images
 given v: whoever chooses v chooses what is drawn. Where s is another image of the batch ("other"), it is no condition.
-Osmosis keeps signs, so that the steady state shows v only where grey values are positive: `value_range=[0,1]`.
+Osmosis keeps signs, so that the steady state shows v only where intensities are positive: `value_range=[0,1]`.
 """
 
 from __future__ import annotations
@@ -87,11 +87,11 @@ class Osmosis(Process):
         self.degree = max(self.degree, self.degree_of(*functions))
 
     def degree_of(self, *functions: SpectralFunction) -> int:
-        """Raises UserError where no degree is enough."""
+        """Return the degree that `functions` need. Raises UserError where none is enough."""
         return chebyshev_degree(functions, self.tolerance)
 
     def context(self, x_0: Tensor, generator: Randomness = None) -> Context:
-        """A guidance image around each image's mean grey value: ``(B, C, H, W)``."""
+        """Draw a guidance image around each image's mean intensity: ``(B, C, H, W)``."""
         white, detail = white_noise(x_0, generator), self.guidance_detail(x_0)
         if detail is not None and self.guidance.image == "other":
             detail = detail.roll(1, 0)
@@ -135,7 +135,7 @@ class Osmosis(Process):
         return self._operator if context is None else OsmosisOperator(context, self.degree, validate=False)
 
     def context_features(self, context: Context) -> Context:
-        """v - 1, with v of mean one; None if the network does not see it. Raises UserError without a context."""
+        """Return v - 1, with v of mean one; None if the network does not see it. Raises UserError without a context."""
         if self.context_channels == 0:
             return None
         if context is None:
@@ -143,7 +143,7 @@ class Osmosis(Process):
         return _mean_one(context) - 1
 
     def steady_state(self, mean: Tensor, context: Context = None) -> Tensor:
-        """v mean, v of mean one."""
+        """Return v mean, with v of mean one."""
         flat = super().steady_state(mean)
         return flat if context is None else _mean_one(context) * flat
 

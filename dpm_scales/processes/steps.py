@@ -33,59 +33,59 @@ class Step:
     t: Tensor
 
     def signal_s(self, mu: Tensor) -> Tensor:
-        """lambda_s."""
+        """Return lambda_s."""
         return torch.exp(self.process.signal(self.s).log(mu))
 
     def signal_t(self, mu: Tensor) -> Tensor:
-        """lambda_t."""
+        """Return lambda_t."""
         return torch.exp(self.process.signal(self.t).log(mu))
 
     def noise_s(self, mu: Tensor) -> Tensor:
-        """gamma_s."""
+        """Return gamma_s."""
         return self.process.noise_scale(self.s, mu)
 
     def noise_t(self, mu: Tensor) -> Tensor:
-        """gamma_t."""
+        """Return gamma_t."""
         return self.process.noise_scale(self.t, mu)
 
     def log_rho(self, mu: Tensor) -> Tensor:
-        """log(lambda_t / lambda_s)."""
+        """Return log(lambda_t / lambda_s)."""
         return self.process.signal(self.t).log(mu) - self.process.signal(self.s).log(mu)
 
     def rho(self, mu: Tensor) -> Tensor:
-        """lambda_t / lambda_s, in (0, 1]."""
+        """Return lambda_t / lambda_s, in (0, 1]."""
         return torch.exp(self.log_rho(mu))
 
     def half_log_snr_gain(self, mu: Tensor) -> Tensor:
-        """h = (l_s - l_t) / 2 >= 0, the step's length for exponential integrators; +inf where scale s has no noise."""
+        """Return h = (l_s - l_t) / 2 >= 0, the step of exponential integrators; +inf where scale s has no noise."""
         return -self.log_rho(mu) - self._log_noise_ratio(mu)
 
     def transition_std(self, mu: Tensor) -> Tensor:
-        """beta with beta^2 = gamma_t^2 - rho^2 gamma_s^2."""
+        """Return beta with beta^2 = gamma_t^2 - rho^2 gamma_s^2."""
         variance = self.noise_t(mu) ** 2 - self.rho(mu) ** 2 * self.noise_s(mu) ** 2
         return variance.clamp(min=0).sqrt()
 
     def tau(self, mu: Tensor) -> Tensor:
-        """1 - exp(l_t - l_s), in [0, 1]; 1 where scale s has no noise."""
+        """Return 1 - exp(l_t - l_s), in [0, 1]; 1 where scale s has no noise."""
         return -torch.expm1(-2 * self.half_log_snr_gain(mu).clamp(min=0))
 
     def posterior_coef_xt(self, mu: Tensor) -> Tensor:
-        """a = gamma_s sqrt(1 - tau) / gamma_t = rho gamma_s^2 / gamma_t^2: how much of y_t the posterior keeps."""
+        """Return a = gamma_s sqrt(1 - tau) / gamma_t = rho gamma_s^2 / gamma_t^2, the weight of y_t in its mean."""
         return torch.exp(self.log_rho(mu) + 2 * self._log_noise_ratio(mu))
 
     def posterior_coef_x0(self, mu: Tensor) -> Tensor:
-        """lambda_s - a lambda_t = lambda_s tau, without the cancellation: how much of y_0 the posterior takes."""
+        """Return lambda_s - a lambda_t = lambda_s tau, without the cancellation, the weight of y_0."""
         return self.signal_s(mu) * self.tau(mu)
 
     def posterior_std(self, mu: Tensor) -> Tensor:
-        """gamma_s sqrt(tau)."""
+        """Return gamma_s sqrt(tau)."""
         return self.noise_s(mu) * self.tau(mu).sqrt()
 
     def noise_ratio(self, mu: Tensor) -> Tensor:
-        """gamma_s / gamma_t; 0 where scale s has no noise."""
+        """Return gamma_s / gamma_t; 0 where scale s has no noise."""
         return torch.exp(self._log_noise_ratio(mu))
 
     def _log_noise_ratio(self, mu: Tensor) -> Tensor:
-        """log(gamma_s / gamma_t); -inf where scale s has no noise, and by convention where neither has."""
+        """Return log(gamma_s / gamma_t); -inf where scale s has no noise, and by convention where neither has."""
         log_s, log_t = self.process.log_noise_scale(self.s, mu), self.process.log_noise_scale(self.t, mu)
         return torch.where(torch.isneginf(log_s), log_s, log_s - log_t)

@@ -1,4 +1,4 @@
-"""What all schedules share: checks of their arguments, the number of scales, tables."""
+"""The base of all schedules: checks of their arguments, the number of scales, tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def require_ordered(owner: object, low: str, low_value: float, high: str, high_v
 
 
 def numbers_of(owner: object, name: str, values: Sequence[float]) -> list[float]:
-    """A list from YAML or Python as floats, finite and >= 0."""
+    """Return a list from YAML or Python as floats. Raises UserError unless all are finite and >= 0."""
     label = f"{type(owner).__name__}: {name}"
     if isinstance(values, str) or not hasattr(values, "__iter__"):
         raise UserError(f"{label} must be a list of numbers, got {values!r}")
@@ -52,7 +52,7 @@ class Schedule(nn.Module, ABC):
         self.num_scales = num_scales
 
     def _tabulate(self, values: Sequence[float] | Tensor) -> None:
-        """Knots at k / num_scales, the first of which belongs to t = 0."""
+        """Register knots at k / num_scales, k = 0..num_scales."""
         table = torch.as_tensor(values, dtype=torch.float64)
         self.register_buffer("knots", table, persistent=False)
 
@@ -71,14 +71,14 @@ class Schedule(nn.Module, ABC):
         return self
 
     def _progress(self, t: Tensor) -> Tensor:
-        """From 0 at k = 1 to 1 at t = 1; with one scale only, that scale is the last."""
+        """Return the position of t from 0 at k = 1 to 1 at t = 1; 1 if there is one scale only."""
         first = 1 / self.num_scales
         return ((t - first) / (1 - first)).clamp(0, 1) if self.num_scales > 1 else torch.ones_like(t)
 
     def _before_first(self, t: Tensor) -> Tensor:
-        """From 0 at t = 0 to 1 at k = 1, linear, and 1 from there on: the way from the image to the first scale."""
+        """Return the position of t from the image to the first scale: linear from 0 at t = 0 to 1 at k = 1, then 1."""
         t = t.to(torch.float64)
-        # a curve that no process has bound yet knows of no first scale
+        # before `bind` there is no first scale
         return (t * self.num_scales).clamp(0, 1) if self.num_scales > 0 else (t > 0).to(torch.float64)
 
     def _fits(self, name: str, values: Sequence[float], num_scales: int) -> None:
@@ -89,7 +89,7 @@ class Schedule(nn.Module, ABC):
         )
 
     def _log_ramp_squared(self, t: Tensor, low: float, high: float) -> Tensor:
-        """The square of a value log-spaced from `low` at k = 1 to `high` at t = 1; linear from 0 before k = 1."""
+        """Return the square of a value log-spaced from `low` at k = 1 to `high` at t = 1; linear from 0 before it."""
         t = t.to(torch.float64)
         ramp = 2 * (math.log(low) + self._progress(t) * math.log(high / low))
         return torch.exp(ramp) * self._before_first(t)

@@ -1,4 +1,4 @@
-"""How much blur: curves of the dissipation time."""
+"""Blur schedules: curves of the dissipation time."""
 
 from __future__ import annotations
 

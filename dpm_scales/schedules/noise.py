@@ -1,4 +1,4 @@
-"""How much noise and how much signal: curves of the eigenvalue 0."""
+"""Noise schedules: signal and noise of the eigenvalue 0."""
 
 from __future__ import annotations
 

@@ -236,7 +236,7 @@ def test_singular_systems_and_nan_do_not_pass_for_solved() -> None:
     ("arguments", "words"),
     [
         ({"method": "bicgstabb"}, ["did you mean 'bicgstab'", "cg"]),
-        ({"method": "cg"}, ["symmetric", "white coordinates"]),
+        ({"method": "cg"}, ["symmetric", "whitened coordinates"]),
         ({"num_steps": 2.5}, ["num_steps", "2.5"]),
         ({"num_steps": [3, 0]}, ["num_steps", "[3, 0]"]),
         ({"num_steps": "23"}, ["num_steps", "23"]),

@@ -206,4 +206,4 @@ def test_a_context_that_no_prior_draws_is_refused() -> None:
             start_law(start, process, x_0, CounterRNG(0, 2))
     with refused("draws no context"):
         DDIM(0.0, 2).sample(Wrong(process), GaussianPrior(), CounterRNG(0, 2), (1, H, W))
-    assert math.isfinite(process.grey_left)
+    assert math.isfinite(process.mean_left)
