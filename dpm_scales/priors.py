@@ -62,8 +62,8 @@ class Prior(nn.Module, ABC):
         Raises: UserError if no image can choose what this prior starts from, or if they are not of the size trained on.
         """
         raise UserError(
-            f"{type(process).__name__} starts from noise alone here, and no image can choose its start; models that "
-            f"can be told are {STEERABLE}"
+            f"{type(process).__name__} starts from noise alone here, and no image can choose its start; models "
+            f"whose start can be chosen are {STEERABLE}"
         )
 
     def check_size(self, size: tuple[int, int]) -> None:  # noqa: B027 - most priors serve any size
@@ -153,7 +153,7 @@ class _FittedPrior(Prior):
         return noise.numbers % count if self._in_turn else (noise.uniform() * count).long()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # how much is stored is the data's matter, not the constructor's; torch refuses other numbers of dimensions
+        # the data decide how much is stored; torch still refuses other numbers of dimensions
         for name in self.stored:
             values, own = state_dict.get(prefix + name), getattr(self, name)
             if values is not None and values.ndim == own.ndim:
@@ -266,7 +266,7 @@ class OsmosisPrior(_FittedPrior):
         require(
             osmosis.guidance.image != "none",
             f"this model's {type(process).__name__} takes an image's mean grey values alone, and no image can choose "
-            f"its start; models that can be told are {STEERABLE}",
+            f"its start; models whose start can be chosen are {STEERABLE}",
         )
         super().steer(images, process)
 
