@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -131,6 +132,14 @@ class ArraySource(ImageSource):
                 f"{len(data)} images; number the classes from 0 without gaps",
             )
             targets = torch.from_numpy(labels.astype(np.int64))
+            absent = np.flatnonzero(np.bincount(labels.astype(np.int64)) == 0).tolist()
+            if absent:
+                some = ", ".join(map(str, absent[:10])) + (", …" if len(absent) > 10 else "")
+                warnings.warn(
+                    f"{path}: {len(absent)} of {self.num_classes} classes have no image and will not be learnt: "
+                    f"{some}; number the classes without gaps",
+                    stacklevel=2,
+                )
         self.channels = tensor.shape[1]
         self.image_size = (tensor.shape[2], tensor.shape[3])
         train, val = split_indices(len(tensor), val_fraction, split_seed, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,13 @@ MOST_NAMES = 1000
 """Largest number of unreadable images that `unreadable.txt` lists."""
 
 
+#: what torch says when tensors can't be sent between processes
+_FEW_FILES = ("Too many open files", "received 0 items of ancdata")
+
+
 @contextmanager
 def told_in_one_line(batch_size: int, image_size: tuple[int, int], num_workers: int) -> Iterator[None]:
-    """Turn a lack of memory, on the device or the machine, and the death of a loader process into an OutOfMemoryError.
+    """Turn a lack of memory or of open files, and the death of a loader process, into an OutOfMemoryError.
 
     Args:
         batch_size: images of a batch on one device.
@@ -30,8 +35,13 @@ def told_in_one_line(batch_size: int, image_size: tuple[int, int], num_workers: 
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
         text = str(error)
+        if text.startswith(_FEW_FILES) or (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+            raise OutOfMemoryError(
+                "more files are open than the system allows; the last checkpoint is kept: allow more with ulimit -n, "
+                f"or lower data.num_workers={num_workers}, then resume"
+            ) from error
         memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text
         if memory:
             place = "the device" if isinstance(error, torch.OutOfMemoryError) else "the machine"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -328,3 +329,15 @@ def test_every_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert isinstance(module, data.ImageDataModule)
     assert (module.channels, module.seed) in ((1, 0), (3, 0))
     assert all(side >= 4 for side in module.image_size)
+
+
+def test_labels_with_gaps_are_told(tmp_path: Path) -> None:
+    """The classes in between are none that the model could learn."""
+    images = np.zeros((40, 8, 8), np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.resize([0, 5, 9], 40))
+    with pytest.warns(UserWarning, match=r"7 of 10 classes have no image.*: 1, 2, 3, 4, 6, 7, 8; number"):
+        assert data.ArraySource(tmp_path / "a.npz").num_classes == 10
+    np.savez(tmp_path / "a.npz", images=images, labels=np.resize([0, 1], 40))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.ArraySource(tmp_path / "a.npz")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import random
@@ -220,6 +221,20 @@ def test_the_death_of_a_loading_process_is_told(tmp_path: Path, monkeypatch: pyt
     line = only_line(outcome)
     assert outcome.status == 1 and "pid(s) 77" in line and "lower data.num_workers=0" in line
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Too many open files. Communication with the workers is no longer possible."),
+        RuntimeError("received 0 items of ancdata"),
+        OSError(errno.EMFILE, "Too many open files"),
+    ],
+)
+def test_too_many_open_files_are_told(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = failing(error, tmp_path / "run", monkeypatch)
+    line = only_line(outcome)
+    assert outcome.status == 1 and "ulimit -n, or lower data.num_workers=0, then resume" in line
 
 
 def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
