@@ -1,7 +1,7 @@
-"""Eight-bit images: value ranges, grids, files. The only module that knows 0..255.
+"""Eight-bit images: value ranges, grids, files. The only module that depends on 0..255.
 
 Everything stored or shown is uint8 of shape (C, H, W) or (B, C, H, W); models see floats in a `value_range` = (lo, hi),
-related by the affine map that sends 0 to lo and 255 to hi. Files appear whole or not at all.
+related by the affine map that sends 0 to lo and 255 to hi. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SMALLEST_CELL = 32
 """Side in pixels to which `make_grid` enlarges smaller images."""
 
 CLASS_COLUMNS, CLASS_ROWS, CAPTION_LENGTH = 10, 20, 24
-"""Of `make_class_grid`: images in a row, classes below each other, characters of a name."""
+"""Limits of `make_class_grid`: images in a row, classes in a column, characters of a name."""
 
 DECODING_ERRORS = (
     OSError,
@@ -81,9 +81,9 @@ def to_uint8(x: Tensor, value_range: tuple[float, float]) -> Tensor:
     return levels.nan_to_num(nan=0.0).clamp(0, LEVELS).round().to(torch.uint8)
 
 
-def psnr(images: Tensor, truth: Tensor) -> float:
-    """Peak signal-to-noise ratio of uint8 images of the same shape in dB, over all of them; infinite for equal ones."""
-    error = (images.to(torch.float64) - truth.to(torch.float64)).square().mean()
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """Return the peak signal-to-noise ratio in dB of uint8 images of one shape, over all of them; inf if equal."""
+    error = (images.to(torch.float64) - reference.to(torch.float64)).square().mean()
     return float(10 * torch.log10(LEVELS**2 / error))
 
 
@@ -127,13 +127,13 @@ def make_grid(images: Tensor, columns: int | None = None, padding: int = 1, upsc
 def make_class_grid(images: Tensor, labels: Sequence[int], names: Sequence[str] | None = None) -> Tensor:
     """Tile uint8 images (N, C, H, W) into one image (C, H', W') with a row for each class, its name on the left.
 
-    Rows are in the order of the labels. A class of more than 10 images takes several rows, and with more than 20
-    classes they stand in several columns.
+    Rows are in the order of the labels. A class of more than 10 images takes several rows, and more than 20
+    classes several columns.
 
     Args:
         images: at least one image; they may be rectangular.
         labels: class of each image.
-        names: of the classes 0, 1, …; in place of one that Latin letters can't write stands its number.
+        names: names of the classes 0, 1, …; one that Latin letters cannot write is replaced by its number.
     """
     classes = sorted(set(labels))
     members = [[i for i, label in enumerate(labels) if label == number] for number in classes]
@@ -162,7 +162,7 @@ def make_class_grid(images: Tensor, labels: Sequence[int], names: Sequence[str] 
 
 
 def _ascii(name: str) -> str:
-    """`name` without accents, since the font has none; empty if other letters than Latin ones remain."""
+    """Return `name` without accents, which the font lacks; empty if letters other than Latin ones remain."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
     return plain if plain.isascii() and plain.isprintable() else ""
 
@@ -237,7 +237,7 @@ def _opened(source: str | Path | bytes | BinaryIO) -> AbstractContextManager[Bin
 
 
 def _to_array(picture: Image.Image, channels: int | None) -> np.ndarray:
-    """Pillow image of any mode to a fresh uint8 array (C, H, W)."""
+    """Convert a Pillow image of any mode to a new uint8 array (C, H, W)."""
     if picture.mode.startswith("I"):
         wide = np.asarray(picture).astype(np.int64)
         if wide.min() < 0 or wide.max() > 65535:

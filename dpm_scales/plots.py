@@ -31,7 +31,7 @@ MARKERS = "osD^vPX*"
 SECOND_DRAW = "second draw"
 """Ending of the name of a process whose figures are drawn twice."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
-"""Curves that lie on one another still show, each through the gaps of the other."""
+"""Coinciding curves remain visible, each through the gaps of the other."""
 SHIPPED: dict[str, tuple[str, str]] = {
     "vp": ("#0072B2", "o"),
     "heat": ("#D55E00", "s"),
@@ -66,7 +66,7 @@ STYLE = {
 
 @contextmanager
 def figure(path: Path, width: float = 5.2, height: float = 3.6, **subplots: Any) -> Iterator[tuple[Figure, Any]]:
-    """A figure of `width` x `height` inches and its axes, written whole to the PNG file `path` on leaving."""
+    """Yield a figure of `width` x `height` inches and its axes; write it atomically to the PNG file `path` on exit."""
     import matplotlib
 
     with matplotlib.rc_context({**STYLE, "backend": "Agg"}):  # type: ignore[dict-item]
@@ -84,7 +84,7 @@ def figure(path: Path, width: float = 5.2, height: float = 3.6, **subplots: Any)
 
 @dataclass(frozen=True)
 class Look:
-    """How a process is drawn: colour, marker (filled or not) and dashes."""
+    """Style of a process: colour, marker (filled or not) and dashes."""
 
     colour: str
     marker: str
@@ -101,7 +101,7 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
     """Return the look of each process of a study by its name.
 
     Those of `SHIPPED` always have the same. A further name starts at a place among `FURTHER` that follows from its
-    letters alone, and moves on where another further one has that colour: give all names of a study at once. "NAME,
+    letters alone, and the next free one if another name has that colour: give all names of a study at once. "NAME,
     second draw" has the colour of NAME, dotted.
     """
     markers = [marker for _, marker in SHIPPED.values()]
@@ -133,18 +133,18 @@ def lines(
 
     Args:
         x: ascending; on a logarithmic axis where they span more than a factor 20.
-        styles: of the curves' names, as `looks` has them.
+        styles: of the curves' names, as `looks` returns them.
         spread: by name, (below, above) of a pale band.
     """
     for name, values in curves.items():
-        # markers at an end of the axes whole, over the frame
+        # markers at the ends of the axes are drawn whole, over the frame
         axes.plot(x, values, label=name, clip_on=False, zorder=3, **styles[name].line())
         if spread is not None and name in spread:
             axes.fill_between(x, *spread[name], color=styles[name].colour, alpha=0.15, linewidth=0)
     if len(x) > 1 and max(x) / min(x) > 20:
         axes.set_xscale("log")
         ticks = [x[0]]
-        for value in x[1:]:  # those that leave room for their numbers
+        for value in x[1:]:  # only ticks with room for their labels
             if value / ticks[-1] > (x[-1] / x[0]) ** (1 / 14):
                 ticks.append(value)
         axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
@@ -152,7 +152,7 @@ def lines(
 
 
 def logarithmic(axes: Axes) -> None:
-    """Make the axis of y logarithmic, with plain numbers and enough of them; call it when all is drawn."""
+    """Make the axis of y logarithmic, with enough plain numbers; call it after drawing."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_yscale("log")
@@ -164,7 +164,7 @@ def logarithmic(axes: Axes) -> None:
 
 def signed_logarithmic(axes: Axes, linear: float) -> None:
     """Make the axis of y logarithmic on both sides of 0 and linear within +-`linear`, which is shaded; plain numbers.
-    It is linear as a whole where it reaches no farther than ten times that. Call it when all is drawn."""
+    An axis that ends within ten times `linear` stays linear. Call it after drawing."""
     from matplotlib.ticker import StrMethodFormatter
 
     axes.axhline(0, color="0.6", linewidth=0.8)
@@ -175,7 +175,7 @@ def signed_logarithmic(axes: Axes, linear: float) -> None:
 
 
 def legend(drawing: Figure, axes: Sequence[Axes]) -> None:
-    """Put one legend of all curves of `axes` beside them, where it hides none."""
+    """Put one legend of all curves of `axes` beside them."""
     known: dict[Any, Artist] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -184,7 +184,7 @@ def legend(drawing: Figure, axes: Sequence[Axes]) -> None:
 
 
 def graded(number: int) -> list[str]:
-    """Return colours for values in their order, from dark to light, of a map for colour-blind readers."""
+    """Return `number` colours from dark to light, of a map for colour-blind readers."""
     import matplotlib
     from matplotlib.colors import to_hex
 
@@ -201,7 +201,7 @@ def sheet(
         rows: pictures by the name of their row.
         columns: names of the columns.
         inches: width of a picture.
-        note: a line below, about all.
+        note: a line below the table.
     """
     first = next(iter(rows.values()))[0]
     height = inches * first.shape[0] / first.shape[1]

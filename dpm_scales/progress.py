@@ -1,4 +1,4 @@
-"""The bar that long commands show: what, how much, at what rate, how long still. It fits terminals of any width."""
+"""Progress of long commands: description, count, rate and time left, in terminals of any width."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ GAP = 2
 
 
 class TaskLine:
-    """One task in one line; where there is no room, what matters less is left out as a whole.
+    """One task in one line; where there is no room, less important parts are left out as a whole.
 
-    First the time passed, then the bar, then figures, the last one first, then the rate. Counts and the time left stay,
-    and a description is shortened before it is left out.
+    First the time passed, then the bar, then figures, the last one first, then the rate. Counts and the time left are
+    always shown, and a description is shortened before it is left out.
 
     Args:
-        task: may have the fields `unit`, what the rate counts, and `figures`, a list of short texts.
-        pad: cells that the description fills at least.
+        task: may have the fields `unit`, of the rate, and `figures`, a list of short texts.
+        pad: least width of the description, in cells.
     """
 
     def __init__(self, task: Task, pad: int = 0) -> None:
@@ -98,22 +98,22 @@ class LineProgress(Progress):
 
 
 def progress_bar(shown: bool = True) -> Progress:
-    """A bar with counts, rate, time passed and time left."""
+    """Return a progress bar with counts, rate, time passed and time left."""
     return LineProgress(disable=not shown)
 
 
 FIRST_LINE, NEXT_LINES = 5.0, 30.0
-"""Seconds after which a part has its first line, and its further ones, where output is no terminal."""
+"""Seconds until the first line of a part, and between further ones, where output is no terminal."""
 
 
 class Report:
-    """Progress of several parts: what, how many of how many, at what rate, how long still.
+    """Progress of several parts: name, count, total, rate and time left of each.
 
     A context manager. In a terminal each part has a bar. Elsewhere, as in a log file, a part that takes longer than
     `FIRST_LINE` seconds prints a line every `NEXT_LINES` seconds, and one at its end.
 
     Args:
-        clock: seconds that pass, for tests.
+        clock: a clock in seconds; tests pass their own.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -133,7 +133,7 @@ class Report:
         self.bars.stop()
 
     def part(self, name: str, total: int) -> Callable[[float], None]:
-        """Begin a part of `total` steps; returns what is called with the number of steps done, also parts of one."""
+        """Begin a part of `total` steps; return a callback for the number of steps done, also fractions."""
         if self.in_terminal:
             bar = self.bars.add_task(name, total=total)
             return lambda count: self.bars.advance(bar, count)
@@ -141,7 +141,7 @@ class Report:
 
 
 class _Lines:
-    """The lines of one part."""
+    """Printed lines of one part."""
 
     def __init__(self, name: str, total: int, clock: Callable[[], float]) -> None:
         self.name, self.total, self.clock = name, total, clock

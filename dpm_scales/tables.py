@@ -1,4 +1,4 @@
-"""Tables as CSV text, which a spreadsheet shows and never runs."""
+"""Tables as CSV text without cells that a spreadsheet would take for formulas."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-#: what makes a spreadsheet take a cell for a formula (OWASP, "CSV Injection"); the last four are full-width forms
+#: first characters of formulas (OWASP, "CSV Injection"); the last four are full-width forms
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Write a table with a header and lines that end in a line feed; cells that are missing stay empty.
+    """Write a table with a header and lines that end in a line feed; missing cells are empty.
 
     A name or value that a spreadsheet would take for a formula gets an apostrophe in front of it. Numbers are kept.
 
@@ -26,7 +26,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """A cell's value, as text where it is dangerous."""
+    """Return a cell's value, escaped if a spreadsheet would take it for a formula."""
     if not isinstance(value, str) or not value.startswith(FORMULA):
         return value
     try:

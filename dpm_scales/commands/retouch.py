@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dpm_scales import plots
 from dpm_scales.cli.options import pick_device
-from dpm_scales.editing.osmosis import MATCHES, blend, check_match, check_shadow_options, remove_shadow
-from dpm_scales.errors import UserError, is_whole, require, require_number
+from dpm_scales.editing.osmosis import MATCHES, blend, check_shadow_options, remove_shadow
+from dpm_scales.errors import UserError, is_whole, require, require_choice, require_number
 from dpm_scales.images import LEVELS, load_image, save_png, to_range, to_uint8
 from dpm_scales.models.instantiate import plain
 from dpm_scales.progress import progress_bar
@@ -50,7 +50,7 @@ def shadow(cfg: DictConfig) -> None:
 
 def clone(cfg: DictConfig) -> None:
     """Everything is checked before work begins."""
-    check_match(cfg.match, MATCHES)
+    require_choice("match", cfg.match, MATCHES)
     device = _check_common(cfg)
     background, foreground = load_image(str(cfg.background)), load_image(str(cfg.foreground))
     if len(background) != len(foreground):

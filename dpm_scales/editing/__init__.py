@@ -1,7 +1,7 @@
-"""Editing with an unconditional model: what is known of an image bends the reverse process, or starts it.
+"""Editing with an unconditional model: a known image conditions the reverse process, or starts it.
 
 degradations   y = A x + sigma eps: known pixels, blur, block averages
-consistent     a denoiser that knows y
+consistent     a denoiser conditioned on y
 latents        images as states at a scale: noised, encoded, in between, with shared noise
 """
 

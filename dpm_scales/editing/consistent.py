@@ -1,20 +1,20 @@
-r"""A denoiser that knows a degraded image: y = A x_0 + sigma eps.
+r"""A denoiser conditioned on a degraded image: y = A x_0 + sigma eps.
 
-What the network makes of x_t is E[x_0 | x_t]. Were p(x_0 | x_t) Gaussian with the covariance C_t, then
+The network estimates E[x_0 | x_t]. Were p(x_0 | x_t) Gaussian with the covariance C_t, then
 
     E[x_0 | x_t, y] = x_0-hat + C_t A' (A C_t A' + sigma^2)^-1 (y - A x_0-hat),      x_0-hat = E[x_0 | x_t]
 
-and the reverse process with that estimate would end in p(x_0 | y). For C_t serves what it is for Gaussian data with the
-spectrum P(mu) that was measured from the training images (`spectrum`),
+and the reverse process with that estimate would end in p(x_0 | y). C_t is approximated by that of Gaussian data with
+the spectrum P(mu) of the training images (`spectrum`),
 
     C_t = P gamma_t^2 / (lambda_t^2 P + gamma_t^2)
 
-"spectrum": a known pixel tells of its neighbours as far as images are smooth and x_t does not say more. "white": P is
-one number, C_t a multiple of 1, and the estimate is x_0-hat with the known part replaced (DDNM, Wang et al. 2023; PiGDM
-with the identity for a covariance, Song et al. 2023). Both are exact where their P is that of Gaussian data; for
-osmosis C_t is that of its heat process (v = 1). Without sigma A x_0-hat = y is then made to hold to rounding.
+"spectrum": a known pixel informs about its neighbours as far as images are smooth and x_t is less informative.
+"white": P is one number, C_t a multiple of 1, and the estimate is x_0-hat with the known part replaced (DDNM, Wang et
+al. 2023; PiGDM with the identity for a covariance, Song et al. 2023). Both are exact where their P is that of Gaussian
+data. Without noise, sigma = 0, a projection makes A x_0-hat = y hold to rounding.
 
-Every sampler works with it: it is a denoiser. `Resampling` adds RePaint's steps back (Lugmayr et al. 2022).
+Every sampler accepts it, since it is a denoiser. `Resampling` adds RePaint's steps back (Lugmayr et al. 2022).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Consistent(BaseDenoiser):
     """The denoiser's estimates, conditioned on a degraded image.
 
     Args:
-        denoiser: what knows nothing of it.
+        denoiser: the unconditioned one.
         degradation: A.
         observed: y, in the process's value range, as A gives it: ``(B, C, h, w)``.
         noise_std: sigma >= 0, in units of the value range; 0 makes A x = y exact.
         covariance: "spectrum" or "white", or P(mu) as a function of its own.
 
-    Raises: UserError for another covariance, and where the network's answer does not tell x_0.
+    Raises: UserError for another covariance, and for a network whose output does not determine x_0.
     """
 
     def __init__(
@@ -79,19 +79,19 @@ class Consistent(BaseDenoiser):
         return operator.apply(self.process.signal(s), operator.to_white(estimate))
 
     def conditioned(self, x: Tensor, t: Tensor) -> Tensor:
-        """E[x_0 | x_t, y] from x = E[x_0 | x_t], in pixels."""
+        """Return E[x_0 | x_t, y] from x = E[x_0 | x_t], ``(B, C, H, W)`` in pixels."""
         residual = self.observed - self.degradation.forward(x)
         x = x + self.degradation.gain(self.uncertainty(t, x), self.noise_std, residual)
         return x if self.noise_std > 0 else self.degradation.project(x, self.observed)
 
     def uncertainty(self, t: Tensor, like: Tensor) -> Tensor:
-        """C_t of each DCT coefficient, float64 ``(H, W)`` or ``(B, 1, H, W)``."""
+        """Return C_t of each DCT coefficient, float64 ``(H, W)`` or ``(B, 1, H, W)``."""
         mu = _eigenvalues(self.process, like)
         noise = visible_noise(self.process, t, mu, self.spectrum)
         return wiener_error(self.process.signal_scale(t, mu), self.power(mu), noise)
 
     def first_guess(self, noise: CounterRNG, size: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """An image that the Gaussian model believes after y, drawn by Matheron's rule: x + G (y - A x - sigma eps).
+        """Draw from the Gaussian model's posterior given y by Matheron's rule: x + G (y - A x - sigma eps).
 
         Args:
             size: (C, H, W).
@@ -118,9 +118,9 @@ def restore(
     on_step: OnStep | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Images that could have been degraded to what the denoiser knows: ``(B, C, H, W)`` in pixels.
+    """Draw images whose degradation is the denoiser's observation: ``(B, C, H, W)`` in pixels.
 
-    The Gaussian model's first guess is noised to ``scales[0]``, and the sampler goes down from there.
+    The sampler starts at ``scales[0]``, from the noised draw of `Consistent.first_guess`.
     """
     process = denoiser.process
     guess = denoiser.first_guess(noise, size, dtype)
@@ -130,13 +130,13 @@ def restore(
 
 
 class Resampling(Sampler):
-    """A sampler that goes back and forth: after each step to s once more to t by the process itself, and down again.
+    """RePaint's resampling: after each step to s return to t by the process itself, and repeat the step.
 
-    What was known at s is so mixed with what was guessed (RePaint, Lugmayr et al. 2022, with jumps of one step). Of a
-    sampler that looks back on finished steps, or churns, it takes the plain step, since these would be others' now.
+    This harmonises known and generated parts (Lugmayr et al. 2022, with jumps of one step). Multistep samplers take
+    their first-order step, without finished ones, and churn is left out, since repeated steps invalidate both.
 
     Args:
-        sampler: whose steps are taken.
+        sampler: defines the steps.
         repeats: how often each step is repeated, >= 0.
     """
 
@@ -154,7 +154,7 @@ class Resampling(Sampler):
 
 
 def check_estimates(denoiser: BaseDenoiser) -> None:
-    """Raise UserError unless the network's answer at any scale tells x_0-hat."""
+    """Raise UserError unless the network's output at every scale determines x_0-hat."""
     if isinstance(denoiser.target, NextScale):
         raise UserError(
             "this task needs an estimate of the clean image at each scale, and a model trained with target=finer "
@@ -170,7 +170,7 @@ def check_estimates(denoiser: BaseDenoiser) -> None:
 
 
 def _eigenvalues(process: Process, like: Tensor) -> Tensor:
-    """mu of the DCT coefficients, as the process counts them."""
+    """Return mu of each DCT coefficient ``(H, W)``, in the discretisation of the process."""
     size = (like.shape[-2], like.shape[-1])
     mu = process.operator().eigenvalues(*size, like.device)
     return mu if mu.shape == size else HEAT.eigenvalues(*size, like.device)  # L = 0 does not tell frequencies apart

@@ -1,4 +1,4 @@
-r"""What an image has gone through before it is given: y = A x + sigma eps, A linear, known.
+r"""Known linear degradations of images: y = A x + sigma eps.
 
 With a Gaussian x of mean m and covariance C, stationary, i.e. diagonal in the DCT with the variances c,
 
@@ -14,8 +14,8 @@ Averaging f neighbours takes the cosine k of an axis to a cosine of the small ax
 to, scaled by g. So A C A' is diagonal for any stationary C, not only for C = 1, where it is 1 / f^2 and G the
 pseudo-inverse that repeats each pixel (Wang et al. 2023, DDNM).
 
-For the mask the conjugate gradients are preconditioned by what C^-1 is between known pixels, which would be the inverse
-if the hole had no border: about ten steps are enough.
+For the mask the conjugate gradients are preconditioned by C^-1 restricted to known pixels, the inverse up to effects
+of the border of the hole: about ten steps are enough.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class Degradation(ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """A x."""
+        """Return A x."""
 
     @abstractmethod
     def inverse(self, y: Tensor) -> Tensor:
-        """A^+ y, the least of all images that A takes to y; for `Blur` an image of the right mean alone."""
+        """Return A^+ y, the image of least norm that A maps to y; for `Blur` only the mean is right."""
 
     @abstractmethod
     def gain(self, covariance: Tensor, noise_std: float, residual: Tensor) -> Tensor:
-        """G r for r = y - A x, in r's dtype.
+        """Return G r for r = y - A x, ``(B, C, H, W)`` in the dtype of r.
 
         Args:
             covariance: c > 0.
@@ -58,11 +58,11 @@ class Degradation(ABC):
         """
 
     def project(self, x: Tensor, y: Tensor) -> Tensor:
-        """The image nearest to x that A takes to y."""
+        """Return the image nearest to x that A maps to y."""
         return x + self.inverse(y - self.forward(x))
 
     def level(self, y: Tensor) -> Tensor:
-        """Mean grey value of what is known, ``(B, C, 1, 1)``."""
+        """Return the mean intensity of the known part, ``(B, C, 1, 1)``."""
         return y.mean((-2, -1), keepdim=True)
 
 
@@ -107,7 +107,7 @@ class Mask(Degradation):
 
 
 class Average(Degradation):
-    """Means of blocks of f x f pixels: a smaller image, as a camera with larger pixels takes it.
+    """Means of blocks of f x f pixels: a smaller image, as of a camera with larger pixels.
 
     Args:
         factor: f >= 1.
@@ -132,7 +132,7 @@ class Average(Degradation):
         return HEAT.synthesis(covariance * (rows.mT @ u @ columns)).to(residual.dtype)
 
     def _folding(self, n: int, device: torch.device) -> Tensor:
-        """``(n, f n)``: what an axis's cosines become, one entry in each column (or none)."""
+        """Return ``(n, f n)``: averaged cosines of an axis in those of the small one, at most one entry a column."""
         fine = dct_matrix(self.factor * n, device)
         means = fine.reshape(self.factor * n, n, self.factor).mean(-1)
         folded = dct_matrix(n, device) @ means.mT
@@ -157,7 +157,7 @@ class Blur(Degradation):
         return y
 
     def project(self, x: Tensor, y: Tensor) -> Tensor:
-        """x itself: to divide by K would show the rounding of y alone."""
+        """Return x itself, since dividing by K would amplify the rounding errors of y."""
         return x
 
     def gain(self, covariance: Tensor, noise_std: float, residual: Tensor) -> Tensor:

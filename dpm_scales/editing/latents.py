@@ -1,4 +1,4 @@
-r"""From images into the scales and back: where edits start.
+r"""Images as states at a scale, where edits start: noised, encoded, interpolated.
 
     marginal     y_t = lambda_t(L) y_0 + gamma_t(L) eps                      SDEdit (Meng et al. 2022), at any scale
     flow         the probability-flow ODE from y_0 up to y_t                 DDIM's inversion (Song et al. 2021)
@@ -7,8 +7,8 @@ A DDIM step from t to s is y_s = r y_t + (1 - r rho) m_s(y_t), r = gamma_s / gam
 
     y_t = y_s / r + (rho - 1 / r) m_s,
 
-with m_s first from the estimate at s, then from the y_t just found, again and again: the fixed point is the very y_t
-that the step takes to y_s. The last step, to s = 0, is y_0 = m_0(y_t); its inverse is found likewise, by adding
+with m_s first from the estimate at s, then from the y_t just found, repeatedly: the fixed point is the y_t that the
+step maps to y_s. The last step, to s = 0, is y_0 = m_0(y_t); its inverse is found likewise, by adding
 lambda_t (y_0 - m_0(y_t)).
 """
 
@@ -28,7 +28,7 @@ from dpm_scales.samplers.grids import tables_of
 
 
 def context_of(process: Process, x: Tensor, noise: CounterRNG) -> Context:
-    """The context that the process draws for images ``(B, C, H, W)`` in pixels; None where there is none.
+    """Draw the context of the process for images ``(B, C, H, W)`` in pixels; None where there is none.
 
     Raises: UserError for a process whose context comes from images other than x.
     """
@@ -36,13 +36,13 @@ def context_of(process: Process, x: Tensor, noise: CounterRNG) -> Context:
 
 
 def noised(process: Process, x: Tensor, t: Tensor, noise: CounterRNG, context: Context = None) -> Tensor:
-    """y_t from the marginal q(x_t | x), in white coordinates; t is ``()``."""
+    """Draw y_t ``(B, C, H, W)`` from the marginal q(x_t | x), in whitened coordinates; t is ``()``."""
     operator, white = process.operator(context), noise.normal(tuple(x.shape[1:]), x.dtype)
     return process.perturb(operator.to_white(x), t, white, operator)
 
 
 def scales_from(sampler: Sampler, process: Process, start: float) -> Tensor:
-    """The sampler's scales below `start`, with `start` itself (to the nearest k / num_scales, k >= 1) before them."""
+    """Return `start`, rounded to k / num_scales with k >= 1, followed by the sampler's scales below it."""
     device = tables_of(process)
     scales = sampler.scales(process, device)
     first = max(1, round(start * process.num_scales)) / process.num_scales
@@ -50,7 +50,7 @@ def scales_from(sampler: Sampler, process: Process, start: float) -> Tensor:
 
 
 def nearest_blur(process: Process, blur_sigma: float) -> tuple[float, float]:
-    """The scale k / num_scales, k >= 1, whose blur is nearest to `blur_sigma`, and that blur, in px.
+    """Return the scale k / num_scales, k >= 1, whose blur is nearest to `blur_sigma`, and that blur, in px.
 
     Raises: UserError for a process that does not blur.
     """
@@ -72,7 +72,7 @@ def encode(
     refine: int = 3,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """y at ``scales[0]`` from which DDIM (eta = 0) along `scales` comes to x.
+    """Return y at ``scales[0]`` from which DDIM (eta = 0) along `scales` reaches x: ``(B, C, H, W)``, whitened.
 
     Args:
         x: ``(B, C, H, W)`` in pixels.
@@ -95,22 +95,22 @@ def encode(
             for again in range(refine + 1):
                 if again > 0:
                     m = denoiser.predict_mean(y, t, s, context, labels)
-                y = operator.combine((_inverse_ratio(step), below), (_inverse_pull(step), m))
+                y = operator.combine((_inverse_coef_xs(step), below), (_inverse_coef_m(step), m))
         if on_step is not None:
             on_step(i - 1, operator.to_pixels(y))
     return y
 
 
-def _inverse_ratio(step: Step) -> Callable[[Tensor], Tensor]:
+def _inverse_coef_xs(step: Step) -> Callable[[Tensor], Tensor]:
     return lambda mu: 1 / step.noise_ratio(mu)
 
 
-def _inverse_pull(step: Step) -> Callable[[Tensor], Tensor]:
+def _inverse_coef_m(step: Step) -> Callable[[Tensor], Tensor]:
     return lambda mu: step.rho(mu) - 1 / step.noise_ratio(mu)
 
 
 def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """From a (weight 0) to b (weight 1) on the arc between them, image by image; straight where they are parallel.
+    """Interpolate from a (weight 0) to b (weight 1) along the arc between them, image by image; linearly if parallel.
 
     Args:
         a, b: ``(B, C, H, W)``.
@@ -136,7 +136,7 @@ def between(
     weight: Tensor,
     context: Context,
 ) -> Tensor:
-    """y_t between two images: straight in what is left of them, on the arc in their noise.
+    """Return y_t between two images: their means interpolated linearly, their noise along the arc.
 
     Args:
         ends: both images in pixels, ``(B, C, H, W)``.
@@ -151,9 +151,9 @@ def between(
 
 
 class BranchingNoise(CounterRNG):
-    """Noise that the samples of a group share until `shared` is made false, and then have each of its own.
+    """Noise that the samples of a group share until `shared` is set to false, and independent noise from then on.
 
-    Sample i belongs to group i // group. Both streams count every draw, so no draw serves twice.
+    Sample i belongs to group i // group. Both streams advance with every draw, so no draw is used twice.
 
     Args:
         seed, count, first, device: as for `CounterRNG`.

@@ -1,18 +1,18 @@
 r"""Image editing by osmosis: shadow removal and seamless cloning (Weickert et al. 2013, Vogel et al. 2013).
 
-Up to a factor, an image is the steady state of its own canonical drift. So one edits the drift and lets osmosis rebuild
-the image: d = 0 across an edge says "no change here", the drift of another image says "change as that one does".
-A multiplicative change of light, as a shadow is, leaves the drift as it is everywhere but on the shadow's edge.
+Up to a factor, an image is the steady state of its own canonical drift. So one edits the drift and reconstructs the
+image by osmosis: d = 0 across an edge removes the contrast there, the drift of another image imposes its contrast.
+A multiplicative change of light, such as a shadow, changes the drift on the shadow's edge only.
 
 The edited drift has no known steady state; it is found by implicit Euler with growing steps (`steady_state`).
-Osmosis keeps the mean grey value of the image it starts from, and that factor is all that is left to choose: `match`.
+Osmosis keeps the mean intensity of the initial image; this factor is the only freedom: `match`.
 
 | `match` | |
 |---|---|
-| "mean" | the mean grey value stays, as osmosis has it |
+| "mean" | the mean intensity is kept, as osmosis does |
 | "outside" | each channel is rescaled so that its mean outside the mask stays |
-| "lit" | (shadows) likewise, its mean where the result is brightened least, which is where the light is |
-| "pinned" | every pixel outside the mask stays as it is, and osmosis rebuilds what lies inside between them |
+| "lit" | (shadows) likewise, its mean where the result is brightened least, the lit part |
+| "pinned" | every pixel outside the mask is kept, and osmosis reconstructs the inside between them |
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpm_scales.errors import UserError, is_whole, require, suggest
+from dpm_scales.errors import UserError, is_whole, require, require_choice
 from dpm_scales.operators import canonical_drift, drift_stencil, steady_state
 
 MATCHES = ("mean", "outside", "pinned")
@@ -40,10 +40,10 @@ def remove_shadow(
     tol: float = 1e-6,
     penumbra: int = 0,
 ) -> Tensor:
-    """Remove a shadow: the image's own drift, but 0 on the shadow's edge (Weickert et al. 2013, Sect. 4).
+    """Remove a shadow by setting the image's drift to 0 on the shadow's edge (Weickert et al. 2013, Sect. 4).
 
-    Exact, up to the factor that `match` fixes, where the shadow is a factor and the scene does not change across the
-    shadow's edge; what the scene does there is lost.
+    Exact, up to the factor that `match` fixes, where the shadow is a factor and the scene is constant across the
+    shadow's edge; edges of the scene there are lost.
 
     Args:
         image: ``(B, C, H, W)``, > 0.
@@ -51,7 +51,7 @@ def remove_shadow(
         mask_marks: "region": the mask is True in the shadow, the drift is 0 between pixels inside and outside;
             "edge": it is True on the shadow's edge (penumbra), the drift is 0 on all edges that touch the mask.
         match: one of the table above. "outside" and "pinned" need a mask of the region; for "lit", a channel's pixels
-            outside the mask are parted at the mean between the 5th and 95th percentile of log(result / image).
+            outside the mask are split at the mean between the 5th and 95th percentile of log(result / image).
         offset: added before and taken away after, for images with black pixels; 1/255 of the value range is usual.
         tol: relative change at which the steady state is reached.
         penumbra: for a region with a soft edge, half its width in px: the drift is 0 on all edges that touch a pixel so
@@ -87,7 +87,7 @@ def blend(
 
     Args:
         background: ``(B, C, H, W)``, > 0.
-        foreground: likewise; only what lies in the mask and beside it counts.
+        foreground: likewise; only its pixels in the mask and next to it are used.
         mask: bool ``(H, W)`` or ``(B | 1, C | 1, H, W)``, True where the foreground goes.
         match: one of the table above, for the background: "mean", "outside" or "pinned".
         offset: added before and taken away after, for images with black pixels.
@@ -98,7 +98,7 @@ def blend(
     Returns: ``(B, C, H, W)``, same dtype as the background; computed in float64.
     Raises: UserError for values, shapes or names that do not fit.
     """
-    check_match(match, MATCHES)
+    require_choice("match", match, MATCHES)
     f, g = _positive(background, offset, "background"), _positive(foreground, offset, "foreground")
     require(
         f.shape == g.shape,
@@ -112,15 +112,14 @@ def blend(
         if mixed:
             inner = torch.where(inner.abs() < outer.abs(), outer, inner)
         drifts.append(torch.lerp(outer, inner, share.expand_as(outer)))
-    pasted = torch.where(inside, g, f)  # near the result already; what is left to do is the light
+    pasted = torch.where(inside, g, f)  # close to the result but for the light
     return _rebuild(drifts[0], drifts[1], f, pasted, inside, match, offset, tol).to(background.dtype)
 
 
 def check_shadow_options(mask_marks: str, match: str, penumbra: int) -> None:
     """Raise UserError for options of `remove_shadow` that do not exist or contradict each other."""
-    if mask_marks not in SHADOW_MASKS:
-        raise UserError(f"unknown mask_marks {mask_marks!r}: {suggest(str(mask_marks), SHADOW_MASKS)}")
-    check_match(match, SHADOW_MATCHES)
+    require_choice("mask_marks", mask_marks, SHADOW_MASKS)
+    require_choice("match", match, SHADOW_MATCHES)
     region = mask_marks == "region"
     require(
         region or match in ("mean", "lit"), f"match={match} would keep the shadow: mask_marks=edge needs lit or mean"
@@ -129,16 +128,10 @@ def check_shadow_options(mask_marks: str, match: str, penumbra: int) -> None:
     require(region or penumbra == 0, "penumbra is for mask_marks=region; with mask_marks=edge the mask is the penumbra")
 
 
-def check_match(match: str, allowed: tuple[str, ...]) -> None:
-    """Raise UserError for an unknown name."""
-    if match not in allowed:
-        raise UserError(f"unknown match {match!r}: {suggest(str(match), allowed)}")
-
-
 def _rebuild(
     right: Tensor, down: Tensor, image: Tensor, start: Tensor, inside: Tensor, match: str, offset: float, tol: float
 ) -> Tensor:
-    """The steady state of a drift, with the grey values of `image` that `match` asks for, without the offset."""
+    """Return the steady state of a drift, scaled to `image` as `match` says, without the offset."""
     if match != "mean":
         some = bool((~inside).expand_as(image).any(-1).any(-1).all())
         require(some, f"match={match!r} needs pixels outside the mask")
@@ -153,7 +146,7 @@ def _rebuild(
 
 
 def _least_brightened(gain: Tensor, outside: Tensor) -> Tensor:
-    """The pixels outside whose gain lies in the lower half, on a logarithmic scale, of what pixels outside have."""
+    """Return a mask of the pixels outside whose log gain lies in the lower half of its range there."""
     lowest = torch.finfo(gain.dtype).tiny
     logs = gain.clamp_min(lowest).log().masked_fill(~outside, math.inf)
     ordered, last = logs.flatten(-2).sort(-1).values, outside.flatten(-2).sum(-1, keepdim=True) - 1
@@ -162,17 +155,17 @@ def _least_brightened(gain: Tensor, outside: Tensor) -> Tensor:
 
 
 def _grown(mask: Tensor, radius: int) -> Tensor:
-    """The pixels within a square of 2 radius + 1 around one of the mask."""
+    """Return the mask dilated by a square of side 2 radius + 1."""
     return F.max_pool2d(mask.to(torch.float32), 2 * radius + 1, stride=1, padding=radius) > 0
 
 
 def _agree(inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Edges between two pixels of the same side."""
+    """Return the edges, right and down, between two pixels on the same side."""
     return inside[..., 1:] == inside[..., :-1], inside[..., 1:, :] == inside[..., :-1, :]
 
 
 def _both(free: Tensor) -> tuple[Tensor, Tensor]:
-    """Edges between two free pixels."""
+    """Return the edges, right and down, between two free pixels."""
     return free[..., 1:] & free[..., :-1], free[..., 1:, :] & free[..., :-1, :]
 
 
@@ -191,7 +184,7 @@ def _positive(image: Tensor, offset: float, name: str) -> Tensor:
 
 
 def _mask(mask: Tensor, image: Tensor) -> Tensor:
-    """The mask as bool ``(B | 1, C | 1, H, W)``."""
+    """Return the mask as bool ``(B | 1, C | 1, H, W)``."""
     ok = isinstance(mask, Tensor) and mask.dtype == torch.bool
     require(ok, f"mask must be a bool tensor, got {_seen(mask)}; compare with a threshold, e.g. mask > 0.5")
     wide = mask[None, None] if mask.ndim == 2 else mask

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.denoisers import BaseDenoiser
-from dpm_scales.errors import UserError, is_whole, require, require_number, suggest
+from dpm_scales.errors import is_whole, require, require_choice, require_number
 from dpm_scales.likelihood.decoder import check_decoder, decode
 from dpm_scales.likelihood.start import start_law
 from dpm_scales.operators import HeatOperator, Operator, SpectralFunction
@@ -70,7 +70,7 @@ class Likelihood:
 
 
 def check_noise(process: Process, finest: Tensor) -> None:
-    """Raise UserError where there is no likelihood: latent variables need a density, down to the finest scale."""
+    """Raise UserError unless latent variables have a density at every scale down to the finest."""
     name = type(process).__name__
     mu = process.operator().eigenvalues(64, 64, finest.device).flatten()
     require(
@@ -81,22 +81,22 @@ def check_noise(process: Process, finest: Tensor) -> None:
 
 
 class VariationalBound:
-    """The bound, image by image.
+    """The variational bound on -log P(x_0) of each image.
 
     Args:
         denoiser, prior: the model.
         steps: of the chain, equally spaced scales; None for all of the process.
-        draws: look at that many steps of each image only: the same expectation, more spread; None for all. A step is
-            drawn in proportion to the term that linear filtering would leave, the draws evenly spread over the chain.
+        draws: evaluate only that many steps of each image: the same expectation, more variance; None for all. Steps are
+            drawn in proportion to the term expected of linear filtering, by stratified draws.
         reverse: "ancestral" or "dissipation".
         noise_ratio: r of the dissipation.
-        decoder_std: of the decoder, in white coordinates and units of the value range; None for `wiener_std`.
+        decoder_std: of the decoder, in whitened coordinates and units of the value range; None for `wiener_std`.
         levels: number of values a pixel can have, see `negative_log_likelihood`.
-        num_bands: split the steps' terms by that many bands of frequency of the DCT, in white coordinates, equally wide
-            in the root of the Laplacian's eigenvalues; 0 for none. Where the operator mixes frequencies, as that of
-            osmosis does, what two bands have in common is shared between them, and a term may be negative.
+        num_bands: split the steps' terms by that many bands of frequency of the DCT, in whitened coordinates, equally
+            wide in the root of the Laplacian's eigenvalues; 0 for none. Where the operator mixes frequencies, as that
+            of osmosis does, their common part is divided between them, and a term may be negative.
 
-    Raises: UserError for a process without noise, and for arguments that do not fit.
+    Raises: UserError for a process without noise, and for invalid arguments.
     """
 
     def __init__(
@@ -120,8 +120,7 @@ class VariationalBound:
         ok = draws is None or is_whole(draws, 1)
         require(ok, f"likelihood: draws must be a whole number >= 1 or null, got {draws!r}")
         require(is_whole(num_bands, 0), f"likelihood: num_bands must be a whole number >= 0, got {num_bands!r}")
-        if reverse not in REVERSE:
-            raise UserError(f"likelihood: unknown reverse chain {reverse!r}: {suggest(str(reverse), REVERSE)}")
+        require_choice("reverse chain", reverse, REVERSE, "likelihood")
         require_number("likelihood: noise_ratio", noise_ratio, 1e-6)
         check_decoder(decoder_std, levels)
         self.scales = uniform_grid(process, count, tables_of(process))
@@ -137,8 +136,8 @@ class VariationalBound:
     def __call__(
         self, x_0: Tensor, noise: CounterRNG, labels: Tensor | None = None, on_step: OnStep = lambda number: None
     ) -> Likelihood:
-        """One draw of the bound for each image; its expectation bounds -log P(x_0), or -log P(x_0 | v) where each image
-        guides itself (`Process.condition`), and given the labels if there are any.
+        """Return one draw of the bound for each image; its expectation bounds -log P(x_0), or -log P(x_0 | v)
+        where each image guides itself (`Process.condition`), and given the labels if there are any.
 
         Args:
             x_0: images ``(B, C, H, W)`` in the process's value range.
@@ -192,7 +191,7 @@ class VariationalBound:
 
 @dataclass(frozen=True)
 class _Weight:
-    """The function of L between two scales, and the number that is added."""
+    """The function of L that weights the error of a step, and the constant added to it."""
 
     process: Process
     reverse: str
@@ -205,13 +204,13 @@ class _Weight:
 
     @property
     def excess(self) -> float:
-        """What noise that is not the posterior's costs, nats per pixel."""
+        """The cost, in nats per pixel, of noise that differs from the posterior's."""
         return 0.0 if self.reverse == "ancestral" else 0.5 * (1 / self.ratio**2 - 1 + 2 * math.log(self.ratio))
 
     def divergence(self, operator: Operator, step: Step, difference: Tensor, bands: Tensor | None) -> Tensor:
-        """KL_ts by bands, ``(B, bands)``; one band if there are none. With P_b the part of an image in band b,
+        """Return KL_ts by bands, ``(B, bands)``; one band if there are none. With P_b the part of an image in band b,
         <d, f(L) d> = sum_b <P_b d, f(L) d>, whatever L is."""
-        # float64: the weight spans many orders, and what little is left of d is multiplied by it
+        # float64: the weight spans many orders of magnitude, and multiplies tiny remainders of d
         d = difference.to(torch.float64)
         weighted = operator.apply(self.function(step), d)
         if bands is None:
@@ -221,18 +220,18 @@ class _Weight:
 
 
 def _shares(denoiser: BaseDenoiser, weight: _Weight, scales: Tensor, like: Tensor) -> Tensor:
-    """With what probability a draw looks at each step, ``(n,)``: its share of what linear filtering would leave."""
+    """Return the probability that a draw evaluates each step, ``(n,)``: its expected share of the sum of terms."""
     process = denoiser.process
     mu = process.operator().eigenvalues(like.shape[-2], like.shape[-1], scales.device)
     step = Step(process, scales[1:-1], scales[:-2])
     uncertain = wiener_error(step.signal_t(mu), denoiser.spectrum.on(mu), step.noise_t(mu) ** 2)
     left = weight.function(step)(mu) * step.signal_s(mu) ** 2 * uncertain
     terms = 0.5 * left.expand(len(step.s), 1, *mu.shape).mean((-3, -2, -1)) + weight.excess
-    return 0.9 * terms / terms.sum() + 0.1 / len(terms)  # none is left out, however wrong the spectrum
+    return 0.9 * terms / terms.sum() + 0.1 / len(terms)  # every step has a chance, however wrong the spectrum
 
 
 def _band_matrix(like: Tensor, number: int) -> Tensor:
-    """``(H * W, number)`` of zeros and ones: the band of each DCT coefficient, float64."""
+    """Return the band of each DCT coefficient, one-hot: ``(H * W, number)``, float64."""
     mu = _DCT.eigenvalues(like.shape[-2], like.shape[-1], like.device).flatten()
     largest = mu.max().clamp(min=1e-30)
     band = ((mu / largest).sqrt() * number).long().clamp(max=number - 1)

@@ -1,4 +1,4 @@
-r"""The last term, -log P(x_0 | y) for y at the finest scale: a Gaussian, summed up over the bin of each value.
+r"""The last term, -log P(x_0 | y) for y at the finest scale: a Gaussian, integrated over the bin of each value.
 
     P(x_0 | y) = prod_i  Phi((x_i + delta/2 - m_i) / std_i) - Phi((x_i - delta/2 - m_i) / std_i)
 
@@ -26,7 +26,7 @@ from dpm_scales.targets import moments
 def negative_log_likelihood(
     x_0: Tensor, mean: Tensor, std: Tensor, value_range: tuple[float, float], levels: int | None = 256
 ) -> Tensor:
-    """-log P(x_0) in nats for each image.
+    """Return -log P(x_0) in nats for each image.
 
     Args:
         x_0: ``(B, C, H, W)``, values low + k (high - low) / (levels - 1), up to rounding.
@@ -42,7 +42,7 @@ def negative_log_likelihood(
     low, high = value_range
     half = 0.5 * (high - low) / (levels - 1) / std
     bin_number = ((x - low) / (high - low) * (levels - 1)).round()
-    # mirrored, so that both ends lie where the logarithm of the distribution function keeps its digits
+    # mirrored, so that both ends lie where log_ndtr is accurate
     upper, lower = torch.special.log_ndtr(half - z.abs()), torch.special.log_ndtr(-half - z.abs())
     inner = upper + torch.log1p(-torch.exp(lower - upper))
     log_p = torch.where(bin_number <= 0, torch.special.log_ndtr(z + half), inner)
@@ -54,7 +54,7 @@ def wiener_std(denoiser: BaseDenoiser, operator: Operator, t: Tensor, like: Tens
     """The standard deviation that the decoder takes by default, in pixels: ``(B | 1, C, H, W)`` shaped as `like`.
 
     That of the linear (Wiener) estimate of x_0 from y_t for data of the denoiser's spectrum, averaged over the
-    spectrum, in white coordinates; so in pixels sqrt(v) times as much under osmosis.
+    spectrum, in whitened coordinates; so in pixels sqrt(v) times as much under osmosis.
 
     Args:
         t: ``()``, the finest scale.
@@ -66,7 +66,7 @@ def wiener_std(denoiser: BaseDenoiser, operator: Operator, t: Tensor, like: Tens
 
 
 def check_decoder(std: float | None, levels: int | None) -> None:
-    """Raise UserError for values that are none."""
+    """Raise UserError for invalid options of the decoder."""
     if std is not None:
         require_number("likelihood: decoder_std", std, 1e-12)
     if levels is not None:
@@ -84,12 +84,12 @@ def decode(
     std: float | None = None,
     levels: int | None = 256,
 ) -> Tensor:
-    """-log P(x_0 | y) for y at the finest scale t, float64 ``(B,)``.
+    """Return -log P(x_0 | y) in nats for y at the finest scale t, float64 ``(B,)``.
 
-    The mean is what a sampler's last step returns, the estimate of the image at scale 0: x_0-hat, of full contrast.
+    The mean is the result of a sampler's last step, the estimate of the image at scale 0: x_0-hat, of full contrast.
 
     Args:
-        std: in white coordinates and units of the value range; None for `wiener_std`.
+        std: in whitened coordinates and units of the value range; None for `wiener_std`.
     """
     mean = operator.to_pixels(denoiser.predict_mean(y, t, torch.zeros_like(t), context, labels))
     if std is None:

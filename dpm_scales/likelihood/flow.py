@@ -16,8 +16,8 @@ The trace of f(L) J is estimated by <f(L) e, J e> with random signs e (Hutchinso
 and J e enters through its adjoint, one backward pass. What remains is the error of the steps: unlike the variational
 bound this number bounds nothing until more steps no longer change it.
 
-The flow goes down to t_1, the first scale of the chain. From there to the 8-bit image stands the decoder of the
-variational bound, so that, up to the steps' error,
+The flow goes down to t_1, the first scale of the chain. From there to the 8-bit image the decoder of the variational
+bound is used, so that, up to the steps' error,
 
     -log P(x_0) <= E_eps [ log N(eps) - log p(z_{t_1}) - log P(x_0 | y_{t_1}) ]:
 
@@ -46,7 +46,7 @@ from dpm_scales.targets import NextScale
 
 
 def flow_scales(process: Process, steps: int, device: torch.device | str | None = None) -> Tensor:
-    """``steps + 1`` scales from 1 down to 1 / num_scales: evenly spaced in logSNR where noise grows, else in t."""
+    """Return ``(steps + 1,)`` scales from 1 to 1 / num_scales, evenly spaced in logSNR if noise grows, else in t."""
     try:
         return logsnr_grid(process, steps + 1, device)[:-1]
     except UserError:
@@ -54,14 +54,14 @@ def flow_scales(process: Process, steps: int, device: torch.device | str | None 
 
 
 class FlowLikelihood:
-    """The flow's likelihood, image by image.
+    """The likelihood of each image under the probability flow.
 
     Args:
         denoiser, prior, decoder_std, levels: as for `VariationalBound`.
-        steps: of the ODE, each two evaluations and two backward passes for each probe.
+        steps: steps of the ODE, each of two evaluations and two backward passes per probe.
         probes: sign vectors for each trace.
 
-    Raises: UserError for a process without noise, a network that knows one step only, and values out of range.
+    Raises: UserError for a process without noise, a network that predicts the next scale only, and values out of range.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class FlowLikelihood:
     def __call__(
         self, x_0: Tensor, noise: CounterRNG, labels: Tensor | None = None, on_step: OnStep = lambda number: None
     ) -> Likelihood:
-        """One draw for each image; its expectation is the bound above, but for the error of the steps, O(steps^-2).
+        """Return one draw for each image; its expectation is the bound above, up to the steps' error, O(steps^-2).
 
         Args and Raises: as for `VariationalBound`.
         """
@@ -132,7 +132,7 @@ def follow_flow(
     """The flow from ``scales[-1]`` up to ``scales[0] = 1``.
 
     Args:
-        y: ``(B, C, H, W)`` in white coordinates, at ``scales[-1]``.
+        y: ``(B, C, H, W)`` in whitened coordinates, at ``scales[-1]``.
         scales: ``(n + 1,)``, descending.
 
     Returns: float64 ``(B,)``, -log p(z_1) of its end under the start, and ``(B, n)``, the integral of the trace over
@@ -154,7 +154,7 @@ def follow_flow(
 
 
 def _factors(step: Step) -> tuple[SpectralFunction, SpectralFunction, SpectralFunction]:
-    """g = gamma_b / gamma_a, (kappa_b - kappa_a) / kappa_a, and that times g, of a step from a up to b."""
+    """Return g = gamma_b / gamma_a, (kappa_b - kappa_a) / kappa_a, and their product, of a step from a up to b."""
 
     def growth(mu: Tensor) -> Tensor:
         return 1 / step.noise_ratio(mu)
@@ -177,7 +177,7 @@ def _with_trace(
     labels: Tensor | None,
     probes: int,
 ) -> tuple[Tensor, Tensor]:
-    """m_s at y, and the estimate of tr(f(L) dm_s / dy), float64 ``(B,)``."""
+    """Return m_s at y, and the estimate of tr(f(L) dm_s / dy), float64 ``(B,)``."""
     with torch.enable_grad():
         y = y.detach().requires_grad_()
         m = denoiser.predict_mean(y, t, s, context, labels)

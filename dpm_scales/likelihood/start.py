@@ -1,4 +1,4 @@
-r"""The law of y_1 under a prior, and what the context adds: every prior of the package is a mixture of Gaussians.
+r"""The law of y_1 under a prior, and the cost of the context: every prior of the package is a mixture of Gaussians.
 
     p(y_1 | v) = sum_i w_i(v) N(c_i, r^2 gamma_1^2(L))
 
@@ -6,22 +6,22 @@ r"""The law of y_1 under a prior, and what the context adds: every prior of the 
 |---|---|---|
 | GaussianPrior | 0 | 1 |
 | DataPrior | lambda_1(L) x_i, x_i a training image | 1 / M |
-| OsmosisPrior | lambda_1(0) m_i sqrt(v), m_i its mean grey value, v of mean one | q(v; m_i) / sum_j q(v; m_j) |
+| OsmosisPrior | lambda_1(0) m_i sqrt(v), m_i its mean intensity, v of mean one | q(v; m_i) / sum_j q(v; m_j) |
 
 With D_i the squared distance of y from c_i in units of r gamma_1(L), the log density of z = gamma_1^{-1}(L) y is
 
     log p(z) = logsumexp_i(log w_i - D_i(y) / 2) - n log r - n/2 log 2 pi,
 
-and the divergence of q(y_1 | x_0) = N(lambda_1(L) y_0, gamma_1^2(L)) from a mixture is bounded by that from its members
-(Rissanen et al. 2023, appendix: their prior term),
+and the divergence of q(y_1 | x_0) = N(lambda_1(L) y_0, gamma_1^2(L)) from a mixture is bounded by those from its
+components (Rissanen et al. 2023, appendix: their prior term),
 
     KL <= -logsumexp_i(log w_i - KL_i),     KL_i = D_i(lambda_1(L) y_0) / 2 + n/2 (1 / r^2 - 1 + log r^2),
 
 with equality for a single one.
 
 The context is a variable z of the model too, p(x_0) = sum over z of p(z) p(x_0 | z), and inference may draw it by any
-law q(z | x_0) at the price KL(q || p). White noise, and relief of other images, are drawn by both alike and cost
-nothing; the mean grey value is what inference knows of the image, m_0, and the model draws among the stored m_i. With s
+law q(z | x_0) at the cost KL(q || p). White noise, and patterns of other images, have the same law in both and cost
+nothing; inference uses the mean intensity m_0 of the image, while the model draws one of the stored m_i. With s
 the noise of the guidance, M values stored, N pixels, and w the guidance before it is clipped:
 
 | guidance | z | q(z given x_0) | costs, in nats |
@@ -32,10 +32,10 @@ the noise of the guidance, M values stored, N pixels, and w the guidance before 
 | nothing (s = 0) | - | - | 0: of mean one, v is 1 |
 | the image itself | - | - | 0: the likelihood is one given v and m_0, see `Process.condition` |
 
-A linear pattern changes noise that is constant by a factor b, and the rest of w does not depend on m: so no density of
-the pattern is needed. Edges and images without noise say exactly what m is, so that m_0 itself, which is none of the
-m_i, would cost infinitely much; inference takes an m_i near by, as near as the noise of the finest scale tells grey
-values apart (snr = lambda^2 / gamma^2 there). Then w_i = 1 for that i.
+A linear pattern multiplies constant noise by a factor b, and the rest of w does not depend on m: so no density of the
+pattern is needed. Edges and images without noise determine m exactly, so that m_0 itself, which is none of the m_i,
+would have infinite cost; inference draws an m_i close to it, to the resolution that the noise of the finest scale
+allows (snr = lambda^2 / gamma^2 there). Then w_i = 1 for that i.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from dpm_scales.rng import CounterRNG
 
 @dataclass(frozen=True)
 class Start:
-    """The mixture that a prior is, for one batch of images and their context."""
+    """The mixture of Gaussians of a prior, for one batch of images and their context."""
 
     process: Process
     prior: Prior
@@ -64,23 +64,23 @@ class Start:
     log_weights: Tensor
     #: r, the prior's noise over the process's own
     ratio: float
-    #: what the context costs, float64 ``(B,)`` nats
+    #: cost of the context, float64 ``(B,)`` nats
     context_cost: Tensor
     #: m_i of a `OsmosisPrior`, ``(B | 1, M, C)``
     grey: Tensor | None = None
 
     def negative_log_density(self, y: Tensor) -> Tensor:
-        """-log p of z = gamma_1^{-1}(L) y, float64 ``(B,)``, for y ``(B, C, H, W)`` in white coordinates."""
+        """Return -log p of z = gamma_1^{-1}(L) y, float64 ``(B,)``, for y ``(B, C, H, W)`` in whitened coordinates."""
         constant = y[0].numel() * (math.log(self.ratio) + 0.5 * math.log(2 * math.pi))
         return constant - torch.logsumexp(self.log_weights - self._distances(y) / 2, 1)
 
     def divergence(self, mean: Tensor) -> Tensor:
-        """The bound on KL(N(mean, gamma_1^2) || p), float64 ``(B,)`` nats, for means ``(B, C, H, W)``, white."""
+        """Return the bound on KL(N(mean, gamma_1^2) || p), float64 ``(B,)`` nats; mean ``(B, C, H, W)``, whitened."""
         constant = 0.5 * mean[0].numel() * (1 / self.ratio**2 - 1 + 2 * math.log(self.ratio))
         return constant - torch.logsumexp(self.log_weights - self._distances(mean) / 2, 1)
 
     def _distances(self, y: Tensor) -> Tensor:
-        """D_i(y), ``(B, M)``."""
+        """Return D_i(y), ``(B, M)``."""
         one = torch.ones((), dtype=torch.float64, device=y.device)
         y = y.to(torch.float64)
         if isinstance(self.prior, DataPrior):
@@ -94,13 +94,13 @@ class Start:
 
 
 def start_law(prior: Prior, process: Process, x_0: Tensor, noise: CounterRNG) -> tuple[Start, Context]:
-    """The law of y_1, and a context for each image, drawn as inference draws it.
+    """Return the law of y_1, and a context for each image, drawn from the inference law q(z | x_0).
 
     Args:
         x_0: images ``(B, C, H, W)`` in the process's value range.
-        noise: drawn from where the process has a context.
+        noise: used where the process has a context.
 
-    Raises: UserError for a prior that has no density (`noise_ratio` 0), that was not fitted, or that fits other images.
+    Raises: UserError for a prior that has no density (`noise_ratio` 0), was not fitted, or was fitted to other sizes.
     """
     channels, size = x_0.shape[1], (x_0.shape[-2], x_0.shape[-1])
     prior.check_kind(process)
@@ -128,7 +128,7 @@ def start_law(prior: Prior, process: Process, x_0: Tensor, noise: CounterRNG) ->
 def _guidance(
     process: Osmosis, prior: OsmosisPrior, x_0: Tensor, noise: CounterRNG
 ) -> tuple[Tensor, Tensor, Tensor, Context]:
-    """log w_i, what the context costs, the m_i, and the context, as the table above has them."""
+    """Return log w_i, the cost of the context, the m_i, and the context, by the table above."""
     own, known, shape = x_0.mean((-2, -1)), prior.grey.to(torch.float64), tuple(x_0.shape[1:])
     count, std = len(known), process.guidance.noise
     zero = torch.zeros(len(x_0), dtype=torch.float64, device=x_0.device)
@@ -157,7 +157,7 @@ def _guidance(
 
 
 def _grey_near(process: Osmosis, own: Tensor, known: Tensor, pixels: int, noise: CounterRNG) -> tuple[Tensor, Tensor]:
-    """Numbers ``(B,)`` of grey values `known` ``(M, C)`` drawn near `own` ``(B, C)``, and what that costs, ``(B,)``."""
+    """Draw indices ``(B,)`` of intensities `known` ``(M, C)`` near `own` ``(B, C)``; return them, and the cost."""
     finest = torch.ones((), dtype=torch.float64, device=own.device) / process.num_scales
     snr = torch.exp(process.log_snr(finest, torch.zeros_like(finest)))
     log_q = torch.log_softmax(-0.5 * pixels * snr * _squared_distances(own.to(torch.float64), known), 1)
@@ -168,8 +168,8 @@ def _grey_near(process: Osmosis, own: Tensor, known: Tensor, pixels: int, noise:
 
 
 def _log_mean_densities(process: Osmosis, own: Tensor, known: Tensor, white: Tensor) -> tuple[Tensor, Tensor]:
-    """log densities of the mean of the unclipped guidance, drawn around `own` ``(B, C)``, under the values `known`
-    ``(M, C)`` and under its own, ``(B, M)`` and ``(B,)``, up to the same number."""
+    """Return log densities of the mean of the unclipped guidance, drawn around `own` ``(B, C)``, under the values
+    `known` ``(M, C)`` and under its own, ``(B, M)`` and ``(B,)``, up to one common constant."""
     low, high = process.value_range
     drawn = process.guidance.noise * white.to(torch.float64).mean((-2, -1))  # times b, as the standard deviation
     gain = process.guidance.patterned(torch.ones_like(white[:1], dtype=torch.float64)).mean()
@@ -180,14 +180,14 @@ def _log_mean_densities(process: Osmosis, own: Tensor, known: Tensor, white: Ten
 
 
 def _log_guidance_densities(process: Osmosis, v: Tensor, mean: Tensor, paired: bool = False) -> Tensor:
-    """log q(v; m) up to a number that does not depend on m.
+    """Return log q(v; m) up to a constant that does not depend on m.
 
-    v = clip(g + s eps, low, 1) has a density between the bounds, and probabilities at them. Between them all that
-    matters are the number of pixels, their sum and the sum of their squares.
+    v = clip(g + s eps, low, 1) has a density between the bounds, and point masses at them. Between the bounds the
+    number of pixels, their sum and the sum of their squares are sufficient.
 
     Args:
         v: guidance images ``(B, C, H, W)``.
-        mean: mean grey values m ``(M, C)`` in the value range, or with `paired` ``(B, C)``, one for each image.
+        mean: mean intensities m ``(M, C)`` in the value range, or with `paired` ``(B, C)``, one for each image.
 
     Returns: float64 ``(B, M)``, with `paired` ``(B,)``.
     """
@@ -209,7 +209,7 @@ def _log_guidance_densities(process: Osmosis, v: Tensor, mean: Tensor, paired: b
 
 
 def _to_blurred_images(prior: DataPrior, process: Process, operator: Operator, y: Tensor, one: Tensor) -> Tensor:
-    """Squared distances to lambda_1(L) x_i in units of gamma_1, of whose coefficients only the kept ones are not 0."""
+    """Return squared distances to lambda_1(L) x_i in units of gamma_1; coefficients of x_i not stored are 0."""
     mu = operator.eigenvalues(y.shape[-2], y.shape[-1], y.device)
     noise = process.noise_scale(one, mu).expand(mu.shape)
     rows, columns = prior.coefficients.shape[-2:]
@@ -222,7 +222,7 @@ def _to_blurred_images(prior: DataPrior, process: Process, operator: Operator, y
 
 
 def _to_steady_states(grey: Tensor, process: Process, operator: Operator, y: Tensor, one: Tensor) -> Tensor:
-    """Squared distances to lambda_1(0) m_i sqrt(v) in units of gamma_1: along sqrt(v), and across it."""
+    """Return squared distances to lambda_1(0) m_i sqrt(v) in units of gamma_1: along sqrt(v), plus orthogonal to it."""
     zero = torch.zeros((), dtype=torch.float64, device=y.device)
     noise = process.noise_scale(one, zero)
     mode = operator.to_pixels(torch.ones_like(y)) / math.sqrt(y.shape[-2] * y.shape[-1])
@@ -234,5 +234,5 @@ def _to_steady_states(grey: Tensor, process: Process, operator: Operator, y: Ten
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """``(..., B, M)`` from ``(..., B, n)`` and ``(..., M, n)``, without the cancellation of a matrix product."""
+    """Return ``(..., B, M)`` from ``(..., B, n)`` and ``(..., M, n)``, without the cancellation of a matrix product."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()

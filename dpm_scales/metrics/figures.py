@@ -1,4 +1,4 @@
-"""Two sets of images, measured in the features of one network, by the names of its figures."""
+"""Two sets of images compared in the features of one network: metrics by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.errors import UserError, require, require_choice
 from dpm_scales.metrics.distances import FeatureStatistics, frechet_distance, kernel_distance, kernel_subsets
 from dpm_scales.metrics.features import FeatureNetwork
 from dpm_scales.metrics.overlap import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, manifolds
@@ -24,7 +24,7 @@ MEASURES = ("frechet", "kernel", "manifolds")
 """Kinds of measures; all but the first need the features of all images at once."""
 
 FEWEST_NEIGHBOURS = 1 + max(PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS)
-"""Images of each set that "manifolds" needs."""
+"""Least number of images of each set for "manifolds"."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class FeatureSet:
 
     @property
     def number(self) -> int:
-        """Images."""
+        """Number of images."""
         return self.statistics.number
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure.
+    """One metric.
 
     Attributes:
-        value: the figure.
+        value: its value.
         std_error: its standard error, where it is known.
-        neighbours: k of the figures of nearest neighbours.
-        images: real and fake ones that were taken, where these are not all.
+        neighbours: k of the metrics of nearest neighbours.
+        images: numbers of real and fake images used, where these are not all.
         better: "lower" or "higher".
     """
 
@@ -65,15 +65,15 @@ class Measure:
 
 
 def check_measures(measures: Any) -> tuple[str, ...]:
-    """A list of `MEASURES`. Raises UserError for anything else."""
+    """Return a list of `MEASURES` as a tuple. Raises UserError for anything else."""
     require(isinstance(measures, list | tuple) and len(measures) > 0, f"measures must be a list of {MEASURES}")
     for name in measures:
-        require(name in MEASURES, f"unknown measure {name!r}: {suggest(str(name), MEASURES)}")
+        require_choice("measure", name, MEASURES)
     return tuple(measures)
 
 
 def check_numbers(measures: Sequence[str], *numbers: int) -> None:
-    """Raises UserError for sets of images that are too small for these measures."""
+    """Raise UserError for sets of images that are too small for these measures."""
     if "manifolds" in measures and min(numbers) < FEWEST_NEIGHBOURS:
         found = " and ".join(map(str, numbers))
         raise UserError(
@@ -93,7 +93,7 @@ def few_images(number: int, what: str, network: FeatureNetwork) -> str | None:
 
 
 def needs_rows(measures: Sequence[str]) -> bool:
-    """Whether these measures need more of a set than its statistics."""
+    """Return whether these measures need more of a set than its statistics."""
     return any(name != "frechet" for name in measures)
 
 
@@ -103,17 +103,17 @@ def gather(
     keep_rows: bool = True,
     on_images: Callable[[int], None] | None = None,
 ) -> FeatureSet:
-    """Features of uint8 images (B, 1 or 3, H, W) that come in batches.
+    """Return features of uint8 images (B, 1 or 3, H, W) given in batches.
 
     Args:
         keep_rows: keep all of them; without, memory is of order d^2 whatever the number of images.
-        on_images: called with the number of images of each part that went through the network at once.
+        on_images: called with the number of images of each part that the network has processed.
     """
     statistics = FeatureStatistics()
     rows: list[Array] = []
     for images in batches:
         parts = []
-        for part in images.split(network.batch_size):  # as the network does, to tell how far it is
+        for part in images.split(network.batch_size):  # as the network does, to report progress
             parts.append(network(part).cpu())
             if on_images is not None:
                 on_images(len(part))
@@ -132,31 +132,31 @@ def compare(
     manifold_images: int | None = None,
     track: Track | None = None,
 ) -> dict[str, Measure]:
-    """The figures of two sets by name.
+    """Return the metrics of two sets by name.
 
     Args:
         real, fake: features by `network`; with `rows` unless `measures` is ("frechet",).
         manifold_images: at most so many images of each set, spread evenly, for the measures of nearest neighbours,
             whose time grows with the square of the number; None for all.
-        track: called with the name of each part and its number of steps; returns what is called with those done.
+        track: called with the name of each part and its number of steps; returns a callback for the number done.
 
     Raises: UserError for too few images, or an unknown measure.
     """
     measures = check_measures(measures)
     begin = track or (lambda name, steps: lambda count: None)
-    figures: dict[str, Measure] = {}
+    metrics: dict[str, Measure] = {}
     if "frechet" in measures:
         advance = begin("Fréchet distance", 1)
-        figures[network.distance_name] = Measure(frechet_distance(real.statistics, fake.statistics), "lower")
+        metrics[network.distance_name] = Measure(frechet_distance(real.statistics, fake.statistics), "lower")
         advance(1)
     if not needs_rows(measures):
-        return figures
+        return metrics
     if real.rows is None or fake.rows is None:
         raise ValueError("measures other than frechet need the features of all images")
     if "kernel" in measures:
         advance = begin("kernel distance", kernel_subsets(fake.number, real.number))
         value, error = kernel_distance(fake.rows, real.rows, on_subset=advance)
-        figures[network.kernel_name] = Measure(value, "lower", std_error=error)
+        metrics[network.kernel_name] = Measure(value, "lower", std_error=error)
     if "manifolds" in measures:
         sets = [spread_evenly(rows, manifold_images) for rows in (real.rows, fake.rows)]
         fewer = len(sets[0]) < real.number or len(sets[1]) < fake.number
@@ -165,8 +165,8 @@ def compare(
         overlap = manifolds(sets[0], sets[1], on_rows=advance)
         for name, value in overlap._asdict().items():
             k = PRECISION_NEIGHBOURS if name in ("precision", "recall") else DENSITY_NEIGHBOURS
-            figures[name] = Measure(value, "higher", neighbours=k, images=images)
-    return figures
+            metrics[name] = Measure(value, "higher", neighbours=k, images=images)
+    return metrics
 
 
 def spread_evenly(rows: Array, limit: int | None) -> Array:

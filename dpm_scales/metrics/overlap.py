@@ -1,4 +1,4 @@
-r"""How much of two sets of images overlaps, judged by balls around each image's features.
+r"""Overlap of two sets of images, measured by balls around each image's features.
 
 With r_k(x) the distance of x to its k-th nearest neighbour in its own set (itself left out), real features x_i of N
 images and fake ones y_j of M
@@ -11,7 +11,7 @@ images and fake ones y_j of M
 The strict signs are those of the authors' code: a set against itself has density 1. All but density lie in [0, 1].
 
 Squares are float64 products of centred features; those closer than `TIE` of their size count as equal, so that a copy
-is at distance 0 and the figures do not hang on the order in which a product is summed. Tables are made in parts: beside
+is at distance 0 and results do not depend on the order of summation. Tables are computed in parts: besides
 float64 copies of the features the memory is of order `TABLE_CELLS`, whatever the number of images.
 """
 
@@ -36,14 +36,14 @@ DENSITY_NEIGHBOURS = 5
 """k of density and coverage in Naeem et al. 2020."""
 
 TABLE_CELLS = 2**22
-"""Squared distances that are held at once: 32 MiB."""
+"""Squared distances that are in memory at once: 32 MiB."""
 
 TIE = 1e-11
 """Relative difference of squares below which they are equal."""
 
 
 class Manifolds(NamedTuple):
-    """Overlap of two sets; see the module."""
+    """Overlap of two sets, by the definitions of this module."""
 
     precision: float
     recall: float
@@ -58,9 +58,9 @@ def manifolds(
     density_neighbours: int = DENSITY_NEIGHBOURS,
     on_rows: Callable[[int], None] | None = None,
 ) -> Manifolds:
-    """Overlap of features (N, d) of real images and (M, d) of fake ones.
+    """Return the overlap of features (N, d) of real images and (M, d) of fake ones.
 
-    Every image meets every other one: the time grows with N^2 + M^2 + M N, the memory with N + M.
+    All pairs of images are compared: the time grows with N^2 + M^2 + M N, the memory with N + M.
 
     Args:
         on_rows: called with numbers of images as they are done; N + 2 M in all.
@@ -86,7 +86,7 @@ def manifolds(
     real_wide, fake_wide, real_narrow = real_wide * (1 + TIE), fake_wide * (1 + TIE), real_narrow * (1 - TIE)
 
     fakes_inside = pairs = 0
-    held = np.zeros(len(x), dtype=bool)  # by a ball around a fake image
+    held = np.zeros(len(x), dtype=bool)  # inside a ball around a fake image
     covered = np.zeros(len(x), dtype=bool)
     for rows, table in _tables(y, x):
         fakes_inside += int((table <= real_wide).any(axis=1).sum())
@@ -107,7 +107,7 @@ def manifolds(
 def _radii(
     points: Array, neighbours: tuple[int, ...], on_rows: Callable[[int], None] | None = None
 ) -> tuple[Array, ...]:
-    """Squared distances (n,) of each point to its k-th nearest other one, for each k."""
+    """Return squared distances (n,) of each point to its k-th nearest other one, for each k."""
     parts = []
     for rows, table in _tables(points, points):
         table[np.arange(len(table)), np.arange(rows.start, rows.stop)] = np.inf
@@ -119,7 +119,7 @@ def _radii(
 
 
 def _tables(a: Array, b: Array) -> Iterator[tuple[slice, Array]]:
-    """Squared distances of some rows of a (n, d) to all of b (m, d), and which rows they are."""
+    """Yield rows of a (n, d), as a slice, and their squared distances to all of b (m, d)."""
     squares_a, squares_b = (a**2).sum(axis=1), (b**2).sum(axis=1)
     step = max(1, TABLE_CELLS // len(b))
     for start in range(0, len(a), step):

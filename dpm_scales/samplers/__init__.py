@@ -48,12 +48,12 @@ __all__ = [
 
 
 def auto_sampler(denoiser: BaseDenoiser, steps: int | None = None) -> Sampler:
-    """What suits a model: Heun without blur, dissipation without noise, SDE-DPM-Solver++(2M) for blur and noise.
+    """Return the default sampler of a model: Heun without blur, dissipation without noise, else SDE-DPM-Solver++(2M).
 
-    Noise on the way lets errors of earlier steps be forgotten, and the second order needs a fraction of the ancestral
-    sampler's steps: on 8 px digits 50 came nearer to the data than 250 for blurring and osmosis diffusion, and than all
-    100 under constant noise. Without any noise a chain amplifies its own errors, so one step goes all the way. The
-    finer-scale target knows no other scale than the next one, and gets the ancestral sampler.
+    Noise added on the way removes errors of earlier steps, and the second order needs a fraction of the ancestral
+    sampler's steps: on 8 px digits 50 came closer to the data than 250 for blurring and osmosis diffusion, and than all
+    100 under constant noise. Without any noise a chain amplifies its own errors, so a single step is taken. The
+    finer-scale target predicts the next scale only, so it gets the ancestral sampler.
 
     Args:
         steps: None for 18 (Heun, 35 evaluations), 1 (no noise), all scales (finer-scale target) or at most 50 (else).

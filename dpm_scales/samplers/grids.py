@@ -1,4 +1,4 @@
-"""The scales that a sampler walks through, from 1 to 0."""
+"""Grids: the scales that a sampler visits, from 1 down to 0."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ GRIDS = ("uniform", "quadratic", "karras", "logsnr")
 
 
 def tables_of(process: Process) -> torch.device | None:
-    """Where the curves of a process are: grids are made there, before they are moved to the images."""
+    """Return the device of a process's curves, where grids are computed before they are moved to the images."""
     return next((buffer.device for buffer in process.buffers()), None)
 
 
 def uniform_grid(process: Process, steps: int, device: torch.device | str | None = None) -> Tensor:
-    """``steps + 1`` scales from 1 to 0, equally spaced, each a multiple of 1 / num_scales; float64."""
+    """Return ``(steps + 1,)`` scales from 1 to 0, equally spaced, each a multiple of 1 / num_scales; float64."""
     k = torch.linspace(process.num_scales, 0, steps + 1, dtype=torch.float64, device=device)
     return k.round() / process.num_scales
 
 
 def quadratic_grid(process: Process, steps: int, device: torch.device | str | None = None) -> Tensor:
-    """sqrt(k - 1) equally spaced from t = 1 to k = 1, then 0: more of the steps near the image.
+    """Return scales with sqrt(k - 1) equally spaced from t = 1 to k = 1, then 0: finer steps near the image.
 
     (Song et al. 2021, DDIM, App. D.2, who count the scales from 0 and take tau_i = c i^2.)
     """
@@ -35,9 +35,9 @@ def quadratic_grid(process: Process, steps: int, device: torch.device | str | No
 
 
 def karras_grid(process: Process, steps: int, rho: float = 7.0, device: torch.device | str | None = None) -> Tensor:
-    """EDM's grid: (gamma / lambda)^(1/rho) equally spaced from t = 1 to k = 1, then 0 (Karras et al. 2022, Eq. (5)).
+    """Return EDM's grid: (gamma / lambda)^(1/rho) equally spaced from t = 1 to k = 1, then 0 (Karras et al. 2022, (5)).
 
-    Raises: UserError if gamma / lambda does not grow strictly, so that no t belongs to a noise level.
+    Raises: UserError if gamma / lambda does not grow strictly, since t is then no function of the noise level.
     """
     first, last = _ends(process, "karras")
     progress = _progress(first, steps)
@@ -45,7 +45,7 @@ def karras_grid(process: Process, steps: int, rho: float = 7.0, device: torch.de
 
 
 def logsnr_grid(process: Process, steps: int, device: torch.device | str | None = None) -> Tensor:
-    """log(gamma / lambda) equally spaced from t = 1 to k = 1, then 0: uniform in logSNR (Lu et al. 2022).
+    """Return scales with log(gamma / lambda) equally spaced from t = 1 to k = 1, then 0 (Lu et al. 2022).
 
     Raises: UserError as `karras_grid` does.
     """
@@ -54,19 +54,19 @@ def logsnr_grid(process: Process, steps: int, device: torch.device | str | None 
 
 
 def _progress(like: Tensor, steps: int) -> Tensor:
-    """From 0 to 1 in `steps` numbers."""
+    """Return `steps` numbers from 0 to 1, equally spaced."""
     full = torch.linspace(0, 1, steps, dtype=torch.float64, device=like.device)
     return full if steps > 1 else torch.zeros_like(full)
 
 
 def noise_level(process: Process, t: Tensor) -> Tensor:
-    """gamma / lambda of the eigenvalue 0."""
+    """Return gamma / lambda of the eigenvalue 0, in the shape of t."""
     mu = torch.zeros((), dtype=torch.float64, device=t.device)
     return torch.exp(-0.5 * process.log_snr(t, mu)).reshape(t.shape)
 
 
 def _ends(process: Process, name: str) -> tuple[Tensor, Tensor]:
-    """gamma / lambda at k = 1 and at t = 1."""
+    """Return gamma / lambda at k = 1 and at t = 1."""
     ends = torch.tensor([1 / process.num_scales, 1.0], dtype=torch.float64, device=tables_of(process))
     smallest, largest = noise_level(process, ends)
     if not bool(largest > smallest * (1 + 1e-6)) or not bool(torch.isfinite(largest)):
@@ -78,14 +78,14 @@ def _ends(process: Process, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _at_levels(process: Process, wanted: Tensor, device: torch.device | str | None) -> Tensor:
-    """The scales of these levels, the first 1, and 0 at the end."""
+    """Return the scales of the noise levels `wanted`, the first replaced by 1, and 0 after the last."""
     ts = scales_at(lambda t: noise_level(process, t), wanted, 1 / process.num_scales)
     ts[0] = 1.0
     return torch.cat([ts, torch.zeros_like(ts[:1])]).to(device)
 
 
 def scales_at(level: Callable[[Tensor], Tensor], wanted: Tensor, smallest: float) -> Tensor:
-    """The t in [smallest, 1] at which a level that grows with t is what is wanted; the nearer end where none is."""
+    """Return the t in [smallest, 1] at which an increasing `level` has the values `wanted`, clipped to the ends."""
     low, high = torch.full_like(wanted, smallest), torch.ones_like(wanted)
     for _ in range(60):  # bisection: to the last bit of a float64
         middle = (low + high) / 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.denoisers import BaseDenoiser
-from dpm_scales.errors import UserError, is_whole, require, suggest
+from dpm_scales.errors import UserError, is_whole, require, require_choice
 from dpm_scales.operators import Operator
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Context, Process, Step
@@ -87,7 +87,7 @@ class Sampler(ABC):
         rho: exponent of the karras grid.
     """
 
-    #: may be used where the network knows only the next finer scale
+    #: whether steps evaluate no scale but their own two, as a network that predicts the next scale only requires
     one_scale_at_a_time = True
     #: number of finished steps that `step` uses
     memory = 0
@@ -96,8 +96,7 @@ class Sampler(ABC):
 
     def __init__(self, steps: int | None = None, grid: str = "uniform", rho: float = 7.0) -> None:
         require(steps is None or is_whole(steps, 1), f"steps must be a whole number >= 1 or null, got {steps!r}")
-        if grid not in GRIDS:
-            raise UserError(f"unknown grid {grid!r}: {suggest(str(grid), GRIDS)}")
+        require_choice("grid", grid, GRIDS)
         require_positive(self, rho=rho)
         self.steps, self.grid, self.rho = steps, grid, float(rho)
 
@@ -107,7 +106,7 @@ class Sampler(ABC):
         return True
 
     def scales(self, process: Process, device: torch.device | str | None = None) -> Tensor:
-        """``(steps + 1,)`` scales from 1 down to 0. Raises UserError for more steps than scales."""
+        """Return ``(steps + 1,)`` scales from 1 down to 0. Raises UserError for more steps than scales."""
         steps = process.num_scales if self.steps is None else self.steps
         require(
             steps <= process.num_scales,
@@ -145,13 +144,13 @@ class Sampler(ABC):
         on_step: OnStep | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Draw images from the prior at scale 1 to scale 0.
+        """Draw images: y_1 from the prior, then the reverse process down to scale 0.
 
         Args:
-            noise: one stream per sample; B is its count.
+            noise: one stream per sample; their number is B.
             size: (C, H, W).
             labels: ``(B,)`` int64 or None.
-            scales: another grid than the sampler's own, descending to 0; whoever gives one has called `check`.
+            scales: replaces the sampler's own grid, descending to 0; the caller has then called `check`.
             on_step: called with the index of each finished step and the image there (pixels).
 
         Returns: ``(B, C, H, W)`` in pixels (the process's value range, not clipped).

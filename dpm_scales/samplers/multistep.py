@@ -4,8 +4,8 @@ With h = (l_s - l_t) / 2 the exact step of the probability-flow ODE is, for each
 
     y_s = gamma_s / gamma_t y_t + lambda_s int exp(-(h - x)) y_0-hat(x) dx,      x from 0 to h in half the logSNR
 
-A DDIM step takes y_0-hat for constant. Here it is continued by the polynomial through the last estimates. Let
-r_k = (l_k - l_t) / (2 h) be where the estimate k lies, in steps: r < 0 for those before, r = 1 for the one at the end.
+A DDIM step takes y_0-hat to be constant. Here it is the polynomial through the last estimates. Let
+r_k = (l_k - l_t) / (2 h) be the place of estimate k, in steps: r < 0 for earlier ones, r = 1 for the one at the end.
 A DDIM step then takes, instead of m_s,
 
     m_s + sum_k c_k lambda_s (y_0-hat_k - y_0-hat),      sum_k c_k r_k^j = b_j = j! phi_{j+1}(-h) / phi_1(-h),
@@ -14,8 +14,8 @@ with phi_1(z) = (exp(z) - 1) / z, phi_{j+1} = (phi_j - 1 / j!) / z; one estimate
 al. 2023, Eq. (8) with B(h) = exp(h) - 1, "bh2"; for the second order also Lu et al. 2022, Algorithm 2).
 
 h is a function of mu: under blur each frequency has its own logSNR, and its own h and r. Where the steps since an
-estimate leave less than a thousandth of a frequency, what it says of that is not brought back, and the order falls by
-one. Without blur lambda_s / lambda_t is one number, and the methods are the published ones.
+estimate leave less than a thousandth of a frequency, the estimate is not used there, and the order falls by one.
+Without blur lambda_s / lambda_t is one number, and the methods are the published ones.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dpm_scales.samplers.loop import PastStep, StepContext
 from dpm_scales.samplers.one_step import DDIM
 
 _FAINT = 1e-3
-_SHORTEST = 1e-12  # steps that a frequency does not notice
+_SHORTEST = 1e-12  # h of a step below which a frequency does not change
 _SERIES = 0.3  # below it phi by its series of `_TERMS` terms: the closed forms cancel
 _TERMS = 12
 
@@ -76,15 +76,16 @@ class DPMSolver(DDIM):
 
 
 class UniPC(DPMSolver):
-    """UniPC: each estimate serves twice, to correct the step that led to it and to predict the next one.
+    """UniPC: each estimate is used twice, to correct the step that led to it and to predict the next one.
 
     The predictor of order 2 is DPM-Solver++(2M)'s; the corrector, which costs no evaluation, raises the order by one.
     The probability-flow ODE only; the last steps fall back to what the scales left allow, as published.
 
     Args:
-        order: p of the predictor, 1 to 3; the method is then of order p + 1 where nothing is faint and the first steps,
-            which have no older estimates, do not limit it. Measured on Gaussian data, t = 0.9 to 0.1, 20 to 80 steps:
-            2.0 for p = 1; 2.9 to 3.2 for p = 2; for p = 3 only 2.8 to 3.3 on VP, blurring and heat, and 4.0 on VE.
+        order: p of the predictor, 1 to 3; the method is then of order p + 1 unless frequencies are blurred away,
+            or the first steps, which have no older estimates, limit it. Measured on Gaussian data, t = 0.9 to 0.1, 20
+            to 80 steps: 2.0 for p = 1; 2.9 to 3.2 for p = 2; for p = 3 only 2.8 to 3.3 on VP, blurring and heat, and
+            4.0 on VE.
         steps: number of steps and of evaluations.
         grid, rho: as for `Sampler`.
     """
@@ -109,11 +110,11 @@ class UniPC(DPMSolver):
         if not move.past:
             return y
         last, *older = list(move.past)[: self.order]
-        further, again = move.curves, replace(move, t=last.t, s=move.t)
-        line = _Continuation(move.process, last.t, move.t, [p.t for p in older], [p.s for p in older], end=True)
-        own, (*weights, ending) = line.weights()
+        curves, again = move.curves, replace(move, t=last.t, s=move.t)
+        polynomial = _Interpolation(move.process, last.t, move.t, [p.t for p in older], [p.s for p in older], end=True)
+        own, (*weights, ending) = polynomial.weights()
         terms = [(own, last.m), *zip(weights, [p.m for p in older], strict=True)]
-        terms.append((lambda mu: ending(mu) * further.rho(mu), m))
+        terms.append((lambda mu: ending(mu) * curves.rho(mu), m))
         return DDIM.step(self, again, last.y, move.operator.combine(*terms))
 
 
@@ -121,18 +122,18 @@ def _extrapolate(move: StepContext, m: Tensor, used: Sequence[PastStep]) -> Tens
     """Return m_s by the polynomial through the estimate at t and those of the steps `used`, the newest first."""
     if not used:
         return m
-    own, weights = _Continuation(move.process, move.t, move.s, [p.t for p in used], [p.s for p in used]).weights()
+    own, weights = _Interpolation(move.process, move.t, move.s, [p.t for p in used], [p.s for p in used]).weights()
     return move.operator.combine((own, m), *zip(weights, [p.m for p in used], strict=True))
 
 
 @dataclass(frozen=True)
-class _Continuation:
-    """c_k for the step from t to s, as functions of mu.
+class _Interpolation:
+    """The coefficients c_k of the step from t to s, as functions of mu.
 
     Args:
-        knots: the scales of the estimates before, the newest first.
-        kept: the scales at which those are known: lambda(L) y_0-hat.
-        end: whether the estimate at s is known too, and its c the last one.
+        knots: the scales of the earlier estimates, the newest first.
+        kept: the scale of each estimate as it is stored: lambda(L) y_0-hat.
+        end: whether the estimate at s is known too; its c is the last.
     """
 
     process: Process
@@ -144,7 +145,7 @@ class _Continuation:
     _last: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)
 
     def weights(self) -> tuple[SpectralFunction, list[SpectralFunction]]:
-        """Of lambda_s y_0-hat, and of each further estimate where it is kept."""
+        """Return the weight of lambda_s y_0-hat, and those of the other estimates as they are stored."""
         shrink = [Step(self.process, self.s, kept).rho for kept in self.kept]
 
         def of(k: int) -> SpectralFunction:
@@ -155,31 +156,31 @@ class _Continuation:
         return lambda mu: 1 - torch.stack(self._at(mu)).sum(0), [of(k) for k in range(len(shrink) + self.end)]
 
     def _at(self, mu: Tensor) -> list[Tensor]:
-        """c_k, computed once where all weights are asked for the same mu, or nothing depends on it."""
+        """Return all c_k, computed once for all weights at one mu, or once in all where nothing depends on mu."""
         if not self._last or (self._last[0][0] is not mu and self.process.blur is not None):
             self._last[:] = [(mu, self._coefficients(mu))]
         return self._last[0][1]
 
     def _coefficients(self, mu: Tensor) -> list[Tensor]:
-        """c_k, those that are not trusted replaced by what a lower order gives."""
+        """Return all c_k, with those of a lower order where an estimate cannot be used."""
         number = len(self.knots)
         h = Step(self.process, self.s, self.t).half_log_snr_gain(mu)
-        noticed = (h > _SHORTEST) & torch.isfinite(h)
-        h = torch.where(noticed, h, 1.0)
+        changes = (h > _SHORTEST) & torch.isfinite(h)
+        h = torch.where(changes, h, 1.0)
         asked = number + self.end
         moments = [torch.full_like(h, 0.5)] if asked == 1 else _moments(h, asked)
         ends = [torch.ones_like(h)] if self.end else []
-        found = [torch.zeros_like(h)] * number + [noticed * c for c in _lagrange(ends, moments)]
+        found = [torch.zeros_like(h)] * number + [changes * c for c in _lagrange(ends, moments)]
         places: list[Tensor] = []
         coarser, covered = self.t, torch.zeros_like(h)
         for k in range(number):
             length = Step(self.process, coarser, self.knots[k]).half_log_snr_gain(mu)
-            noticed = noticed & (length > _SHORTEST) & torch.isfinite(length)
-            coarser, covered = self.knots[k], covered + torch.where(noticed, length, 1.0)
+            changes = changes & (length > _SHORTEST) & torch.isfinite(length)
+            coarser, covered = self.knots[k], covered + torch.where(changes, length, 1.0)
             places.append(-covered / h)
             exact = _lagrange(places + ends, moments)
             padded = exact[: k + 1] + [torch.zeros_like(h)] * (number - k - 1) + exact[k + 1 :]
-            trust = noticed.to(h.dtype)
+            trust = changes.to(h.dtype)
             if self.process.blur is not None:
                 left = Step(self.process, self.s, self.kept[k]).rho(mu)
                 trust = trust * left**2 / (left**2 + _FAINT**2)
@@ -188,7 +189,7 @@ class _Continuation:
 
 
 def _moments(h: Tensor, number: int) -> list[Tensor]:
-    """b_1, b_2, ... = j! phi_{j+1}(-h) / phi_1(-h)."""
+    """Return b_1, b_2, ... = j! phi_{j+1}(-h) / phi_1(-h)."""
     small = h < _SERIES
     near, far = torch.where(small, h, 0.0), torch.where(small, 1.0, h)
     phi = -torch.expm1(-far) / far
@@ -201,7 +202,7 @@ def _moments(h: Tensor, number: int) -> list[Tensor]:
 
 
 def _series(h: Tensor, k: int) -> Tensor:
-    """phi_k(-h) = sum_m (-h)^m / (m + k)!"""
+    """Return phi_k(-h) = sum_m (-h)^m / (m + k)!"""
     total = torch.zeros_like(h)
     for m in reversed(range(_TERMS)):
         total = total * -h + 1 / math.factorial(m + k)
@@ -209,7 +210,7 @@ def _series(h: Tensor, k: int) -> Tensor:
 
 
 def _lagrange(places: Sequence[Tensor], moments: Sequence[Tensor]) -> list[Tensor]:
-    """The c_k with sum_k c_k r_k^j = b_j: the moments of the polynomials that are 1 at r_k, 0 at 0 and the others."""
+    """Return c_k with sum_k c_k r_k^j = b_j: moments of the polynomials that are 1 at r_k, 0 at 0 and the others."""
     found = []
     for k, place in enumerate(places):
         polynomial, value = [torch.ones_like(place)], place
@@ -225,10 +226,10 @@ def _lagrange(places: Sequence[Tensor], moments: Sequence[Tensor]) -> list[Tenso
 
 
 def _resolve(process: Process, scales: Tensor, count: int, end: bool) -> None:
-    """Announce the weights of all steps that look back on `count` estimates; the last step of a grid is none."""
+    """Announce the weights of all steps that use `count` earlier estimates; the last step of a grid uses none."""
     number = len(scales) - 2
     if number > count:
         at = [scales[count - k : number - k] for k in range(-1, count + 1)]  # s, t, and the scales before
         s, t, *knots = at
-        own, weights = _Continuation(process, t, s, knots, at[1:-1], end).weights()
+        own, weights = _Interpolation(process, t, s, knots, at[1:-1], end).weights()
         process.ensure_degree(own, *weights)

@@ -1,4 +1,4 @@
-"""Samplers whose step looks at the scale it comes from, and at nothing before."""
+"""Samplers that use no steps before the current one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dpm_scales.targets import MAX_DIVISION, steepest_blur
 
 
 class DDIM(Sampler):
-    """From deterministic (eta = 0: the probability-flow ODE, exact in the posterior's mean) to ancestral (eta = 1)."""
+    """DDIM: deterministic at eta = 0 (the probability-flow ODE), the ancestral sampler at eta = 1."""
 
     def __init__(self, eta: float = 0.0, steps: int | None = 50, grid: str = "uniform", rho: float = 7.0) -> None:
         super().__init__(steps, grid, rho)
@@ -33,12 +33,12 @@ class DDIM(Sampler):
     def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
         step, square = move.curves, self.eta**2
 
-        def keep(mu: Tensor) -> Tensor:
-            # 1 - eta^2 tau with tau = 1 - exp(-2h), kept apart from cancellation where tau is nearly 1
+        def coef_xt(mu: Tensor) -> Tensor:
+            # 1 - eta^2 tau with tau = 1 - exp(-2h), without cancellation where tau is nearly 1
             rest = (1 - square) + square * torch.exp(-2 * step.half_log_snr_gain(mu).clamp(min=0))
             return step.noise_ratio(mu) * rest.sqrt()
 
-        terms = [(keep, y), (lambda mu: 1 - keep(mu) * step.rho(mu), m)]
+        terms = [(coef_xt, y), (lambda mu: 1 - coef_xt(mu) * step.rho(mu), m)]
         if self.eta > 0:
             terms.append((lambda mu: self.eta * step.posterior_std(mu), move.white(y)))
         return move.operator.combine(*terms)
@@ -52,16 +52,16 @@ class Ancestral(DDIM):
 
 
 class Heun(DDIM):
-    r"""Second order on the probability-flow ODE: a DDIM step, then a correction with the clean image seen at its end.
+    r"""Second order on the probability-flow ODE: a DDIM step, then a correction by the estimate at its end.
 
     y_s += w(h) (m_s(y_s) - m_s(y_t)), h = (l_s - l_t) / 2, with 2 steps - 1 evaluations in all and
 
     - variable="noise":  w = (exp(h) - 1) / 2, the trapezoid in gamma / lambda, exactly EDM's;
     - variable="logsnr": w = 1 - (1 - exp(-h)) / h, the exponential integrator of the same order: bounded where a step
-      spans many nats, as it does at the high frequencies of a blur;
+      spans many nats, as at the high frequencies of a blur;
     - variable=None: "noise" where nothing blurs, else "logsnr".
 
-    Where scale s has no noise there is nothing left to correct in "noise", as in EDM's last step.
+    Where scale s has no noise, w = 0 in "noise", as in EDM's last step.
 
     Churn (`Churn`; Karras et al. 2022, Algorithm 2) adds noise before each step, so that errors of earlier steps are
     forgotten.

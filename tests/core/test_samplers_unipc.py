@@ -14,7 +14,7 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.processes import VP, Blurring, InverseHeat, OsmosisDiffusion
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, DPMSolver, StepContext, UniPC
-from dpm_scales.samplers.multistep import _Continuation, _moments
+from dpm_scales.samplers.multistep import _Interpolation, _moments
 from dpm_scales.schedules import LinearBeta
 from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.flows import SMOOTH, flow, run
@@ -96,7 +96,7 @@ def test_weights_solve_the_published_system_for_each_frequency(twin: Twin, count
     process, mu = twin.build(), torch.linspace(0.01, 0.4, 5, dtype=torch.float64)
     knots = float64([0.52, 0.5, 0.47, 0.45])[3 - count - 1 :]
     s, t, before = knots[-1], knots[-2], list(knots[:-2].flip(0))
-    own, weights = _Continuation(process, t, s, before, [t, *before[:-1]], end).weights()
+    own, weights = _Interpolation(process, t, s, before, [t, *before[:-1]], end).weights()
     half = process.log_snr(knots, mu[:, None])[:, 0].squeeze(-1) / 2
     half = half.expand(len(knots), len(mu)) if half.ndim == 2 else half[:, None].expand(-1, len(mu))
     signal = process.signal_scale(knots, mu[None]).reshape(len(knots), -1).expand(-1, len(mu))
@@ -186,9 +186,9 @@ def test_a_frequency_that_is_blurred_away_takes_the_new_estimate_alone() -> None
     """exp(-mu T) underflows within a step: what the steps before said of it is not divided by that."""
     process, mu = InverseHeat(8), float64([[0.0, 19.0]])
     t = [float64(v) for v in (1.0, 0.875, 0.75, 0.625)]
-    own, weights = _Continuation(process, t[2], t[3], [t[1], t[0]], [t[2], t[1]]).weights()
+    own, weights = _Interpolation(process, t[2], t[3], [t[1], t[0]], [t[2], t[1]]).weights()
     close(torch.stack([own(mu), *(w(mu) for w in weights)]).flatten(1).numpy(), [[1, 1], [0, 0], [0, 0]], 1e-12)
-    own, (ending,) = _Continuation(process, t[2], t[3], [], [], end=True).weights()
+    own, (ending,) = _Interpolation(process, t[2], t[3], [], [], end=True).weights()
     close(own(mu).flatten().numpy(), [1.0, 0.5], 1e-12)
     close(ending(mu).flatten().numpy(), [0.0, 0.5], 1e-12)
 
