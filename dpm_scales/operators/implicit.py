@@ -296,14 +296,14 @@ def steady_state(
     Raises: UserError, with the figures, where it does not converge.
     """
     start, held = u.flatten(-2), None if fixed is None else fixed.flatten(-2)
-    settled = torch.empty_like(start)
+    steady = torch.empty_like(start)
     for place in blocks(start, CACHE_BYTES // 2):
         part = None if held is None else cut(held, *place)
-        settled[place] = _settle(stencil.part(*place), start[place], tol, max_steps, max_iterations, part)
-    return settled.view(u.shape)
+        steady[place] = _solve_steady(stencil.part(*place), start[place], tol, max_steps, max_iterations, part)
+    return steady.view(u.shape)
 
 
-def _settle(
+def _solve_steady(
     stencil: Stencil, start: Tensor, tol: float, max_steps: int, max_iterations: int, fixed: Tensor | None
 ) -> Tensor:
     x, step, change = start, 10.0, math.inf
