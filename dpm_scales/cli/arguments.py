@@ -46,7 +46,13 @@ NEVER_EMPTY = (*PATHS, "logger.save_dir")
 #: options that are lists, which may be given without their brackets
 LISTS = ("labels", "guidance_interval", "allow")
 #: options of an entry point that Hydra would take for one of the config groups, or that had another name once
-ALIASES = {"evolve": {"data": "folder", "processes.dpm": "processes.vp"}, "sample": {"task": "edit"}}
+ALIASES = {
+    "evolve": {"data": "folder", "processes.dpm": "processes.vp"},
+    "sample": {"task": "edit"},
+    "evaluate": {"baseline": "yardstick", "baseline_split": "yardstick_split"},
+}
+#: further names of choices, by option
+CHOICE_ALIASES = {"edit=generate": "edit=draw"}
 #: what Hydra, Optuna and submitit write into a sweep's folder
 SWEEP_FILES = ("multirun.yaml", "study.db", "study.db-journal", "study.db-wal", "study.db-shm", ".submitit")
 PLAIN_VALUE = re.compile(r"""null|\$\{.*|".*"|'.*'|[A-Za-z_./][A-Za-z0-9_./+-]*""", re.DOTALL)
@@ -123,7 +129,7 @@ def tidy(argv: Iterable[str], aliases: Mapping[str, str] = MappingProxyType({}))
     for typed in given:
         name, equals, value = typed.partition("=")
         key = _renamed(name, aliases)
-        argument = f"{key}{equals}{value}"
+        argument = CHOICE_ALIASES.get(f"{key}{equals}{value}", f"{key}{equals}{value}")
         empty = key_of(argument) in NEVER_EMPTY and equals and EMPTY.fullmatch(value)
         require(not empty, f"{name} is empty; give it a value, or leave it out")
         several = value.startswith("{") or (sweep and "," in value)

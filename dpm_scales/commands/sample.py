@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,28 +21,16 @@ from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import OnStep
 from dpm_scales.storage import write_text
 
-TASKS = {
-    "draw": ("dpm_scales.commands.sample", "sample"),
-    "inpaint": ("dpm_scales.commands.edit", "inpaint"),
-    "deblur": ("dpm_scales.commands.edit", "deblur"),
-    "superres": ("dpm_scales.commands.edit", "superres"),
-    "interpolate": ("dpm_scales.commands.edit", "interpolate"),
-    "vary": ("dpm_scales.commands.edit", "vary"),
-    "coarse": ("dpm_scales.commands.edit", "coarse"),
-}
-"""Module and function of each task; a module is imported when its task is called."""
-
 GRID_IMAGES = 100  # more than that can't be told apart on a page
 TRAJECTORY_ROWS, TRAJECTORY_COLUMNS = 6, 10
 
 
 def run(cfg: DictConfig) -> None:
     """Do the task that the config names. Raises UserError for a user's mistakes."""
-    module, function = TASKS[cfg.task]
-    getattr(import_module(module), function)(cfg)
+    TASKS[cfg.task](cfg)
 
 
-def steer(model: Model, place: str) -> tuple[list[str], Tensor]:
+def start_from(model: Model, place: str) -> tuple[list[str], Tensor]:
     """Start the model from the images of a file, folder or .zip file: sample i from image i mod N.
 
     Returns: their names, and the images, uint8 ``(N, C, H, W)``.
@@ -64,7 +52,7 @@ def sample(cfg: DictConfig) -> None:
     model, process = setup.model, setup.process
     names = None
     if cfg.prior_images is not None:
-        names, images = steer(model, str(cfg.prior_images))
+        names, images = start_from(model, str(cfg.prior_images))
         setup.note("prior_images", images)
     size = size or model.recipe.image_size
     model.prior.check_size(size)
@@ -122,3 +110,17 @@ def save_trajectory(out: Path, frames: list[Tensor]) -> None:
     save_png(out / "trajectory.png", make_grid(table.flatten(0, 1), columns=len(chosen), upscale=factor))
     moving = frames[:: max(1, len(frames) // 100)] + [frames[-1]] * 20
     save_gif(out / "trajectory.gif", [make_grid(frame, upscale=factor) for frame in moving], 50)
+
+
+def edit(cfg: DictConfig) -> None:
+    """Do one of the tasks that edit images, whose module is imported here."""
+    from dpm_scales.commands import edit as tasks
+
+    functions = (tasks.inpaint, tasks.deblur, tasks.superres, tasks.interpolate, tasks.vary, tasks.coarse)
+    {function.__name__: function for function in functions}[cfg.task](cfg)
+
+
+TASKS: dict[str, Callable[[DictConfig], None]] = {
+    "draw": sample,
+    **dict.fromkeys(("inpaint", "deblur", "superres", "interpolate", "vary", "coarse"), edit),
+}

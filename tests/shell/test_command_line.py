@@ -356,3 +356,13 @@ def test_loading_is_told_on_a_terminal_and_gone_afterwards(monkeypatch: pytest.M
     with loading("torch"):
         pass
     assert second.getvalue() == ""
+
+
+def test_other_names_of_options_and_choices() -> None:
+    assert tidy(["task=generate", "model=a"], ALIASES["sample"]) == tidy(["task=draw", "model=a"], ALIASES["sample"])
+    assert tidy(["baseline=a=b", "baseline_split=all"], ALIASES["evaluate"]) == [
+        "yardstick='a=b'",
+        "yardstick_split=all",
+    ]
+    composed(*tidy(["task=generate"], ALIASES["sample"]), name="sample")
+    composed(*tidy(["baseline=data", "baseline_split=all"], ALIASES["evaluate"]), name="evaluate")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dpm_scales.commands.sample import steer
+from dpm_scales.commands.sample import start_from
 from dpm_scales.images import to_range
 from dpm_scales.models.io import save_model
 from dpm_scales.priors import DataPrior, OsmosisPrior
@@ -88,7 +88,7 @@ def start(model: Model, first: int, count: int) -> tuple[Tensor, Tensor | None]:
 def test_guidance_of_sample_i_is_image_i_mod_n(name: str, desk: Path) -> None:
     """And the start is its steady state: lambda_1(0) v and the process's own noise, in pixels."""
     model = load_model(desk / name)
-    assert steer(model, str(desk / "set"))[0] == [str(desk / "set" / f"{i}.png") for i in range(3)]
+    assert start_from(model, str(desk / "set"))[0] == [str(desk / "set" / f"{i}.png") for i in range(3)]
     process = model.denoiser.process
     assert isinstance(process, InverseOsmosis | OsmosisDiffusion) and isinstance(model.prior, OsmosisPrior)
     model.prior.noise_ratio = 0.0
@@ -104,7 +104,7 @@ def test_guidance_of_sample_i_is_image_i_mod_n(name: str, desk: Path) -> None:
 
 def test_heat_starts_from_the_blurred_images(desk: Path) -> None:
     model = load_model(desk / "heat")
-    steer(model, str(desk / "set.zip"))
+    start_from(model, str(desk / "set.zip"))
     process = model.denoiser.process
     assert isinstance(process, InverseHeat) and isinstance(model.prior, DataPrior)
     model.prior.noise_ratio = 0.0
