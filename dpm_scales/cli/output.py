@@ -21,7 +21,8 @@ class _Lasting:
     def __init__(self, stream: Any) -> None:
         self.stream, self.reason = stream, None
         if hasattr(stream, "reconfigure"):  # names of files and classes are of any script, and a locale may be ASCII
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError, ValueError):  # it flushes first
+                stream.reconfigure(errors="backslashreplace")
 
     reason: OSError | None
 

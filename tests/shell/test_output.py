@@ -24,6 +24,9 @@ class Broken(io.StringIO):
         super().__init__()
         self.number, self.calls = number, 0
 
+    def reconfigure(self, **_: str) -> None:  # as of a stream whose file is a pipe by now
+        raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
+
     def write(self, text: str) -> int:
         self.calls += 1
         raise OSError(self.number, os.strerror(self.number))
