@@ -1,5 +1,34 @@
-"""One thread in each test process: two processes that each start a thread per core wait for one another."""
+"""One thread in each test process, and the files that take longest first."""
 
+from __future__ import annotations
+
+import pytest
 import torch
 
+# Two processes that each start a thread per core wait for one another.
 torch.set_num_threads(1)
+
+#: CPU seconds of the longest files, measured one at a time; the other files take fewer, and keep their order
+SECONDS = {
+    "test_distributed.py": 80,
+    "test_resume.py": 60,
+    "test_sweeps.py": 50,
+    "test_networks.py": 50,
+    "test_processes.py": 40,
+    "test_training.py": 30,
+    "test_faults_kill.py": 25,
+    "test_entry_points.py": 25,
+    "test_training_options.py": 20,
+    "test_cli_errors.py": 18,
+    "test_health.py": 15,
+    "test_audit.py": 15,
+    "test_launchers.py": 14,
+    "test_audit_command.py": 11,
+    "test_faults_folders.py": 10,
+    "test_security_folders.py": 10,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, so that no worker of ``--dist loadfile`` ends alone with one of them."""
+    items.sort(key=lambda item: -SECONDS.get(item.path.name, 0))

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,9 @@ from dpm_scales.models.generate import draw
 from dpm_scales.models.io import load_model
 from dpm_scales.training.ema import EMA
 from dpm_scales.training.module import DiffusionModule
-from support.cluster_shell import Forked, finish, free_port, job_step, start, torchrun, wait_for
+from support.cluster_shell import Forked, finish, free_port, job_step, torchrun, wait_for
 from support.evaluate_helpers import Means, small_features
 from support.shell import (
-    ROOT,
     SMALL,
     assert_equal,
     call,
@@ -46,10 +44,10 @@ from support.shell import (
 #: 359 images of validation are no multiple of a batch
 OPTIONS = (
     *(*SMALL, "optimizer.learning_rate=0.002", "optimizer.warmup_steps=0"),
-    *("trainer.max_steps=30", "trainer.limit_val_batches=1.0", "trainer.val_check_interval=15"),
+    *("trainer.max_steps=20", "trainer.limit_val_batches=1.0", "trainer.val_check_interval=10"),
     *("checkpoint.every_n_steps=2", "sampler.steps=2"),
 )
-STEPS, VALIDATIONS = 30, 2
+STEPS, VALIDATIONS = 20, 2
 STATES = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "bad_steps")
 CURVES = ("train/loss", "train/grad_norm", "val/loss", "val/loss_t0.25", "val/loss_t0.50", "val/loss_t1.00")
 
@@ -127,7 +125,7 @@ def test_sweep_with_two_processes_leaves_a_folder_for_each_run(tmp_path: Path) -
 def test_job_that_is_signalled_is_queued_again_and_ends_with_the_same_bits(pair: Path, tmp_path: Path) -> None:
     """The signal of a time that is up reaches the second of two processes alone, somewhere in the run."""
     options = (*OPTIONS, "trainer=ddp", "trainer.devices=2", "hydra/launcher=slurm_local", "run_dir=sweep")
-    sweep = start(sys.executable, str(ROOT / "train.py"), "-m", *options, cwd=tmp_path)
+    sweep = Forked([{}], "-m", *options, cwd=tmp_path)
     root = tmp_path / "sweep"
     wait_for(lambda: bool(list(root.glob("*/checkpoints/last.ckpt"))), sweep)
     (run_dir,) = (path.parents[1] for path in root.glob("*/checkpoints/last.ckpt"))
@@ -136,7 +134,7 @@ def test_job_that_is_signalled_is_queued_again_and_ends_with_the_same_bits(pair:
     tasks = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     second = next(pid for pid in tasks if "SUBMITIT_LOCAL_GLOBALID=1\0" in Path(f"/proc/{pid}/environ").read_text())
     os.kill(int(second), signal.SIGUSR2)
-    (outcome,) = finish(sweep)
+    (outcome,) = sweep.finish()
     logs = "".join(path.read_text() for path in sorted(root.glob(".submitit/*/*_0_log.*")))
     assert outcome.status == 0, outcome.err + logs
     assert logs.count("stopped at step") == 1 and logs.count("Requeued job") == 1 and logs.count("resuming") == 1, logs
@@ -155,11 +153,11 @@ def holder(run_dir: Path) -> str:
 # --- sliced weights ---------------------------------------------------------------------------------------------------
 
 #: as many checkpoints as are looked at
-SLICED = (*OPTIONS, "trainer=fsdp", "checkpoint.every_n_steps=14")
+SLICED = (*OPTIONS, "trainer=fsdp", "checkpoint.every_n_steps=18")
 SAMPLES = 9
 #: whose batches are two for the first process and one for the second
 EVALUATED = (
-    *("evaluation.every_n_steps=15", f"evaluation.num_samples={SAMPLES}", "evaluation.num_reference=20"),
+    *("evaluation.every_n_steps=10", f"evaluation.num_samples={SAMPLES}", "evaluation.num_reference=20"),
     *("evaluation.measures=[frechet]", "evaluation.batch_size=4"),
 )
 
@@ -271,7 +269,7 @@ def test_ctrl_c_stops_all_processes_with_a_checkpoint(sliced: Path, tmp_path: Pa
     assert (end.status, other.status, other.err) == (130, 0, "") and 3 <= steps < STEPS, end.err + other.err
     assert end.err.count("Ctrl-C once more stops at once") == 1 and "Traceback" not in end.err, end.err
     assert f"stopped at step {steps}; resume with: python train.py run_dir={run_dir}" in end.err
-    ends = Forked(job_step(2), "checkpoint.every_n_steps=14", f"run_dir={run_dir}", cwd=tmp_path).finish()
+    ends = Forked(job_step(2), "checkpoint.every_n_steps=18", f"run_dir={run_dir}", cwd=tmp_path).finish()
     assert [end.status for end in ends] == [0, 0] and "resuming" in ends[0].out, ends[0].err + ends[1].err
     for name in STATES:
         assert_equal(checkpoint(run_dir)[name], checkpoint(sliced)[name], name)
@@ -293,10 +291,10 @@ def test_checkpoints_go_on_with_any_strategy(
     """The last two steps, with whole weights and sliced ones."""
     folder = tmp_path / "run/checkpoints"
     folder.mkdir(parents=True)
-    shutil.copy((sliced if before == "sliced" else pair) / "checkpoints/step-000028.ckpt", folder / "last.ckpt")
+    shutil.copy((sliced if before == "sliced" else pair) / "checkpoints/step-000018.ckpt", folder / "last.ckpt")
     steps = job_step(2) if processes == 2 else [{}]
     batch = f"data.batch_size={32 // processes}"
-    rare = ("checkpoint.every_n_steps=14", "checkpoint.keep_best=0")
+    rare = ("checkpoint.every_n_steps=18", "checkpoint.keep_best=0")
     ends = Forked(steps, *OPTIONS, *rare, f"trainer={now}", batch, "run_dir=run", cwd=tmp_path).finish()
     assert [end.status for end in ends] == [0] * processes and "resuming" in ends[0].out, ends[0].err
     assert checkpoint(tmp_path / "run")["global_step"] == STEPS

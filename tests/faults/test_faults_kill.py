@@ -29,7 +29,7 @@ from support.shell import FAST, SMALL, Outcome, assert_equal, attempt, call, che
 KILLS = int(os.environ.get("DPM_SCALES_KILLS", "4"))
 """SIGKILLs of one run."""
 
-RUN = (*SMALL, *FAST, "trainer.max_steps=40", "checkpoint.every_n_steps=3", "trainer.val_check_interval=7")
+RUN = (*SMALL, *FAST, "trainer.max_steps=24", "checkpoint.every_n_steps=3", "trainer.val_check_interval=7")
 
 READERS: dict[str, Callable[[Path], Any]] = {
     ".ckpt": read_checkpoint,
@@ -97,7 +97,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         status = None
         while status is None and time.monotonic() < until:
             seen += poll(run_dir)
-            time.sleep(0.01)
+            time.sleep(0.02)
             status = ended(child)
         if status is None:
             os.kill(child, signal.SIGKILL)

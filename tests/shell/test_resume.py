@@ -17,12 +17,17 @@ from dpm_scales.models.checksums import write_checkpoint
 from dpm_scales.training.module import DiffusionModule
 from dpm_scales.training.monitoring import SampleGrid
 from dpm_scales.training.reporting import LoggedSteps
-from support.shell import FAST, SMALL, assert_equal, attempt, call, checkpoint, files, settings, spawn, table, train
+from support.cluster_shell import Forked, wait_for
+from support.shell import FAST, SMALL, assert_equal, attempt, call, checkpoint, files, settings, table, train
 
 #: nine steps; a checkpoint after four and eight of them, validations after three, six and nine
 RUN = (*FAST, "trainer.max_steps=9", "checkpoint.every_n_steps=4", "optimizer.decay=cosine", "ema.decay=0.9")
 #: an epoch of 1438 images: 89 batches, or two and a bit
 BATCHES = {"mid-epoch": "data.batch_size=16", "epochs": "data.batch_size=512"}
+
+
+#: a checkpoint and a validation after the same steps
+EVERY_SECOND = ("trainer.val_check_interval=2", "checkpoint.every_n_steps=2")
 
 
 class PowerCutError(Exception):
@@ -33,6 +38,12 @@ class PowerCutError(Exception):
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("undisturbed")
     return {name: train(folder / name, *RUN, batch) for name, batch in BATCHES.items()}
+
+
+@pytest.fixture(scope="module")
+def every_second(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("every_second")
+    return {name: train(folder / name, *RUN, *EVERY_SECOND, batch) for name, batch in BATCHES.items()}
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, owner: type, hook: str, number: int, after: bool = False) -> None:
@@ -130,15 +141,20 @@ def test_same_bits_after_three_cuts(
     ],
 )
 def test_checkpoint_and_validation_after_the_same_step(
-    batch: str, hook: str, number: int, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batch: str,
+    hook: str,
+    number: int,
+    steps: int,
+    every_second: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The validation comes first, so that a run that is cut in it makes up for it. Steps 2, 4, ... end epochs too."""
-    options = ("trainer.val_check_interval=2", "checkpoint.every_n_steps=2", BATCHES[batch])
     run_dir = tmp_path / "run"
-    broken_off(run_dir, monkeypatch, *options, owner=DiffusionModule, hook=hook, number=number)
+    broken_off(run_dir, monkeypatch, *EVERY_SECOND, BATCHES[batch], owner=DiffusionModule, hook=hook, number=number)
     assert checkpoint(run_dir)["global_step"] == steps
     assert call("train.py", f"run_dir={run_dir}", cwd=tmp_path).status == 0
-    assert_same_run(run_dir, train(tmp_path / "whole", *RUN, *options))
+    assert_same_run(run_dir, every_second[batch])
 
 
 def test_cut_between_the_last_checkpoint_and_the_export(
@@ -310,7 +326,7 @@ def test_sigterm_amid_accumulated_gradients(tmp_path: Path, monkeypatch: pytest.
 # --- signals, in processes of their own -------------------------------------------------------------------------------
 
 
-LONG = (*SMALL, *FAST, "trainer.max_steps=120", "checkpoint.every_n_steps=7", "trainer.val_check_interval=50")
+LONG = (*SMALL, *FAST, "trainer.max_steps=60", "checkpoint.every_n_steps=7", "trainer.val_check_interval=25")
 
 
 @pytest.fixture(scope="module")
@@ -326,16 +342,14 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_runs_go_on(number: signal.Signals, status: int, long_run: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     last = run_dir / "checkpoints" / "last.ckpt"
-    with spawn("train.py", *LONG, f"run_dir={run_dir}", cwd=tmp_path) as process:
-        until = time.monotonic() + 200
-        while not last.exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.01)
-        time.sleep(0.2)  # somewhere in the steps after it
-        process.send_signal(number)
-        out, err = process.communicate(timeout=200)
-    assert process.returncode == status, out + err
-    steps = checkpoint(run_dir)["global_step"]
-    assert 7 <= steps < 120 and "Traceback" not in err
+    process = Forked([{}], *LONG, f"run_dir={run_dir}", cwd=tmp_path)
+    wait_for(last.exists, process)
+    time.sleep(0.1)  # somewhere in the steps after it
+    process.signal(number)
+    (end,) = process.finish()
+    assert end.status == status, end.out + end.err
+    err, steps = end.err, checkpoint(run_dir)["global_step"]
+    assert 7 <= steps < 60 and "Traceback" not in err
     if number != signal.SIGKILL:
         assert f"resume with: python train.py run_dir={run_dir}" in err
     if number == signal.SIGTERM:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-import time
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from joblib.externals.loky import get_reusable_executor
 from rich.console import Console
 
 from dpm_scales.tables import FORMULA
 from dpm_scales.training import sweeps as sweep
 from dpm_scales.training.naming import plain_name
 from dpm_scales.training.reporting import MetricsFile
-from support.shell import FAST, SMALL, call, checkpoint, files, run, settings, spawn
+from support.cluster_shell import Forked, wait_for
+from support.shell import FAST, SMALL, call, checkpoint, files, settings
 
 SIX = ("process=vp,heat,blurring", "process.num_scales=4,6", "sampler.steps=null")
 
@@ -61,7 +63,8 @@ def test_joblib_runs_them_side_by_side_with_the_same_results(tmp_path: Path) -> 
     two = ("process=vp,ve", "trainer.max_steps=4")
     one_by_one = call("train.py", "-m", *SMALL, *two, "run_dir=one", cwd=tmp_path)
     joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    together = run("train.py", "-m", *SMALL, *two, *joblib, "run_dir=two", cwd=tmp_path)
+    together = call("train.py", "-m", *SMALL, *two, *joblib, "run_dir=two", cwd=tmp_path)
+    get_reusable_executor().shutdown(wait=True)
     assert one_by_one.status == 0 and together.status == 0, together.err
     assert [f.name for f in folders(tmp_path / "one")] == [f.name for f in folders(tmp_path / "two")]
     names = ("process", "steps", "val/loss")
@@ -73,24 +76,20 @@ def test_joblib_runs_them_side_by_side_with_the_same_results(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_sweep_that_is_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """kill -9 in its second run: the first is not repeated, the second resumes, the third starts."""
-    run_options = (*SMALL, "trainer.max_steps=40", "trainer.val_check_interval=40", "checkpoint.every_n_steps=2")
+    run_options = (*SMALL, "trainer.max_steps=30", "trainer.val_check_interval=30", "checkpoint.every_n_steps=2")
     options = (*run_options, "seed=1,2,3", "run_dir=sweep")
     root = tmp_path / "sweep"
-    with spawn("train.py", "-m", *options, cwd=tmp_path) as sweep:
-        until = time.monotonic() + 200
-        while len(list(root.glob("*/checkpoints/last.ckpt"))) < 2 and sweep.poll() is None:
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        sweep.kill()
-        sweep.communicate()
-    assert sweep.returncode == -9
+    process = Forked([{}], "-m", *options, cwd=tmp_path)
+    wait_for(lambda: len(list(root.glob("*/checkpoints/last.ckpt"))) == 2, process)
+    process.signal(signal.SIGKILL)
+    assert [end.status for end in process.finish()] == [-9]
     (finished,) = folders(root)
     (stopped,) = (path.parents[1] for path in root.glob("*/checkpoints/last.ckpt") if path.parents[1] != finished)
     before, steps = files(finished), checkpoint(stopped)["global_step"]
-    assert 2 <= steps < 40 and len(rows(root)) == 1
+    assert 2 <= steps < 30 and len(rows(root)) == 1
     again = call("train.py", "-m", *options, cwd=tmp_path)
     assert again.status == 0, again.err
-    assert again.out.count("is finished (40 steps)") == 1 and again.out.count(", resuming ") == 1
+    assert again.out.count("is finished (30 steps)") == 1 and again.out.count(", resuming ") == 1
     assert f"{stopped.name}: " in next(line for line in again.out.splitlines() if ", resuming " in line)
     assert files(finished) == before | {".lock": files(finished)[".lock"]}
     assert {settings(folder)["seed"] for folder in folders(root)} == {1, 2, 3} and len(rows(root)) == 3
@@ -333,10 +332,9 @@ def test_no_table_holds_a_formula(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sweep_of_runs_with_two_processes_each(tmp_path: Path) -> None:
     """Every process repeats the command line: that of its run, or it would start the sweep anew."""
-    start = time.monotonic()
     two = ("seed=1,2", "trainer=ddp", "trainer.devices=2", "trainer.max_steps=3", "checkpoint.every_n_steps=2")
-    outcome = run("train.py", "-m", *SMALL, *two, "run_dir=sweep", cwd=tmp_path)
-    assert outcome.status == 0, f"{time.monotonic() - start} s: {outcome.err}"
+    (outcome,) = Forked([{}], "-m", *SMALL, *two, "run_dir=sweep", cwd=tmp_path).finish()
+    assert outcome.status == 0, outcome.err
     assert len(folders(tmp_path / "sweep")) == 2 and outcome.out.count("batch 16 x 2") == 2
     for folder in folders(tmp_path / "sweep"):
         assert checkpoint(folder)["global_step"] == 3

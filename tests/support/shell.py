@@ -163,6 +163,12 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def listing(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Number, size and time of change of all files below a folder: which of them were written, without reading them."""
+    found = {path.relative_to(folder).as_posix(): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+
+
 def one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let processes that share the work of `sample.py` run in turn, in this one: none waits, and each decides."""
     monkeypatch.setattr("dpm_scales.distributed.ranks.barrier", lambda: None)
