@@ -16,8 +16,8 @@ from dpm_scales.cli.main import is_sweep, job, main
 @job
 def run(cfg: DictConfig) -> float | None:
     from dpm_scales.distributed.ranks import current_world
+    from dpm_scales.sweeps.table import job_folders, write_table
     from dpm_scales.training.run import train
-    from dpm_scales.training.sweeps import job_folders, write_table
 
     overrides = list(HydraConfig.get().overrides.task)
     if cfg.check_resume:

@@ -1,4 +1,4 @@
-"""Training: one run, its callbacks and its folder; sweeps and searches. Everything that knows Lightning's trainer.
+"""Training: one run, its callbacks and its folder.
 
 The names of `dpm_scales.models` can still be imported from here, as in the first release.
 """

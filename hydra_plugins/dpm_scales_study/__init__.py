@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna`: Hydra takes plugins from this package alone; see dpm_scales/training/search.py."""
+"""`hydra/sweeper=optuna`: Hydra takes plugins from this package alone; see dpm_scales/sweeps/search.py."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class StudySweeper(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> None:
-        from dpm_scales.training.search import search
-        from dpm_scales.training.sweeps import sweep_root
+        from dpm_scales.sweeps.search import search
+        from dpm_scales.sweeps.table import sweep_root
 
         assert self.launcher is not None
         hydra, loader = self.config.hydra, self.hydra_context.config_loader

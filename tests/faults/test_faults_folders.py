@@ -12,9 +12,9 @@ import pytest
 
 from dpm_scales.errors import UserError
 from dpm_scales.models.io import save_model
+from dpm_scales.sweeps.table import results
 from dpm_scales.training.reporting import LoggedSteps, MetricsFile
 from dpm_scales.training.run_folder import FILES, FOLDERS
-from dpm_scales.training.sweeps import results
 from support.shell import (
     FAST,
     Outcome,

@@ -19,9 +19,9 @@ import yaml
 
 from dpm_scales.distributed.signals import requeue
 from dpm_scales.errors import UserError
+from dpm_scales.sweeps.search import as_experiment
 from dpm_scales.training.module import DiffusionModule
 from dpm_scales.training.run_folder import only_run
-from dpm_scales.training.search import as_experiment
 from support.shell import FAST, SMALL, attempt, broken_off, call, checkpoint, settings, train
 
 

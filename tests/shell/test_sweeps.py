@@ -14,9 +14,9 @@ import yaml
 from joblib.externals.loky import get_reusable_executor
 from rich.console import Console
 
+from dpm_scales.sweeps import table as sweep
+from dpm_scales.sweeps.naming import plain_name
 from dpm_scales.tables import FORMULA
-from dpm_scales.training import sweeps as sweep
-from dpm_scales.training.naming import plain_name
 from dpm_scales.training.reporting import MetricsFile
 from support.cluster_shell import Forked, wait_for
 from support.shell import FAST, SMALL, call, checkpoint, files, settings

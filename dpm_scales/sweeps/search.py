@@ -26,7 +26,7 @@ from dpm_scales.cli.stored import key_of
 from dpm_scales.distributed.ranks import current_world
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.storage import write_text
-from dpm_scales.training.naming import plain_name, run_folder
+from dpm_scales.sweeps.naming import plain_name, run_folder
 
 DIRECTIONS = ("minimize", "maximize")
 SPACE, FIXED = "search space", "options"  # of the study's attributes

@@ -20,8 +20,8 @@ from dpm_scales.cli.main import is_sweep
 from dpm_scales.cli.stored import key_of
 from dpm_scales.errors import UserError
 from dpm_scales.storage import write_text
+from dpm_scales.sweeps.naming import RUNS, run_folder, short_numbers, sweep_folder, varied_keys
 from dpm_scales.tables import csv_text
-from dpm_scales.training.naming import RUNS, run_folder, short_numbers, sweep_folder, varied_keys
 from dpm_scales.training.run_folder import stored_result
 
 Row = dict[str, Any]
