@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from dpm_scales.audit.report import write_audit
 from dpm_scales.commands.processes import CHOSEN, comparison_entries
-from dpm_scales.data.image_sets import PHOTOS, image_set
+from dpm_scales.data.image_sets import PHOTOS, numbered_images
 from dpm_scales.errors import require_number
 from dpm_scales.storage import check_writable
 
@@ -22,6 +22,6 @@ def audit(cfg: DictConfig) -> None:
     processes = {entry.name.removesuffix(CHOSEN): entry.process for entry in entries}
     out = Path(str(cfg.out))
     place = PHOTOS if cfg.folder is None else str(cfg.folder)
-    images = image_set(place, 1).load(0)[None]
+    images = numbered_images(place, 1).load(0)[None]
     check_writable(out)
     write_audit(processes, images, out, cfg.seed)

@@ -18,7 +18,7 @@ from dpm_scales.audit.report import write_audit
 from dpm_scales.cli.options import pick_device
 from dpm_scales.commands.audit import audit
 from dpm_scales.commands.processes import comparison_entries, comparison_images, current_name
-from dpm_scales.data.image_sets import ImageSet
+from dpm_scales.data.image_sets import NumberedImages
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.memory import require_memory
 from dpm_scales.metrics import (
@@ -105,7 +105,9 @@ def _reference(cfg: DictConfig, entries: Sequence[Entry]) -> str | None:
     return name
 
 
-def _check_memory(entries: Sequence[Entry], images: ImageSet, batch_size: int, features: FeatureNetwork | None) -> None:
+def _check_memory(
+    entries: Sequence[Entry], images: NumberedImages, batch_size: int, features: FeatureNetwork | None
+) -> None:
     """Raise OutOfMemoryError if a path of the largest batch, or two sets of features, take more than there is."""
     times = len(entries[0].scales)
     pixels = max(3 * len(batch) * math.prod(images.sizes[batch[0]]) for batch in images.batches(batch_size))
@@ -247,7 +249,7 @@ def save_distances(
 def save_trajectories(
     out: Path,
     entries: Sequence[Entry],
-    images: ImageSet,
+    images: NumberedImages,
     show: Sequence[int],
     times: Sequence[float],
     seed: int,

@@ -19,13 +19,13 @@ from rich.table import Table
 
 from dpm_scales.cli.options import check_counts, guidance_settings, pick_device
 from dpm_scales.commands.shared import choose_model
-from dpm_scales.data.image_sets import Pictures
+from dpm_scales.data.image_sets import ImageSet
 from dpm_scales.distributed.ranks import leave, meet, own_device
 from dpm_scales.errors import UserError, require, require_number
 from dpm_scales.evaluation.generated import ModelSamples, sample_features
 from dpm_scales.evaluation.likelihood import METHODS, bits_per_dim, check_classes, estimator, save_plot
 from dpm_scales.evaluation.reference_cache import cache_folder, reference_features
-from dpm_scales.evaluation.references import open_pictures
+from dpm_scales.evaluation.references import open_images
 from dpm_scales.memory import require_memory
 from dpm_scales.metrics import FeatureNetwork, FeatureSet, Measure, compare, pick_features
 from dpm_scales.metrics.figures import (
@@ -58,17 +58,17 @@ def evaluate(cfg: DictConfig) -> None:
     world = meet()
     device = own_device(pick_device(str(cfg.device)), world)
     run = None if cfg.model is None else Path(str(cfg.model))
-    real = open_pictures(str(cfg.reference), "reference", str(cfg.split), cfg.num_reference, run, plain(cfg.allow))
-    fake: Pictures | ModelSamples
+    real = open_images(str(cfg.reference), "reference", str(cfg.split), cfg.num_reference, run, plain(cfg.allow))
+    fake: ImageSet | ModelSamples
     if run is None:
-        fake = open_pictures(str(cfg.samples), "samples", "all", cfg.num_samples)
+        fake = open_images(str(cfg.samples), "samples", "all", cfg.num_samples)
     else:
         number = cfg.num_samples or len(real)
         require_memory(8 * number, f"labels of num_samples={number}", "lower num_samples")
         fake = _drawn(cfg, number, device)
     yardstick = None
     if cfg.yardstick is not None:
-        yardstick = open_pictures(
+        yardstick = open_images(
             str(cfg.yardstick), "yardstick", str(cfg.yardstick_split), len(fake), run, plain(cfg.allow)
         )
     for other in (fake, *([] if yardstick is None else [yardstick])):
@@ -93,7 +93,7 @@ def evaluate(cfg: DictConfig) -> None:
     rows, folder = needs_rows(measures), cache_folder() if cfg.cache else None
     with Report() as report:
 
-        def known(name: str, pictures: Pictures) -> FeatureSet:
+        def known(name: str, pictures: ImageSet) -> FeatureSet:
             advance = report.part(f"{name} features", len(pictures))
             return reference_features(pictures, network, cfg.batch_size, rows, folder, advance)
 
@@ -141,12 +141,12 @@ def evaluate(cfg: DictConfig) -> None:
     leave()
 
 
-def _held_out(cfg: DictConfig, fake: Pictures | ModelSamples, run: Path | None) -> Pictures | None:
+def _held_out(cfg: DictConfig, fake: ImageSet | ModelSamples, run: Path | None) -> ImageSet | None:
     """The images whose likelihood is asked for. Raises UserError if this model has none."""
     if cfg.likelihood is None or not isinstance(fake, ModelSamples):
         return None
     estimator(fake.model, cfg.likelihood, cfg.likelihood_scales, cfg.likelihood_draws)
-    held = open_pictures(
+    held = open_images(
         str(cfg.reference), "reference", str(cfg.likelihood_split), cfg.num_reference, run, plain(cfg.allow)
     )
     check_classes(fake.model, held)
@@ -155,8 +155,8 @@ def _held_out(cfg: DictConfig, fake: Pictures | ModelSamples, run: Path | None) 
 
 def likelihood(
     cfg: DictConfig,
-    fake: Pictures | ModelSamples,
-    held: Pictures | None,
+    fake: ImageSet | ModelSamples,
+    held: ImageSet | None,
     device: torch.device,
     out: Path | None,
     report: Report,
@@ -216,7 +216,7 @@ def _drawn(cfg: DictConfig, number: int, device: torch.device) -> ModelSamples:
     return ModelSamples(model, str(cfg.model), cfg.weights, guidance, number, cfg.seed, labels, device)
 
 
-def _check_sizes(real: Pictures, other: Pictures | ModelSamples, any_size: bool) -> None:
+def _check_sizes(real: ImageSet, other: ImageSet | ModelSamples, any_size: bool) -> None:
     """Raises UserError for images of several sizes, which are as far apart as their sharpness, unless that is meant."""
     if any_size:
         return
@@ -266,7 +266,7 @@ def _as_table(figures: dict[str, Measure]) -> dict[str, dict[str, Any]]:
     return {name: {key: v for key, v in asdict(figure).items() if v is not None} for name, figure in figures.items()}
 
 
-def _origin(pictures: Pictures) -> dict[str, Any]:
+def _origin(pictures: ImageSet) -> dict[str, Any]:
     return {
         "source": pictures.source,
         "number": len(pictures),

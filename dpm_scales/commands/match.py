@@ -14,7 +14,7 @@ from dpm_scales import plots
 from dpm_scales.cli.options import pick_device
 from dpm_scales.commands.compare import save_csv
 from dpm_scales.commands.processes import comparison_entries, comparison_images, current_name
-from dpm_scales.data.image_sets import ImageSet
+from dpm_scales.data.image_sets import NumberedImages
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.images import to_range
 from dpm_scales.models.instantiate import plain
@@ -78,7 +78,7 @@ def match(cfg: DictConfig) -> None:
 
 
 @torch.no_grad()
-def energies(entry: Entry, images: ImageSet, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def energies(entry: Entry, images: NumberedImages, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Energy of the clean images at each frequency ``(H, W)``, and of a process's images in octaves ``(T, octaves)``.
 
     Means over images and channels, where white is 1. Portrait images are turned, larger ones cut to the common middle.

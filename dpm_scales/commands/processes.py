@@ -6,7 +6,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dpm_scales.cli.options import check_counts
-from dpm_scales.data.image_sets import ImageSet, image_set
+from dpm_scales.data.image_sets import NumberedImages, numbered_images
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.models.instantiate import build, plain
 from dpm_scales.processes import Process
@@ -54,10 +54,10 @@ def comparison_entries(cfg: DictConfig) -> list[Entry]:
     return entries
 
 
-def comparison_images(cfg: DictConfig) -> ImageSet:
+def comparison_images(cfg: DictConfig) -> NumberedImages:
     """The images of the config. Raises UserError for what can't be meant."""
     check_counts(cfg, [] if cfg.limit is None else ["limit"])
-    images = image_set(str(cfg.folder), cfg.limit)
+    images = numbered_images(str(cfg.folder), cfg.limit)
     show = plain(cfg.show)
     fits = isinstance(show, list) and show and all(is_whole(i, 0) and i < len(images.names) for i in show)
     require(bool(fits), f"show must list numbers of images from 0 to {len(images.names) - 1}, got {show!r}")

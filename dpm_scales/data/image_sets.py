@@ -25,7 +25,7 @@ PHOTOS = "photos"
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class NumberedImages:
     """Images by number: their names, and their upright sizes (H, W)."""
 
     names: list[str]
@@ -51,7 +51,7 @@ class ImageSet:
         return batches_of_one_size(self.sizes, batch_size)
 
 
-def image_set(place: str, limit: int | None = None) -> ImageSet:
+def numbered_images(place: str, limit: int | None = None) -> NumberedImages:
     """The images of a folder or .zip file, or scikit-image's with "photos".
 
     Raises: UserError where there are none, or where one can't be read.
@@ -59,11 +59,11 @@ def image_set(place: str, limit: int | None = None) -> ImageSet:
     if place == PHOTOS:
         names = list(Photos.PHOTOS)[:limit]
         shapes = [_photo(name).shape for name in names]
-        return ImageSet(names, [(int(s[1]), int(s[2])) for s in shapes], None)
+        return NumberedImages(names, [(int(s[1]), int(s[2])) for s in shapes], None)
     store = open_store(place)
     names = store.names[:limit]
     sizes = require_readable(store, names)
-    return ImageSet(names, [sizes[name] for name in names], store)
+    return NumberedImages(names, [sizes[name] for name in names], store)
 
 
 def _photo(name: str) -> Tensor:
@@ -77,7 +77,7 @@ ARRAYS = (".npy", ".npz")
 READERS = 4  # threads that decode files
 
 
-class Pictures(ABC):
+class ImageSet(ABC):
     """Some images in a fixed order.
 
     Attributes:
@@ -113,7 +113,7 @@ class Pictures(ABC):
     def _hash(self) -> str: ...
 
 
-class PictureFiles(Pictures):
+class FileImageSet(ImageSet):
     """Image files, decoded as RGB; `limit` of them, spread evenly over the names, or all.
 
     Raises: UserError where one can't be read.
@@ -148,7 +148,7 @@ class PictureFiles(Pictures):
         return self._store.load(name, channels=3)
 
 
-class PictureSet(Pictures):
+class DataImageSet(ImageSet):
     """Parts of a data set, plain views; `limit` images, spread evenly, or all."""
 
     def __init__(self, data: ImageSource, parts: Sequence[ImageDataset], source: str, limit: int | None = None) -> None:
@@ -219,4 +219,4 @@ def _spread(count: int, limit: int | None) -> list[int]:
 
 
 SHEETS = ("grid.png", "comparison.png", "trajectory.png", "trajectory.gif", "film.gif")
-"""Pictures of `sample.py` that lie beside its numbered images, and are none of them."""
+"""ImageSet of `sample.py` that lie beside its numbered images, and are none of them."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpm_scales.data.image_sets import Pictures
+from dpm_scales.data.image_sets import ImageSet
 from dpm_scales.distributed.ranks import World, barrier
 from dpm_scales.metrics import FeatureNetwork, FeatureSet, FeatureStatistics, gather
 from dpm_scales.models.generate import draw, weights_digest
@@ -87,7 +87,7 @@ class ModelSamples:
 
 
 def sample_features(
-    fake: Pictures | ModelSamples,
+    fake: ImageSet | ModelSamples,
     network: FeatureNetwork,
     batch_size: int,
     rows: bool,

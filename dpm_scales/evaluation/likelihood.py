@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.data.files import listed
-from dpm_scales.data.image_sets import Pictures
+from dpm_scales.data.image_sets import ImageSet
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.images import LEVELS, to_range
 from dpm_scales.likelihood import FlowLikelihood, VariationalBound
@@ -222,7 +222,7 @@ def _fitting(
     return images, labels
 
 
-def check_classes(model: Model, held: Pictures) -> None:
+def check_classes(model: Model, held: ImageSet) -> None:
     """Raises UserError unless the images have labels of the classes that the model was trained with, if any."""
     recipe = model.recipe
     if recipe.num_classes is None:

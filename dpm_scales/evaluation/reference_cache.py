@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dpm_scales.data.image_sets import Pictures
+from dpm_scales.data.image_sets import ImageSet
 from dpm_scales.errors import UserError
 from dpm_scales.metrics import FeatureNetwork, FeatureSet, FeatureStatistics, gather
 from dpm_scales.storage import write_bytes
@@ -46,7 +46,7 @@ def reference_key(content: str, network: FeatureNetwork) -> str:
 
 
 def reference_features(
-    pictures: Pictures,
+    pictures: ImageSet,
     network: FeatureNetwork,
     batch_size: int,
     keep_rows: bool = True,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dpm_scales.data import ArraySource
 from dpm_scales.data.base import ImageSource
 from dpm_scales.data.files import open_store
-from dpm_scales.data.image_sets import ARRAYS, PictureFiles, Pictures, PictureSet
+from dpm_scales.data.image_sets import ARRAYS, DataImageSet, FileImageSet, ImageSet
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.models.instantiate import CONFIGS, build, read_config
 from dpm_scales.models.trust import DATA_ROOMS, check_target, trusted_names, walk_config
@@ -25,14 +25,14 @@ RUN_DATA = "data"
 """What names the data set of the run that made the model."""
 
 
-def open_pictures(
+def open_images(
     place: str,
     key: str,
     split: str = "train",
     limit: int | None = None,
     model: Path | None = None,
     allow: Collection[str] = (),
-) -> Pictures:
+) -> ImageSet:
     """Return the images of a place.
 
     Args:
@@ -47,30 +47,30 @@ def open_pictures(
     """
     require(split in SPLITS, f"unknown split {split!r}: {suggest(str(split), SPLITS)}")
     names = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
-    pictures: Pictures
+    pictures: ImageSet
     if place == RUN_DATA:
         require(model is not None, f"{key}=data is the data of the model's run, and no model= was given")
         assert model is not None
-        pictures = data_pictures(run_data(model, allow).source, split, f"data of {model}", limit)
+        pictures = data_images(run_data(model, allow).source, split, f"data of {model}", limit)
     elif place in names:
-        pictures = data_pictures(_named_data(place, key).source, split, place, limit)
+        pictures = data_images(_named_data(place, key).source, split, place, limit)
     elif Path(place).suffix.lower() in ARRAYS:
         array = ArraySource(place, val_fraction=0.0)
-        pictures = PictureSet(array, [array.train()], place, limit)
+        pictures = DataImageSet(array, [array.train()], place, limit)
     else:
         if not Path(place).expanduser().exists():
             known = f"a folder, a .zip, .npy or .npz file, data (that of the model's run), {', '.join(names)}"
             raise UserError(f"{key}={place}: no such folder or file; allowed are {known}")
-        pictures = PictureFiles(open_store(place), limit)
+        pictures = FileImageSet(open_store(place), limit)
     require(len(pictures) >= 2, f"{key}={place}: needs 2 images or more, found {len(pictures)}")
     return pictures
 
 
-def data_pictures(source: ImageSource, split: str, name: str, limit: int | None = None) -> PictureSet:
+def data_images(source: ImageSource, split: str, name: str, limit: int | None = None) -> DataImageSet:
     """The training images of a source, its validation images, or both. Raises UserError for another split."""
     require(split in SPLITS, f"unknown split {split!r}: {suggest(str(split), SPLITS)}")
     parts = {"train": [source.train], "val": [source.val], "all": [source.train, source.val]}[split]
-    return PictureSet(source, [part() for part in parts], f"{name}, split {split}", limit)
+    return DataImageSet(source, [part() for part in parts], f"{name}, split {split}", limit)
 
 
 def run_data(model: Path, allow: Collection[str] = ()) -> ImageDataModule:

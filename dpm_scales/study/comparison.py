@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpm_scales.data.image_sets import ImageSet
+from dpm_scales.data.image_sets import NumberedImages
 from dpm_scales.errors import UserError, require
 from dpm_scales.images import to_range, to_uint8
 from dpm_scales.metrics import FeatureNetwork, average_grey, image_variance, relative_entropy
@@ -90,7 +90,7 @@ class Entry:
 
 def measure(
     entries: Sequence[Entry],
-    images: ImageSet,
+    images: NumberedImages,
     out: Path,
     seed: int = 0,
     features: FeatureNetwork | None = None,
@@ -196,7 +196,7 @@ def noise_seed(seed: int, name: str, first: int) -> int:
 
 
 def _fingerprint(
-    entries: Sequence[Entry], images: ImageSet, seed: int, features: FeatureNetwork | None, batch_size: int
+    entries: Sequence[Entry], images: NumberedImages, seed: int, features: FeatureNetwork | None, batch_size: int
 ) -> str:
     """Return a digest of all that the figures depend on: processes and images whole, settings, features."""
     laws = [[entry.name, describe(entry.scales), describe(entry.process, entry.name)] for entry in entries]

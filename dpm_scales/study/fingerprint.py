@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpm_scales.data.image_sets import ImageSet
+from dpm_scales.data.image_sets import NumberedImages
 from dpm_scales.errors import UserError
 
 _CONTENT = ("_parameters", "_buffers", "_modules")
@@ -91,7 +91,7 @@ def _source(kind: type) -> str:
         return ""
 
 
-def describe_images(images: ImageSet) -> list[list[Any]]:
+def describe_images(images: NumberedImages) -> list[list[Any]]:
     """Describe images by name, size and the SHA-256 of their content, which is read once."""
     return [
         [name, list(size), images.digest(index)]

@@ -18,7 +18,7 @@ from dpm_scales.data import ImageDataModule
 from dpm_scales.distributed.fsdp import is_sharded
 from dpm_scales.errors import OutOfMemoryError, require, require_number
 from dpm_scales.evaluation.reference_cache import cache_folder, reference_features
-from dpm_scales.evaluation.references import data_pictures
+from dpm_scales.evaluation.references import data_images
 from dpm_scales.images import make_class_grid, make_grid, save_png, to_uint8
 from dpm_scales.memory import lacks_memory
 from dpm_scales.metrics import FeatureSet, FeatureStatistics, compare, pick_features
@@ -59,7 +59,7 @@ class PeriodicEvaluation(Callback):
         self.every_n_steps, self.num_samples = int(settings.every_n_steps), int(settings.num_samples)
         self.batch_size, self.cache = int(settings.batch_size), bool(settings.cache)
         split = str(settings.split)
-        self.reference = data_pictures(data.source, split, "the run's data", settings.num_reference)
+        self.reference = data_images(data.source, split, "the run's data", settings.num_reference)
         require(len(self.reference) >= 2, f"evaluation.split={split} has {len(self.reference)} images, and needs 2")
         check_numbers(self.measures, len(self.reference), self.num_samples)
         with _own_random_numbers(torch.device("cpu")):  # it is built with random weights first

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from dpm_scales.data import Digits
-from dpm_scales.data.image_sets import Pictures
+from dpm_scales.data.image_sets import ImageSet
 from dpm_scales.evaluation import reference_cache
 from dpm_scales.evaluation.reference_cache import cache_folder, reference_features, reference_key
-from dpm_scales.evaluation.references import data_pictures, open_pictures
+from dpm_scales.evaluation.references import data_images, open_images
 from dpm_scales.metrics import FeatureSet
 from support.evaluate_helpers import DIM, Means, noise_images, small_features
 from support.shell import call, files
@@ -43,8 +43,8 @@ def network() -> Iterator[Means]:
         yield network
 
 
-def opened(place: Path) -> Pictures:
-    return open_pictures(str(place), "reference")
+def opened(place: Path) -> ImageSet:
+    return open_images(str(place), "reference")
 
 
 def assert_same(a: FeatureSet, b: FeatureSet) -> None:
@@ -115,13 +115,13 @@ def test_a_changed_image_is_another_key(real: Path) -> None:
 
 def test_other_pixels_of_a_data_set_are_another_key() -> None:
     source = Digits()
-    before = data_pictures(source, "val", "digits").digest()
-    assert data_pictures(source, "train", "digits").digest() != before
-    assert data_pictures(source, "val", "digits", limit=50).digest() != before
-    assert data_pictures(Digits(split_seed=1), "val", "digits").digest() != before
-    assert data_pictures(Digits(), "val", "by another name").digest() == before
+    before = data_images(source, "val", "digits").digest()
+    assert data_images(source, "train", "digits").digest() != before
+    assert data_images(source, "val", "digits", limit=50).digest() != before
+    assert data_images(Digits(split_seed=1), "val", "digits").digest() != before
+    assert data_images(Digits(), "val", "by another name").digest() == before
     source.val().images[7, 0, 1, 1] ^= 1
-    assert data_pictures(source, "val", "digits").digest() != before
+    assert data_images(source, "val", "digits").digest() != before
 
 
 def test_other_networks_and_resizings_are_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,5 +223,5 @@ def test_images_come_whole_and_in_order(real: Path, tmp_path: Path) -> None:
     assert whole.shape == (30, 3, 8, 8)
     for i in (0, 13, 29):
         assert torch.equal(whole[i, 0], torch.from_numpy(np.array(Image.open(real / f"{i:06d}.png"))))
-    few = torch.cat(list(open_pictures(str(real), "reference", limit=4).batches(3)))
+    few = torch.cat(list(open_images(str(real), "reference", limit=4).batches(3)))
     assert torch.equal(few, whole[[0, 7, 15, 22]])

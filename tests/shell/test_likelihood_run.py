@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dpm_scales.data import Digits
-from dpm_scales.data.image_sets import PictureSet
+from dpm_scales.data.image_sets import DataImageSet
 from dpm_scales.evaluation.likelihood import bits_per_dim, check_classes, conditions, save_plot
-from dpm_scales.evaluation.references import data_pictures, open_pictures
+from dpm_scales.evaluation.references import data_images, open_images
 from dpm_scales.images import load_image, to_range
 from dpm_scales.likelihood import FlowLikelihood, VariationalBound
 from dpm_scales.rng import CounterRNG
@@ -154,10 +154,10 @@ def test_models_that_are_given_a_guidance_image_say_so(method: str) -> None:
     assert conditions(model) == ("label",)
 
 
-def held_out(classes: int | None, names: tuple[str, ...] | None) -> PictureSet:
+def held_out(classes: int | None, names: tuple[str, ...] | None) -> DataImageSet:
     source = Digits()
     source.num_classes, source.class_names = classes, names  # type: ignore[assignment]
-    return data_pictures(source, "val", "digits", 4)
+    return data_images(source, "val", "digits", 4)
 
 
 def test_images_need_the_labels_of_the_model() -> None:
@@ -176,7 +176,7 @@ def test_images_need_the_labels_of_the_model() -> None:
 
 def test_sets_of_pictures_give_their_labels(tmp_path: Path) -> None:
     """In order, for data sets and arrays; files have none."""
-    pictures_, source = data_pictures(Digits(), "val", "digits", 5), Digits().val()
+    pictures_, source = data_images(Digits(), "val", "digits", 5), Digits().val()
     chosen = [i * len(source) // 5 for i in range(5)]
     labels = torch.cat([batch for _, batch in pictures_.labelled(2)])
     assert labels.tolist() == [source[i][1] for i in chosen]
@@ -184,12 +184,12 @@ def test_sets_of_pictures_give_their_labels(tmp_path: Path) -> None:
         assert torch.equal(images, alone)
     arrays = {"images": pictures(3)[:, 0].numpy(), "labels": torch.tensor([2, 0, 1]).numpy()}
     np.savez(tmp_path / "some.npz", **arrays)
-    assert next(open_pictures(str(tmp_path / "some.npz"), "reference").labelled(3))[1].tolist() == [2, 0, 1]
+    assert next(open_images(str(tmp_path / "some.npz"), "reference").labelled(3))[1].tolist() == [2, 0, 1]
     noise_images(tmp_path / "files", 2, 0)
     np.save(tmp_path / "none.npy", arrays["images"])
     for place in ("files", "none.npy"):
         with refused(place, "no labels"):
-            next(open_pictures(str(tmp_path / place), "reference").labelled(2))
+            next(open_images(str(tmp_path / place), "reference").labelled(2))
 
 
 def evaluate(folder: Path, *options: str) -> Outcome:
@@ -210,7 +210,7 @@ def test_command_prints_and_saves_what_a_trained_model_makes_of_images_held_out(
     )
     assert done.status == 0, done.err
     saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())["likelihood"]
-    held = open_pictures("data", "reference", "val", 6, tmp_path / "run")
+    held = open_images("data", "reference", "val", 6, tmp_path / "run")
     expected = bits_per_dim(load_model(tmp_path / "run"), held.batches(4), "vlb", 10, 4, seed=5)
     assert saved["bits"] == pytest.approx(expected.bits, rel=1e-4) and saved["images"]["number"] == 6
     assert f"{saved['bits']:.3f}" in done.out and (tmp_path / "out" / "likelihood.png").is_file()
@@ -243,7 +243,7 @@ def test_command_tells_what_the_likelihood_is_given(tmp_path: Path) -> None:
         saved = json.loads((tmp_path / f"out_{name}" / "evaluation.json").read_text())["likelihood"]
         assert saved["given"] == list(given)
         assert f"likelihood: {saved['bits']:.3f}" in done.out and f"at most, given the {given[0]} (vlb" in done.out
-        model, held = load_model(tmp_path / name), open_pictures("data", "reference", "val", 6, tmp_path / name)
+        model, held = load_model(tmp_path / name), open_images("data", "reference", "val", 6, tmp_path / name)
         batches = held.batches(4) if name == "own" else held.labelled(4)
         assert saved["bits"] == pytest.approx(bits_per_dim(model, batches, "vlb", None, 4, 5).bits, rel=1e-4)
         assert ("without_labels" in saved) == ("without labels: " in done.out) == (name == "dropped")

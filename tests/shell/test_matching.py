@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 
 from dpm_scales.commands.match import energies
 from dpm_scales.commands.processes import comparison_entries
-from dpm_scales.data.image_sets import image_set
+from dpm_scales.data.image_sets import numbered_images
 from dpm_scales.processes import VP
 from dpm_scales.schedules import ConstantBeta
 from dpm_scales.study.matching import fit_blur_and_noise, fit_log_snr, octave_index, octave_sums
@@ -106,7 +106,7 @@ def test_a_chain_with_the_same_snr_is_the_same_chain() -> None:
 def test_energies_are_those_of_the_images(tmp_path: Path) -> None:
     """By numpy from the files; portrait images are turned, larger ones cut to the middle."""
     folder = photos(photos(photos(tmp_path, 2), 1, (20, 12), first=2), 1, (16, 21), first=3)
-    images = image_set(str(folder))
+    images = numbered_images(str(folder))
     entry = {e.name: e for e in comparison_entries(composed("out=x", "times=[3,9]", name="evolve"))}["homogeneous"]
     power, octaves = energies(entry, images, 0, torch.device("cpu"))
     expected = []

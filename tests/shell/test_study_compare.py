@@ -17,7 +17,7 @@ from PIL import Image
 
 from dpm_scales.commands import processes as choices
 from dpm_scales.commands.processes import comparison_entries
-from dpm_scales.data.image_sets import image_set
+from dpm_scales.data.image_sets import numbered_images
 from dpm_scales.errors import UserError
 from dpm_scales.images import load_image
 from dpm_scales.operators import evolve
@@ -130,7 +130,7 @@ def small(*overrides: str) -> list[Entry]:
 def test_figures_are_those_of_the_paths(tmp_path: Path) -> None:
     """Recomputed in numpy from each image's path; portrait images beside landscape ones."""
     folder = photos(photos(tmp_path / "set", 3), 2, (20, 12), first=3)
-    images = image_set(str(folder))
+    images = numbered_images(str(folder))
     assert [list(b) for b in images.batches(2)] == [[0, 1], [2], [3, 4]]
     parts = measure(small(), images, tmp_path / "out", seed=5, features=Fake(), batch_size=2)  # type: ignore[arg-type]
     for entry in small():
@@ -155,7 +155,7 @@ def test_figures_are_those_of_the_paths(tmp_path: Path) -> None:
 
 
 def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    images = image_set(str(photos(tmp_path / "set", 5)))
+    images = numbered_images(str(photos(tmp_path / "set", 5)))
     whole = measure(small(), images, tmp_path / "whole", features=Fake())  # type: ignore[arg-type]
 
     class StopError(Exception):
@@ -189,7 +189,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path) -> None:
     ],
 )
 def test_parts_of_another_comparison_are_refused(tmp_path: Path, change: str) -> None:
-    images = image_set(str(photos(tmp_path / "set", 2)))
+    images = numbered_images(str(photos(tmp_path / "set", 2)))
     given: dict[str, Any] = {"entries": small(), "images": images, "out": tmp_path / "out", "seed": 0}
     if change == "resizing":
         given["features"] = Fake()
@@ -201,7 +201,7 @@ def test_parts_of_another_comparison_are_refused(tmp_path: Path, change: str) ->
     elif change == "times":
         given["entries"] = [*small()[:2], entries("times=[1,51]")["osmosis"]]
     elif change == "images":
-        given["images"] = image_set(str(photos(tmp_path / "set", 1, first=2)))
+        given["images"] = numbered_images(str(photos(tmp_path / "set", 1, first=2)))
     elif change == "features":
         given["features"] = Fake()
     elif change == "resizing":
@@ -220,7 +220,7 @@ def test_parts_of_another_comparison_are_refused(tmp_path: Path, change: str) ->
 
 def test_a_damaged_part_is_never_left(tmp_path: Path) -> None:
     """Parts appear whole: no other file lies there while they are written."""
-    images = image_set(str(photos(tmp_path / "set", 2)))
+    images = numbered_images(str(photos(tmp_path / "set", 2)))
     names: set[str] = set()
     measure(small(), images, tmp_path, on_batch=lambda _: names.update(p.name for p in (tmp_path / "parts").iterdir()))
     assert names == {"comparison.txt", "000000.npz", "000001.npz"}

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hydra.utils import get_class
 
-from dpm_scales.data.image_sets import image_set
+from dpm_scales.data.image_sets import numbered_images
 from dpm_scales.errors import UserError
 from dpm_scales.models.instantiate import build, plain
 from dpm_scales.processes import VP, Process
@@ -183,11 +183,11 @@ def test_the_code_of_a_class_of_ones_own_counts(tmp_path: Path, monkeypatch: pyt
 
 def test_images_count_by_content(tmp_path: Path) -> None:
     folder = photos(tmp_path / "set", 2)
-    before = describe_images(image_set(str(folder)))
-    assert describe_images(image_set(str(folder))) == before
+    before = describe_images(numbered_images(str(folder)))
+    assert describe_images(numbered_images(str(folder))) == before
     content = (folder / "001.png").read_bytes()
     (folder / "001.png").write_bytes((photos(tmp_path / "other", 2, first=5) / "006.png").read_bytes())
-    after = describe_images(image_set(str(folder)))
+    after = describe_images(numbered_images(str(folder)))
     assert after[0] == before[0] and after[1][:2] == before[1][:2] and after[1] != before[1]
     (folder / "001.png").write_bytes(content)
-    assert describe_images(image_set(str(folder.rename(tmp_path / "moved")))) == before
+    assert describe_images(numbered_images(str(folder.rename(tmp_path / "moved")))) == before
