@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -57,6 +59,9 @@ def comparison_entries(cfg: DictConfig) -> list[Entry]:
 def comparison_images(cfg: DictConfig) -> NumberedImages:
     """The images of the config. Raises UserError for what can't be meant."""
     check_counts(cfg, [] if cfg.limit is None else ["limit"])
+    out, folder = Path(str(cfg.out)), Path(str(cfg.folder))
+    inside = folder.is_dir() and out.resolve().is_relative_to(folder.resolve())
+    require(not inside, f"out={out} lies in data={folder}: the figures would become its images; choose another out")
     images = numbered_images(str(cfg.folder), cfg.limit)
     show = plain(cfg.show)
     fits = isinstance(show, list) and show and all(is_whole(i, 0) and i < len(images.names) for i in show)

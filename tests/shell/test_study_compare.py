@@ -311,6 +311,7 @@ def test_distances_name_their_network_and_grow_with_difference(tmp_path: Path) -
 MISTAKES: list[tuple[tuple[str, ...], str]] = [
     ((), "data=DIR"),
     (("data=nowhere",), "nowhere: no such folder"),
+    (("data=set", "out=set/figures"), "out=set/figures lies in data=set: the figures would become its images"),
     (("data=set", "times=[]"), "times must be ascending"),
     (("data=set", "times=[5,1]"), "times must be ascending"),
     (("data=set", "times=[0,1]"), "times must be ascending"),
