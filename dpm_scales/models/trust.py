@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pydoc
 import re
+import sys
 from collections.abc import Collection, Iterator
 from importlib import import_module
 from typing import Any
@@ -121,10 +122,13 @@ def check_target(
         return
     trusted = next((prefix for prefix in allow if f"{text}.".startswith(f"{prefix}.")), None)
     if trusted is None:
-        end = advice if parts[0] in ("", "dpm_scales") else f"; if you trust it: allow=[{parts[0]}]"
-        own = "a model may only use the classes of dpm_scales"
-        data = "data may only use the classes of dpm_scales.data, or be given by reference=DIR"
-        raise UserError(f"{asked}; {own if MODEL_ROOMS[0] in rooms else data}{end}")
+        # nobody is advised to trust os.system
+        no_package = parts[0] in ("", "dpm_scales") or parts[0] in sys.stdlib_module_names
+        end = advice if no_package else f"; if you trust it: allow=[{parts[0]}]"
+        if MODEL_ROOMS[0] in rooms:
+            raise UserError(f"{asked}; a model may only use the classes of dpm_scales{end}")
+        end = "" if no_package else end  # the advice stands in the line already
+        raise UserError(f"{asked}; data may only use the classes of dpm_scales.data, or be given by reference=DIR{end}")
     try:
         found = pydoc.locate(text)
     except pydoc.ErrorDuringImport as error:

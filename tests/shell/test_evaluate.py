@@ -250,7 +250,7 @@ MISTAKES = {
     "samples=fake reference=floats.npy": "floats.npy: images are float64; save them as uint8",
     "samples=fake reference=data": "reference=data is the data of the model's run, and no model= was given",
     "model=alone reference=data": "alone lies in no run folder",
-    "model=foreign reference=data": "'os.system' are not of dpm_scales.data; give reference=DIR",
+    "model=foreign reference=data": "asks for 'os.system'; data may only use .*, or be given by reference=DIR$",
     "samples=fake reference=folder": "reference=folder would need data.root; give its folder or file: reference=PATH",
     "samples=fake reference=real split=test": "unknown split 'test'.*allowed: all, train, val",
     "samples=fake reference=real features=missing": "no feature network: install one",
@@ -318,7 +318,10 @@ def test_data_with_objects_in_it_is_not_built(place: Path, tmp_path: Path) -> No
 
     settings = {"_target_": "dpm_scales.data.array_data", "path": {"_target_": "os.getcwd"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": settings}))
-    with pytest.raises(UserError, match="the data's config holds objects"):
+    with pytest.raises(
+        UserError,
+        match="asks for 'os.getcwd'; data may only use the classes of dpm_scales.data, or be given by reference=DIR$",
+    ):
         run_data(tmp_path)
 
 

@@ -35,6 +35,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "mynet" / "__init__.py").write_text(trace)
     for name, text in MODULES.items():
         (folder / "mynet" / f"{name}.py").write_text(text)
+    forget(folder)  # of another test's package of this name
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         yield folder

@@ -164,8 +164,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Number, size and time of change of all files below a folder: which of them were written, without reading them."""
+    """Return number, size and time of change of all files below a folder, by name: which were written, without reading.
+
+    Locks are left out: taking one writes its holder's name.
+    """
     found = {path.relative_to(folder).as_posix(): path.stat() for path in folder.rglob("*") if path.is_file()}
+    found = {name: stat for name, stat in found.items() if not name.endswith(".lock")}
     return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 
 
