@@ -1,4 +1,4 @@
-"""The command line before Hydra reads it: flags, options as Hydra's grammar wants them, and those that a run keeps.
+"""Prepare the command line for Hydra: split flags from options, quote values, restore a resumed run's options.
 
 Nothing here imports torch.
 """
@@ -36,38 +36,38 @@ FLAG_CHOICES = {
     "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
 }
 CONFIG_DIR = "--config-dir="
-#: options whose values are paths: they may hold what Hydra's grammar wants in quotes (run folders hold = and ,)
+#: options whose values are paths, which may need quotes in Hydra's grammar (names of run folders contain = and ,)
 PATHS = (
     *("run_dir", "resume", "model", "out", "reference", "inception", "folder", "data.root", "data.path"),
     *("image", "mask", "background", "foreground", "start", "end", "samples", "yardstick", "prior_images"),
     "evaluation.inception",
 )
 NEVER_EMPTY = (*PATHS, "logger.save_dir")
-#: options that are lists, which may be given without their brackets
+#: options that take lists, which may be given without brackets
 LISTS = ("labels", "guidance_interval", "allow")
-#: options of an entry point that Hydra would take for one of the config groups, or that had another name once
+#: Hydra's names of options, by entry point, that would otherwise be read as a config group or that were renamed
 ALIASES = {
     "evolve": {"data": "folder", "processes.dpm": "processes.vp"},
     "sample": {"task": "edit"},
     "evaluate": {"baseline": "yardstick", "baseline_split": "yardstick_split"},
 }
-#: further names of choices, by option
+#: former choices of options, with their present names
 CHOICE_ALIASES = {"edit=generate": "edit=draw"}
-#: what Hydra, Optuna and submitit write into a sweep's folder
+#: files and folders that Hydra, Optuna and submitit write into a sweep's folder
 SWEEP_FILES = ("multirun.yaml", "study.db", "study.db-journal", "study.db-wal", "study.db-shm", ".submitit")
 PLAIN_VALUE = re.compile(r"""null|\$\{.*|".*"|'.*'|[A-Za-z_./][A-Za-z0-9_./+-]*""", re.DOTALL)
-#: one of a list without brackets, in its quotes if it has some, and what Hydra's grammar takes for one value as it is
+#: an item of a list without brackets, quoted or not; below, an item that Hydra's grammar accepts without quotes
 LIST_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[^,]+""")
 PLAIN_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[A-Za-z0-9_./+-]+|\$\{.*""", re.DOTALL)
 EMPTY = re.compile(r"""\s*|'\s*'|"\s*\"""")
 
 
 class UnknownFlagError(UserError):
-    """An argument that begins with a dash and is none of Hydra's flags.
+    """An argument that begins with a dash but is not one of Hydra's flags.
 
     Attributes:
-        typed: the argument, with the next one where that is its value.
-        key, value: the option that may have been meant, `VALUE` where none was given.
+        typed: the argument, followed by the next one if that is its value.
+        key, value: the option that was probably meant; value is `VALUE` if none was given.
     """
 
     def __init__(self, typed: str, key: str, value: str) -> None:
@@ -76,16 +76,16 @@ class UnknownFlagError(UserError):
 
 
 def split_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Flags, each with its value in one argument, and options.
+    """Return Hydra's flags, each joined with its value into one argument, and the options.
 
-    Raises: UserError for other arguments that begin with a dash, and for a flag without its value.
+    Raises: UserError for any other argument that begins with a dash, and for a flag that lacks its value.
     """
     flags, options, rest = [], [], list(argv)
     while rest:
         typed = rest.pop(0)
         name, equals, value = typed.partition("=")
         name = SHORT_FLAGS.get(name, name)
-        if name.startswith("--"):  # shortened, as argparse allows it
+        if name.startswith("--"):  # may be abbreviated, as in argparse
             longer = {flag for flag in (*PLAIN_FLAGS, *VALUE_FLAGS) if flag.startswith(name)}
             name = longer.pop() if len(longer) == 1 else name
         alone = bool(equals) or not rest or rest[0].startswith("-") or "=" in rest[0]
@@ -110,16 +110,16 @@ def split_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def tidy(argv: Iterable[str], aliases: Mapping[str, str] = MappingProxyType({})) -> list[str]:
-    """Arguments as Hydra wants them.
+    """Return the arguments in the form that Hydra's grammar expects.
+
+    Flags come first. Paths are quoted where necessary, and lists are put in brackets unless they are swept over.
+    Replacing an object, `KEY={_target_:…}`, becomes a removal and an addition, since Hydra would merge it with the
+    existing one. Options of a class chosen by `KEY._target_=…` may be new keys.
 
     Args:
         aliases: Hydra's names of some keys.
 
-    Returns flags first; quotes around the paths that need them; brackets around lists, where no sweep goes through
-    them; an object in place of another, `KEY={_target_:…}`, which Hydra would merge with the one that is there, as
-    removal and addition; and the options of another class, `KEY._target_=…`, as such that may be new.
-
-    Raises: UserError for flags that are none, and for paths that are empty.
+    Raises: UserError for unknown flags and for empty paths.
     """
     flags, given = split_flags(argv)
     sweep = is_multirun(flags)
@@ -150,7 +150,7 @@ def tidy(argv: Iterable[str], aliases: Mapping[str, str] = MappingProxyType({}))
 
 
 def _renamed(key: str, aliases: Mapping[str, str]) -> str:
-    """Replace the name of an option, or of the config that it is an option of, by what `aliases` calls it."""
+    """Return `key` with the name of the option, or of the config that contains it, replaced according to `aliases`."""
     name = key.lstrip("+~")
     for old, new in aliases.items():
         if name == old or name.startswith(f"{old}."):
@@ -159,17 +159,17 @@ def _renamed(key: str, aliases: Mapping[str, str]) -> str:
 
 
 def is_multirun(flags: Iterable[str]) -> bool:
-    """Whether the flags ask for a sweep."""
+    """Return whether the flags request a sweep."""
     return not set(SWEEP_FLAGS).isdisjoint(flags)
 
 
 def config_dirs(argv: Iterable[str]) -> list[str]:
-    """The user's config folders that the flags of tidy arguments name; Hydra takes the last."""
+    """Return the user's config folders named by the flags in `argv`, as `tidy` returns it; Hydra uses the last."""
     return [flag.removeprefix(CONFIG_DIR) for flag in argv if flag.startswith(CONFIG_DIR)][-1:]
 
 
 def config_flags() -> list[str]:
-    """The flags that name the user's config folder in the job that runs, for a command that repeats its options."""
+    """Return the flags that name the current job's config folder, for a command that repeats the job's options."""
     if not HydraConfig.initialized():
         return []
     sources = HydraConfig.get().runtime.config_sources
@@ -177,10 +177,10 @@ def config_flags() -> list[str]:
 
 
 def with_stored_overrides(argv: Iterable[str]) -> list[str]:
-    """Flags, a resumed run's own overrides, and those given now, so that `run_dir=DIR` alone resumes the run in DIR.
+    """Return flags, a resumed run's stored overrides, then the new ones, so that `run_dir=DIR` alone resumes its run.
 
-    Raises: UserError if `resume` names a folder without a run, if its options are damaged, could do harm or need the
-    user's config folder, and for a sweep of one run.
+    Raises: UserError if `resume` names a folder without a run, if the stored options are damaged, unsafe or need the
+    user's config folder, and if a sweep is requested of one run.
     """
     flags, options = split_flags(argv)
     sweep = is_multirun(flags)
@@ -204,9 +204,9 @@ def with_stored_overrides(argv: Iterable[str]) -> list[str]:
 
 
 def _require_configs(stored: list[str], run_dir: Path, given: list[str]) -> None:
-    """Raise UserError, naming `--config-dir`, for a stored choice of a config that is not there.
+    """Raise UserError, suggesting `--config-dir`, if a stored option chooses a config that does not exist.
 
-    The folder that the run was trained with is named, not opened: configs may import anything.
+    The message names the config folder of the original run; it is never opened, since configs may import anything.
     """
     for option in stored:
         override = OverridesParser.create().parse_override(option)
@@ -228,13 +228,13 @@ def _require_configs(stored: list[str], run_dir: Path, given: list[str]) -> None
 
 
 def _allowed(options: list[str]) -> tuple[str, ...]:
-    """Return the packages of the last ``allow=…`` that was typed."""
+    """Return the packages in the last ``allow=…`` of the options."""
     typed = [option for option in options if option.startswith("allow=")][-1:]
     return trusted_names([] if not typed else OverridesParser.create().parse_override(typed[0]).value())
 
 
 def trust_options() -> list[str]:
-    """Return ``allow=[…]`` if the stored options of the job that runs will need it, for a command that resumes it."""
+    """Return ``allow=[…]`` if resuming the current job will need it, for the command that resumes it; else nothing."""
     if not HydraConfig.initialized():
         return []
     parsed = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
@@ -245,7 +245,7 @@ def trust_options() -> list[str]:
 
 
 def _path_option(options: list[str], key: str, sweep: bool) -> str | None:
-    """Value of the last ``key=…``, without its quotes; None for none."""
+    """Return the value of the last ``key=…`` without quotes, or None if there is none."""
     values = [a for a in options if a.startswith(f"{key}=")]
     if not values or (sweep and "," in values[-1]):
         return None

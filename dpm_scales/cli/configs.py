@@ -1,4 +1,4 @@
-"""The YAML files below configs/ as they are written: options, values and comments, without composing them.
+"""Read the YAML files in configs/ as written: options, values and comments, without composing them.
 
 Nothing here imports torch.
 """
@@ -17,7 +17,7 @@ from yaml.constructor import SafeConstructor
 from dpm_scales.models.instantiate import CONFIGS
 
 GLOBAL = "# @package _global_"
-#: given by the training data, not by the user
+#: options set from the training data, not by the user
 GIVEN = ("network.in_channels", "network.out_channels", "network.num_classes")
 
 
@@ -26,11 +26,11 @@ class Option:
     """A line of a config.
 
     Attributes:
-        key: in full, dotted.
-        text: the value as it is written; empty for a section.
-        value: the value itself; None for a section.
-        comment: what the file says of it.
-        above: comments on lines of their own before it.
+        key: full dotted key.
+        text: the value as written; empty for a section.
+        value: the parsed value; None for a section.
+        comment: the comment on the same line.
+        above: comments on the lines above.
     """
 
     key: str
@@ -67,10 +67,10 @@ def _options(node: yaml.MappingNode, prefix: str, lines: list[str], header: int)
 
 @functools.cache
 def read_options(path: Path, package: str = "") -> tuple[tuple[str, ...], tuple[Option, ...]]:
-    """The comments at the head of a config, and its options in their order.
+    """Return the comments at the head of a config, and its options in order.
 
     Args:
-        package: key below which they stand.
+        package: key under which the options are placed.
     """
     text = path.read_text()
     lines = text.splitlines()
@@ -83,41 +83,41 @@ def read_options(path: Path, package: str = "") -> tuple[tuple[str, ...], tuple[
 
 @functools.cache
 def defaults(path: Path) -> tuple[tuple[str, str | None], ...]:
-    """Group and choice of each entry of a config's list of defaults; a config of the same group has the group ""."""
+    """Return (group, choice) for each entry of a config's defaults list; the group is "" for the config's own group."""
     listed = (yaml.safe_load(path.read_text()) or {}).get("defaults", [])
     entries = [entry if isinstance(entry, dict) else {"": entry} for entry in listed if entry != "_self_"]
     return tuple((str(group), choice) for entry in entries for group, choice in entry.items())
 
 
 def groups(config_name: str) -> dict[str, str | None]:
-    """Config groups of an entry point and the default choice of each, in their order."""
+    """Return the config groups of an entry point, in order, with the default choice of each."""
     listed = defaults(CONFIGS / f"{config_name}.yaml")
     return {group: choice for group, choice in listed if not group.startswith("override")}
 
 
 def choices(group: str) -> list[str]:
-    """Names of the configs of a group."""
+    """Return the names of the configs in a group."""
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
 def package(group: str) -> str:
-    """The key below which the configs of a group stand, unless they say `_global_`."""
+    """Return the key under which the configs of a group are placed, unless they declare `_global_`."""
     return group.replace("/", ".")
 
 
 def inner_groups(group: str) -> list[str]:
-    """Groups inside of a group: process/noise, process/blur."""
+    """Return the groups nested in a group, such as process/noise and process/blur."""
     return sorted(path.relative_to(CONFIGS).as_posix() for path in (CONFIGS / group).iterdir() if path.is_dir())
 
 
 def config_file(group: str, choice: str, own: Sequence[str] = ()) -> Path | None:
-    """The file of a choice, among the package's configs or in one of the folders `own`; None if it is not there."""
+    """Return the file of a choice from the package's configs or the folders `own`; None if there is none."""
     places = [place / group / f"{choice}.yaml" for place in (CONFIGS, *map(Path, own))]
     return next((path for path in places if path.is_file()), None)
 
 
 def chosen_options(group: str, path: Path) -> dict[str, Option]:
-    """Options of one config of a group by their keys, those that it inherits from others of the group first."""
+    """Return the options of a config by key, beginning with those inherited from other configs of the group."""
     found: dict[str, Option] = {}
     for inner, name in defaults(path):
         inherited = config_file(group, name, (str(path.parents[group.count("/") + 1]),)) if name and not inner else None
@@ -126,22 +126,24 @@ def chosen_options(group: str, path: Path) -> dict[str, Option]:
 
 
 def keys(group: str, choice: str) -> set[str]:
-    """Keys that stand in one config of a group, those of its inner groups as a whole."""
+    """Return the keys in one config of a group; each nested group counts as one key."""
     path = CONFIGS / group / f"{choice}.yaml"
     inner = {f"{package(group)}.{name}" for name, _ in defaults(path) if name and not name.startswith("override")}
     return inner | set(chosen_options(group, path))
 
 
 def all_groups(config_name: str) -> list[str]:
-    """Config groups of an entry point, and the inner groups of each after it; without `experiment`, which has none of
-    its own options."""
+    """Return the config groups of an entry point, each followed by its nested groups.
+
+    `experiment` is left out, since it has no options of its own.
+    """
     outer = [group for group in groups(config_name) if group != "experiment"]
     return [name for group in outer for name in (group, *inner_groups(group))]
 
 
 @functools.cache
 def switches(config_name: str) -> frozenset[str]:
-    """Keys that some config of an entry point gives true or false; none for a config of the user's own."""
+    """Return the keys that a config of an entry point sets to true or false; empty for a user's own config."""
     path = CONFIGS / f"{config_name}.yaml"
     if not path.is_file():
         return frozenset()

@@ -1,4 +1,4 @@
-"""The help of a command: its examples, its config groups, and every option with what the YAML files say of it.
+"""Format the help of a command: examples, config groups, and every option with its comment in the YAML files.
 
 Nothing here imports torch.
 """
@@ -29,7 +29,7 @@ FLAGS = {
 
 
 def help_text(config_name: str, argv: Sequence[str]) -> str:
-    """The help of an entry point, with the options of the configs that `argv`, tidy, chooses."""
+    """Return the help of an entry point, listing the options of the configs chosen in `argv` (see `tidy`)."""
     width = min(shutil.get_terminal_size((100, 24)).columns, MAX_WIDTH)
     head, options = configs.read_options(CONFIGS / f"{config_name}.yaml")
     examples = [line for line in head if line.startswith(EXAMPLE)]
@@ -61,7 +61,7 @@ def _name(group: str) -> str:
 
 
 def _groups(config_name: str, width: int) -> Iterator[str]:
-    """Each group with its choices, as `data: array, bsds500, ...`."""
+    """Yield the lines that list each group with its choices, `data: array, bsds500, ...`."""
     outer = configs.groups(config_name)
     names = [*configs.all_groups(config_name), *(["experiment"] if "experiment" in outer else [])]
     for group in names:
@@ -70,7 +70,7 @@ def _groups(config_name: str, width: int) -> Iterator[str]:
 
 
 def _chosen(config_name: str, argv: Sequence[str]) -> dict[str, str]:
-    """The choice in each group: that of the command line, of the experiment chosen there, or the default."""
+    """Return the choice in each group: from the command line, the chosen experiment, or the defaults."""
     typed = dict(a.lstrip("+").split("=", 1) for a in argv if "=" in a and not a.startswith(("-", "~")))
     found = {group: choice for group, choice in configs.groups(config_name).items()}
     experiment = configs.config_file("experiment", typed.get("experiment", ""), config_dirs(argv))
@@ -103,7 +103,7 @@ def _lines(options: Iterable[Option], width: int) -> Iterator[str]:
 
 
 def _row(left: str, text: str, width: int) -> Iterator[str]:
-    """Two columns; the right one begins on the next line where the left one is too wide."""
+    """Yield the lines of a two-column row; the right column starts on the next line if the left is too wide."""
     lines = textwrap.wrap(text, max(width - KEY_WIDTH - 4, 30)) or [""]
     if len(left) > KEY_WIDTH - 2 and lines[0]:
         yield f"  {left}"

@@ -1,4 +1,4 @@
-"""What an option that is not there was meant to be: another name, another choice of its group, another place.
+"""Suggest what an unknown option was meant to be: another name, another choice of its group, another level.
 
 Nothing here imports torch.
 """
@@ -27,11 +27,11 @@ MOST_NAMED = 4
 
 
 def unknown_option(config_name: str, full: str, argv: Sequence[str]) -> str:
-    """The line for the option `full` that is not there, with what was probably meant.
+    """Return the error message for the unknown option `full`, with a suggestion.
 
     Args:
-        config_name: of the entry point; empty where no command line asked for the option, but our own code.
-        argv: the tidy command line.
+        config_name: the entry point's config; empty if the option comes from our own code, not from a command line.
+        argv: the command line, as `tidy` returns it.
     """
     if not config_name:
         return f"the option {full!r} was removed, and is needed; leave it as it is"
@@ -49,7 +49,7 @@ def unknown_option(config_name: str, full: str, argv: Sequence[str]) -> str:
 
 
 def option_of_flag(config_name: str, key: str) -> str:
-    """The option that the flag `--key` was meant to be; `key` itself where none comes near."""
+    """Return the option that the flag `--key` most resembles; `key` itself if none is similar."""
     config = _composed(config_name, ())
     level = _level(config_name, config, key)
     if key in level:
@@ -58,7 +58,7 @@ def option_of_flag(config_name: str, key: str) -> str:
 
 
 def _owners(config_name: str, full: str) -> list[str]:
-    """The choices of config groups, `process/blur=listed_sigmas`, that have the option."""
+    """Return the choices of config groups that have the option, such as `process/blur=listed_sigmas`."""
     parent = full.rpartition(".")[0]
     found = []
     for group in configs.all_groups(config_name):
@@ -70,7 +70,7 @@ def _owners(config_name: str, full: str) -> list[str]:
 
 
 def _composed(config_name: str, argv: Sequence[str]) -> Any:
-    """The config with the choices made on the command line; the default one where they can't be made."""
+    """Return the config with the choices made on the command line, or the default one if composing them fails."""
     outer = configs.groups(config_name)
     choices = [a for a in argv if re.fullmatch(rf"({'|'.join(outer)})(/\w+)*=\w+", a)]
     places = ",".join(f"'file://{Path(place).absolute()}'" for place in config_dirs(argv))
@@ -86,17 +86,17 @@ def _composed(config_name: str, argv: Sequence[str]) -> Any:
 
 
 def _level(config_name: str, config: Any, full: str) -> list[str]:
-    """Keys of the config at the level of `full`."""
+    """Return the keys of the config at the level of `full`."""
     parent = full.rpartition(".")[0]
     node = OmegaConf.select(config, parent) if parent else config
     if not OmegaConf.is_dict(node):
         return []
-    chosen = ["experiment"] if config_name == "train" and not parent else []  # leaves no key of its own behind
+    chosen = ["experiment"] if config_name == "train" and not parent else []  # has no key in the config
     return chosen + [f"{parent}.{key!s}".lstrip(".") for key in node if key != "_target_"]
 
 
 def _elsewhere(config: Any, full: str) -> list[str]:
-    """Options of any level whose last part is that of `full`, or has it for its initials."""
+    """Return the options at any level whose last part equals that of `full`, or has it as its initials."""
     last = full.rpartition(".")[2]
     every = list(_keys(config, ""))
     same = [key for key in every if key.rpartition(".")[2] == last]

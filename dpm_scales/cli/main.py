@@ -1,7 +1,7 @@
-"""What the entry points share: one clear line for a user's mistake, and the way a run is found again.
+"""Run the entry points: report a user's mistake in one line, and find stored runs again.
 
-Hydra is asked for its exceptions instead of its own reports. A user's mistake ends with one line on standard error and
-status 2; whatever is not one keeps its traceback. HYDRA_FULL_ERROR=1 gives the traceback of both.
+Hydra is made to raise its exceptions instead of reporting them itself. A user's mistake ends with one line on standard
+error and status 2; any other error keeps its traceback. HYDRA_FULL_ERROR=1 shows the traceback of both.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ __all__ = ["CONFIGS", "TRAIN", "is_sweep", "job", "main", "one_line", "tidy", "w
 
 Result = TypeVar("Result")
 
-#: the user's own wish for tracebacks; Hydra's variable is set in any case, or Hydra would not hand us its exceptions
+#: variable that keeps the user's HYDRA_FULL_ERROR; Hydra's own is always set, or it would not raise its exceptions
 WISH = "DPM_SCALES_TRACEBACK"
 
 
 def is_sweep() -> bool:
-    """Whether this job is one of several."""
+    """Return whether this job is part of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def job(function: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Result]:
-    """Decorator below `hydra.main`: a single run ends here with its line, before Hydra adds lines of its own.
+    """Wrap the function that `hydra.main` calls, so that a user's mistake ends in one line without Hydra's own output.
 
-    A run of a sweep says its line at once, since at the end Hydra hands on the first failure alone.
+    A run of a sweep prints its line at once, since Hydra raises only the first failure, at the end.
     """
 
     @functools.wraps(function)
@@ -72,10 +72,10 @@ def job(function: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Resu
 
 
 def main(entry: Callable[[], None], config_name: str) -> None:
-    """Run a `hydra.main` function; exits with status 2 and one line on standard error for a user's mistake."""
-    os.environ.setdefault(WISH, os.environ.get(TRACEBACK, "0"))  # processes started from here inherit it
+    """Run a `hydra.main` function; for a user's mistake, print one line on standard error and exit with status 2."""
+    os.environ.setdefault(WISH, os.environ.get(TRACEBACK, "0"))  # inherited by child processes
     os.environ[TRACEBACK] = "1"
-    os.environ.setdefault("OC_CAUSE", "0")  # under a debugger OmegaConf would chain what its message already says
+    os.environ.setdefault("OC_CAUSE", "0")  # else OmegaConf repeats its message under a debugger
     warnings.formatwarning = lambda message, *_args, **_kwargs: _line(f"warning: {message}") + "\n"
     try:
         with lasting_output():
@@ -104,7 +104,7 @@ def _require_folder() -> None:
 
 
 def _prepare(cfg: DictConfig) -> None:
-    """Make the config of a job what the code below may rely on, while torch is loaded.
+    """Normalise and check the config of a job while torch is loaded.
 
     Raises: UserError for empty paths, wherever they come from, and for switches that are neither true nor false.
     """
@@ -121,7 +121,7 @@ def _prepare(cfg: DictConfig) -> None:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """On a terminal, say what takes its time meanwhile; the line is gone afterwards."""
+    """Show on a terminal what is being loaded while the body runs, and erase the line afterwards."""
     shown = sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
     if shown:
         print(f"loading {what} …", end="", file=sys.stderr, flush=True)
@@ -133,14 +133,14 @@ def loading(what: str) -> Iterator[None]:
 
 
 def forget_old_options(cfg: DictConfig, overrides: Iterable[str]) -> None:
-    """Remove what belongs to the class that `KEY._target_=…` has replaced: options that the new class does not take.
+    """Remove the options of a class replaced by `KEY._target_=…` that the new class does not accept.
 
-    Those that were given on the command line stay, for the class to refuse.
+    Options given on the command line are kept, so that the class can refuse them.
     """
     given = [key_of(override) for override in overrides]
     for key in [key.removesuffix("._target_") for key in given if key.endswith("._target_")]:
         node = OmegaConf.select(cfg, key)
-        if not OmegaConf.is_dict(node) or key == "trainer":  # whose options the run reads itself
+        if not OmegaConf.is_dict(node) or key == "trainer":  # the run reads its options itself
             continue
         taken = arguments_of(locate(node.get("_target_")))
         for name in list(node):
@@ -151,12 +151,12 @@ def forget_old_options(cfg: DictConfig, overrides: Iterable[str]) -> None:
 
 
 def _line(text: str) -> str:
-    """One line for a terminal, whatever names of files and keys it holds."""
+    """Return the text as one line that is safe to print, whatever file names and keys it contains."""
     return printable(" ".join(text.split()))
 
 
 def _say(text: str) -> None:
-    """The one place where errors are printed."""
+    """Print an error; all errors are printed here."""
     print(_line(text), file=sys.stderr, flush=True)
 
 

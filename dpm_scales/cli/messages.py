@@ -1,4 +1,4 @@
-"""One line for each mistake of a user, None for a defect."""
+"""Turn exceptions into one-line messages for users' mistakes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dpm_scales.errors import UserError, suggest
 
 TRACEBACK = "HYDRA_FULL_ERROR"
 
-#: what the operating system says of a place that the user named; anything else is a defect
+#: error numbers caused by a path that the user named; any other is a defect
 PLACE_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.EIO, errno.ESTALE)
 
 
@@ -34,7 +34,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def one_line(error: BaseException, config_name: str = "") -> str | None:
-    """The line for a user's mistake, None for a defect."""
+    """Return the one-line message for a user's mistake, or None for a defect."""
     chain = list(causes(error))
     for link in chain:
         if isinstance(link, UnknownFlagError) and config_name:
@@ -52,7 +52,7 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
         if isinstance(link, MissingMandatoryValue):
             key = re.search(r"(?:full_key: |mandatory value: )([\w.]+)", str(link))
             return f"{key.group(1) if key else 'a key'} has no value yet; give it on the command line: KEY=VALUE"
-    if type(error) is ValueError and "Config group override must be a string" in str(error):  # Hydra's
+    if type(error) is ValueError and "Config group override must be a string" in str(error):  # raised by Hydra
         return _not_a_name(config_name)
     if isinstance(error, InstantiationException):
         return _instantiation(error, chain[-1])
@@ -69,13 +69,13 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
     for link in reversed(chain):
         if isinstance(link, HydraException | OmegaConfBaseException):
             return _shorten(str(link), config_name)
-        if type(link).__name__ == "MisconfigurationException":  # Lightning's; importing it would take seconds
+        if type(link).__name__ == "MisconfigurationException":  # of Lightning, which takes seconds to import
             return " ".join(str(link).split())
     return None
 
 
 def _config_path(error: BaseException) -> str | None:
-    """Path of the config that Hydra was reading when it failed, None if it was not reading one."""
+    """Return the path of the config that Hydra was reading when it failed, or None if it was not reading one."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_name == "load_config" and "full_path" in frame.f_locals:
             return str(frame.f_locals["full_path"])
@@ -83,7 +83,7 @@ def _config_path(error: BaseException) -> str | None:
 
 
 def _not_a_name(config_name: str) -> str:
-    """The line for a config group that is given null, a number or a switch."""
+    """Return the message for a config group that is set to null, a number or a boolean."""
     key, value = "a config group", "null"
     for argument in sys.argv[1:]:
         name, equals, rest = argument.partition("=")
@@ -94,7 +94,7 @@ def _not_a_name(config_name: str) -> str:
 
 
 def _shorten(message: str, config_name: str) -> str:
-    """Hydra's several lines as one, with the nearest key for an unknown one."""
+    """Return Hydra's multi-line message as one line; for an unknown key, with the most similar one."""
     unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", message)
     if unknown:
         return unknown_option(config_name, unknown.group(2), sys.argv[1:])
@@ -109,7 +109,7 @@ def _shorten(message: str, config_name: str) -> str:
 
 
 def _instantiation(error: InstantiationException, root: BaseException) -> str | None:
-    """Arguments that a config's class does not take: the user's mistake; anything else below it: ours."""
+    """Return the message for an object that can't be built from its config's arguments, or None for a defect."""
     text = " ".join(str(root).split()) or type(root).__name__
     key = re.search(r"full_key: (\S+)", str(error))
     target = re.search(r"target '([\w.]+)'", str(error))

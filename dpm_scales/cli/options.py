@@ -1,4 +1,4 @@
-"""Values of options that several commands share: counts, devices, sizes."""
+"""Read and check options that several commands share: counts, devices, sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpm_scales.models.instantiate import plain
 
 
 def image_size(cfg: DictConfig) -> tuple[int, int] | None:
-    """Return the H, W that the config asks for, if it does. Raises UserError for values that can't be meant."""
+    """Return the (H, W) in the config, or None if it sets no size. Raises UserError for invalid values."""
     size = plain(cfg.size)
     if size is None:
         return None
@@ -27,13 +27,13 @@ DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 
 
 def check_counts(cfg: DictConfig, numbers: Sequence[str] = ("num_samples",), least: int = 1) -> None:
-    """Raises UserError for a seed, a batch size, or a value of the keys `numbers`, at `least`, that can't be meant."""
+    """Raise UserError for an invalid seed or batch size, or if a value of the keys `numbers` is below `least`."""
     for name, low in {**dict.fromkeys(numbers, least), "batch_size": 1, "seed": 0}.items():
         require_number(name, cfg[name], low, whole=True)
 
 
 def pick_device(name: str) -> torch.device:
-    """A device from "auto" or a name. Raises UserError if it is not there."""
+    """Return the device for "auto" or a device name. Raises UserError if it is not available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = name.partition(":")[0]
@@ -47,7 +47,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def guidance_settings(cfg: DictConfig) -> dict[str, Any] | None:
-    """Return the guidance that a config asks for; None for none."""
+    """Return the guidance settings in a config, or None if it has none."""
     if cfg.guidance == 1:
         return None
     interval = plain(cfg.guidance_interval)

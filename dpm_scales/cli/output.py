@@ -1,4 +1,4 @@
-"""Standard output and error that outlive their reader: a terminal that closes ends no training."""
+"""Keep standard output and error usable after their reader is gone, so that closing a terminal ends no training."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 from dpm_scales.errors import UserError
 
-#: the reader has left: a pager or `head` that has seen enough, a terminal that was closed
+#: error numbers of a reader that is gone: a pager or `head` that exited, a terminal that was closed
 _LEFT = (errno.EPIPE, errno.EIO)
 
 
 class _Lasting:
-    """A text stream that drops what can't be written any more, and keeps the first reason."""
+    """A text stream that discards output once writing fails, and keeps the first error."""
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.reason = stream, None
-        if hasattr(stream, "reconfigure"):  # names of files and classes are of any script, and a locale may be ASCII
-            with suppress(OSError, ValueError):  # it flushes first
+        if hasattr(stream, "reconfigure"):  # names may hold any character, and a locale may be ASCII
+            with suppress(OSError, ValueError):  # it flushes first, which may fail
                 stream.reconfigure(errors="backslashreplace")
 
     reason: OSError | None
@@ -43,7 +43,7 @@ class _Lasting:
             action()
         except OSError as error:
             self.reason = error
-            with suppress(OSError, ValueError):  # what is buffered must not fail once more when Python ends
+            with suppress(OSError, ValueError):  # buffered output must not fail again when Python exits
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self.stream.fileno())
                 os.close(null)
@@ -51,14 +51,14 @@ class _Lasting:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Let what is printed inside be lost, rather than the work, once nobody reads it or its disk is full.
+    """Discard what the body prints once it can't be written (no reader, full disk), instead of failing.
 
     Characters that the stream's encoding lacks are written as escapes.
 
-    Raises: UserError, after the work, with status 1 if standard output was lost to anything but a reader that left.
+    Raises: OutputLostError (status 1), after the body, if standard output was lost other than by a reader that left.
     """
     before = sys.stdout, sys.stderr
-    streams = [None if stream is None else _Lasting(stream) for stream in before]  # None: closed from the beginning
+    streams = [None if stream is None else _Lasting(stream) for stream in before]  # None: closed at startup
     sys.stdout, sys.stderr = streams
     try:
         yield
@@ -75,6 +75,6 @@ def lasting_output() -> Iterator[None]:
 
 
 class OutputLostError(UserError):
-    """Standard output could not be written; the command's files are whole."""
+    """Standard output could not be written; the command's files are complete."""
 
     status = 1

@@ -1,9 +1,9 @@
-"""The options of a run as its folder keeps them, `overrides.yaml`, and its figures, `result.json`.
+"""Read the options stored in a run's folder, `overrides.yaml`, and refuse unsafe ones.
 
-Resuming a stranger's run executes nothing, and writes nowhere but into its folder.
+Resuming a stranger's run executes none of its code and writes only into its folder.
 
-What a person types may name any class of any package. What a folder holds may not: it may choose among this package's
-configs and classes, and set values. Hydra would otherwise import and call whatever a `_target_` names, read configs
+Options on the command line may name any class of any package. Options stored in a folder may only choose among this
+package's configs and classes, and set values. Hydra would otherwise import and call whatever a `_target_` names, read configs
 from any folder (`hydra.searchpath`, `process=../../elsewhere`), or take `--config-dir` from there. Nor may it name a
 place to write to (`logger.save_dir`), or one to download a data set to.
 """
@@ -25,15 +25,15 @@ from dpm_scales.storage import open_regular, read_yaml
 _KEY = re.compile(r"[A-Za-z][\w/-]*(\.\w+)*")
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\w+(,[^{}$]*)?\}")
 _LONGEST_KEY = 200
-#: sections whose classes write files, and what those call a place to write to
+#: sections whose classes write files, and the names of their arguments for places to write to
 _WRITERS = ("logger", "trainer")
 _PLACE = re.compile(r"(.*_)?(dir|dirs|path|folder|root|file|files)")
-#: of the user's config folder, `--config-dir`, that a run was trained with
+#: file that records the config folder, `--config-dir`, that a run was trained with, and its largest size
 CONFIG_DIR_FILE, MAX_PATH_BYTES = "config_dir", 4096
 
 
 def key_of(override: str) -> str:
-    """The key that an override changes, adds or removes."""
+    """Return the key that an override changes, adds or removes."""
     return override.split("=", 1)[0].lstrip("+~")
 
 
@@ -41,7 +41,7 @@ _without_downloads: set[Path] = set()
 
 
 def may_download(run_dir: Path) -> bool:
-    """Whether a run may download its data set: not if its folder alone named the place, see `stored_overrides`."""
+    """Return whether a run may download its data: not if only its folder names the place, see `stored_overrides`."""
     return run_dir not in _without_downloads
 
 
@@ -51,11 +51,11 @@ def stored_overrides(
     """Return the options in a run's `overrides.yaml`.
 
     Args:
-        without: keys to leave out, which may therefore hold anything.
-        paths: keys whose values are places: they may name any, with the help of environment variables.
-        allow: packages whose classes they may name too.
+        without: keys to leave out; their values are not checked.
+        paths: keys whose values are paths, which may be any and may refer to environment variables.
+        allow: other packages whose classes the options may name.
 
-    Raises: UserError if the file is damaged, or holds an option that could do more than choose and set.
+    Raises: UserError if the file is damaged, or holds an option that does more than choose configs and set values.
     """
     damaged = f"{file} is damaged; remove it and give the run's options again"
     try:
@@ -72,21 +72,21 @@ def stored_overrides(
 
 
 def stored_config_dir(run_dir: Path) -> str | None:
-    """The user's config folder that a run was trained with, as its folder records it; None if it records none.
+    """Return the config folder that a run was trained with, as recorded in the run's folder, or None.
 
-    For messages alone: a config imports what it names, so that only the person who types a folder opens it.
+    Only for messages: configs import the classes that they name, so a folder is opened only if the user types it.
     """
     file = run_dir / CONFIG_DIR_FILE
     try:
         with open_regular(file) as record:
             text = record.read(MAX_PATH_BYTES).decode(errors="replace").strip()
-    except (OSError, UserError):  # absent, or a pipe or folder in its place
+    except (OSError, UserError):  # missing, or not a regular file
         return None
     return text if text and not file.is_symlink() else None
 
 
 def _check(text: str, file: Path, paths: Collection[str], allow: Collection[str]) -> list[str]:
-    """Raise UserError for an option that a folder may not hold; return the keys of the values that it sets."""
+    """Return the keys that a stored option sets. Raises UserError if a folder may not hold the option."""
     refused = f"{file} holds the option {text[:200]!r}"
     try:
         override = OverridesParser.create().parse_override(text)
@@ -110,7 +110,7 @@ def _check(text: str, file: Path, paths: Collection[str], allow: Collection[str]
         section, *names = name.split(".")
         if section in _WRITERS and names:
             place = bool(_PLACE.fullmatch(names[-1]))
-            base = Path() if place else file.parent  # other names become folders below it
+            base = Path() if place else file.parent  # other names are relative to the run's folder
             is_text = isinstance(entry, str)
             inside = is_text and "$" not in entry and _is_below(base, entry, file.parent)
             outside = f"{refused}, which names a place to write to outside of {file.parent}; {ADVICE}"
@@ -119,7 +119,7 @@ def _check(text: str, file: Path, paths: Collection[str], allow: Collection[str]
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Dotted keys of the plain values in the value of an option, and these."""
+    """Yield (dotted key, value) for each plain value within the value of an option."""
     if isinstance(value, dict):
         for name, entry in value.items():
             yield from _leaves(entry, f"{key}.{name}")
@@ -131,7 +131,7 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def _is_below(base: Path, name: str, folder: Path) -> bool:
-    """Whether what `name` means, starting from `base`, is a folder or something in it, links resolved."""
+    """Return whether `name`, relative to `base` and with links resolved, is `folder` or lies in it."""
     try:
         return (base / Path(name).expanduser()).resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError):

@@ -1,7 +1,7 @@
-"""Options that are on or off take true and false alone: Hydra reads `no`, `off` and `n` as strings, which are true.
+"""Check that switches are true or false: Hydra reads `no`, `off` and `n` as strings, which Python takes as true.
 
-An option is a switch if one of the package's own configs gives it true or false, or if the class that its config names
-hints a bool there; the class may also allow null, or a few words.
+An option is a switch if one of the package's configs sets it to true or false, or if the class named in its config
+annotates it as bool; the class may also allow null or certain strings.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def check_switches(settings: Mapping[str, Any], declared: Collection[str], built
 
     Args:
         settings: plain containers.
-        declared: keys to which the package's configs give true or false.
-        built: look at configs of objects, whose classes are imported; else at all others.
+        declared: keys that the package's configs set to true or false.
+        built: check the configs of objects, whose classes are imported; otherwise all other configs.
     """
     for where, node in _nodes(settings, ""):
         name = node.get("_target_")
@@ -27,7 +27,7 @@ def check_switches(settings: Mapping[str, Any], declared: Collection[str], built
         hints = hints_of(locate(name)) if isinstance(name, str) else {}
         for key, value in node.items():
             full = f"{where}{key}"
-            if full in declared:  # to be given, so that null is no way to leave it to the class
+            if full in declared:  # required, so null can't leave the choice to the class
                 allowed = [one for one in alternatives(hints.get(key, bool)) if one is not type(None)]
                 require_switch(full, value, allowed)
             elif key in hints:

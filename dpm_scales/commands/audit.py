@@ -1,4 +1,4 @@
-"""`evolve.py task=audit`: the paper's propositions for its processes, or for one of the user's."""
+"""Run `evolve.py task=audit`: check the paper's propositions for its processes, or for the user's own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpm_scales.storage import check_writable
 
 
 def audit(cfg: DictConfig) -> None:
-    """The chosen process (process=NAME), or else those of the config. Raises UserError for what can't be meant."""
+    """Audit the chosen process (process=NAME), or else those in the config. Raises UserError for invalid options."""
     require_number("seed", cfg.seed, 0, whole=True)
     entries = comparison_entries(cfg)
     if cfg.get("process") is not None:

@@ -1,4 +1,4 @@
-"""`python evolve.py data=DIR out=DIR`: the figures and tables of Sect. 6.3, Peter 2024, from any folder of images."""
+"""Run `python evolve.py data=DIR out=DIR`: the figures and tables of Sect. 6.3, Peter 2024, from a folder of images."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ Row = dict[str, Any]
 
 
 def compare(cfg: DictConfig) -> None:
-    """Everything is checked before the first image is read."""
+    """Compare the processes in the config on a folder of images; write tables and figures.
+
+    Raises: UserError for invalid options, before the first image is read.
+    """
     if cfg.folder is None:
         require(cfg.audit, "data=DIR names the folder of images to compare the processes on (data=photos: bundled)")
         audit(cfg)
@@ -87,7 +90,7 @@ def compare(cfg: DictConfig) -> None:
     print(f"{counts}: figures in {out}")
 
 
-# --- what is asked for ------------------------------------------------------------------------------------------------
+# --- options and checks -----------------------------------------------------------------------------------------------
 
 
 def _features(cfg: DictConfig, device: torch.device) -> FeatureNetwork | None:
@@ -108,7 +111,7 @@ def _reference(cfg: DictConfig, entries: Sequence[Entry]) -> str | None:
 def _check_memory(
     entries: Sequence[Entry], images: NumberedImages, batch_size: int, features: FeatureNetwork | None
 ) -> None:
-    """Raise OutOfMemoryError if a path of the largest batch, or two sets of features, take more than there is."""
+    """Raise OutOfMemoryError if the paths of the largest batch, or two sets of features, do not fit into memory."""
     times = len(entries[0].scales)
     pixels = max(3 * len(batch) * math.prod(images.sizes[batch[0]]) for batch in images.batches(batch_size))
     require_memory(4.0 * times * pixels, f"batch_size={batch_size} images at {times} times", "lower batch_size")
@@ -123,7 +126,7 @@ def _check_memory(
 def save_variance(
     out: Path, parts: Parts, names: Sequence[str], times: Sequence[float], styles: Mapping[str, Look]
 ) -> None:
-    """Write `variance.csv` and `variance.png`, Fig. 4a: mean and standard deviation over the images."""
+    """Write `variance.csv` and `variance.png` (Fig. 4a): mean and standard deviation over the images."""
     rows: list[Row] = []
     means, bands = {}, {}
     for name in names:
@@ -153,8 +156,8 @@ def save_entropy(
 ) -> None:
     """Write `entropy.csv` and `entropy.png`: nats per pixel and channel, in units where black is 0 and white 1.
 
-    Beside the conditional entropy for images of `size`: what each step adds, the bounds of the reverse step's entropy,
-    and osmosis' relative entropy, measured.
+    They hold the conditional entropy for images of `size`, the entropy that each step adds, the bounds of the reverse
+    step's entropy, and the measured relative entropy of osmosis.
     """
     rows: list[Row] = []
     curves, relative = {}, {}
@@ -203,9 +206,9 @@ def save_distances(
     styles: Mapping[str, Look],
     on_distance: Callable[[int], None],
 ) -> list[str]:
-    """Write `distance.csv` and `distance.png`, Fig. 4b: each process's images to those of the reference at the same t.
+    """Write `distance.csv` and `distance.png` (Fig. 4b): distance of each process to the reference at the same t.
 
-    Returns: what their reader should know, one line each.
+    Returns: caveats for the reader, one line each.
     """
     rows: list[Row] = []
     for k, t in enumerate(times):
@@ -234,7 +237,7 @@ def save_distances(
         errors = {name: np.array([row["kernel_se"] for row in own]) for name, own in curves.items()}
         bands = {name: np.stack([means[name] - errors[name], means[name] + errors[name]]) for name in means}
         plots.lines(kernel, times, means, styles, bands)
-        # it is unbiased, so it may be negative; linear as far as it is all noise
+        # the estimate is unbiased, so it may be negative; the axis is linear where noise dominates
         noise = float(np.median(np.concatenate(list(errors.values()))))
         plots.signed_logarithmic(kernel, 10.0 ** np.ceil(np.log10(max(noise, 1e-6))))
         kernel.set_title("± standard error", fontsize=9)
@@ -255,8 +258,10 @@ def save_trajectories(
     seed: int,
     device: torch.device,
 ) -> None:
-    """Write `trajectories.png`, Fig. 3, and one more for each further image: a row for a process, a column for a time,
-    the first of which is the image."""
+    """Write `trajectories.png` (Fig. 3), and another file for each further image.
+
+    Rows are processes and columns are times; the first column is the image.
+    """
     kept = [entry for entry in entries if not entry.name.endswith(SECOND_DRAW)]
     stretched = [entry.name for entry in kept if not entry.keeps_grey]
     note = time_label([entry.name for entry in kept])
@@ -273,17 +278,17 @@ def save_trajectories(
 
 
 def time_label(names: Sequence[str]) -> str:
-    """Return the label of the axis of times in a figure of these processes."""
+    """Return the label of the time axis in a figure of these processes."""
     return "t in px² (vp: steps)" if "vp" in names else "t in px²"
 
 
 def counted(count: int, noun: str, ending: str = "s") -> str:
-    """Return `count` and the noun, in the plural where it takes one."""
+    """Return `count` followed by the noun, plural unless `count` is 1."""
     return f"{count} {noun}{'' if count == 1 else ending}"
 
 
 def save_csv(path: Path, rows: Sequence[Row]) -> None:
-    """A table with the keys of the first row as its header."""
+    """Write a table; the keys of the first row are its header."""
     shown = ({key: f"{v:.8g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
     write_text(path, csv_text(list(rows[0]), shown))
 
@@ -291,7 +296,7 @@ def save_csv(path: Path, rows: Sequence[Row]) -> None:
 def save_settings(
     out: Path, cfg: DictConfig, count: int, features: FeatureNetwork | None, doubts: Sequence[str]
 ) -> None:
-    """Write `comparison.json`: what the figures were made of."""
+    """Write `comparison.json`: the settings and data behind the figures."""
     network = None if features is None else {"name": features.name, "weights_sha256": features.hash}
     keys = ("folder", "times", "reference", "seed", "batch_size", "processes", "process", "scales")
     settings = {key: plain(cfg.get(key)) for key in keys} | {"images": count, "features": network}

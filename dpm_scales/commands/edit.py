@@ -1,7 +1,7 @@
-"""The editing tasks of `sample.py`: numbered results, and `comparison.png` with what they come from beside them.
+"""Run the editing tasks of `sample.py`: write numbered results, and `comparison.png` with inputs beside results.
 
-Result j of input i has the number i * num_samples + j and depends on the seed and on that number alone. Processes that
-torchrun or srun started share the results; the first makes the rest.
+Result j of input i has the number i * num_samples + j and depends only on the seed and on that number. Processes
+started by torchrun or srun share the results; the first writes all other files.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, OnStep, Sampler
 
 ROUNDING = 12**-0.5 / LEVELS
-"""Standard deviation of what 8 bits round away, black 0 and white 1."""
+"""Standard deviation of the rounding error of 8-bit images, where black is 0 and white 1."""
 
 EVALUATIONS = 100
-"""Of the network, where steps= says nothing."""
+"""Default number of network evaluations, if steps= is not given."""
 
 RESAMPLE = 2
 METHODS = ("auto", "estimate", "scale")
@@ -62,7 +62,7 @@ THROUGH = ("auto", "flow", "noise")
 
 
 def inpaint(cfg: DictConfig) -> None:
-    """Everything is checked before work begins."""
+    """Fill the masked pixels of images. Raises UserError for invalid options, before sampling."""
     setup = prepare(cfg)
     images = setup.images("image")
     hole = read_mask(setup, images)
@@ -75,7 +75,7 @@ def inpaint(cfg: DictConfig) -> None:
 
 
 def deblur(cfg: DictConfig) -> None:
-    """Everything is checked before work begins."""
+    """Restore blurred images. Raises UserError for invalid options, before sampling."""
     degradation = Blur(cfg.blur_sigma)
     require(cfg.method in METHODS, f"unknown method {cfg.method!r}: {suggest(str(cfg.method), METHODS)}")
     setup = prepare(cfg)
@@ -95,7 +95,7 @@ def deblur(cfg: DictConfig) -> None:
 
 
 def superres(cfg: DictConfig) -> None:
-    """Everything is checked before work begins."""
+    """Enlarge images by an integer factor. Raises UserError for invalid options, before sampling."""
     require_number("factor", cfg.factor, 2, whole=True)
     degradation = Average(cfg.factor)
     setup = prepare(cfg)
@@ -110,7 +110,7 @@ def superres(cfg: DictConfig) -> None:
 
 
 def interpolate(cfg: DictConfig) -> None:
-    """Everything is checked before work begins."""
+    """Interpolate between pairs of images. Raises UserError for invalid options, before sampling."""
     require(cfg.through in THROUGH, f"unknown through {cfg.through!r}: {suggest(str(cfg.through), THROUGH)}")
     require_number("frames", cfg.frames, 2, whole=True)
     require_number("refine", cfg.refine, 0, whole=True)
@@ -161,7 +161,7 @@ def interpolate(cfg: DictConfig) -> None:
 
 
 def vary(cfg: DictConfig) -> None:
-    """Everything is checked before work begins."""
+    """Generate variations of images. Raises UserError for invalid options, before sampling."""
     start = check_scale("from", cfg["from"])
     setup = prepare(cfg)
     process, sampler = setup.process, setup.model.sampler
@@ -182,7 +182,7 @@ def vary(cfg: DictConfig) -> None:
 
 
 def coarse(cfg: DictConfig) -> None:
-    """Everything is checked before work begins."""
+    """Sample images that share their coarse scales. Raises UserError for invalid options, before sampling."""
     require_number("starts", cfg.starts, 1, whole=True)
     branch_at = None if cfg.branch_at == "auto" else check_scale("branch_at", cfg.branch_at)
     setup = prepare(cfg)
@@ -225,7 +225,7 @@ def coarse(cfg: DictConfig) -> None:
     _say(setup, cfg.starts, f"all is shared down to t={float(scales[max(0, shared_steps)]):g}")
 
 
-# --- what they share --------------------------------------------------------------------------------------------------
+# --- shared by the tasks ----------------------------------------------------------------------------------------------
 
 
 def _restored(
@@ -236,7 +236,7 @@ def _restored(
     noise_std: float,
     sampler: Sampler,
 ) -> AbstractContextManager[list[Tensor]]:
-    """Results of bending each estimate towards `observed`, uint8 ``(N, C, h, w)``; see `produce`."""
+    """Return results whose estimates are guided towards `observed`, uint8 ``(N, C, h, w)``; see `produce`."""
     Consistent(setup.denoiser, degradation, setup.floats(observed[:1]), noise_std, setup.cfg.covariance)
     scales = sampler.scales(setup.process).to(setup.device)
 
@@ -249,7 +249,7 @@ def _restored(
 
 
 def _from_blur(setup: Setup, observed: Tensor, noise_std: float) -> tuple[AbstractContextManager[list[Tensor]], str]:
-    """Results of the reverse process from the scale whose blur is nearest, see `produce`; and what to say of it."""
+    """Return results of the reverse process from the scale with the closest blur, see `produce`, and a note on it."""
     process, cfg = setup.process, setup.cfg
     require(
         process.blur is None or process.is_heat_blur,
@@ -263,7 +263,7 @@ def _from_blur(setup: Setup, observed: Tensor, noise_std: float) -> tuple[Abstra
         x, t = setup.floats(observed[numbers]), scales[0]
         signal = torch.exp(batch_view(process.signal(t).log_scale, x[0])).to(x.dtype)
         white, operator = noise.normal(tuple(x.shape[1:]), x.dtype), process.operator()
-        # the image brings noise of its own
+        # the image already contains noise
         missing = operator.apply(lambda mu: (process.noise_scale(t, mu) ** 2 - noise_std**2).clamp(min=0).sqrt(), white)
         return sampler.reverse(setup.denoiser, signal * x + missing, noise, None, labels, scales, on_step)
 
@@ -273,7 +273,7 @@ def _from_blur(setup: Setup, observed: Tensor, noise_std: float) -> tuple[Abstra
 
 
 def _degraded(setup: Setup, degradation: Degradation, noise_std: float) -> tuple[Tensor | None, Tensor]:
-    """The sharp images, if they were given, and the degraded ones; uint8."""
+    """Return the sharp images, None if they are unknown, and the degraded ones, both uint8."""
     images = setup.images("image")
     if not setup.cfg.degrade:
         return None, images
@@ -284,7 +284,7 @@ def _degraded(setup: Setup, degradation: Degradation, noise_std: float) -> tuple
 
 
 def _random_sampler(setup: Setup, repeats: int = 0) -> Sampler:
-    """The sampler that was asked for, else the ancestral one: noise of its own forgives what was bent."""
+    """Return the configured sampler, else the ancestral one, whose noise corrects errors of the guided estimates."""
     process, model, steps = setup.process, setup.model, setup.cfg.steps
     if plain(setup.cfg.sampler).get("_target_") or not process.has_noise():
         return model.sampler
@@ -294,7 +294,7 @@ def _random_sampler(setup: Setup, repeats: int = 0) -> Sampler:
 
 
 def _resampling(setup: Setup) -> Sampler:
-    """A little constant noise mixes nothing anew, so that going back brings nothing."""
+    """Return the sampler with resampling; by default without it for constant noise, which is too weak to help."""
     repeats = setup.cfg.resample
     if repeats == "auto":
         repeats = 0 if setup.process.has_constant_noise() else RESAMPLE
@@ -304,7 +304,7 @@ def _resampling(setup: Setup) -> Sampler:
 
 
 def _finish(setup: Setup, sharp: Tensor | None, seen: Tensor, results: list[Tensor], note: str) -> None:
-    """The picture, and the line that tells of the results."""
+    """Write `comparison.png` and print a summary of the results."""
     if not setup.world.is_main:
         return
     per_image = setup.cfg.num_samples
@@ -325,7 +325,7 @@ def _say(setup: Setup, inputs: int, note: str) -> None:
 
 
 def _save_film(setup: Setup, results: list[Tensor], frames: int) -> None:
-    """`film.gif`: all sequences side by side, there and back."""
+    """Write `film.gif`: all sequences side by side, forwards and backwards."""
     if not results:
         return
     sequences = torch.stack(results).unflatten(0, (-1, frames))

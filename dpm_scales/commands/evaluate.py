@@ -1,4 +1,4 @@
-"""What `evaluate.py` does: figures of a model's samples, or of a folder's, by a set of real images."""
+"""Run `evaluate.py`: compare samples of a model, or images in a folder, with a set of real images."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ FORMAT = "dpm_scales evaluation"
 VERSION = 1
 PACKAGES = ("dpm-scales", "torch", "torchvision", "numpy", "pillow")
 SMALL_SIDE = 32
-"""Images with a shorter side are enlarged so far that the features, which know photos, see little of what matters."""
+"""Shorter side below which images are enlarged so much that features trained on photos miss most of what matters."""
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Everything is checked before the first image is drawn.
+    """Compute the measures in the config and report them. Raises UserError for invalid options, before sampling.
 
-    Processes that torchrun or srun started share the samples of a model; all else is the first one's.
+    Processes started by torchrun or srun share the samples of a model; the first does everything else.
     """
     measures = _check(cfg)
     world = meet()
@@ -142,7 +142,7 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def _held_out(cfg: DictConfig, fake: ImageSet | ModelSamples, run: Path | None) -> ImageSet | None:
-    """The images whose likelihood is asked for. Raises UserError if this model has none."""
+    """Return the images to compute likelihoods of, None if not requested. Raises UserError if the model has no likelihood."""
     if cfg.likelihood is None or not isinstance(fake, ModelSamples):
         return None
     estimator(fake.model, cfg.likelihood, cfg.likelihood_scales, cfg.likelihood_draws)
@@ -161,7 +161,7 @@ def likelihood(
     out: Path | None,
     report: Report,
 ) -> dict[str, Any] | None:
-    """Bits per dimension of the images held out, if the config asks for them."""
+    """Return the bits per dimension of the held-out images, or None if the config does not request them."""
     if held is None or not isinstance(fake, ModelSamples):
         return None
     wanted = (str(cfg.likelihood), cfg.likelihood_scales, cfg.likelihood_draws, cfg.seed, device)
@@ -184,11 +184,11 @@ def likelihood(
     return kept
 
 
-# --- what is asked for ------------------------------------------------------------------------------------------------
+# --- options and checks -----------------------------------------------------------------------------------------------
 
 
 def _check(cfg: DictConfig) -> tuple[str, ...]:
-    """The measures. Raises UserError for values that can't be meant."""
+    """Return the measures to compute. Raises UserError for invalid options."""
     require(
         (cfg.model is None) != (cfg.samples is None),
         "give one of model=RUN_OR_EXPORT_OR_CKPT, which is sampled, and samples=DIR",
@@ -217,7 +217,7 @@ def _drawn(cfg: DictConfig, number: int, device: torch.device) -> ModelSamples:
 
 
 def _check_sizes(real: ImageSet, other: ImageSet | ModelSamples, any_size: bool) -> None:
-    """Raises UserError for images of several sizes, which are as far apart as their sharpness, unless that is meant."""
+    """Raise UserError for images of several sizes, whose distance reflects sharpness, unless `any_size` is set."""
     if any_size:
         return
     for pictures in (real, other):
@@ -235,11 +235,11 @@ def _check_sizes(real: ImageSet, other: ImageSet | ModelSamples, any_size: bool)
     )
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- reports ----------------------------------------------------------------------------------------------------------
 
 
 def find_doubts(real: int, fake: int, network: FeatureNetwork, sizes: Sequence[tuple[int, int]]) -> list[str]:
-    """What whoever reads the figures of so many images should know, one line each."""
+    """Return caveats for measures of so many images, one line each."""
     counted = (few_images(number, name, network) for number, name in ((real, "real images"), (fake, "samples")))
     doubts = [doubt for doubt in counted if doubt is not None]
     if min(min(size) for size in sizes) < SMALL_SIDE:
@@ -251,7 +251,7 @@ def find_doubts(real: int, fake: int, network: FeatureNetwork, sizes: Sequence[t
 
 
 def _part_alone(figures: dict[str, Measure], real: int, fake: int) -> str | None:
-    """A line that says so if some figures are those of a part of the images."""
+    """Return a caveat if some measures use only part of the images, else None."""
     parts = {name: figure.images for name, figure in figures.items() if figure.images is not None}
     if not parts:
         return None

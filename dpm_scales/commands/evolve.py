@@ -1,6 +1,6 @@
-"""`evolve.py`: forward processes on real images, one function of the config for each task of configs/task.
+"""Run `evolve.py`: forward processes on real images, with one function of the config per task in configs/task.
 
-A task imports its module when it is called.
+Each task imports its module only when called.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 
 def run(cfg: DictConfig) -> None:
-    """Do the task that the config names. Raises UserError for a user's mistakes."""
+    """Run the task named in the config. Raises UserError for a user's mistakes."""
     TASKS[cfg.task](cfg)
 
 

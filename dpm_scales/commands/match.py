@@ -1,4 +1,4 @@
-"""`python evolve.py task=match like=osmosis data=DIR out=DIR`: a schedule fitted to another process, for training."""
+"""Run `python evolve.py task=match like=osmosis data=DIR out=DIR`: fit a schedule to another process, for training."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from dpm_scales.study.matching import (
 )
 
 PAPER_NOISE = 0.1
-"""Of the blurring diffusion that the paper sets beside osmosis, for the error before fitting."""
+"""Noise of the blurring diffusion that the paper compares with osmosis, for the error before fitting."""
 
 
 def match(cfg: DictConfig) -> None:
-    """Everything is checked before the first image is read."""
+    """Fit a schedule to a process and write its config. Raises UserError for invalid options, before reading images."""
     criterion, out = str(cfg.criterion), Path(str(cfg.out))
     require(criterion in CRITERIA, f"unknown criterion {criterion!r}: {suggest(criterion, CRITERIA)}")
     entries = {entry.name: entry for entry in comparison_entries(cfg)}
@@ -79,9 +79,9 @@ def match(cfg: DictConfig) -> None:
 
 @torch.no_grad()
 def energies(entry: Entry, images: NumberedImages, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Energy of the clean images at each frequency ``(H, W)``, and of a process's images in octaves ``(T, octaves)``.
+    """Return the energy of clean images per frequency ``(H, W)`` and of a process's per octave ``(T, octaves)``.
 
-    Means over images and channels, where white is 1. Portrait images are turned, larger ones cut to the common middle.
+    Both are means over images and channels, where white is 1. Portrait images are rotated, larger ones centre-cropped.
     """
     sides = [(min(s), max(s)) for s in images.sizes]
     size = (min(s[0] for s in sides), min(s[1] for s in sides))
@@ -134,7 +134,7 @@ def _save_process(out: Path, fitted_to: str, process: dict[str, Any]) -> None:
 
 
 def _plot(out: Path, result: Match, times: list[float], name: str) -> None:
-    """Write `match.png`: energy per octave, of the process and as fitted, at each time."""
+    """Write `match.png`: energy per octave at each time, of the process and of the fit."""
     octaves = list(range(1, result.wanted.shape[1] + 1))
     with plots.figure(out / "match.png", 6.4, 4.0) as (drawing, axes):
         for k, (t, colour) in enumerate(zip(times, plots.graded(len(times)), strict=True)):

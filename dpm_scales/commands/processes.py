@@ -1,4 +1,4 @@
-"""What a study of `evolve.py` is asked for: its processes and its images, from the config."""
+"""Read the processes and images of a study from the config of `evolve.py`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from dpm_scales.schedules import is_number
 from dpm_scales.study.comparison import FORMER_NAMES, Entry
 
 CHOSEN = ", chosen"
-"""Ending of the name of a chosen process beside a listed one of that name."""
+"""Suffix of the chosen process's name if a listed process has the same name."""
 
 
 def current_name(name: object) -> str:
-    """Return what a process of the config is called today, by that name or a former one."""
+    """Return the present name of a process in the config, given that name or a former one."""
     return FORMER_NAMES.get(str(name), str(name))
 
 
 def chosen_name() -> str | None:
-    """Return NAME of process=NAME on the command line."""
+    """Return NAME from process=NAME on the command line, or None if it is not given."""
     return HydraConfig.get().runtime.choices.get("process") if HydraConfig.initialized() else None
 
 
 def comparison_entries(cfg: DictConfig) -> list[Entry]:
-    """The processes of the config, then the chosen one. Raises UserError for times or scales that do not fit."""
+    """Return the processes in the config, then the chosen one. Raises UserError for times or scales that do not fit."""
     times = plain(cfg.times)
     good = isinstance(times, list) and times and all(is_number(t) and t > 0 for t in times)
     require(bool(good) and sorted(set(times)) == times, f"times must be ascending numbers > 0, got {times!r}")
@@ -57,7 +57,7 @@ def comparison_entries(cfg: DictConfig) -> list[Entry]:
 
 
 def comparison_images(cfg: DictConfig) -> NumberedImages:
-    """The images of the config. Raises UserError for what can't be meant."""
+    """Return the images in the config. Raises UserError for invalid options."""
     check_counts(cfg, [] if cfg.limit is None else ["limit"])
     out, folder = Path(str(cfg.out)), Path(str(cfg.folder))
     inside = folder.is_dir() and out.resolve().is_relative_to(folder.resolve())

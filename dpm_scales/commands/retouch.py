@@ -1,6 +1,6 @@
 """Edit photos by osmosis: `python evolve.py task=shadow image=… mask=… out=DIR`, and `task=clone`.
 
-Both write `result.png` and `comparison.png`, the inputs beside the result. Masks are grey pictures, white from half on.
+Both write `result.png` and `comparison.png`, the inputs beside the result. Masks are grey images thresholded at half.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ RANGE = (0.0, 1.0)
 RESULT, COMPARISON = "result.png", "comparison.png"
 AUTO_MATCH = {"region": "pinned", "edge": "lit"}
 AUTO_PENUMBRA = {"region": 1, "edge": 0}
-"""What match=auto and penumbra=auto mean for each kind of mask."""
+"""Values of match=auto and penumbra=auto for each kind of mask."""
 
 
 def shadow(cfg: DictConfig) -> None:
-    """Everything is checked before work begins."""
+    """Remove a shadow from an image and write the result. Raises UserError for invalid options, before solving."""
     marks = str(cfg.mask_marks)
     match = AUTO_MATCH.get(marks, "mean") if cfg.match == "auto" else cfg.match
     penumbra = AUTO_PENUMBRA.get(marks, 0) if cfg.penumbra == "auto" else cfg.penumbra
@@ -49,7 +49,7 @@ def shadow(cfg: DictConfig) -> None:
 
 
 def clone(cfg: DictConfig) -> None:
-    """Everything is checked before work begins."""
+    """Blend an object into a background and write the result. Raises UserError for invalid options, before solving."""
     require_choice("match", cfg.match, MATCHES)
     device = _check_common(cfg)
     background, foreground = load_image(str(cfg.background)), load_image(str(cfg.foreground))
@@ -75,17 +75,16 @@ def clone(cfg: DictConfig) -> None:
 
 
 def place(foreground: Tensor, mask: Tensor, size: tuple[int, int], corner: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """A foreground and its mask on a canvas of the background's size.
+    """Return a foreground and its mask placed on a canvas of the background's size.
 
     Args:
-        foreground: ``(C, h, w)``; beyond its borders the canvas repeats them, so that there is no drift across.
+        foreground: ``(C, h, w)``; its border pixels are replicated outwards, so that no drift crosses its border.
         mask: bool ``(h, w)``.
         size: H, W of the background.
-        corner: row and column of the background where the foreground's upper left pixel comes to lie; what hangs over
-            is cut off.
+        corner: row and column in the background of the foreground's upper left pixel; parts outside are cut off.
 
     Returns: ``(C, H, W)`` and bool ``(H, W)``.
-    Raises: UserError where nothing of the mask, or nothing but the mask, lies in the background.
+    Raises: UserError if the mask lies outside the background or covers all of it.
     """
     rows, columns = (torch.arange(n) - first for n, first in zip(size, corner, strict=True))
     height, width = mask.shape
@@ -109,7 +108,7 @@ def _corner(cfg: DictConfig, foreground: Tensor, background: Tensor) -> tuple[in
 
 
 def _check_common(cfg: DictConfig) -> torch.device:
-    """What both tasks need; the device."""
+    """Check the options that both tasks share; return the device."""
     require(cfg.process is None, f"task={cfg.task} has its own process; drop process=")
     require_number("offset", cfg.offset, 0, 1)
     require_number("tol", cfg.tol, 1e-12, 0.1)
@@ -119,7 +118,7 @@ def _check_common(cfg: DictConfig) -> torch.device:
 
 
 def _load_mask(path: str, image: Tensor, name: str) -> Tensor:
-    """Bool ``(H, W)`` of the image's size. Raises UserError for another size, and for one colour alone."""
+    """Return the mask, bool ``(H, W)``. Raises UserError unless it has the image's size and both values."""
     grey = load_image(path, channels=1)[0]
     (height, width), size = grey.shape, image.shape[-2:]
     require(
@@ -138,7 +137,7 @@ def _check_dark(image: Tensor, path: str, offset: float) -> None:
 
 
 def _check_out(cfg: DictConfig, *inputs: str) -> Path:
-    """The folder to write to, which must not make results of the inputs."""
+    """Return the output folder. Raises UserError if a result would overwrite an input, or it is not writable."""
     out = Path(str(cfg.out))
     for key in inputs:
         source = Path(str(cfg[key]))
@@ -149,7 +148,7 @@ def _check_out(cfg: DictConfig, *inputs: str) -> Path:
 
 
 def _by_channel(edit: Callable[..., Tensor], device: torch.device, *images: Tensor) -> Tensor:
-    """uint8 images ``(C, H, W)`` through an edit of floats ``(1, 1, H, W)``, with a bar."""
+    """Apply an edit of floats ``(1, 1, H, W)`` to each channel of uint8 images ``(C, H, W)``; show a progress bar."""
     results = []
     with progress_bar() as progress:
         bar = progress.add_task("osmosis, channels", total=len(images[0]))
@@ -165,7 +164,7 @@ def _shown(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def _save(out: Path, inputs: dict[str, Tensor], result: Tensor) -> None:
-    """Write `result.png`, and `comparison.png` of the inputs by their titles and the result."""
+    """Write `result.png`, and `comparison.png` with the titled inputs and the result."""
     image = to_uint8(result, RANGE)
     save_png(out / RESULT, image)
     save_png(out / COMPARISON, plots.titled_row({**inputs, "result": image}))

@@ -1,4 +1,4 @@
-"""What `sample.py` does: one function of the config for each task of configs/edit, and the first of them, `sample`."""
+"""Run `sample.py`: choose the task, one function of the config per file in configs/edit; `sample` draws images."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import OnStep
 from dpm_scales.storage import write_text
 
-GRID_IMAGES = 100  # more than that can't be told apart on a page
+GRID_IMAGES = 100  # more would be too small to see
 TRAJECTORY_ROWS, TRAJECTORY_COLUMNS = 6, 10
 
 
 def run(cfg: DictConfig) -> None:
-    """Do the task that the config names. Raises UserError for a user's mistakes."""
+    """Run the task named in the config. Raises UserError for a user's mistakes."""
     TASKS[cfg.task](cfg)
 
 
 def start_from(model: Model, place: str) -> tuple[list[str], Tensor]:
     """Start the model from the images of a file, folder or .zip file: sample i from image i mod N.
 
-    Returns: their names, and the images, uint8 ``(N, C, H, W)``.
-    Raises: UserError for images that can't be read, and for a model that they do not fit or that takes none.
+    Returns: the names, and the images, uint8 ``(N, C, H, W)``.
+    Raises: UserError for unreadable images, and for a model that they do not fit or that starts from no images.
     """
     names, images = read_images(place, model.recipe.channels)
     process = model.denoiser.process
@@ -46,7 +46,7 @@ def start_from(model: Model, place: str) -> tuple[list[str], Tensor]:
 
 
 def sample(cfg: DictConfig) -> None:
-    """Draw images from the prior. Everything is checked before the first one is drawn."""
+    """Draw images from the prior and write them. Raises UserError for invalid options, before sampling."""
     size = image_size(cfg)
     setup = prepare(cfg)
     model, process = setup.model, setup.process
@@ -83,7 +83,7 @@ def sample(cfg: DictConfig) -> None:
 
 
 def _grid(setup: Setup, images: list[Tensor]) -> Tensor:
-    """Return the first images as one, with a row for each class if there are classes."""
+    """Return a grid of the first images, with one row per class if there are classes."""
     if setup.labels is None:
         return make_grid(torch.stack(images))
     labels = setup.labels[torch.arange(len(images)) % len(setup.labels)].tolist()
@@ -91,7 +91,7 @@ def _grid(setup: Setup, images: list[Tensor]) -> Tensor:
 
 
 def save_record(out: Path, place: str, names: list[str], num_samples: int) -> None:
-    """`prior_images.json`: the images, and for each sample the number of the one it started from."""
+    """Write `prior_images.json`: the images, and for each sample the number of the image that it started from."""
     start_of = [i % len(names) for i in range(num_samples)]
     record = {
         "prior_images": place,
@@ -104,7 +104,7 @@ def save_record(out: Path, place: str, names: list[str], num_samples: int) -> No
 
 
 def save_trajectory(out: Path, frames: list[Tensor]) -> None:
-    """`trajectory.png`: a row for each of the first samples, scales from left to right; `trajectory.gif`: all steps."""
+    """Write `trajectory.png`, a row per sample with scales from left to right, and `trajectory.gif` with all steps."""
     chosen = torch.linspace(0, len(frames) - 1, min(TRAJECTORY_COLUMNS, len(frames))).round().long().tolist()
     table, factor = torch.stack([frames[i] for i in chosen], 1), enlargement(frames[0])
     save_png(out / "trajectory.png", make_grid(table.flatten(0, 1), columns=len(chosen), upscale=factor))
@@ -113,7 +113,7 @@ def save_trajectory(out: Path, frames: list[Tensor]) -> None:
 
 
 def edit(cfg: DictConfig) -> None:
-    """Do one of the tasks that edit images, whose module is imported here."""
+    """Run an editing task, importing its module first."""
     from dpm_scales.commands import edit as tasks
 
     functions = (tasks.inpaint, tasks.deblur, tasks.superres, tasks.interpolate, tasks.vary, tasks.coarse)

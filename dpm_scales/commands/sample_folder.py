@@ -1,7 +1,7 @@
-"""The folder that `sample.py` writes to: one command's images, and `sample.json`, which says how they were made.
+"""Manage the output folder of `sample.py`: the images of one command, and `sample.json`, the record of their settings.
 
-The record is written before the first image. A folder whose record is that of a command takes that command again, and
-more images of it; every other command needs `overwrite=true`, which removes what the record describes.
+The record is written before the first image. The same command may run again in its folder, also for more images; any
+other command needs `overwrite=true`, which removes the images that the record describes.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ RECORD = "sample.json"
 FORMAT = "dpm_scales samples"
 VERSION = 1
 PRIOR_RECORD = "prior_images.json"
-"""Which image each sample started from."""
+"""File that names the image each sample started from."""
 
 
 MAX_RECORD_BYTES = 2**20
-NAMED = 3  # differences that a message names
+NAMED = 3  # largest number of differences in a message
 PATHS = ("model", "path")
-"""Keys of the record that say where something lay, not what it was."""
+"""Keys of the record that hold a location rather than content."""
 
 
 def image_name(number: int) -> str:
-    """Name of the image with a number."""
+    """Return the file name of an image."""
     return f"{number:06d}.png"
 
 
 def image_text(record: Mapping[str, Any], number: int) -> dict[str, str]:
-    """Metadata of the image with a number: the same for the same seed and weights."""
+    """Return the metadata of an image; equal for equal seed and weights."""
     seed, weights = str(record["seed"]), str(record["weights_sha256"])
     return {"Software": "dpm_scales", "seed": seed, "number": str(number), "weights_sha256": weights}
 
 
 def numbered_images(folder: Path) -> dict[Path, int]:
-    """The numbered images in a folder, with their numbers."""
+    """Return the numbered images in a folder, with their numbers."""
     found = [path for path in folder.glob("[0-9]*.png") if re.fullmatch("[0-9]+", path.stem)]
     return {path: int(path.stem) for path in sorted(found) if len(path.stem) < 300}
 
 
 def require_free(folder: Path, record: Mapping[str, Any], overwrite: bool) -> None:
-    """Raise UserError if the folder holds images that the command of `record` may not write beside or over."""
+    """Raise UserError if the folder holds images that the command of `record` may neither add to nor overwrite."""
     images = numbered_images(folder)
     present = [*images, *(folder / name for name in SHEETS if (folder / name).exists())]
     if not present:
@@ -83,9 +83,9 @@ def require_free(folder: Path, record: Mapping[str, Any], overwrite: bool) -> No
 
 @contextmanager
 def claimed(folder: Path, record: Mapping[str, Any], overwrite: bool) -> Iterator[None]:
-    """Keep a folder for this command while its body runs; `sample.json` is written first.
+    """Reserve a folder for this command while the body runs, and write `sample.json`.
 
-    With `overwrite`, all that the record there describes is removed first, and images in the place of new ones.
+    With `overwrite`, the files that an older record describes are removed first, and images that would be replaced.
 
     Raises: UserError if the folder can't be written to, has no room, is in use by another process, or is not free, see
     `require_free`.
@@ -95,7 +95,7 @@ def claimed(folder: Path, record: Mapping[str, Any], overwrite: bool) -> Iterato
     check_writable(folder)
     advice = "wait for it, or choose another out"
     with guarded(folder), lock(folder / ".lock", "is being written to by", advice):
-        require_free(folder, record, overwrite)  # once more: another process may have just finished
+        require_free(folder, record, overwrite)  # again: another process may have just finished
         older = read_record(folder)
         if overwrite and (older is None or differences(older, json.loads(to_json(record)))):
             _remove(folder, () if older is None else (*SHEETS, PRIOR_RECORD))
@@ -104,13 +104,13 @@ def claimed(folder: Path, record: Mapping[str, Any], overwrite: bool) -> Iterato
 
 
 def require_room(folder: Path, count: int) -> None:
-    """Raise UserError unless the disk of `folder` has room for `count` files more than there are, at the least."""
+    """Raise UserError if the disk of `folder` has no room for `count` images in all, even of minimum size."""
     place = next((parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir()), None)
     if place is None or not hasattr(os, "statvfs"):
         return
     disk = os.statvfs(place)
     room = min(
-        disk.f_bavail if disk.f_blocks else math.inf,  # a file takes a block or more
+        disk.f_bavail if disk.f_blocks else math.inf,  # a file takes at least one block
         disk.f_favail if disk.f_files else math.inf,
     )
     if count > room + len(numbered_images(folder)):
@@ -118,12 +118,12 @@ def require_room(folder: Path, count: int) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Content of the folder's `sample.json`; None if there is none that this version understands."""
+    """Return the content of the folder's `sample.json`, or None if it is missing or not understood by this version."""
     try:
         with open_regular(folder / RECORD) as file:
             text = file.read(MAX_RECORD_BYTES + 1)
         record = json.loads(text) if len(text) <= MAX_RECORD_BYTES else None
-    except (OSError, ValueError, RecursionError):  # UserError, for a pipe, is a ValueError
+    except (OSError, ValueError, RecursionError):  # includes UserError, raised for a pipe
         return None
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("version") != VERSION:
         return None
@@ -132,9 +132,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def differences(older: Mapping[str, Any], newer: Mapping[str, Any]) -> list[str]:
-    """What makes two records those of different images: ``"seed is 0 there and 5 here"``.
+    """Return the differences between two records that change images: ``"seed is 0 there and 5 here"``.
 
-    Paths make no difference, and neither do more images, since each depends on its own number alone.
+    Paths and the number of images are ignored, since each image depends only on its own number.
     """
     before, now = _leaves(older), _leaves(newer)
     keys = [key for key in {**now, **before} if before.get(key) != now.get(key)]
@@ -146,12 +146,12 @@ def differences(older: Mapping[str, Any], newer: Mapping[str, Any]) -> list[str]
 
 
 def to_json(record: Mapping[str, Any]) -> str:
-    """Text of a record; the same for the same record."""
+    """Return the JSON text of a record, the same for the same record."""
     return json.dumps(record, indent=1, default=lambda value: type(value).__name__) + "\n"
 
 
 def _leaves(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by their dotted keys, without paths."""
+    """Return the values by dotted key, without paths."""
     leaves: dict[str, Any] = {}
     for key, value in record.items():
         if isinstance(value, Mapping) and value:
@@ -162,7 +162,7 @@ def _leaves(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    """A value for a message: ASCII, without control characters, not too long."""
+    """Return a value for a message: ASCII, without control characters, shortened."""
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:36]} …"
 

@@ -1,4 +1,4 @@
-"""What the tasks of `sample.py` share: the model, images that are read, numbered results in batches, their record."""
+"""Provide what the tasks of `sample.py` share: the model, input images, numbered results in batches, the record."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import OnStep, Sampler
 
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_SIDE = 8, 10, 64
-"""Of comparison.png: rows, results in a row, and the side in pixels that its cells have at least."""
+"""Rows, results per row, and minimum side of a cell in pixels in comparison.png."""
 
 Make = Callable[[Tensor, CounterRNG, "Tensor | None", OnStep], Tensor]
 
@@ -44,18 +44,18 @@ SHARED_OPTIONS = (
     *("task", "model", "allow", "weights", "out", "overwrite", "seed", "batch_size", "device", "size", "trajectory"),
     *("sampler", "steps", "labels", "guidance", "guidance_interval", "guidance_variable"),
 )
-"""Options of all tasks, which the record holds elsewhere or which change no image; the others are the task's own."""
+"""Options of all tasks that the record stores elsewhere or that change no image; the rest belong to the task."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A model and where its results go; all checked.
+    """A model and the output folder of its results, both checked.
 
     Attributes:
-        world: which of the processes that share the results; the first writes what there is one of.
-        labels: ``(n,)``, that inputs take in turn, or None.
-        weights_sha256: of the model's weights.
-        inputs: of the record, the images that were read, by their options.
+        world: this process among those that share the results; the first writes the common files.
+        labels: ``(n,)``, assigned to inputs cyclically, or None.
+        weights_sha256: SHA-256 of the model's weights.
+        inputs: the images read so far, by option, for the record.
     """
 
     model: Model
@@ -76,25 +76,25 @@ class Setup:
         return self.model.denoiser.process
 
     def images(self, key: str) -> Tensor:
-        """uint8 ``(N, C, H, W)``, the images that the config's `key` names; see `read_images`."""
+        """Return the images that the config's `key` names, uint8 ``(N, C, H, W)``; see `read_images`."""
         images = read_images(str(self.cfg[key]), self.model.recipe.channels)[1]
         self.note(key, images)
         return images
 
     def note(self, key: str, images: Tensor) -> None:
-        """Put images that the config's `key` names into the record."""
+        """Add the images that the config's `key` names to the record."""
         digest = hashlib.sha256(str(tuple(images.shape)).encode() + images.contiguous().numpy().tobytes()).hexdigest()
         self.inputs[key] = {"path": str(self.cfg[key]), "number": len(images), "sha256": digest}
 
     def floats(self, images: Tensor) -> Tensor:
-        """uint8 images in the process's value range, on the device."""
+        """Return uint8 images as floats in the process's value range, on the device."""
         return to_range(images.to(self.device), self.process.value_range)
 
     def require_memory(self, size: tuple[int, int], count: int, together: int = 1, why: str = "images") -> None:
         """Raise OutOfMemoryError unless a batch of `count` results of `size` (H, W) fits, see `produce`.
 
         Args:
-            why: what is that large, with the option that chose it.
+            why: what needs the memory, with the option that determines its size.
         """
         each = sample_bytes(self.model, size)
         batch = min(count, max(self.cfg.batch_size // together, 1) * together)
@@ -104,13 +104,13 @@ class Setup:
             require_memory(each * number, what, remedy, self.device)
 
     def record(self, sampler: Sampler, steps: int, number: int, size: tuple[int, int]) -> dict[str, Any]:
-        """Return what `sample.json` says."""
+        """Return the content of `sample.json`."""
         cfg, process = self.cfg, self.process
         options = {str(key): plain(value) for key, value in cfg.items() if key not in SHARED_OPTIONS}
         for key in (*self.inputs, "prior_images"):
             options.pop(key, None)
         if cfg.task == "draw":
-            options.pop("num_samples")  # which is the number
+            options.pop("num_samples")  # stored as the number of images
         return {
             "format": sample_folder.FORMAT,
             "version": sample_folder.VERSION,
@@ -148,7 +148,7 @@ def settings_of(sampler: Sampler) -> dict[str, Any]:
 
 
 def choose_model(cfg: DictConfig) -> Model:
-    """Return the model that the config names, with the sampler, steps and guidance that it asks for."""
+    """Return the model named in the config, with the sampler, steps and guidance set there."""
     sampler = plain(cfg.sampler)
     chosen = sampler if sampler.get("_target_") else None
     model = load_model(str(cfg.model), cfg.weights, allow=plain(cfg.allow), sampler=chosen, steps=cfg.steps)
@@ -156,7 +156,7 @@ def choose_model(cfg: DictConfig) -> Model:
 
 
 def prepare(cfg: DictConfig) -> Setup:
-    """Model, sampler and device, checked; nothing is written yet."""
+    """Return the checked model, sampler and device; write nothing."""
     check_counts(cfg)
     world = shards.meet()
     device = shards.own_device(pick_device(str(cfg.device)), world)
@@ -172,9 +172,9 @@ def prepare(cfg: DictConfig) -> Setup:
 
 
 def read_mask(setup: Setup, like: Tensor) -> Tensor:
-    """Return the mask of images `like`, bool ``(H, W)``, white from half on.
+    """Return the mask for the images `like`, bool ``(H, W)``, thresholded at half.
 
-    Raises: UserError for another size, and for one colour alone.
+    Raises: UserError unless it has the size of the images and both values.
     """
     place, name = str(setup.cfg.mask), str(setup.cfg.image)
     grey = load_image(place, channels=1)[0]
@@ -190,14 +190,14 @@ def read_mask(setup: Setup, like: Tensor) -> Tensor:
 
 
 def check_scale(name: str, value: object) -> float:
-    """Raises UserError unless 0 < value <= 1."""
+    """Return the value as a float. Raises UserError unless 0 < value <= 1."""
     fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
     require(fits, f"{name} must be a scale in (0, 1], got {value!r}")
     return float(value)  # type: ignore[arg-type]
 
 
 def check_noise_std(setup: Setup) -> float:
-    """noise_std of the config in units of the value range. Raises UserError for another number than 0 to 1."""
+    """Return noise_std in units of the process's value range. Raises UserError unless it is from 0 to 1."""
     require_number("noise_std", setup.cfg.noise_std, 0, 1)
     low, high = setup.process.value_range
     return float(setup.cfg.noise_std) * (high - low)
@@ -216,20 +216,20 @@ def produce(
     together: int = 1,
     shown: int | None = None,
 ) -> Iterator[list[Tensor]]:
-    """Write `per_input` numbered results for each of `inputs`, with the other processes, and wait for all of them.
+    """Write `per_input` numbered results for each of `inputs`, shared with the other processes; wait for all of them.
 
-    The folder is this command's until the body has run, see `sample_folder.claimed`.
+    The folder stays reserved for this command while the body runs, see `sample_folder.claimed`.
 
     Args:
-        sampler: that makes them.
+        sampler: the sampler that `make` uses, for the record.
         size: H, W of the results.
-        steps: calls of `on_step` that a batch makes.
-        make: results in pixels ``(B, C, H, W)`` from numbers of inputs ``(B,)``, noise, labels and a callback.
-        noise_of: noise from the count and the first number of a batch; by default one stream for each result.
-        together: results that can't be parted, one after the other; divides `per_input`.
-        shown: number of results that are returned; by default those of the first rows of `comparison.png`.
+        steps: number of calls of `on_step` per batch.
+        make: returns results in pixels ``(B, C, H, W)`` from input numbers ``(B,)``, noise, labels and a callback.
+        noise_of: returns the noise for the size and first number of a batch; by default one stream per result.
+        together: number of consecutive results kept in one batch; divides `per_input`.
+        shown: number of results to yield; by default those in the rows of `comparison.png`.
 
-    Yields: the first results, uint8 on the CPU; nothing in other processes than the first.
+    Yields: the first results, uint8 on the CPU; an empty list in all processes but the first.
     """
     cfg, total = setup.cfg, inputs * per_input
     part = setup.world.part(total // together)
@@ -252,7 +252,7 @@ def produce(
                 for number, image in enumerate(finished(x, setup.process.value_range, first), start=first):
                     path = setup.out / sample_folder.image_name(number)
                     save_png(path, image, sample_folder.image_text(record, number))
-        shards.leave()  # once all results are there
+        shards.leave()  # returns when all results exist
         shown = min(total, SHOWN_ROWS * per_input if shown is None else shown)
         names = map(sample_folder.image_name, range(shown if setup.world.is_main else 0))
         yield [load_image(setup.out / name) for name in names]
@@ -261,11 +261,11 @@ def produce(
 def save_comparison(
     setup: Setup, before: list[Tensor], results: list[Tensor], per_input: int, after: list[Tensor] | None = None
 ) -> None:
-    """`comparison.png`: a row for each input; nothing for no results.
+    """Write `comparison.png`, one row per input; nothing if there are no results.
 
     Args:
-        before, after: what stands on either side of the results, uint8 ``(N, C, H, W)`` each.
-        results: `per_input` of each input, uint8 ``(C, H, W)``.
+        before, after: images to the left and right of the results, uint8 ``(N, C, H, W)`` each.
+        results: `per_input` for each input, uint8 ``(C, H, W)``.
     """
     if not results:
         return
@@ -281,7 +281,7 @@ def save_comparison(
 
 
 def enlargement(images: Tensor) -> int:
-    """The factor that makes the shorter side at least `SHOWN_SIDE` pixels."""
+    """Return the integer factor that makes the shorter side at least `SHOWN_SIDE` pixels."""
     return max(1, -(-SHOWN_SIDE // min(images.shape[-2:])))
 
 
