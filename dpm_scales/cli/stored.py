@@ -3,9 +3,9 @@
 Resuming a stranger's run executes none of its code and writes only into its folder.
 
 Options on the command line may name any class of any package. Options stored in a folder may only choose among this
-package's configs and classes, and set values. Hydra would otherwise import and call whatever a `_target_` names, read configs
-from any folder (`hydra.searchpath`, `process=../../elsewhere`), or take `--config-dir` from there. Nor may it name a
-place to write to (`logger.save_dir`), or one to download a data set to.
+package's configs and classes, and set values. Otherwise Hydra would import and call whatever a `_target_` names, read
+configs from any folder (`hydra.searchpath`, `process=../../elsewhere`), or take `--config-dir` from the stored options.
+Nor may they name a place to write to (`logger.save_dir`), or one to download a data set to.
 """
 
 from __future__ import annotations
