@@ -1,7 +1,7 @@
-"""Eight-bit images: value ranges, grids, files. The only module that depends on 0..255.
+"""Convert, tile, load and save eight-bit images. Only this module depends on 0..255.
 
-Everything stored or shown is uint8 of shape (C, H, W) or (B, C, H, W); models see floats in a `value_range` = (lo, hi),
-related by the affine map that sends 0 to lo and 255 to hi. Files are written atomically.
+Images stored or shown are uint8, (C, H, W) or (B, C, H, W). Models use floats in a `value_range` = (lo, hi), related by
+the affine map that sends 0 to lo and 255 to hi. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from dpm_scales.storage import write_bytes as write_bytes
 from dpm_scales.storage import write_text as write_text
 
 LEVELS = 255
-"""Highest value of an eight-bit image."""
+"""Maximum value of an eight-bit image."""
 
 PADDING_LEVEL = 128
-"""Grey between the cells of a grid, visible beside black and beside white."""
+"""Grey value between the cells of a grid, visible beside black and white."""
 
 SMALLEST_CELL = 32
-"""Side in pixels to which `make_grid` enlarges smaller images."""
+"""Minimum side in pixels of images in `make_grid`, which enlarges smaller ones."""
 
 CLASS_COLUMNS, CLASS_ROWS, CAPTION_LENGTH = 10, 20, 24
 """Limits of `make_class_grid`: images in a row, classes in a column, characters of a name."""
@@ -56,7 +56,7 @@ DECODING_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow raises for damaged files, depending on the format and on the damage."""
+"""Exceptions of Pillow for damaged files, depending on the format and the damage."""
 
 
 def to_range(images: Tensor, value_range: tuple[float, float], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,7 +72,7 @@ def to_range(images: Tensor, value_range: tuple[float, float], dtype: torch.dtyp
 
 
 def to_uint8(x: Tensor, value_range: tuple[float, float]) -> Tensor:
-    """Map floats of any shape from `value_range` to uint8: clip, then round to nearest. NaN becomes lo.
+    """Map floats of any shape from `value_range` to uint8: clip, then round to nearest. NaN becomes 0.
 
     ``to_uint8(to_range(images, r), r)`` equals `images` exactly.
     """
@@ -101,10 +101,10 @@ def make_grid(images: Tensor, columns: int | None = None, padding: int = 1, upsc
 
     Args:
         images: at least one image; they may be rectangular.
-        columns: images in a row; by default as many as make the sheet nearly square.
-        padding: grey pixels around every image, counted after enlargement.
-        upscale: integer factor of the nearest-neighbour enlargement; by default the least that makes the shorter side
-            at least 32 pixels.
+        columns: images per row; by default, the number that makes the grid nearly square.
+        padding: grey pixels around every image, after enlargement.
+        upscale: integer factor of the nearest-neighbour enlargement; by default, the smallest that makes the shorter
+            side at least 32 pixels.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
         raise ValueError(f"make_grid: expected uint8 (N, C, H, W), N >= 1, got {images.dtype} {tuple(images.shape)}")
@@ -127,13 +127,13 @@ def make_grid(images: Tensor, columns: int | None = None, padding: int = 1, upsc
 def make_class_grid(images: Tensor, labels: Sequence[int], names: Sequence[str] | None = None) -> Tensor:
     """Tile uint8 images (N, C, H, W) into one image (C, H', W') with a row for each class, its name on the left.
 
-    Rows are in the order of the labels. A class of more than 10 images takes several rows, and more than 20
-    classes several columns.
+    Rows are sorted by label. A class of more than 10 images takes several rows, and more than 20 classes take several
+    columns.
 
     Args:
         images: at least one image; they may be rectangular.
         labels: class of each image.
-        names: names of the classes 0, 1, …; one that Latin letters cannot write is replaced by its number.
+        names: names of the classes 0, 1, …; a name that Latin letters cannot represent is replaced by its number.
     """
     classes = sorted(set(labels))
     members = [[i for i, label in enumerate(labels) if label == number] for number in classes]
@@ -153,7 +153,7 @@ def make_class_grid(images: Tensor, labels: Sequence[int], names: Sequence[str] 
         height = min(row.shape[1], name.shape[0])
         row[:, :height, margin - name.shape[1] : margin] = name[:height]
         rows.append(row)
-    # the lower padding of a row is the upper one of the next
+    # the lower padding of a row is the upper padding of the next
     blocks = [rows[start : start + CLASS_ROWS] for start in range(0, len(rows), CLASS_ROWS)]
     sheets = [torch.cat([*(row[:, :-1] for row in block[:-1]), block[-1]], 1) for block in blocks]
     tallest = max(sheet.shape[1] for sheet in sheets)
@@ -168,7 +168,7 @@ def _ascii(name: str) -> str:
 
 
 def caption(text: str, size: int) -> Tensor:
-    """Write white text of `size` pixels on the grey between cells, uint8 (H, W); a long one is cut."""
+    """Return white text of `size` pixels on the grey of the padding, uint8 (H, W); long text is cut."""
     text = text if len(text) <= CAPTION_LENGTH else f"{text[: CAPTION_LENGTH - 3]}..."
     font = ImageFont.load_default(size)
     left, top, right, bottom = font.getbbox(text)
@@ -181,7 +181,7 @@ def save_png(path: str | Path, image: Tensor, text: Mapping[str, str] | None = N
     """Save a uint8 image (C, H, W) atomically: C = 1 as grey (mode L), C = 3 as RGB.
 
     Args:
-        text: metadata, as tEXt chunks in this order; `Image.open(path).text` reads them.
+        text: metadata, written as tEXt chunks in this order; `Image.open(path).text` reads them.
     """
     picture, chunks = _to_pillow(image), PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
@@ -191,7 +191,7 @@ def save_png(path: str | Path, image: Tensor, text: Mapping[str, str] | None = N
 
 
 def save_gif(path: str | Path, frames: Tensor | Sequence[Tensor], duration_ms: int) -> None:
-    """Save uint8 frames (T, C, H, W) atomically as an endless GIF that shows each for `duration_ms` milliseconds."""
+    """Save uint8 frames (T, C, H, W) atomically as an endless GIF with `duration_ms` milliseconds per frame."""
     pictures = [_to_pillow(frame) for frame in frames]
     if not pictures:
         raise ValueError("save_gif: no frames")
@@ -200,18 +200,18 @@ def save_gif(path: str | Path, frames: Tensor | Sequence[Tensor], duration_ms: i
 
 
 def load_image(source: str | Path | bytes | BinaryIO, channels: int | None = None, name: str | None = None) -> Tensor:
-    """Decode an image file to uint8 (C, H, W), upright.
+    """Return a decoded image file as uint8 (C, H, W), upright.
 
-    EXIF rotation is applied, palettes are expanded, transparency is composited on white, CMYK becomes RGB, 16-bit grey
-    is scaled to 8 bits; of an animation the first frame is taken.
+    EXIF rotation is applied, palettes are expanded, transparency is composited on white, CMYK becomes RGB, and 16-bit
+    grey is scaled to 8 bits. Only the first frame of an animation is decoded.
 
     Args:
         source: path, file content or open binary file.
-        channels: 1 grey, 3 RGB, None as stored.
-        name: what error messages call it; by default the path.
+        channels: 1 for grey, 3 for RGB, None to keep the stored channels.
+        name: name in error messages; by default the path.
 
     Raises:
-        UserError: no such file, not an image, or truncated; the message names the file.
+        UserError: a missing file, one that is not an image, or a truncated one; the message names the file.
     """
     require(channels in (None, 1, 3), f"channels={channels}: allowed are 1 (grey), 3 (RGB) and null (as stored)")
     if name is None:
@@ -237,7 +237,7 @@ def _opened(source: str | Path | bytes | BinaryIO) -> AbstractContextManager[Bin
 
 
 def _to_array(picture: Image.Image, channels: int | None) -> np.ndarray:
-    """Convert a Pillow image of any mode to a new uint8 array (C, H, W)."""
+    """Return a Pillow image of any mode as a new uint8 array (C, H, W)."""
     if picture.mode.startswith("I"):
         wide = np.asarray(picture).astype(np.int64)
         if wide.min() < 0 or wide.max() > 65535:

@@ -1,4 +1,4 @@
-"""Figures: one style, one colour and one marker for each process, which colour-blind readers can tell apart."""
+"""Draw figures in one style, with a colour and a marker for each process that colour-blind readers can distinguish."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Array = NDArray[Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 MARKERS = "osD^vPX*"
 SECOND_DRAW = "second draw"
-"""Ending of the name of a process whose figures are drawn twice."""
+"""Ending of the name of the second draw of a process."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
-"""Coinciding curves remain visible, each through the gaps of the other."""
+"""Dash patterns that keep coinciding curves visible, each through the gaps of the other."""
 SHIPPED: dict[str, tuple[str, str]] = {
     "vp": ("#0072B2", "o"),
     "heat": ("#D55E00", "s"),
@@ -44,13 +44,13 @@ SHIPPED: dict[str, tuple[str, str]] = {
     "inverse_osmosis": ("#69C3FF", "<"),
     "osmosis_diffusion": ("#000069", ">"),
 }
-"""Colour and marker of each process of `configs/process`, in every figure."""
+"""Colour and marker of each process in `configs/process`, the same in every figure."""
 
 FURTHER = ("#3100CE", "#6D86FF", "#3D6D49", "#6DDB86", "#552424", "#3D496D", "#F3B6C2")
 """Colours of all other processes."""
 
 TITLE_SIZE, ROW_PADDING = 14, 4
-"""Pixels of the letters and between the images of `titled_row`."""
+"""Size of the letters and of the gaps between images in `titled_row`, in pixels."""
 STYLE = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -92,17 +92,17 @@ class Look:
     filled: bool
 
     def line(self) -> dict[str, Any]:
-        """Return arguments of matplotlib's `plot`."""
+        """Return keyword arguments for matplotlib's `plot`."""
         inside = self.colour if self.filled else "white"
         return {"color": self.colour, "marker": self.marker, "markerfacecolor": inside, "linestyle": self.dash}
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
-    """Return the look of each process of a study by its name.
+    """Return the look of each process of a study, by name.
 
-    Those of `SHIPPED` always have the same. A further name starts at a place among `FURTHER` that follows from its
-    letters alone, and the next free one if another name has that colour: give all names of a study at once. "NAME,
-    second draw" has the colour of NAME, dotted.
+    Those in `SHIPPED` are fixed. Any other name has a colour among `FURTHER` that depends only on its letters, or the
+    next free one if another name has that colour; so pass all names of a study at once. "NAME, second draw" has the
+    colour of NAME, dotted.
     """
     markers = [marker for _, marker in SHIPPED.values()]
     found = {name: Look(*look, DASHES[i % len(DASHES)], i % 2 == 0) for i, (name, look) in enumerate(SHIPPED.items())}
@@ -132,12 +132,12 @@ def lines(
     """Draw a marked line for each named curve over the positive x.
 
     Args:
-        x: ascending; on a logarithmic axis where they span more than a factor 20.
-        styles: of the curves' names, as `looks` returns them.
-        spread: by name, (below, above) of a pale band.
+        x: ascending; the axis is logarithmic if they span more than a factor of 20.
+        styles: looks of the curves by name, as returned by `looks`.
+        spread: lower and upper bound of a pale band around a curve, by name.
     """
     for name, values in curves.items():
-        # markers at the ends of the axes are drawn whole, over the frame
+        # markers at the ends of the axes are not clipped at the frame
         axes.plot(x, values, label=name, clip_on=False, zorder=3, **styles[name].line())
         if spread is not None and name in spread:
             axes.fill_between(x, *spread[name], color=styles[name].colour, alpha=0.15, linewidth=0)
@@ -152,7 +152,7 @@ def lines(
 
 
 def logarithmic(axes: Axes) -> None:
-    """Make the axis of y logarithmic, with enough plain numbers; call it after drawing."""
+    """Make the y-axis logarithmic, with enough labels in plain numbers; call it after drawing."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_yscale("log")
@@ -163,8 +163,10 @@ def logarithmic(axes: Axes) -> None:
 
 
 def signed_logarithmic(axes: Axes, linear: float) -> None:
-    """Make the axis of y logarithmic on both sides of 0 and linear within +-`linear`, which is shaded; plain numbers.
-    An axis that ends within ten times `linear` stays linear. Call it after drawing."""
+    """Make the y-axis logarithmic on both sides of 0 and linear within +-`linear`, which is shaded.
+
+    Labels are plain numbers. An axis that ends within ten times `linear` stays linear. Call it after drawing.
+    """
     from matplotlib.ticker import StrMethodFormatter
 
     axes.axhline(0, color="0.6", linewidth=0.8)
@@ -175,7 +177,7 @@ def signed_logarithmic(axes: Axes, linear: float) -> None:
 
 
 def legend(drawing: Figure, axes: Sequence[Axes]) -> None:
-    """Put one legend of all curves of `axes` beside them."""
+    """Draw one legend for all curves of `axes` beside them."""
     known: dict[Any, Artist] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -184,7 +186,7 @@ def legend(drawing: Figure, axes: Sequence[Axes]) -> None:
 
 
 def graded(number: int) -> list[str]:
-    """Return `number` colours from dark to light, of a map for colour-blind readers."""
+    """Return `number` colours from dark to light, from a colour map for colour-blind readers."""
     import matplotlib
     from matplotlib.colors import to_hex
 
@@ -198,9 +200,9 @@ def sheet(
     """Write a table of pictures ``(H, W, 3)`` uint8 of one size.
 
     Args:
-        rows: pictures by the name of their row.
+        rows: pictures of each row, by its name.
         columns: names of the columns.
-        inches: width of a picture.
+        inches: width of a picture in inches.
         note: a line below the table.
     """
     first = next(iter(rows.values()))[0]
@@ -223,7 +225,7 @@ def sheet(
 def titled_row(pictures: Mapping[str, Tensor]) -> Tensor:
     """Return uint8 images ``(C, H, W)`` of one size side by side, each below its title, as one image ``(C, H', W')``.
 
-    Pixels stay as they are, in whole multiples where a title needs the width; they end `ROW_PADDING` above the bottom.
+    Images are enlarged only by whole factors, if a title needs the width; they end `ROW_PADDING` above the bottom.
     """
     titles = [caption(title, TITLE_SIZE) for title in pictures]
     own = next(iter(pictures.values())).shape[-1]

@@ -1,4 +1,4 @@
-"""Progress of long commands: description, count, rate and time left, in terminals of any width."""
+"""Show the progress of long commands: description, count, rate and time left, in terminals of any width."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ GAP = 2
 
 
 class TaskLine:
-    """One task in one line; where there is no room, less important parts are left out as a whole.
+    """Display of one task in one line, which omits less important parts as a whole if there is no room.
 
-    First the time passed, then the bar, then figures, the last one first, then the rate. Counts and the time left are
-    always shown, and a description is shortened before it is left out.
+    Omitted are first the time passed, then the bar, then figures, the last one first, then the rate. Counts and the
+    time left are always shown; a description is shortened before it is omitted.
 
     Args:
-        task: may have the fields `unit`, of the rate, and `figures`, a list of short texts.
-        pad: least width of the description, in cells.
+        task: the task, optionally with the fields `unit`, the unit of the rate, and `figures`, a list of short texts.
+        pad: minimum width of the description, in cells.
     """
 
     def __init__(self, task: Task, pad: int = 0) -> None:
@@ -89,7 +89,7 @@ def _time(seconds: float | None) -> str:
 
 
 class LineProgress(Progress):
-    """Rich's display of tasks, a `TaskLine` for each."""
+    """Rich progress display with a `TaskLine` for each task."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         tasks = [task for task in self.tasks if task.visible]
@@ -103,13 +103,13 @@ def progress_bar(shown: bool = True) -> Progress:
 
 
 FIRST_LINE, NEXT_LINES = 5.0, 30.0
-"""Seconds until the first line of a part, and between further ones, where output is no terminal."""
+"""Seconds until the first line of a part, and between further lines, if the output is not a terminal."""
 
 
 class Report:
-    """Progress of several parts: name, count, total, rate and time left of each.
+    """Progress display of several parts: name, count, total, rate and time left of each.
 
-    A context manager. In a terminal each part has a bar. Elsewhere, as in a log file, a part that takes longer than
+    A context manager. In a terminal, each part has a bar. Elsewhere, as in a log file, a part that takes longer than
     `FIRST_LINE` seconds prints a line every `NEXT_LINES` seconds, and one at its end.
 
     Args:
@@ -133,7 +133,7 @@ class Report:
         self.bars.stop()
 
     def part(self, name: str, total: int) -> Callable[[float], None]:
-        """Begin a part of `total` steps; return a callback for the number of steps done, also fractions."""
+        """Begin a part of `total` steps; return a callback that takes the number of steps done, possibly a fraction."""
         if self.in_terminal:
             bar = self.bars.add_task(name, total=total)
             return lambda count: self.bars.advance(bar, count)
@@ -141,7 +141,7 @@ class Report:
 
 
 class _Lines:
-    """Printed lines of one part."""
+    """Printer of progress lines for one part."""
 
     def __init__(self, name: str, total: int, clock: Callable[[], float]) -> None:
         self.name, self.total, self.clock = name, total, clock

@@ -1,4 +1,4 @@
-"""Tables as CSV text without cells that a spreadsheet would take for formulas."""
+"""Write tables as CSV text without cells that a spreadsheet would interpret as formulas."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Write a table with a header and lines that end in a line feed; missing cells are empty.
+    """Return a table as CSV text with a header and lines ending in a line feed; missing cells are empty.
 
-    A name or value that a spreadsheet would take for a formula gets an apostrophe in front of it. Numbers are kept.
+    A name or value that a spreadsheet would interpret as a formula is prefixed with an apostrophe. Numbers are kept.
 
-    Raises: ValueError if a row has a key that is no column.
+    Raises: ValueError if a row has a key that is not a column.
     """
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
@@ -26,7 +26,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """Return a cell's value, escaped if a spreadsheet would take it for a formula."""
+    """Return the value of a cell, escaped if a spreadsheet would interpret it as a formula."""
     if not isinstance(value, str) or not value.startswith(FORMULA):
         return value
     try:

@@ -1,7 +1,7 @@
-"""Every proposition and property of Peter 2024, for any process, forward and reverse.
+"""Check every proposition and property of Peter 2024 for any process, forward and reverse.
 
-Each finding compares a closed form with something independent of it: laws composed as matrices from the transitions of
-the public interface (`audit_dense`), and random paths. Small images make both cheap; nothing in a law depends on size.
+Each finding compares a closed form with independent results: laws composed as matrices from the transitions of the
+public interface (see `dense`), and random paths. Small images make both cheap, and no law depends on the size.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ FORWARD = (
 
 @torch.no_grad()
 def audit(process: Process, images: Tensor, seed: int = 0, samples: int = 1000) -> list[Finding]:
-    """What becomes of the paper's statements in one process.
+    """Check the statements of the paper for one process.
 
     Args:
-        process: any, with any schedule; it is not changed.
+        process: any process with any schedule; it is not modified.
         images: uint8 ``(B, C, H, W)``; scaled down to at most 6 x 9 pixels.
-        seed: of the guidance image and of the random paths.
+        seed: seed of the guidance image and the random paths.
         samples: number of random paths, at least 100.
 
     Returns: findings of the forward direction in the paper's order, then of the reverse direction.
-    Raises: UserError for images that are no uint8 batch or of fewer than 2 x 2 pixels.
+    Raises: UserError for images that are not a uint8 batch or have fewer than 2 x 2 pixels.
     """
     fits = images.ndim == 4 and images.dtype == torch.uint8 and len(images) > 0 and min(images.shape[-2:]) >= 2
     require(fits, f"audit: images must be uint8 (B, C, H, W) of 2 x 2 pixels or more, got {tuple(images.shape)}")
@@ -72,7 +72,7 @@ def audit(process: Process, images: Tensor, seed: int = 0, samples: int = 1000) 
 
 
 def sample_features(finding: Finding) -> Finding:
-    """Laws that are not finite, or of a negative variance, have figures that are no numbers: nothing holds for them."""
+    """Return the finding, as violated if its measurement is NaN, as for laws with infinite or negative variance."""
     if finding.verdict is Verdict.NOT_APPLICABLE or not math.isnan(finding.measured):
         return finding
     return replace(finding, verdict=Verdict.VIOLATED, corrected="", note="the laws are not finite")

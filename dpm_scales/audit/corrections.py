@@ -1,6 +1,6 @@
-"""Where the printed formulas of Peter 2024 need correcting: one example for each, with numbers, whatever the process.
+"""Corrections to printed formulas of Peter 2024, each with a numerical example that is independent of the process.
 
-The chain U_k = alpha U_{k-1} + beta G is drawn as it is written, so that nothing of a process takes part in `measured`.
+The chain U_k = alpha U_{k-1} + beta G is drawn directly, so that `measured` uses no code of a process.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ SIZE = (6, 9)
 
 @dataclass(frozen=True)
 class Correction:
-    """A formula at an example.
+    """Printed and corrected formula at an example.
 
     Attributes:
-        source: where the paper has it.
-        statement: what is printed.
-        corrected: what holds.
+        source: place in the paper.
+        statement: the printed statement.
+        corrected: the correct statement.
         example: parameters and quantity.
-        printed: the printed formula's number; None where it has none.
-        true: the corrected formula's, from a process of this package.
-        measured, std_error: of the chain drawn at random.
+        printed: value of the printed formula; None if it gives none.
+        true: value of the corrected formula, from a process of this package.
+        measured, std_error: value and standard error from random draws of the chain.
     """
 
     source: str
@@ -43,11 +43,11 @@ class Correction:
 
 @torch.no_grad()
 def corrections(seed: int = 0) -> list[Correction]:
-    """All of them; under a second or two."""
+    """Return all corrections; takes a second or two."""
     generator = torch.Generator().manual_seed(seed)
 
     def spread(alphas: Sequence[float], betas: Sequence[float], start: float = 0.0) -> tuple[float, float]:
-        """Standard deviation of the chain's end, and its standard error."""
+        """Return the standard deviation at the end of the chain, and its standard error."""
         number = 20_000
         u = start * torch.randn(number, generator=generator, dtype=torch.float64)
         for alpha, beta in zip(alphas, betas, strict=True):
@@ -56,7 +56,7 @@ def corrections(seed: int = 0) -> list[Correction]:
         return std, std / math.sqrt(2 * number)
 
     keep, grey, pixels = math.sqrt(0.99), torch.zeros(1, dtype=torch.float64), SIZE[0] * SIZE[1]
-    chain = BlurringChain(200, 0.1, LinearTimeBlur(200.0))  # 1 px^2 a step
+    chain = BlurringChain(200, 0.1, LinearTimeBlur(200.0))  # 1 px^2 per step
     mu = chain.operator().eigenvalues(*SIZE)
     low = float(mu.flatten().sort().values[1])
     heat = InverseHeat(10, ConstantNoise(0.1))

@@ -1,8 +1,8 @@
-r"""Laws as matrices, on images so small that matrices are cheap.
+r"""Laws as matrices, on images small enough to make matrices cheap.
 
-A law of a process is a Gaussian that is affine in the image it starts from. Handing it the unit images one by one
-gives its matrix, handing unit images to its noise gives the covariance; so the public functions of a process, not its
-curves, are what is looked at:
+A law of a process is a Gaussian with a mean affine in the initial image. Applying it to the unit images gives its
+matrix, and applying its noise to unit images gives the covariance. These matrices thus examine the public functions of
+a process, not its curves:
 
     u_t ~ N(A u_s + b, S)  and  u_s ~ N(A' u_0 + b', S')   give   u_t ~ N(A A' u_0 + A b' + b, A S' A^T + S)
 """
@@ -27,7 +27,7 @@ class Law:
     covariance: Tensor
 
     def after(self, first: Law) -> Law:
-        """`first`, then this one."""
+        """Return the law that applies `first`, then this law."""
         return Law(
             self.matrix @ first.matrix,
             self.matrix @ first.offset + self.offset,
@@ -35,11 +35,11 @@ class Law:
         )
 
     def mean(self, x: Tensor) -> Tensor:
-        """Of images ``(..., N)``."""
+        """Return the means for images ``(..., N)``."""
         return x @ self.matrix.T + self.offset
 
     def moved(self, matrix: Tensor) -> Law:
-        """The law of moved images, for a permutation of the pixels as a matrix."""
+        """Return the law of images permuted by `matrix`."""
         return Law(matrix @ self.matrix @ matrix.T, matrix @ self.offset, matrix @ self.covariance @ matrix.T)
 
 
@@ -53,7 +53,7 @@ class Posterior:
     covariance: Tensor
 
     def after(self, later: Law) -> Law:
-        """The law of u_s given u_0, where `later` is that of u_t."""
+        """Return the law of u_s given u_0, where `later` is the law of u_t given u_0."""
         return Law(
             self.keep @ later.matrix + self.pull,
             self.keep @ later.offset + self.offset,
@@ -62,7 +62,7 @@ class Posterior:
 
 
 class DenseProcess:
-    """The laws of a process on one-channel images of `size` = (H, W), with one context for all of them."""
+    """The laws of a process on one-channel images of `size` = (H, W), all with the same context."""
 
     def __init__(self, process: Process, size: tuple[int, int], context: Context = None) -> None:
         self.process, self.size, self.context = process, size, context
@@ -72,15 +72,15 @@ class DenseProcess:
         self._basis = torch.cat([self.units, torch.zeros(1, pixels, dtype=torch.float64)]).reshape(-1, 1, *size)
 
     def marginal(self, t: float) -> Law:
-        """q(u_t | u_0)."""
+        """Return q(u_t | u_0)."""
         return self._law(self.process.marginal(self._basis, t, self.context))
 
     def transition(self, s: float, t: float) -> Law:
-        """q(u_t | u_s)."""
+        """Return q(u_t | u_s)."""
         return self._law(self.process.transition(self._basis, s, t, self.context))
 
     def posterior(self, s: float, t: float) -> Posterior:
-        """q(u_s | u_t, u_0)."""
+        """Return q(u_s | u_t, u_0)."""
         nothing = torch.zeros_like(self._basis)
         later = self.process.posterior(self._basis, nothing, s, t, self.context)
         keep, offset = _affine(later.mean)
@@ -92,42 +92,42 @@ class DenseProcess:
 
     def _covariance(self, gaussian: Gaussian) -> Tensor:
         op = gaussian.operator
-        noise = op.to_pixels(op.apply(gaussian.std, self._basis[:-1])).flatten(1)  # row j: what white noise j becomes
+        noise = op.to_pixels(op.apply(gaussian.std, self._basis[:-1])).flatten(1)  # row j: the image of white noise j
         return noise.T @ noise
 
 
 def permutation_matrix(order: Tensor) -> Tensor:
-    """The matrix that takes pixel ``order[i]`` to place i."""
+    """Return the matrix that moves pixel ``order[i]`` to position i."""
     return torch.eye(len(order), dtype=torch.float64)[order]
 
 
 def rotation_matrix(size: tuple[int, int]) -> Tensor:
-    """The matrix that turns an image of `size` by 90 degrees."""
+    """Return the matrix that rotates an image of `size` by 90 degrees."""
     numbers = torch.arange(size[0] * size[1]).reshape(size)
     return permutation_matrix(torch.rot90(numbers, 1, (-2, -1)).flatten())
 
 
 def entropy(covariance: Tensor) -> float:
-    """Of a Gaussian, in nats: 1/2 ln det(2 pi e S); -inf where S is singular."""
+    """Return the entropy of a Gaussian in nats, 1/2 ln det(2 pi e S); -inf if S is singular."""
     scaled = 2 * torch.pi * torch.e * covariance
     sign, log_det = torch.linalg.slogdet(scaled)
     return float(0.5 * log_det) if bool(sign > 0) else -torch.inf
 
 
 def root(variance: float) -> float:
-    """Its square root; NaN for what is no variance, as broken laws may have it."""
+    """Return the square root; NaN for a negative variance, which broken laws may have."""
     return math.sqrt(variance) if variance >= 0 else math.nan
 
 
 def eigen(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors; NaN for a matrix that is not finite."""
+    """Return eigenvalues, ascending, and eigenvectors; NaN for a matrix that is not finite."""
     if not bool(torch.isfinite(symmetric).all()):
         return torch.full_like(symmetric[0], math.nan), torch.full_like(symmetric, math.nan)
     return torch.linalg.eigh(symmetric)
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """The least of all x with ``matrix x = right``, as nearly as there is one; NaN for matrices that are not finite."""
+    """Return the minimum-norm least-squares solution of ``matrix x = right``; NaN for matrices that are not finite."""
     if not bool(torch.isfinite(matrix).all() and torch.isfinite(right).all()):
         return torch.full((matrix.shape[1], right.shape[1]), math.nan, dtype=matrix.dtype)
     return torch.linalg.lstsq(matrix, right, driver="gelsd").solution
@@ -139,5 +139,5 @@ def _affine(mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def largest(values: Tensor) -> float:
-    """Largest absolute value."""
+    """Return the largest absolute value."""
     return float(values.abs().max())

@@ -1,4 +1,4 @@
-"""The forward direction, the architecture and the entropies: Sect. 5.1 and 5.3, Peter 2024."""
+"""Check the forward direction: the architecture and the entropies, Sect. 5.1 and 5.3, Peter 2024."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpm_scales.audit.lab import LIMIT, Finding, Lab, Verdict, not_applicable, w
 
 
 def initial_state(lab: Lab) -> Finding:
-    """Property 1: scale 0 is the image itself."""
+    """Check Property 1: scale 0 is the image itself."""
     first = lab.marginals[0]
     off = max(largest(first.matrix - lab.dense.units), largest(first.offset) / lab.span)
     off = max(off, root(largest(first.covariance)) / lab.span)
@@ -37,7 +37,7 @@ def initial_state(lab: Lab) -> Finding:
 
 
 def markov(lab: Lab) -> Finding:
-    """Eq. (1): what a step adds knows nothing of the past."""
+    """Check Eq. (1): the noise of a step is independent of the past."""
     worst, error, where = 0.0, float("nan"), None
     if lab.noisy:
         for k in range(2, len(lab.ladder)):
@@ -46,7 +46,7 @@ def markov(lab: Lab) -> Finding:
             level = _level(past)
             if level == 0:
                 continue
-            # a step that adds nothing leaves rounding errors, which may well remember the past
+            # a step without noise leaves rounding errors, which may depend on the past
             products = (added * past).mean(1) / math.sqrt(max(_level(added), 1e-12 * level) * level)
             mean, std = float(products.mean()), float(products.std()) / math.sqrt(len(products))
             if where is None or abs(mean) / max(std, 1e-12) > abs(worst) / max(error, 1e-12):
@@ -77,19 +77,22 @@ def _level(values: Tensor) -> float:
 
 
 def spread_at_the_end(deviation: Tensor, covariance: Tensor) -> tuple[float, float, float]:
-    """Variance of draws ``(M, N)`` around the mean of their law, in units of its covariance; the standard error; and
-    how many standard errors their mean lies off."""
+    """Compare draws ``(M, N)`` with their law.
+
+    Return their variance around its mean in units of its covariance; the standard error of that; and the deviation of
+    their mean in standard errors.
+    """
     white = whitened(deviation, covariance)
     number, pixels = white.shape
     spread, error = float(white.square().mean()), math.sqrt(2 / (number * pixels))
-    # Wilson and Hilferty: the cube root of a chi-squared figure is normal even for few pixels
+    # Wilson and Hilferty: the cube root of a chi-squared variable is nearly normal even for few pixels
     root = (float((number * white.mean(0).square()).sum()) / pixels) ** (1 / 3)
     off = (root - 1 + 2 / (9 * pixels)) / math.sqrt(2 / (9 * pixels))
     return spread, error, off
 
 
 def semigroup(lab: Lab) -> Finding:
-    """Proposition 2: one stride or many steps."""
+    """Check Proposition 2: one long step equals many short ones."""
     worst, gap = lab.widest([lab.gap(a, b) for a, b in zip(lab.chain, lab.marginals, strict=True)])
     fails, drawn, error = not gap.closed, None, None
     if lab.noisy:
@@ -120,7 +123,7 @@ def semigroup(lab: Lab) -> Finding:
 
 
 def initial_transition(lab: Lab) -> Finding:
-    """Proposition 1, Eq. (8), (14), (40): standard deviations do not add."""
+    """Check Proposition 1, Eq. (8), (14), (40): standard deviations do not add."""
     source = "Prop. 1, Eq. (14)" if not lab.blurs else "Eq. (38)-(40)"
     printed = "gamma_i = sum_k beta_k prod_{l>k} alpha_l + beta_i"
     if not lab.noisy:
@@ -175,7 +178,7 @@ def initial_transition(lab: Lab) -> Finding:
 
 
 def conditional_entropy(lab: Lab) -> Finding:
-    """Propositions 3 and 7: H(U_i | U_0) never falls."""
+    """Check Propositions 3 and 7: H(U_i | U_0) never decreases."""
     name, printed = "conditional entropy", "H(U_i | U_0) increases with i"
     source = "Prop. 7" if lab.blurs else "Prop. 3"
     if not lab.noisy:
@@ -197,7 +200,7 @@ def conditional_entropy(lab: Lab) -> Finding:
         verdict, note = Verdict.VIOLATED, f"closed form and determinants of composed transitions differ by {apart:.3g}"
     elif falls or (drawn is not None and abs(drawn - float(finite[worst])) > LIMIT * error + tolerance):
         verdict = Verdict.VIOLATED
-    if lowest < -1e-9:  # which the sum over all frequencies may make up for
+    if lowest < -1e-9:  # for which the sum over all frequencies may compensate
         step, mode = divmod(int(per_mode.argmin()), per_mode.shape[1])
         eigenvalue = float(lab.mu[mode])
         note += f"; the variance of one frequency falls by {-lowest:.3g} of itself at t = {float(lab.ts[step + 2]):.3g}"
@@ -220,9 +223,11 @@ def conditional_entropy(lab: Lab) -> Finding:
 
 
 def _drawn_rise(lab: Lab, number: int) -> tuple[float | None, float]:
-    """Rise of the entropy in a step of the chain, nats per pixel, by the determinants of the paths' covariances, whose
-    biases cancel; and its standard error if both were drawn apart, which is too large. None from scale 0, where a path
-    is the image itself."""
+    """Return the entropy increase in a step of the chain, in nats per pixel, and a bound on its standard error.
+
+    It follows from the determinants of the covariances of the paths, whose biases cancel. The bound assumes independent
+    draws. The increase is None from scale 0, where a path is the image itself.
+    """
     if number == 0:
         return None, 0.0
     step = lab.steps.index((number / lab.process.num_scales, (number + 1) / lab.process.num_scales))
@@ -232,7 +237,7 @@ def _drawn_rise(lab: Lab, number: int) -> tuple[float | None, float]:
 
 
 def entropy_condition(lab: Lab) -> Finding:
-    """The assumption of Propositions 3 and 7, Eq. (24), (44): with squares."""
+    """Check the assumption of Propositions 3 and 7, Eq. (24), (44), which holds with squares."""
     name, printed = "condition for the entropy", "beta_{i+1} >= (1 - alpha_{i+1}) gamma_i is enough"
     source = "Prop. 7, Eq. (44)" if lab.blurs else "Prop. 3, Eq. (24)"
     if not lab.noisy:
@@ -241,7 +246,7 @@ def entropy_condition(lab: Lab) -> Finding:
     falls = after < before * (1 - 1e-9)
     weak = lab.beta >= (1 - lab.alpha) * before * (1 - 1e-9)
     misled = falls & weak
-    # the steps between the rungs, as matrices: does the covariance grow in every direction?
+    # as matrices between the rungs: does the covariance grow in every direction?
     gaps, wanted = [], []
     for (s, t), early, late in zip(lab.steps, lab.chain, lab.chain[1:], strict=False):
         scale = float(late.covariance.diagonal().max())
@@ -253,7 +258,7 @@ def entropy_condition(lab: Lab) -> Finding:
     eigenvalue = None
     if bool(misled.any()):
         eigenvalue = float(lab.mu[int(misled.nonzero()[0, 1])])
-    same = bool((lab.alpha > 1 - 1e-12).all())  # both conditions then say beta >= 0
+    same = bool((lab.alpha > 1 - 1e-12).all())  # both conditions then reduce to beta >= 0
     good = Verdict.EXACTLY if same else Verdict.CORRECTED
     return Finding(
         name=name,
@@ -274,7 +279,7 @@ def entropy_condition(lab: Lab) -> Finding:
 
 
 def entropy_formula(lab: Lab) -> Finding:
-    """Eq. (22), (42): the determinant of the covariance is the product of the squares."""
+    """Check Eq. (22), (42): the determinant of the covariance is the product of the squares."""
     name, source = "entropy by the determinant", "Eq. (42)" if lab.blurs else "Eq. (22)"
     printed = "H = 1/2 ln((2 pi e)^N prod_j gamma_j)" if lab.blurs else "H = 1/2 ln((2 pi e gamma^2)^n)"
     if not lab.noisy:

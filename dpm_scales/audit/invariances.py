@@ -1,4 +1,4 @@
-"""The forward direction, invariances (Sect. 5.1, 5.3) and what osmosis promises beside them (Sect. 6), Peter 2024."""
+"""Check invariances (Sect. 5.1, 5.3) and properties of osmosis (Sect. 6) of the forward direction, Peter 2024."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpm_scales.processes import Osmosis
 
 
 def permutation(lab: Lab) -> Finding:
-    """Proposition 4 and Corollary 5, which hold where no pixel sees another."""
+    """Check Proposition 4 and Corollary 5, which hold if pixels do not interact."""
     order = torch.randperm(lab.pixels, generator=torch.Generator().manual_seed(lab.seed))
     matrix = permutation_matrix(order)
     worst, gap = lab.widest([lab.gap(law.moved(matrix), law) for law in lab.marginals + lab.transitions])
@@ -36,7 +36,7 @@ def permutation(lab: Lab) -> Finding:
 
 
 def rotation(lab: Lab) -> Finding:
-    """Proposition 9, also a case of Proposition 4: rotations by 90 degrees, on a rectangle."""
+    """Check Proposition 9, also a case of Proposition 4: rotations by 90 degrees, on a rectangle."""
     context = None if lab.context is None else torch.rot90(lab.context, 1, (-2, -1))
     other = DenseProcess(lab.process, (lab.size[1], lab.size[0]), context)
     matrix = rotation_matrix(lab.size)
@@ -65,7 +65,7 @@ def rotation(lab: Lab) -> Finding:
 
 
 def average_grey(lab: Lab) -> Finding:
-    """Proposition 8: exact without noise, else in expectation; the sample's mean moves by N(0, gamma^2 / N)."""
+    """Check Proposition 8: exact without noise, else in expectation; a sample's mean moves by N(0, gamma^2 / N)."""
     ones = torch.full((lab.pixels,), 1 / lab.pixels, dtype=torch.float64)
     drifts = [
         float((law.matrix.T @ ones - ones).abs().max()) * lab.pixels + abs(float(law.offset @ ones)) / lab.span
@@ -125,13 +125,13 @@ def average_grey(lab: Lab) -> Finding:
 
 
 def positivity(lab: Lab) -> Finding:
-    """Osmosis keeps positive images positive: no entry of its matrix is negative."""
+    """Check that osmosis keeps positive images positive: no entry of its matrix is negative."""
     name, source, printed = "positivity", "Sect. 6.1", "positive images stay positive"
     if not isinstance(lab.process, Osmosis):
         return not_applicable(name, source, printed, "a property of osmosis")
     if lab.process.value_range[0] < 0:
         return not_applicable(name, source, printed, "images of this process are not positive")
-    # noise leaves the mean alone to speak of, and that is the marginal's: a step with a floor of its decay sharpens
+    # with noise, only the mean can stay positive; the marginal's is used, as a step with a decay floor sharpens
     laws = lab.marginals if lab.noisy else lab.marginals + lab.transitions
     lowest = [float(law.matrix.min()) for law in laws]
     worst = min(range(len(lowest)), key=lowest.__getitem__)
@@ -157,7 +157,7 @@ def positivity(lab: Lab) -> Finding:
 
 
 def osmosis_entropy(lab: Lab) -> Finding:
-    """Eq. (50): the relative entropy with respect to the steady state never falls."""
+    """Check Eq. (50): the relative entropy with respect to the steady state never decreases."""
     name, source, printed = "relative entropy", "Eq. (50)", "-int u ln(u / w) increases, w the steady state"
     if not isinstance(lab.process, Osmosis):
         return not_applicable(name, source, printed, "a property of osmosis")

@@ -1,5 +1,5 @@
-"""What an audit works with: a process on a small image, its curves at every scale, its laws as matrices on a ladder of
-scales, and paths drawn at random."""
+"""Quantities of an audit: a process on a small image, its curves at every scale, its laws as matrices on a ladder of
+scales, and random paths."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from dpm_scales.metrics import entropy_increments
 from dpm_scales.processes import Process
 
 RUNGS = 8
-"""Steps of the ladder, even in the scales, beside the first ones and the steepest."""
+"""Number of evenly spaced steps of the ladder, besides the first and the steepest ones."""
 
 LIMIT = 5.0
-"""Standard errors that a figure of random paths may lie off."""
+"""Tolerance for results from random paths, in standard errors."""
 
 
 class Verdict(StrEnum):
-    """How a statement fares."""
+    """Result of checking a statement."""
 
     EXACTLY = "exactly"
     IN_LAW = "in law"
     IN_EXPECTATION = "in expectation"
-    CORRECTED = "corrected"  # not as printed, but the corrected statement holds
+    CORRECTED = "corrected"  # only the corrected statement holds
     VIOLATED = "violated"
     NOT_APPLICABLE = "not applicable"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One statement of the paper and how a process fares.
+    """Result for one statement of the paper and one process.
 
     Attributes:
-        name: of the property.
-        source: where the paper has it.
+        name: name of the property.
+        source: place in the paper.
         direction: "forward" or "reverse".
-        printed: the statement as it is printed.
-        verdict: how it fares.
-        figure: what was measured.
-        measured, expected: that, and what it is compared with; NaN for nothing to measure.
-        tolerance: how far the two may lie apart, or the first beyond the second.
-        drawn, std_error: the same figure from random paths, and its standard error; None without.
-        corrected: the statement that holds, where it is not the printed one.
-        scale, eigenvalue: where it is worst.
-        note: what else there is to know.
+        printed: the statement as printed.
+        verdict: result of the check.
+        figure: description of the measured quantity.
+        measured, expected: its value, and the value to compare with; NaN if there is nothing to measure.
+        tolerance: allowed difference of the two, or allowed excess of the first over the second.
+        drawn, std_error: the value from random paths, and its standard error; None if not drawn.
+        corrected: the correct statement, if the printed one is wrong.
+        scale, eigenvalue: location of the largest error.
+        note: further remarks.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far two laws lie apart, and how far they may."""
+    """Distance between two laws, and its tolerance."""
 
     value: float
     tolerance: float
@@ -85,17 +85,17 @@ class Gap:
 
     @property
     def size(self) -> float:
-        """In units of the tolerance; inf for what is no number."""
+        """Return the distance in units of the tolerance; inf for NaN."""
         return math.inf if math.isnan(self.value) else self.value / self.tolerance
 
 
 class Lab:
-    """One process at work on small grey images.
+    """One process on small grey images.
 
     Args:
-        process: any; it is copied and left as it is.
-        images: uint8 ``(B, C, H, W)``; scaled down to at most 6 x 9 pixels, and turned grey.
-        seed: of the guidance image and of the paths.
+        process: any process; it is copied, not modified.
+        images: uint8 ``(B, C, H, W)``; scaled down to at most 6 x 9 pixels and converted to grey.
+        seed: seed of the guidance image and the paths.
         samples: number of paths.
     """
 
@@ -111,20 +111,20 @@ class Lab:
         self.expands = not self.dense.operator.is_diagonal
         low, high = self.process.value_range
         self.span = high - low
-        #: of means in units of the value range; relative, of covariances and of entropies per pixel
+        #: tolerances: of means in units of the value range; of covariances and entropies per pixel, relative
         self.mean_tolerance = max(1e-9, 20 * self.process.tolerance)
-        self.noise_tolerance = 5e-3 if self.expands else 1e-7  # an expansion of a root is no better
+        self.noise_tolerance = 5e-3 if self.expands else 1e-7  # limited by the expansion of a root
 
     # --- curves at every scale of the chain, (K + 1, N) ---------------------------------------------------------------
 
     @cached_property
     def ts(self) -> Tensor:
-        """All scales of the chain, ``(K + 1,)``."""
+        """Return all scales of the chain, ``(K + 1,)``."""
         return torch.arange(self.process.num_scales + 1, dtype=torch.float64) / self.process.num_scales
 
     @cached_property
     def mu(self) -> Tensor:
-        """Eigenvalues of the operator, ascending, ``(N,)``; for osmosis those of the constant guidance image."""
+        """Return the operator's eigenvalues, ascending, ``(N,)``; for osmosis, those of a constant guidance image."""
         return self.process.operator().eigenvalues(*self.size).expand(self.size).flatten().sort().values
 
     @cached_property
@@ -133,17 +133,17 @@ class Lab:
 
     @cached_property
     def noise(self) -> Tensor:
-        """gamma."""
+        """Return gamma, ``(K + 1, N)``."""
         return self._table(self.process.noise_scale(self.ts, self.mu))
 
     @cached_property
     def alpha(self) -> Tensor:
-        """Mean factor of each step of the chain, ``(K, N)``."""
+        """Return the mean factor of each step of the chain, ``(K, N)``."""
         return self._table(self.process.step(self.ts[:-1], self.ts[1:]).rho(self.mu))
 
     @cached_property
     def beta(self) -> Tensor:
-        """Standard deviation that each step adds, ``(K, N)``."""
+        """Return the standard deviation of the noise of each step, ``(K, N)``."""
         return self._table(self.process.step(self.ts[:-1], self.ts[1:]).transition_std(self.mu))
 
     def _table(self, values: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class Lab:
 
     @cached_property
     def increments(self) -> Tensor:
-        """H(U_k | U_0) - H(U_{k-1} | U_0) per pixel in nats, closed form, ``(K,)``."""
+        """Return H(U_k | U_0) - H(U_{k-1} | U_0) in nats per pixel in closed form, ``(K,)``."""
         return entropy_increments(self.process, self.ts, self.size) / self.pixels
 
     # --- kinds of processes -------------------------------------------------------------------------------------------
@@ -162,12 +162,12 @@ class Lab:
 
     @property
     def blurs(self) -> bool:
-        """Whether pixels see one another."""
+        """Return whether pixels interact."""
         return bool(self.mu.max() > 0)
 
     @property
     def scales_grey(self) -> bool:
-        """Whether noise takes the place of the signal at all eigenvalues, the average grey value's too."""
+        """Return whether noise replaces the signal at all eigenvalues, including that of the average grey value."""
         first, last = self.log_signal[0, 0], self.log_signal[-1, 0]
         variances = torch.stack(
             [torch.exp(2 * first) + self.noise[0, 0] ** 2, torch.exp(2 * last) + self.noise[-1, 0] ** 2]
@@ -180,7 +180,7 @@ class Lab:
 
     @cached_property
     def ladder(self) -> list[float]:
-        """A few scales of the chain, 0 and 1 among them, and both sides of the steps whose entropy rises least."""
+        """Return a few scales of the chain, including 0, 1 and both ends of the steps with least entropy increase."""
         last = self.process.num_scales
         numbers = {round(last * k / RUNGS) for k in range(RUNGS + 1)} | {min(1, last), min(2, last)}
         finite = self.increments.nan_to_num(nan=torch.inf)
@@ -190,52 +190,52 @@ class Lab:
 
     @property
     def steps(self) -> list[tuple[float, float]]:
-        """Neighbouring rungs (s, t), s < t."""
+        """Return the pairs of neighbouring rungs (s, t), s < t."""
         return list(zip(self.ladder, self.ladder[1:], strict=False))
 
     @cached_property
     def marginals(self) -> list[Law]:
-        """q(u_t | u_0) on the ladder."""
+        """Return q(u_t | u_0) on the ladder."""
         return [self.dense.marginal(t) for t in self.ladder]
 
     @cached_property
     def transitions(self) -> list[Law]:
-        """q(u_t | u_s) between the rungs."""
+        """Return q(u_t | u_s) between neighbouring rungs."""
         return [self.dense.transition(s, t) for s, t in self.steps]
 
     @cached_property
     def chain(self) -> list[Law]:
-        """The law given u_0 that the transitions alone make, rung by rung, from that at scale 0."""
+        """Return the laws given u_0 that the transitions alone compose, rung by rung, from the law at scale 0."""
         laws = [self.marginals[0]]
         for step in self.transitions:
             laws.append(step.after(laws[-1]))
         return laws
 
     def gap(self, a: Law, b: Law) -> Gap:
-        """How far two laws lie apart: in their means, or in their covariances, whichever is worse."""
+        """Return the distance between two laws in their means or in their covariances, whichever is larger."""
         mean = Gap(max(largest(a.matrix - b.matrix), largest(a.offset - b.offset) / self.span), self.mean_tolerance)
         spread = max(largest(a.covariance), largest(b.covariance), 1e-9 * float(self.noise.max()) ** 2)
         noise = Gap(largest(a.covariance - b.covariance) / spread if spread > 0 else 0.0, self.noise_tolerance)
         return max(mean, noise, key=lambda gap: gap.size)
 
     def widest(self, gaps: Sequence[Gap]) -> tuple[int, Gap]:
-        """The worst of some gaps, and its number."""
+        """Return the index of the largest gap, and that gap."""
         index = max(range(len(gaps)), key=lambda k: gaps[k].size)
         return index, gaps[index]
 
     def over_the_data(self, laws: Sequence[Law]) -> list[Tensor]:
-        """Covariances of u_t, where those of u_t given u_0 are `laws` and u_0 has `data_covariance`."""
+        """Return the covariances of u_t, for laws of u_t given u_0 and the covariance `data_covariance` of u_0."""
         c = self.data_covariance
         return [law.matrix @ c @ law.matrix.T + law.covariance for law in laws]
 
     @cached_property
     def chain_entropy(self) -> list[float]:
-        """H(U_t | U_0) in nats by the determinants of the chain's covariances."""
+        """Return H(U_t | U_0) in nats from the determinants of the covariances of the chain."""
         return [entropy(law.covariance) for law in self.chain]
 
     @cached_property
     def data_covariance(self) -> Tensor:
-        """A model of the data: the images' variance, and a correlation that falls with the distance, exp(-d / 4 px)."""
+        """Return a model covariance of the data: the variance of the images, with correlation exp(-d / 4 px)."""
         rows, columns = torch.meshgrid(*(torch.arange(float(n)) for n in self.size), indexing="ij")
         place = torch.stack([rows.flatten(), columns.flatten()], 1).double()
         variance = self.images.var(unbiased=False).clamp(min=1e-2 * self.span**2)
@@ -245,42 +245,42 @@ class Lab:
 
     @cached_property
     def start(self) -> Tensor:
-        """The first image as a vector, ``(N,)``."""
+        """Return the first image as a vector, ``(N,)``."""
         return self.images[0].flatten()
 
     @cached_property
     def paths(self) -> Tensor:
-        """Independent paths of the first image up the ladder, ``(T, M, N)``; one path where nothing is random."""
+        """Return independent paths of the first image up the ladder, ``(T, M, N)``; a single path without noise."""
         number = self.samples if self.noisy else 1
         x_0 = self.images[:1].expand(number, -1, -1, -1)
         return self.process.trajectory(x_0, self.ladder, self.generator, self.context).flatten(2)
 
     @cached_property
     def samples_at_the_end(self) -> Tensor:
-        """Draws of `process.sample` at scale 1, from the first image at one go: ``(M, N)``."""
+        """Return draws of `process.sample` at scale 1, directly from the first image, ``(M, N)``."""
         number = self.samples if self.noisy else 1
         x_0, generator = self.images[:1].expand(number, -1, -1, -1), torch.Generator().manual_seed(self.seed + 1)
         return self.process.sample(x_0, 1.0, generator, self.context).flatten(1)
 
     @cached_property
     def deviations(self) -> Tensor:
-        """Paths minus their mean by the marginals, ``(T, M, N)``."""
+        """Return the paths minus the means of the marginals, ``(T, M, N)``."""
         return torch.stack([path - law.mean(self.start) for path, law in zip(self.paths, self.marginals, strict=True)])
 
 
 def not_applicable(name: str, source: str, printed: str, why: str, direction: str = "forward") -> Finding:
-    """A finding without a figure."""
+    """Return a finding for a statement that does not apply, without measurement."""
     return Finding(name, source, direction, printed, Verdict.NOT_APPLICABLE, note=why)
 
 
 def whitened(deviation: Tensor, covariance: Tensor) -> Tensor:
-    """``(M, N)`` in coordinates in which the covariance is one; without noise in a direction, any deviation is huge."""
+    """Return ``(M, N)`` in coordinates with unit covariance; deviations in directions without noise become huge."""
     values, vectors = eigen(covariance)
     return deviation @ vectors / values.clamp(min=1e-12 * float(values.max())).sqrt()
 
 
 def _small(images: Tensor, value_range: tuple[float, float]) -> Tensor:
-    """Float64 ``(B, 1, H, W)``, at most 6 x 9 pixels or 9 x 6."""
+    """Return grey float64 images ``(B, 1, H, W)`` of at most 6 x 9 or 9 x 6 pixels."""
     height, width = images.shape[-2:]
     most = (6, 9) if width >= height else (9, 6)
     size = (min(height, most[0]), min(width, most[1]))

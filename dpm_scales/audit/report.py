@@ -1,4 +1,4 @@
-"""`python evolve.py task=audit out=DIR`: the audit as `audit.md` to read and `audit.json` to work with."""
+"""`python evolve.py task=audit out=DIR`: write the audit as `audit.md` for people and `audit.json` for programs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_audit(processes: Mapping[str, Process], images: Tensor, out: Path, see
 
     Args:
         images: uint8 ``(B, 3, H, W)``.
-        seed: of guidance images and random paths.
+        seed: seed of guidance images and random paths.
     """
     found: dict[str, list[Finding]] = {}
     with progress_bar() as progress:
@@ -55,7 +55,7 @@ def write_audit(processes: Mapping[str, Process], images: Tensor, out: Path, see
 
 
 def _plain(values: dict[str, object]) -> dict[str, object]:
-    """JSON has no NaN (here null) and no infinity (here a string)."""
+    """Return the values with NaN as None and infinities as strings, which JSON lacks."""
     return {key: _finite(value) if isinstance(value, float) else value for key, value in values.items()}
 
 
@@ -72,7 +72,7 @@ def _summary(rows: Sequence[Finding]) -> str:
 
 
 def report(found: Mapping[str, Sequence[Finding]], examples: Sequence[Correction]) -> str:
-    """The whole of `audit.md`."""
+    """Return the text of `audit.md`."""
     lines = ["# Audit of the scale-space properties", ""]
     lines += [
         "Every proposition and property of P. Peter, *Generalised Diffusion Probabilistic Scale-Spaces* (JMIV, 2024).",
@@ -93,7 +93,7 @@ def report(found: Mapping[str, Sequence[Finding]], examples: Sequence[Correction
 
 
 def _overview(found: Mapping[str, Sequence[Finding]], direction: str) -> list[str]:
-    """Properties by processes: the verdicts alone."""
+    """Return the lines of a table of verdicts, properties by processes."""
     rows: dict[str, dict[str, str]] = {}
     for process, findings in found.items():
         for finding in findings:

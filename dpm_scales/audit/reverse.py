@@ -1,12 +1,12 @@
-r"""The reverse direction: Sect. 5.2, Peter 2024, and what Sect. 5.1 and 5.3 become of it.
+r"""Check the reverse direction: Sect. 5.2, Peter 2024, and its analogues of Sect. 5.1 and 5.3.
 
-The network's part is played by what it is trained for: the law of u_0 given u_t, known in closed form for Gaussian data
-of covariance C (the images' variance and a correlation that falls with the distance), with u_t ~ N(A u_0 + b, S):
+The ideal result of training replaces the network: the law of u_0 given u_t, known in closed form for Gaussian data with
+covariance C (the variance of the images, with a correlation that decays with distance) and u_t ~ N(A u_0 + b, S):
 
     W = C A' (A C A' + S)^{-1},     E[u_0 | u_t] = W u_t,     Cov[u_0 | u_t] = C - W A C
 
     ideal step    u_s = (keep + pull W) u_t + N(0, posterior + pull Cov[u_0 | u_t] pull')
-    trained step  the same without the last term: the network's mean stands for u_0
+    trained step  the same without the last term: the mean of the network replaces u_0
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ REVERSE = "reverse"
 
 @dataclass(frozen=True)
 class Return:
-    """The way back down the ladder.
+    """Laws of the reverse process down the ladder.
 
     Attributes:
         posteriors: q(u_s | u_t, u_0), from the top.
-        given: law of u_s given u_0 that they make from the marginal at scale 1, rung by rung from 0.
-        data: covariances of u_t over the data, by the forward chain, rung by rung from 0.
-        ideal, trained: covariances by the steps above, from the marginal at scale 1.
+        given: laws of u_s given u_0 that they compose from the marginal at scale 1, rung by rung from 0.
+        data: covariances of u_t over the data, from the forward chain, rung by rung from 0.
+        ideal, trained: covariances from the steps above, starting from the marginal at scale 1.
     """
 
     posteriors: list[Posterior]
@@ -44,7 +44,7 @@ class Return:
 
 
 def way_back(lab: Lab) -> Return:
-    """All that the findings below look at."""
+    """Return the laws that the findings below examine."""
     ladder, c, data = lab.ladder, lab.data_covariance, lab.over_the_data(lab.chain)
     given, ideal, trained, posteriors = [lab.marginals[-1]], [data[-1]], [data[-1]], []
     for k in range(len(ladder) - 1, 0, -1):
@@ -60,13 +60,13 @@ def way_back(lab: Lab) -> Return:
 
 
 def denoiser(lab: Lab, total: Tensor, k: int) -> Tensor:
-    """W from rung k, where u_t has the covariance `total`."""
+    """Return W at rung k, where u_t has covariance `total`."""
     cross = lab.data_covariance @ lab.chain[k].matrix.T
     return solve(total, cross.T).T
 
 
 def initial_state(lab: Lab) -> Finding:
-    """Property 1: where the way back begins."""
+    """Check Property 1: the initial state of the reverse process."""
     name, source, printed = "initial state", "Property 1, Sect. 5.2", "q(u_M) = N(0, I)"
     if not lab.noisy:
         note = "without noise the way back begins at one image and has nothing to draw from"
@@ -74,7 +74,7 @@ def initial_state(lab: Lab) -> Finding:
     law = lab.marginals[-1]
     energy = float(lab.images.square().mean())
     signal = float(law.matrix.square().sum()) / lab.pixels * energy
-    # Kullback-Leibler divergence of N(A u + b, S) from N(0, I) per pixel, at an image of the data's energy
+    # Kullback-Leibler divergence of N(A u + b, S) from N(0, I) per pixel, for an image with the energy of the data
     _, log_det = torch.linalg.slogdet(law.covariance)
     mean = law.mean(lab.start)
     nats = 0.5 * float(law.covariance.diagonal().sum() + mean @ mean - lab.pixels - log_det) / lab.pixels
@@ -107,11 +107,11 @@ def initial_state(lab: Lab) -> Finding:
 
 
 def semigroup(lab: Lab, back: Return) -> Finding:
-    """Property 2: the posteriors, one after another, lead back through the marginals."""
+    """Check Property 2: successive posteriors lead back through the marginals."""
     worst, gap = lab.widest([lab.gap(a, b) for a, b in zip(back.given, lab.marginals, strict=True)])
     fits, drawn, error = gap.closed, None, None
     rung = (len(lab.ladder) - 1) // 2
-    if lab.noisy and rung > 0:  # at scale 0 there may be no noise to compare
+    if lab.noisy and rung > 0:  # scale 0 may have no noise to compare
         spread, error = _drawn_back(lab, rung)
         fits = fits and abs(spread - 1) <= LIMIT * error + 2 * lab.noise_tolerance
         drawn = spread - 1
@@ -134,7 +134,10 @@ def semigroup(lab: Lab, back: Return) -> Finding:
 
 
 def _drawn_back(lab: Lab, rung: int) -> tuple[float, float]:
-    """Paths up to the next rung, then one draw of the posterior: variance by the marginal's, and standard error."""
+    """Draw paths up to the next rung, then from the posterior.
+
+    Return the variance of the draws over that of the marginal, and its standard error.
+    """
     x_t = lab.paths[rung + 1].reshape(-1, 1, *lab.size)
     x_0 = lab.images[:1].expand_as(x_t)
     law = lab.process.posterior(x_t, x_0, lab.ladder[rung], lab.ladder[rung + 1], lab.context)
@@ -145,11 +148,11 @@ def _drawn_back(lab: Lab, rung: int) -> tuple[float, float]:
 
 
 def entropies(lab: Lab, back: Return) -> list[Finding]:
-    """Property 3: H(U_i) and H(U_0 | U_i) fall on the way back."""
+    """Check Property 3: H(U_i) and H(U_0 | U_i) decrease in the reverse process."""
     source = "Property 3, Sect. 5.2"
     total = [entropy(c) / lab.pixels for c in back.data]
     tolerance = 1e-9 if not lab.expands else lab.noise_tolerance
-    # a chain of broken transitions may rise where the marginals fall, and the other way round
+    # with broken transitions, the chain may rise where the marginals fall, and vice versa
     own = [entropy(c) / lab.pixels for c in lab.over_the_data(lab.marginals)]
     rises, worst = min((_smallest_rise(values) for values in (total, own)), key=lambda found: found[0])
     falls = not rises >= -tolerance
@@ -194,14 +197,14 @@ def entropies(lab: Lab, back: Return) -> list[Finding]:
 
 
 def _smallest_rise(values: list[float]) -> tuple[float, int]:
-    """The smallest rise from one value to the next, and its number; -inf to a value that is not finite."""
+    """Return the smallest increase between successive values, -inf if one is not finite, and its index."""
     rises = [b - a if math.isfinite(b) and not math.isnan(a) else -math.inf for a, b in itertools.pairwise(values)]
     worst = min(range(len(rises)), key=rises.__getitem__)
     return rises[worst], worst
 
 
 def _surprise(lab: Lab, back: Return, wanted: float) -> str:
-    """H(U_1) by random data and paths: mean of -ln p."""
+    """Return a note on H(U_1), estimated from random data and paths as the mean of -ln p."""
     x_0 = _draw(lab, lab.data_covariance).reshape(-1, 1, *lab.size)
     u = lab.process.trajectory(x_0, [lab.ladder[1], 1.0], lab.generator, lab.context)[-1].flatten(1)
     distances = whitened(u, back.data[-1]).square().sum(1)
@@ -210,7 +213,7 @@ def _surprise(lab: Lab, back: Return, wanted: float) -> str:
 
 
 def entropy_bounds(lab: Lab, back: Return) -> Finding:
-    """Sohl-Dickstein et al. 2015: H(U_t|U_s) + H(U_s|U_0) - H(U_t|U_0) <= H(U_s|U_t) <= H(U_t|U_s)."""
+    """Check H(U_t|U_s) + H(U_s|U_0) - H(U_t|U_0) <= H(U_s|U_t) <= H(U_t|U_s), Sohl-Dickstein et al. 2015."""
     name, source = "bounds of a reverse step's entropy", "Sect. 5.2, after Sohl-Dickstein et al. 2015"
     printed = "H(U_t|U_s) + H(U_s|U_0) - H(U_t|U_0) <= H(U_s|U_t) <= H(U_t|U_s)"
     if not lab.noisy:
@@ -268,7 +271,7 @@ def entropy_bounds(lab: Lab, back: Return) -> Finding:
 
 
 def steady_state(lab: Lab, back: Return) -> Finding:
-    """Property 4: the way back ends at the data, in the ideal case."""
+    """Check Property 4: the ideal reverse process ends at the data."""
     name, source = "steady state", "Property 4, Sect. 5.2"
     printed = "the way back ends at the distribution of the training data, where p and q are the same"
     if not lab.noisy:
@@ -300,8 +303,10 @@ def steady_state(lab: Lab, back: Return) -> Finding:
 
 
 def _drawn_home(lab: Lab, back: Return) -> tuple[float, float]:
-    """Paths from scale 1 down the ladder, by draws of u_0 given u_t and of the posterior: variance by the data's, and
-    standard error."""
+    """Draw paths from scale 1 down the ladder; return their variance over that of the data, and its standard error.
+
+    Each step draws u_0 given u_t, then from the posterior.
+    """
     c, x = lab.data_covariance, _draw(lab, back.data[-1])
     for k in range(len(lab.ladder) - 1, 0, -1):
         w = denoiser(lab, back.data[k], k)
@@ -314,7 +319,7 @@ def _drawn_home(lab: Lab, back: Return) -> tuple[float, float]:
 
 
 def _draw(lab: Lab, covariance: Tensor) -> Tensor:
-    """``(M, N)`` of mean zero."""
+    """Return draws ``(M, N)`` with mean zero."""
     values, vectors = eigen(covariance)
     white = torch.randn(lab.samples, lab.pixels, dtype=torch.float64, generator=lab.generator)
     return (white * values.clamp(min=0).sqrt()) @ vectors.T

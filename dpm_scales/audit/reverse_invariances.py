@@ -1,4 +1,4 @@
-"""What the reverse process makes of permutations, rotations and the average grey value: Sect. 5.2, 5.3, Peter 2024."""
+"""Check permutations, rotations and the average grey value in the reverse process: Sect. 5.2, 5.3, Peter 2024."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from dpm_scales.audit.reverse import REVERSE, Return, denoiser
 
 
 def invariances(lab: Lab, back: Return) -> list[Finding]:
-    """Permutations are the network's affair; the posteriors turn by 90 degrees with their images, and keep the grey
-    value as the forward process does."""
+    """Check that posteriors rotate by 90 degrees with their images, and preserve grey values like the forward process.
+
+    Invariance under permutations depends on the network alone.
+    """
     name, printed = "permutation of pixels", "permutation invariance does in general not apply to the reverse process"
     if not lab.noisy:
         why = "without noise there is no step that a network would have to learn"

@@ -1,4 +1,4 @@
-"""Steady states and bounds of the noise: Propositions 5, 6 and 10, Eq. (31) and (49), Peter 2024."""
+"""Check steady states and bounds of the noise: Propositions 5, 6 and 10, Eq. (31) and (49), Peter 2024."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dpm_scales.audit.lab import LIMIT, Finding, Lab, Verdict, not_applicable
 from dpm_scales.processes import Osmosis
 
 LEFT = 0.02
-"""What may be left of the image at scale 1, of the noise or of the value range, for a chain that has arrived."""
+"""Fraction of the image that may remain at scale 1, relative to the noise or the value range, in a steady state."""
 
 ENDS = "the chain ends before it gets there"
 
 
 def steady_state(lab: Lab) -> Finding:
-    """Propositions 5 and 6 (noise), 10 (a mixture of normal distributions, one for each grey value), Eq. (49)."""
+    """Check Propositions 5 and 6 (noise), 10 (a mixture of normal distributions, one per grey value), Eq. (49)."""
     if not lab.blurs:
         return _noise(lab)
     if lab.scales_grey:
@@ -26,7 +26,7 @@ def steady_state(lab: Lab) -> Finding:
 
 
 def _noise(lab: Lab) -> Finding:
-    """L = 0."""
+    """Check processes without blur, L = 0."""
     source, printed = "Prop. 5, 6", "p(u_i) converges to N(0, gamma^2 I); gamma = 1 for the variance-preserving chain"
     law = lab.marginals[-1]
     left, gamma = float(law.matrix.diagonal().mean()), root(float(law.covariance.diagonal().mean()))
@@ -64,7 +64,7 @@ def _noise(lab: Lab) -> Finding:
 
 
 def _scheduled_blur(lab: Lab) -> Finding:
-    """Blur times a variance-preserving schedule ends like a process without blur."""
+    """Check that blur combined with a variance-preserving schedule ends like a process without blur."""
     law, white = lab.marginals[-1], _white(lab)
     moved = law.matrix * white / white[:, None]
     left = root(float(eigen(moved @ moved.T)[0].max()))
@@ -91,7 +91,7 @@ def _scheduled_blur(lab: Lab) -> Finding:
 
 
 def _blur(lab: Lab) -> Finding:
-    """Blur that keeps the grey value."""
+    """Check blur that preserves the average grey value."""
     osmosis = isinstance(lab.process, Osmosis)
     steady = lab.process.steady_state(lab.images[:1].mean((-2, -1)), lab.context).expand(1, 1, *lab.size).flatten()
     gap = float((lab.chain[-1].mean(lab.start) - steady).abs().max()) / lab.span
@@ -158,8 +158,8 @@ def _guidance_gap(lab: Lab) -> str:
 
 
 def _drawn_spread(lab: Lab) -> tuple[float, float]:
-    """Root mean square of the paths' deviation at scale 1 in white coordinates of equal weight, and its relative
-    standard error."""
+    """Return the root mean square deviation of the paths at scale 1, in white coordinates with equal weights, and its
+    relative standard error."""
     level = lab.deviations[-1].square().mean(0)
     weight = lab.marginals[-1].covariance.diagonal()
     wanted = float(lab.noise[-1].square().mean())
@@ -169,7 +169,7 @@ def _drawn_spread(lab: Lab) -> tuple[float, float]:
 
 
 def variance_bound(lab: Lab) -> Finding:
-    """Propositions 6 and 10: b / sqrt(1 - a^2) bounds the noise, b / (1 - a) is too large."""
+    """Check Propositions 6 and 10: b / sqrt(1 - a^2) bounds the noise, b / (1 - a) is too large."""
     source = "Prop. 10" if lab.blurs else "Prop. 6"
     printed = "gamma <= b / (1 - a) for alpha_i <= a < 1, beta_i <= b"
     a, b = lab.alpha.max(0).values, lab.beta.max(0).values
@@ -204,7 +204,7 @@ def variance_bound(lab: Lab) -> Finding:
 
 
 def _white(lab: Lab) -> torch.Tensor:
-    """Factors from white coordinates to pixels, ``(N,)``: the noise of a pixel over gamma."""
+    """Return the factors from white coordinates to pixels, ``(N,)``: the noise of a pixel over gamma."""
     if lab.context is None:
         return torch.ones(lab.pixels, dtype=torch.float64)
     return (lab.context / lab.context.mean()).double().flatten().sqrt()

@@ -1,5 +1,4 @@
-"""Two transitions that the paper writes out: the variance-preserving one, Eq. (15), and that of the reverse process,
-Eq. (32), Peter 2024."""
+"""Check two explicit transitions of Peter 2024: the variance-preserving, Eq. (15), and the reverse one, Eq. (32)."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from dpm_scales.audit.reverse import REVERSE, Return, denoiser
 
 
 def preserving(lab: Lab) -> Finding:
-    """Eq. (15): for alpha = sqrt(1 - beta^2) mean and variance are products of the betas alone."""
+    """Check Eq. (15): for alpha = sqrt(1 - beta^2), mean and variance are products of the betas alone."""
     name, source = "variance-preserving transition", "Eq. (15)"
     printed = "for alpha_i = sqrt(1 - beta_i^2): N(prod_j sqrt(1 - beta_j^2) u_0, (1 - prod_j (1 - beta_j^2)) I)"
     if not lab.noisy:
@@ -34,7 +33,7 @@ def preserving(lab: Lab) -> Finding:
             noise = Gap(largest(law.covariance - (1 - left) * units), lab.noise_tolerance)
             gaps.append(max(mean, noise, key=lambda gap: gap.size))
     worst, gap = lab.widest(gaps)
-    # of the middle of the ladder, so that both products count
+    # in the middle of the ladder, so that both products matter
     rung = len(lab.ladder) // 2
     wanted = 1 - kept[round(lab.ladder[rung] * lab.process.num_scales)]
     squares = lab.deviations[rung].square()
@@ -59,7 +58,7 @@ def preserving(lab: Lab) -> Finding:
 
 
 def reverse_step(lab: Lab, back: Return) -> Finding:
-    """Eq. (32): a step back is normal; Bayes' rule for Gaussian data knows of no posterior and of no denoiser."""
+    """Check Eq. (32): a reverse step is normal. Bayes' rule for Gaussian data uses neither posterior nor denoiser."""
     name, source = "transition", "Eq. (32), Sect. 5.2"
     printed = "q(u_{i-1} | u_i) = N(mu(u_i, i), Sigma(u_i, i)), neither the same for all pixels"
     if not lab.noisy:
@@ -76,7 +75,7 @@ def reverse_step(lab: Lab, back: Return) -> Finding:
         apart = posterior.keep + posterior.pull @ w - gain
         ideal = posterior.covariance + posterior.pull @ unknown @ posterior.pull.T
         scale = float(early.diagonal().max())
-        means = largest(apart @ late @ apart.T) / scale  # how far they lie apart on images of that scale
+        means = largest(apart @ late @ apart.T) / scale  # their distance on images of that scale
         gaps.append(Gap(max(math.sqrt(means), largest(ideal - spread) / scale), tolerance))
         uneven.append(_unevenness(spread))
     worst, gap = lab.widest(gaps)

@@ -1,4 +1,4 @@
-"""Data sets and the batches made of them: uint8 images with integer labels."""
+"""Data sets and batches of uint8 images with integer labels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # the data module is Lightning's, which takes seconds to import
+    # the data module needs Lightning, which takes seconds to import
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{'datamodule' if name == 'ImageDataModule' else 'builders'}"), name)

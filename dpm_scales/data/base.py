@@ -1,4 +1,4 @@
-"""What every data set offers: a training part and a validation part of uint8 images with integer labels."""
+"""Interface of all data sets: training and validation images, uint8, with integer labels."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.utils.data import Dataset
 from dpm_scales.errors import is_whole, require
 
 NO_LABEL = -1
-"""Label of images that have none."""
+"""Label of images without a label."""
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
-    """One part of a source: items are (image uint8 (C, H, W), label), all of one size."""
+    """Training or validation part of a source: items (image uint8 (C, H, W), label), all images of one size."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def get(self, index: int, rng: np.random.Generator | None) -> tuple[Tensor, int]:
-        """Item `index`; `rng` drives the augmentation, None asks for the plain, centred view."""
+        """Return item `index`, augmented with draws from `rng`; with None, the plain, centred view."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if not 0 <= index < len(self):
@@ -40,7 +40,7 @@ class ImageSource(ABC):
         image_size: (H, W) in pixels.
         num_classes: number of labels, or None if the images have none (their label is then -1).
         class_names: one name for each label, or None.
-        split_note: which folders the two parts are, and which are not used; empty where no folders divide them.
+        split_note: names the folders of the two parts and the unused ones; empty if folders do not define the split.
     """
 
     channels: int
@@ -50,15 +50,15 @@ class ImageSource(ABC):
     split_note: str = ""
 
     def prepare(self) -> None:  # noqa: B027 - most sources have nothing to fetch
-        """Fetch what must be on disk before `train` and `val`; safe to call from several processes."""
+        """Fetch the files that `train` and `val` need; safe to call from several processes."""
 
     @abstractmethod
     def train(self) -> ImageDataset:
-        """Images to learn from, augmented if the source was asked to."""
+        """Return the training images, augmented if the source is so configured."""
 
     @abstractmethod
     def val(self) -> ImageDataset:
-        """Images held out; never augmented."""
+        """Return the validation images, never augmented."""
 
 
 class TensorImages(ImageDataset):
@@ -80,19 +80,21 @@ class TensorImages(ImageDataset):
 
 
 def maybe_flip(image: Tensor, rng: np.random.Generator | None) -> Tensor:
-    """Mirror (C, H, W) left to right in half of the draws."""
+    """Return the image (C, H, W), mirrored left to right with probability 1/2; unchanged without `rng`."""
     return image.flip(-1) if rng is not None and rng.random() < 0.5 else image
 
 
 def split_indices(
     number: int, val_fraction: float, seed: int, labels: np.ndarray | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sorted training and validation indices below `number`: the same fraction of every label, drawn with `seed`.
+    """Return sorted training and validation indices below `number`, every label split by the same fraction.
 
-    Where there are two images or more and the fraction is positive, at least one is held out.
+    The split is drawn with `seed`.
+
+    With at least two images and a positive fraction, at least one image is held out.
 
     Raises:
-        UserError: a fraction outside of [0, 1).
+        UserError: a fraction outside [0, 1).
     """
     require(0.0 <= val_fraction < 1.0, f"val_fraction={val_fraction}: allowed is 0 <= val_fraction < 1")
     rng = np.random.default_rng(seed)
@@ -108,10 +110,10 @@ def split_indices(
 
 
 def size_pair(value: int | Sequence[int], key: str) -> tuple[int, int]:
-    """(H, W) in pixels from one number (square) or two.
+    """Return (H, W) in pixels from one number (square) or two.
 
     Raises:
-        UserError: neither, or not positive; `key` is the name in the message.
+        UserError: any other value, or one that is not positive; the message calls it `key`.
     """
     pair = (value, value) if isinstance(value, int) else tuple(value) if not isinstance(value, str) else ()
     valid = len(pair) == 2 and all(is_whole(side, 1) for side in pair)

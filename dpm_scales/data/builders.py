@@ -1,7 +1,7 @@
 """One builder for each file in configs/data: the arguments of a source and of `ImageDataModule`, side by side.
 
-They keep the keys of a config flat (`data.root=DIR data.batch_size=32`). Only the config has values for them: the
-arguments are explained, and have defaults, at the classes.
+They keep the keys of a config flat (`data.root=DIR data.batch_size=32`). The configs give all values; the classes
+document the arguments and their defaults.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def digits_data(
     pin_memory: bool | None,
     drop_last: bool,
 ) -> ImageDataModule:
-    """`Digits` in batches."""
+    """Return batches of `Digits`."""
     source = Digits(
         val_fraction=val_fraction,
         split_seed=split_seed,
@@ -44,7 +44,7 @@ def photos_data(
     pin_memory: bool | None,
     drop_last: bool,
 ) -> ImageDataModule:
-    """`Photos` in batches."""
+    """Return batches of `Photos`."""
     source = Photos(
         patch_size=patch_size,
         stride=stride,
@@ -75,7 +75,7 @@ def folder_data(
     pin_memory: bool | None,
     drop_last: bool,
 ) -> ImageDataModule:
-    """`ImageFolder` in batches."""
+    """Return batches of `ImageFolder`."""
     source = ImageFolder(
         root=root,
         channels=channels,
@@ -109,7 +109,7 @@ def bsds500_data(
     pin_memory: bool | None,
     drop_last: bool,
 ) -> ImageDataModule:
-    """`BSDS500` in batches."""
+    """Return batches of `BSDS500`."""
     source = BSDS500(
         root=root,
         patch_size=patch_size,
@@ -136,7 +136,7 @@ def torchvision_data(
     pin_memory: bool | None,
     drop_last: bool,
 ) -> ImageDataModule:
-    """`TorchvisionSource` in batches."""
+    """Return batches of `TorchvisionSource`."""
     source = TorchvisionSource(
         name=name,
         root=root,
@@ -160,7 +160,7 @@ def array_data(
     pin_memory: bool | None,
     drop_last: bool,
 ) -> ImageDataModule:
-    """`ArraySource` in batches."""
+    """Return batches of `ArraySource`."""
     source = ArraySource(
         path=path,
         val_fraction=val_fraction,

@@ -1,4 +1,4 @@
-"""From a source of images to batches, on any number of devices, exactly resumable in mid-epoch."""
+"""Batches of a source of images, on any number of devices, exactly resumable in mid-epoch."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from dpm_scales.errors import is_whole, require
 from dpm_scales.memory import require_memory
 
 BYTES_PER_IMAGE, BYTES_PER_PIXEL = 400, 14
-"""Least memory of a batch: per image its Python objects; per pixel the loaded image twice, while it is collated, then
-as a float, with noise and a result."""
+"""Minimum memory of a batch in bytes: per image, its Python objects; per pixel and channel, two copies of the loaded
+image during collation, then the float image, its noise and a result."""
 
 
 class ImageDataModule(pl.LightningDataModule):
     """Batches (images uint8 (B, C, H, W), labels int64 (B,)) of a source.
 
-    Training batches are numbered over the whole run; their content depends on the number, `seed`, the images and the
-    batch size of all ranks together. Checkpoints hold the number of the next batch.
+    Training batches are numbered over the whole run. Their content depends on the number, `seed`, the images and the
+    total batch size of all ranks. Checkpoints hold the number of the next batch.
 
     Args:
         source: the images.
-        batch_size: images of one batch on one device.
-        num_workers: loader processes of each rank; 0 loads in the training process.
-        seed: of the order and the augmentation, >= 0.
-        pin_memory: whether batches are page-locked; None: if CUDA is available.
-        drop_last: whether to drop the last incomplete batch; otherwise images from the front complete it.
+        batch_size: images per batch on one device.
+        num_workers: loader processes per rank; 0 loads in the training process.
+        seed: seed of the order and the augmentation, >= 0.
+        pin_memory: whether batches are page-locked; None locks them if CUDA is available.
+        drop_last: whether to drop an incomplete last batch; otherwise the first images of the order fill it up.
 
     Raises:
         UserError: a value out of range.
@@ -74,35 +74,35 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def channels(self) -> int:
-        """Number of channels: 1 for grey, 3 for RGB."""
+        """Return the number of channels: 1 for grey, 3 for RGB."""
         return self.source.channels
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(H, W) in pixels."""
+        """Return the image size (H, W) in pixels."""
         return self.source.image_size
 
     @property
     def num_classes(self) -> int | None:
-        """Number of labels, None without labels."""
+        """Return the number of labels; None without labels."""
         return self.source.num_classes
 
     @property
     def train_set(self) -> ImageDataset:
-        """Training images by index, not augmented."""
+        """Return the training images, which indexing does not augment."""
         return self.source.train()
 
     @property
     def val_set(self) -> ImageDataset:
-        """Validation images by index."""
+        """Return the validation images."""
         return self.source.val()
 
     def prepare_data(self) -> None:
-        """Download what is missing."""
+        """Download missing files."""
         self.source.prepare()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return shuffled batches; every iterator starts at `next_batch()` and yields one epoch's worth."""
+        """Return shuffled batches; every iterator starts at `next_batch()` and yields the batches of one epoch."""
         train = self.train_set
         sampler = ShuffledBatches(
             len(train),
@@ -127,7 +127,7 @@ class ImageDataModule(pl.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Return all validation images in order, the last batch perhaps smaller; no loader if none are held out."""
+        """Return all validation images in order, the last batch possibly smaller; no loader if none are held out."""
         val = self.val_set
         if len(val) == 0:
             return []
@@ -148,7 +148,7 @@ class ImageDataModule(pl.LightningDataModule):
         self._anchor = None
 
     def next_batch(self) -> int:
-        """Return the number of the next batch that has not been trained on; prefetched ones do not count."""
+        """Return the number of the next batch to train on; prefetched batches do not count."""
         trainer = self.trainer
         consumed = 0 if trainer is None else batches_processed(trainer)
         if self._anchor is None or self._anchor[0] is not trainer:
@@ -156,15 +156,15 @@ class ImageDataModule(pl.LightningDataModule):
         return self._start_batch + consumed - self._anchor[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what checkpoints hold: the position, and what the order depends on."""
+        """Return the state for checkpoints: the position and all values that determine the order."""
         return {"next_batch": self.next_batch(), **self._order_keys()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume at the stored position; warn if the order is no longer that of the stored run."""
+        """Resume at the stored position; warn if the order differs from that of the stored run."""
         now = self._order_keys()
         before = {key: state_dict.get(key, value) for key, value in now.items()}
         changed = [key for key, value in now.items() if before[key] != value]
-        # ranks share a batch, whose content depends on its whole size alone
+        # ranks share a batch, whose content depends only on its total size
         if before["batch_size"] * before["world_size"] == now["batch_size"] * now["world_size"]:
             changed = [key for key in changed if key not in ("batch_size", "world_size")]
         if changed and (self.trainer is None or self.trainer.is_global_zero):
@@ -175,9 +175,9 @@ class ImageDataModule(pl.LightningDataModule):
         self._restore(state_dict)
 
     def statistics(self, max_images: int = 10000) -> dict[str, float]:
-        """Return `mean` and `std` of all training pixels and channels, in the range [0, 1].
+        """Return `mean` and `std` over all training pixels and channels, for values in [0, 1].
 
-        Measured on at most `max_images` images, evenly spaced in the training set.
+        They are measured on at most `max_images` images, evenly spaced in the training set.
         """
         require(max_images >= 1, f"max_images={max_images}: allowed is a whole number >= 1")
         self.prepare_data()
@@ -209,15 +209,15 @@ class ImageDataModule(pl.LightningDataModule):
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ignore Ctrl-C, which reaches all processes of a terminal; the training process ends the loaders."""
+    """Ignore Ctrl-C, which reaches every process of a terminal; the training process stops its loaders."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class TrainLoader(DataLoader[Any]):
-    """Exposes the data module's state as the loader's.
+    """Loader whose state is that of the data module.
 
-    Lightning warns of checkpoints within an epoch if a loader has no state, but restores it only in some cases. The
-    data module's own hooks always restore the same state.
+    Lightning warns about mid-epoch checkpoints if a loader has no state, but restores that state only in some cases.
+    The data module's own hooks always restore the same state.
     """
 
     read_state: Callable[[], dict[str, Any]]

@@ -34,14 +34,14 @@ class TorchvisionSource(ImageSource):
     Args:
         name: "MNIST", "FashionMNIST", "CIFAR10" or "CelebA".
         root: folder of the files.
-        download: fetch them if they are not there.
-        image_size: side, or [height, width], in pixels; null keeps the native size. CelebA is cut to its middle square
-            first and has no native size here.
-        pad_to: black margins up to this size, e.g. 32 for MNIST; after image_size.
-        random_flip: mirror half of the training images.
+        download: whether to fetch missing files.
+        image_size: side, or [height, width], in pixels; null keeps the native size. CelebA is first cropped to the
+            central square and needs a size.
+        pad_to: size reached by adding black margins after resizing, e.g. 32 for MNIST.
+        random_flip: whether to mirror half of the training images.
 
     Raises:
-        UserError: unknown name or sizes that do not fit; on use, files that are missing and cannot be fetched.
+        UserError: an unknown name or sizes that do not fit; on use, missing files that cannot be fetched.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class TorchvisionSource(ImageSource):
         return self._parts[train]
 
     def _open(self, train: bool) -> Any:
-        """The torchvision data set, fetched if need be."""
+        """Return the torchvision data set, fetched if necessary."""
         from torchvision import datasets
 
         def construct(download: bool) -> Any:
@@ -128,6 +128,6 @@ class TorchvisionSource(ImageSource):
 
 
 def _lock(folder: Path) -> AbstractContextManager[None]:
-    """Let one process at a time download into `folder`, which is made."""
+    """Return a lock that lets one process at a time download into `folder`, which is created."""
     make_folder(folder)
     return lock(folder / ".download.lock", "is being filled by", "wait for it", wait=True)

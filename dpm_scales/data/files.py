@@ -1,4 +1,4 @@
-"""Image files in a folder tree or a zip archive: listing, reading, checking."""
+"""List, read and check image files in a folder tree or a zip archive."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from dpm_scales import images
 from dpm_scales.errors import UserError, require
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""File names that count as images, in lower case."""
+"""Endings of the names of image files, in lower case."""
 
 MAX_MEMBER_BYTES = 256 * 2**20
-"""Largest unpacked image that a zip archive may hold."""
+"""Maximum unpacked size of an image file in a zip archive, in bytes."""
 
 HARMLESS_BYTES, MAX_RATIO = 2**20, 200
-"""An unpacked image above the first may be at most so many times as large as packed: zip bombs are 1000 times."""
+"""Size in bytes above which the compression ratio is limited, and that limit; zip bombs have ratios near 1000."""
 
 ARCHIVE_ERRORS = (OSError, EOFError, ValueError, LookupError, RuntimeError, NotImplementedError, MemoryError) + (
     *(TypeError, OverflowError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, zipfile.LargeZipFile),
 )
-"""What zipfile raises for damaged archives and members: checksum, password, compression, and its own stumbles."""
+"""Exceptions of zipfile for damaged archives and members: checksums, passwords, compression, and its own bugs."""
 
 LISTED = 10
-"""Number of bad files that a message names."""
+"""Maximum number of bad files that a message names."""
 
 _EXIF_ORIENTATION = 274
 _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
 class ImageStore(ABC):
-    """Image files under one root; names are relative, with slashes, sorted. Workers get a copy by pickling.
+    """Image files under one root, by sorted relative names with slashes. Workers receive a pickled copy.
 
     Attributes:
-        names: of the files.
-        folders: of the folders, also those without images.
+        names: names of the files.
+        folders: names of the folders, including those without images.
     """
 
     def __init__(self, root: Path) -> None:
@@ -57,20 +57,20 @@ class ImageStore(ABC):
 
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
-        """The file `name`, seekable."""
+        """Open the file `name`; return it seekable."""
 
     def load(self, name: str, channels: int | None = None) -> Tensor:
-        """The image `name`, uint8 ``(C, H, W)``. Raises UserError if it can't be read."""
+        """Return the image `name`, uint8 ``(C, H, W)``. Raise UserError if it cannot be read."""
         with self.open(name) as file:
             return images.load_image(file, channels, name=self.describe(name))
 
     def describe(self, name: str) -> str:
-        """What messages call the file."""
+        """Return the name of the file for messages."""
         return str(self.root / name)
 
 
 class FolderStore(ImageStore):
-    """All images in a folder tree; hidden files and folders are left out."""
+    """All images in a folder tree, except hidden files and those in hidden folders."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -88,16 +88,16 @@ class FolderStore(ImageStore):
 
     def open(self, name: str) -> BinaryIO:
         path = self.root / name
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for somebody to fill it
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
             raise OSError("not a regular file")
         return path.open("rb")
 
 
 class ZipStore(ImageStore):
-    """All images in a zip archive, read in place; each process opens the archive when it first reads.
+    """All images in a zip archive, read in place; each process opens the archive at its first read.
 
     Raises:
-        UserError: not a zip archive, or members with absolute or parent paths or of absurd size.
+        UserError: not a zip archive, or members with absolute or parent paths or of implausible size.
     """
 
     def __init__(self, root: Path) -> None:
@@ -148,8 +148,10 @@ class ZipStore(ImageStore):
 
 
 def require_readable(store: ImageStore, names: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Upright sizes (H, W) of images. Raises UserError if one can't be read: a figure over a part of a set is not the
-    set's."""
+    """Return the upright sizes (H, W) of images by name.
+
+    Raise UserError if one cannot be read: a result on part of a set does not describe the set.
+    """
     sizes, bad = inspect_images(store, names, full=False)
     if bad:
         name, reason = next(iter(bad.items()))
@@ -161,7 +163,7 @@ def require_readable(store: ImageStore, names: Sequence[str]) -> dict[str, tuple
 
 
 def batches_of_one_size(sizes: Sequence[tuple[int, int]], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of neighbours of one size, at most `batch_size` together."""
+    """Yield the indices of consecutive images of one size, at most `batch_size` at a time."""
     batch: list[int] = []
     for index, size in enumerate(sizes):
         if batch and (len(batch) == batch_size or size != sizes[batch[0]]):
@@ -173,10 +175,10 @@ def batches_of_one_size(sizes: Sequence[tuple[int, int]], batch_size: int) -> It
 
 
 def open_store(root: str | Path) -> ImageStore:
-    """The images under `root`, a folder or a .zip file.
+    """Return the images under `root`, a folder or a .zip file.
 
     Raises:
-        UserError: no such place, or no images in it.
+        UserError: no such folder or file, or no images in it.
     """
     root = Path(root).expanduser()
     require(root.exists(), f"{root}: no such folder or zip archive; give the folder that holds the images")
@@ -190,9 +192,9 @@ def open_store(root: str | Path) -> ImageStore:
 def inspect_images(
     store: ImageStore, names: Sequence[str], full: bool
 ) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """Upright sizes (H, W) of the good images, and the reasons why the others are bad.
+    """Return the upright sizes (H, W) of the readable images, and the reasons why the others are unreadable.
 
-    Reads headers and the last bytes; a file whose end looks cut off is decoded to decide. `full` decodes all.
+    Only headers and the last bytes are read, and a file that looks truncated is decoded; `full` decodes all files.
     """
 
     def inspect(name: str) -> tuple[int, int] | str:
@@ -218,12 +220,12 @@ def inspect_images(
 
 
 def _read_header(file: BinaryIO) -> tuple[tuple[int, int], bool]:
-    """Upright (H, W), and whether the file ends as its format should."""
+    """Return the upright size (H, W), and whether the file ends as its format requires."""
     with Image.open(file) as picture:
         width, height = picture.size
-        # asked for EXIF data that it has not met yet, Pillow decodes a whole PNG file
+        # asked for EXIF data not yet read, Pillow would decode a whole PNG file
         skip = picture.format == "PNG" and "exif" not in picture.info
-        # of a TIFF file it tells the upright size already
+        # for a TIFF file its size is already upright
         skip |= picture.format == "TIFF"
         turned = not skip and picture.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
         mark = _END_MARKS.get(picture.format or "", b"")
@@ -232,7 +234,7 @@ def _read_header(file: BinaryIO) -> tuple[tuple[int, int], bool]:
 
 
 def listed(names: Collection[str]) -> str:
-    """The first names of many, for a message."""
+    """Return the first of many names, for a message."""
     first = ", ".join(name for name, _ in zip(names, range(LISTED), strict=False))
     return first + (", ..." if len(names) > LISTED else "")
 

@@ -1,4 +1,4 @@
-"""Images from a folder tree or a zip archive, decoded when they are asked for."""
+"""Images from a folder tree or a zip archive, decoded on access."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VAL_FOLDERS = ("val", "valid", "validation", "test")
 
 
 class UnreadableImageError(UserError):
-    """An image that cannot be decoded; stays one line when a loader's worker sends it wrapped in its traceback."""
+    """An image that cannot be decoded; its message stays one line even if a worker wraps it in a traceback."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message.strip().rpartition("UnreadableImageError: ")[2])
@@ -30,16 +30,16 @@ class UnreadableImageError(UserError):
 
 @dataclass(frozen=True)
 class View:
-    """How a decoded image becomes one of shape (channels, *size).
+    """Transform of a decoded image to shape (channels, *size).
 
     Attributes:
         channels: 1 or 3.
         size: (H, W) in pixels.
         resize_mode: see `ImageFolder`.
-        random_crop: crop anywhere instead of in the middle.
-        random_flip: mirror half of the images.
-        rotate_portrait: turn upright images by 90 degrees.
-        center_crop: (H, W) of the middle that is kept before all else, or None.
+        random_crop: whether to crop at a random place instead of the centre.
+        random_flip: whether to mirror half of the images.
+        rotate_portrait: whether to rotate portrait images by 90 degrees.
+        center_crop: (H, W) of a central crop that precedes all else, or None.
     """
 
     channels: int
@@ -51,7 +51,7 @@ class View:
     center_crop: tuple[int, int] | None = None
 
     def __call__(self, image: Tensor, rng: np.random.Generator | None) -> Tensor:
-        """Uint8 (C, h, w) to uint8 (C, *size); without `rng` crops are centred and nothing is mirrored."""
+        """Map uint8 (C, h, w) to uint8 (C, *size); without `rng`, crops are centred and nothing is mirrored."""
         if self.center_crop is not None:
             image = _crop(image, self.center_crop, None)
         if self.rotate_portrait and image.shape[1] > image.shape[2]:
@@ -74,7 +74,7 @@ class View:
 
 
 def _crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator | None) -> Tensor:
-    """The part (C, *size) of an image, anywhere with `rng`, else in the middle."""
+    """Return a crop (C, *size) of an image, at a random place with `rng`, otherwise at the centre."""
     for axis, side in ((1, size[0]), (2, size[1])):
         spare = image.shape[axis] - side
         if spare < 0:
@@ -84,7 +84,7 @@ def _crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator | None)
 
 
 class FileImages(ImageDataset):
-    """Some files of a store. An unreadable one is replaced by the next readable one, or raises, as `on_error` says."""
+    """Some files of a store; by `on_error`, an unreadable one raises or is replaced by the next readable one."""
 
     def __init__(
         self, store: ImageStore, names: Sequence[str], labels: Sequence[int] | None, view: View, on_error: str
@@ -94,12 +94,12 @@ class FileImages(ImageDataset):
         self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         self.view = view
         self.on_error = on_error
-        # in shared memory: what a loader's worker finds, all others and the training process know
+        # in shared memory, so that all workers and the training process know what one worker finds
         self._bad = torch.zeros(len(self.names), dtype=torch.uint8).share_memory_()
 
     @property
     def unreadable(self) -> set[str]:
-        """Names that could not be read so far, in this process and in its loaders' workers."""
+        """Return the names found unreadable so far, by this process and the workers of its loaders."""
         return {self.names[place] for place in self._bad.nonzero().flatten().tolist()}
 
     def __len__(self) -> int:
@@ -126,27 +126,27 @@ class FileImages(ImageDataset):
 
 
 class ImageFolder(ImageSource):
-    """Every image in a folder tree or .zip file; a single folder around all others is looked through.
+    """All images in a folder tree or .zip file; a single enclosing folder is ignored.
 
     Args:
         root: the folder or .zip file.
         channels: 1 grey or 3 RGB; images are converted.
         image_size: side, or [height, width], in pixels; null if all images have the same size.
-        resize_mode: what to do with images of another size: "none" refuses them, "resize" distorts them, "crop" cuts a
-            part out of the original, "resize_crop" first shrinks or enlarges until the part just fits.
-        random_crop: training images are cropped anywhere instead of in the middle.
-        random_flip: half of the training images are mirrored.
-        rotate_portrait: images higher than wide are turned by 90 degrees.
+        resize_mode: treatment of images of another size: "none" refuses them, "resize" distorts them, "crop" crops the
+            original, "resize_crop" first shrinks or enlarges the image until the crop just fits.
+        random_crop: whether to crop training images at random places instead of the centre.
+        random_flip: whether to mirror half of the training images.
+        rotate_portrait: whether to rotate portrait images by 90 degrees.
         split: "folder" trains on `train/` and validates on `val/` (or valid, validation, test); "fraction" draws
             `val_fraction` of the images with `split_seed`; "auto" takes the folders if both are there.
-        labels: "folder" numbers the folders (below train/ and val/) in alphabetical order; "none".
-        on_error: "skip" leaves unreadable images out, and classes without one, with a warning; "raise" stops at the
+        labels: "folder" numbers the folders (below train/ and val/) in alphabetical order; "none" gives no labels.
+        on_error: "skip" omits unreadable images, and classes without images, with a warning; "raise" stops at the
             first.
-        verify: what is read of each image at the start: "headers" (and the last bytes), "full", or "none", which needs
-            image_size.
+        verify: how much of each image is read at the start: "headers" (and the last bytes), "full", or "none", which
+            needs image_size.
 
     Attributes:
-        left_out: the images that were unreadable at the start, and why.
+        left_out: the images found unreadable at the start, and the reasons.
 
     Raises:
         UserError: nothing to read, sizes that do not fit, an unreadable image or a class without images with
@@ -222,7 +222,7 @@ class ImageFolder(ImageSource):
         return [numbers[classes[name]] for name in names]
 
     def _inspect(self, names: list[str], on_error: str, full: bool) -> dict[str, tuple[int, int]]:
-        """Sizes (H, W) as read; reports unreadable images."""
+        """Return the sizes (H, W) as read, and report unreadable images."""
         sizes, bad = inspect_images(self.store, names, full)
         if bad and on_error == "raise":
             name, reason = next(iter(bad.items()))
@@ -237,7 +237,7 @@ class ImageFolder(ImageSource):
         return sizes
 
     def _common_size(self, size: tuple[int, int] | None, mode: str) -> tuple[int, int]:
-        """The size that all images get, after a check that they can."""
+        """Return the size that all images are given, after checking that they can be."""
         first = min(self.sizes, default="")
         wanted = self.sizes[first] if size is None else size
         for name, (height, width) in sorted(self.sizes.items()):
@@ -260,15 +260,15 @@ class ImageFolder(ImageSource):
 
 
 class BSDS500(ImageFolder):
-    """The Berkeley segmentation photos: 500 of 481x321 pixels, a third of them upright, in images/{train,val,test}.
+    """The Berkeley segmentation photos: 500 of 481x321 pixels, a third of them portrait, in images/{train,val,test}.
 
     Args:
-        root: the folder or .zip file that holds `images`.
-        patch_size: side, or [height, width], of the part cut out; null takes whole photos and needs rotate_portrait.
+        root: the folder or .zip file that contains `images`.
+        patch_size: side, or [height, width], of the crop in pixels; null takes whole photos and needs rotate_portrait.
         channels: 1 grey or 3 RGB.
-        random_crop: training patches lie anywhere; false takes the middle.
-        random_flip: half of the training patches are mirrored.
-        rotate_portrait: upright photos are turned, so that all are (321, 481).
+        random_crop: whether to crop training patches at random places instead of the centre.
+        random_flip: whether to mirror half of the training patches.
+        rotate_portrait: whether to rotate portrait photos, so that all are (321, 481).
         on_error: as in `ImageFolder`.
     """
 
@@ -302,9 +302,9 @@ class BSDS500(ImageFolder):
 def _split_names(
     store: ImageStore, split: str, val_fraction: float, split_seed: int
 ) -> tuple[list[str], list[str], str]:
-    """Training and validation names, and which folders those are.
+    """Return training and validation names, and a note that names their folders.
 
-    Unreadable files take part, so that repairing one moves no other.
+    Unreadable files take part, so that repairing one does not move others.
     """
     tops: dict[str, list[str]] = {}
     for name, parts in _inner_parts(store.names).items():
@@ -322,7 +322,7 @@ def _split_names(
 
 
 def _inner_parts(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Path parts of each name, without a single folder around folders."""
+    """Return the path parts of each name, without a single enclosing folder."""
     parts = {name: PurePosixPath(name).parts for name in names}
     while len({part[0] for part in parts.values()}) == 1 and all(len(part) > 2 for part in parts.values()):
         parts = {name: part[1:] for name, part in parts.items()}
@@ -330,7 +330,7 @@ def _inner_parts(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _class_of_names(names: Sequence[str], store: ImageStore) -> dict[str, str]:
-    """The folder that labels each name: the first below train/ and the like, else the first of all."""
+    """Return the folder that labels each name: the first below train/, val/ and so on, otherwise the first."""
     classes: dict[str, str] = {}
     inner = _inner_parts(store.names)
     for name in names:
@@ -342,7 +342,7 @@ def _class_of_names(names: Sequence[str], store: ImageStore) -> dict[str, str]:
 
 
 def _class_folders(store: ImageStore) -> set[str]:
-    """Names of all folders that are at the place of a class, with images or without."""
+    """Return the names of all folders at the level of the classes, with or without images."""
     inner = _inner_parts(store.names)
     shell = len(PurePosixPath(store.names[0]).parts) - len(inner[store.names[0]])
     prefix = PurePosixPath(store.names[0]).parts[:shell]

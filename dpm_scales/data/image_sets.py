@@ -1,4 +1,4 @@
-"""Images in a fixed order, without a split: files, arrays, folders of whole photos."""
+"""Images in a fixed order without a split: files, arrays, folders of whole photos."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ PHOTOS = "photos"
 
 @dataclass(frozen=True)
 class NumberedImages:
-    """Images by number: their names, and their upright sizes (H, W)."""
+    """Images by index, with their names and upright sizes (H, W)."""
 
     names: list[str]
     sizes: list[tuple[int, int]]
     store: ImageStore | None
 
     def load(self, index: int) -> Tensor:
-        """RGB uint8 ``(3, H, W)``. Raises UserError for an unreadable file."""
+        """Return image `index` as RGB uint8 ``(3, H, W)``. Raise UserError for an unreadable file."""
         name = self.names[index]
         if self.store is None:
             return _photo(name)
         return self.store.load(name, channels=3)
 
     def digest(self, index: int) -> str:
-        """Return the SHA-256 of an image's file, or of the pixels of one without a file, in hexadecimal digits."""
+        """Return the hexadecimal SHA-256 of an image's file, or of its pixels if it has no file."""
         if self.store is None:
             return hashlib.sha256(self.load(index).numpy().tobytes()).hexdigest()
         with self.store.open(self.names[index]) as file:
             return hashlib.sha256(file.read()).hexdigest()
 
     def batches(self, batch_size: int) -> Iterator[list[int]]:
-        """Numbers of neighbours of one size, at most `batch_size` together."""
+        """Yield the indices of consecutive images of one size, at most `batch_size` at a time."""
         return batches_of_one_size(self.sizes, batch_size)
 
 
 def numbered_images(place: str, limit: int | None = None) -> NumberedImages:
-    """The images of a folder or .zip file, or scikit-image's with "photos".
+    """Return the images of a folder or .zip file, or with "photos" those of scikit-image.
 
-    Raises: UserError where there are none, or where one can't be read.
+    Raises: UserError if there are none, or if one cannot be read.
     """
     if place == PHOTOS:
         names = list(Photos.PHOTOS)[:limit]
@@ -74,16 +74,16 @@ def _photo(name: str) -> Tensor:
 
 ARRAYS = (".npy", ".npz")
 
-READERS = 4  # threads that decode files
+READERS = 4  # number of threads that decode files
 
 
 class ImageSet(ABC):
-    """Some images in a fixed order.
+    """Images in a fixed order.
 
     Attributes:
-        source: where they come from, in words.
-        sizes: sizes (H, W) that occur.
-        num_classes, class_names: of the images' labels, as `ImageSource` has them; None where they have none.
+        source: description of their origin.
+        sizes: the sizes (H, W) that occur.
+        num_classes, class_names: as in `ImageSource`; None without labels.
     """
 
     source: str
@@ -97,14 +97,14 @@ class ImageSet(ABC):
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """uint8 (B, C, H, W), B <= `batch_size`, each batch of one size, in order."""
+        """Yield uint8 batches (B, C, H, W) in order, B <= `batch_size`, each of one image size."""
 
     def labelled(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same with the images' labels, int64 (B,). Raises UserError where they have none."""
+        """Yield such batches with their labels, int64 (B,). Raise UserError if there are no labels."""
         raise UserError(f"{self.source}: these images have no labels")
 
     def digest(self) -> str:
-        """SHA-256 of the content, in hexadecimal digits: another image, or another order, gives another one."""
+        """Return the hexadecimal SHA-256 of the content, which changes with any image and with the order."""
         if self._digest is None:
             self._digest = self._hash()
         return self._digest
@@ -114,9 +114,9 @@ class ImageSet(ABC):
 
 
 class FileImageSet(ImageSet):
-    """Image files, decoded as RGB; `limit` of them, spread evenly over the names, or all.
+    """Image files, decoded as RGB: all, or `limit` of them, spread evenly over the names.
 
-    Raises: UserError where one can't be read.
+    Raises: UserError if one cannot be read.
     """
 
     def __init__(self, store: ImageStore, limit: int | None = None) -> None:
@@ -149,7 +149,7 @@ class FileImageSet(ImageSet):
 
 
 class DataImageSet(ImageSet):
-    """Parts of a data set, plain views; `limit` images, spread evenly, or all."""
+    """Parts of a data set without augmentation: all images, or `limit` of them, spread evenly."""
 
     def __init__(self, data: ImageSource, parts: Sequence[ImageDataset], source: str, limit: int | None = None) -> None:
         every = [(part, i) for part in parts for i in range(len(part))]
@@ -184,9 +184,9 @@ class DataImageSet(ImageSet):
 
 
 def read_images(place: str, channels: int) -> tuple[list[str], Tensor]:
-    """Names, and uint8 ``(N, C, H, W)``, of a file or of all images of a folder or .zip file in the names' order.
+    """Return names and images, uint8 ``(N, C, H, W)``, of one file or, in order of names, of a folder or .zip file.
 
-    Raises: UserError for unreadable files, other channels and mixed sizes; it names the file.
+    Raises: UserError for unreadable files, other channels and mixed sizes; the message names the file.
     """
     path = Path(place)
     if path.is_dir() or path.suffix.lower() == ".zip":
@@ -212,11 +212,11 @@ def size_of(image: Tensor) -> str:
 
 
 def _spread(count: int, limit: int | None) -> list[int]:
-    """Numbers of `limit` of `count` images, evenly over them, or of all."""
+    """Return the indices of `limit` of `count` images, evenly spaced, or of all."""
     if limit is None or limit >= count:
         return list(range(count))
     return [i * count // limit for i in range(limit)]
 
 
 SHEETS = ("grid.png", "comparison.png", "trajectory.png", "trajectory.gif", "film.gif")
-"""ImageSet of `sample.py` that lie beside its numbered images, and are none of them."""
+"""Names of images that `sample.py` writes beside its numbered images and that do not belong to them."""

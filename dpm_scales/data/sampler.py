@@ -1,4 +1,4 @@
-"""Shuffle images in an order that is a function of (seed, batch number) alone, and so resumes at any batch."""
+"""Shuffle images in an order that depends only on (seed, batch number) and can thus resume at any batch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Key = tuple[int, int]
 
 
 class ShuffledBatches(DistributedSampler[Key]):
-    """Shuffled global batches n = 0, 1, 2, ... without end, of which an iterator yields one epoch's worth.
+    """Endless shuffled global batches n = 0, 1, 2, ..., of which an iterator yields as many as an epoch has.
 
-    With E batches an epoch, batch n is part n mod E of a permutation drawn from (seed, n // E). Rank `rank` of
+    With E batches per epoch, batch n is part n mod E of a permutation drawn from (seed, n // E). Rank `rank` of
     `world_size` takes every `world_size`-th image of the global batch. An iterator starts at batch `next_batch()`, the
-    only number that resuming needs. It yields keys (index, epoch), one for each image.
+    only number needed to resume, and yields keys (index, epoch), one for each image.
 
     Derives from DistributedSampler only so that Lightning leaves it in place on several devices.
 
     Args:
         num_images: size of the data set.
-        batch_size: images of one batch on one rank.
-        seed: of all permutations, >= 0.
+        batch_size: images per batch on one rank.
+        seed: seed of all permutations, >= 0.
         next_batch: returns the number of the batch to start at; called by every new iterator.
-        drop_last: whether to drop the last incomplete batch; otherwise images from the front complete it.
-        rank, world_size: number of this rank, and of all ranks.
-        where: prefix of the arguments' names in messages.
+        drop_last: whether to drop an incomplete last batch; otherwise the first images of the order fill it up.
+        rank, world_size: index of this rank, and number of ranks.
+        where: prefix of the names of arguments in messages.
 
     Raises:
         UserError: fewer images than one global batch with `drop_last`.
@@ -87,7 +87,7 @@ class ShuffledBatches(DistributedSampler[Key]):
 
 
 class EpochImages(Dataset[tuple[Tensor, int]]):
-    """Training images by key (index, epoch); augmentation depends on (seed, epoch, index) alone."""
+    """Training images by key (index, epoch); the augmentation depends only on (seed, epoch, index)."""
 
     def __init__(self, images: ImageDataset, seed: int) -> None:
         self.images = images

@@ -15,11 +15,11 @@ from dpm_scales.data.base import ImageSource, TensorImages, size_pair, split_ind
 from dpm_scales.errors import UserError, require, suggest
 
 MAGIC = (b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06")
-"""How .npy files and .npz files, which are zip files, begin."""
+"""First bytes of .npy files and of .npz files, which are zip files."""
 
 
 class Digits(ImageSource):
-    """The 1797 handwritten digits of scikit-learn, 8x8 pixels, grey, ten classes; split evenly over the classes."""
+    """The 1797 handwritten digits of scikit-learn: 8x8 grey pixels, ten classes, each split by the same fraction."""
 
     channels = 1
     image_size = (8, 8)
@@ -46,13 +46,13 @@ class Digits(ImageSource):
 class Photos(ImageSource):
     """Patches of the free photos in scikit-image at scales 1, 1/2 and 1/4, RGB; one photo is held out.
 
-    The defaults give 4155 patches of 32 px in all.
+    The defaults give 4155 patches of 32 px in total.
 
     Args:
         patch_size: side of a patch, or [height, width], in pixels.
-        stride: distance of neighbouring patches in pixels.
-        val_photo: "astronaut", "coffee", "chelsea" or "rocket".
-        random_flip: mirror half of the training patches.
+        stride: distance between neighbouring patches in pixels.
+        val_photo: the photo held out: "astronaut", "coffee", "chelsea" or "rocket".
+        random_flip: whether to mirror half of the training patches.
     """
 
     PHOTOS = ("astronaut", "coffee", "chelsea", "rocket")
@@ -101,10 +101,10 @@ class ArraySource(ImageSource):
     """Images of one size from a NumPy file: uint8 (N, H, W) or (N, H, W, C), C = 1 or 3.
 
     Args:
-        path: a .npy file, or a .npz file with `images` and, if there are any, integer `labels` (N,).
-        val_fraction: part of the images (of every label) held out.
-        split_seed: seed of that choice.
-        random_flip: mirror half of the training images.
+        path: a .npy file, or a .npz file with `images` and, optionally, integer `labels` (N,).
+        val_fraction: fraction of the images (of every label) held out.
+        split_seed: seed of the split.
+        random_flip: whether to mirror half of the training images.
 
     Raises:
         UserError: no such file, pickled objects in it, arrays of another type or shape, or more classes than images.
@@ -154,7 +154,7 @@ class ArraySource(ImageSource):
 
 
 def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images and labels, or None, from a .npy or .npz file; objects are never unpickled."""
+    """Return the images and the labels or None of a .npy or .npz file; objects are never unpickled."""
     require(path.is_file(), f"{path}: no such file; give a .npy or .npz file")
     kind = f"{path}: not a readable .npy or .npz file without pickled objects"
     try:
@@ -171,8 +171,8 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             return content["images"], content["labels"] if "labels" in keys else None
     except UserError:
         raise
-    except Exception as error:  # NumPy parses headers as Python code: it raises nearly anything for a damaged one
+    except Exception as error:  # NumPy parses headers as Python code; damaged ones raise nearly anything
         reason = str(error).split("\n")[0] or type(error).__name__
-        # NumPy's advice is to read them nevertheless
+        # NumPy's message advises to allow them
         reason = "it holds Python objects; save arrays of numbers" if "allow_pickle" in reason else reason
         raise UserError(f"{kind} ({reason})") from error

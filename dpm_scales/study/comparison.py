@@ -1,14 +1,14 @@
 """Processes side by side on the same images: Sect. 6.3, Peter 2024, for any processes and any folder.
 
-Every process starts from the same images, takes one Markov path through its scales, and is measured there:
+Every process starts from the same images and takes one Markov path through its scales. Measured at each scale:
 
-    variance          of an image's pixels over its area, mean of the channels, in units where black is 0 and white 1
-    average grey      likewise
-    relative entropy  -sum u ln(u / w), Eq. (50), with w the steady state; osmosis alone
-    features          of a network, for distances between the processes' images at the same time
+    variance          over the pixels of an image, averaged over channels; black is 0 and white 1
+    average grey      over the pixels of an image, in the same units
+    relative entropy  -sum u ln(u / w), Eq. (50), with w the steady state; only for osmosis
+    features          of a network, for distances between the images of the processes at the same time
 
-Images stream through in batches; what is measured of each batch is one file in `parts`, so that a comparison goes on
-where it stopped, and memory does not grow with the set. Noise follows from (seed, process, first image of the batch).
+Images are measured in batches. The results of each batch are one file in `parts`, so that a comparison resumes where it
+stopped and memory does not grow with the set. The noise depends only on (seed, process, first image of the batch).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from dpm_scales.study.fingerprint import describe, describe_images, fingerprint
 Array = NDArray[Any]
 
 FORMER_NAMES = {"dpm": "vp"}
-"""Processes by names that they had: options still take these, and the noise of a process is that of its first name."""
+"""Processes by former name: options still accept these, and the noise of a process follows from its first name."""
 
 PARTS_VERSION = 2
-"""Raise it where the same processes would give other figures of the same images."""
+"""Version of the measurements; increase it when the same processes and images would give other results."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Entry:
     """A process in a comparison.
 
     Attributes:
-        name: in files and figures.
-        process: its law.
-        scales: one for each time of the comparison, ascending in [0, 1].
-        keeps_grey: whether the average grey value stays where it was, at least in expectation.
+        name: name in files and figures.
+        process: the process.
+        scales: one scale for each time of the comparison, ascending in [0, 1].
+        keeps_grey: whether the average grey value is preserved, at least in expectation.
     """
 
     name: str
@@ -59,14 +59,16 @@ class Entry:
     keeps_grey: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        # once, here: asked for each batch it would wait for the device
+        # checked once, as a check in each batch would wait for the device
         tables = next(self.process.buffers(), None)
         zero = torch.zeros((), dtype=torch.float64, device=None if tables is None else tables.device)
         object.__setattr__(self, "keeps_grey", bool(self.process.signal_scale(1.0, zero) > 1 - 1e-6))
 
     def path(self, images: Tensor, seed: int) -> tuple[Tensor, Tensor | None]:
-        """One Markov path from uint8 images ``(B, C, H, W)``: ``(T, B, C, H, W)`` in the process's value range, and
-        the steady state if there is one for each image. The noise is the same on every kind of device only in law."""
+        """Return one Markov path and the steady state, if each image has one, from uint8 images ``(B, C, H, W)``.
+
+        The path is ``(T, B, C, H, W)`` in the value range of the process. Its noise depends on the kind of device.
+        """
         x_0 = to_range(images, self.process.value_range)
         generator = torch.Generator(images.device).manual_seed(seed)
         context = self.process.context(x_0, generator)
@@ -76,10 +78,10 @@ class Entry:
         return path, None
 
     def shown(self, x: Tensor) -> Tensor:
-        """uint8 images to look at, and to take features of.
+        """Return uint8 images to view and to extract features from.
 
-        A process that keeps the average grey value is clipped to the value range. Any other is mapped to it affinely,
-        image by image, from its smallest to its largest value, as the paper does with DPM.
+        Images of a process that keeps the average grey value are clipped to the value range. Those of any other process
+        are mapped to it affinely, each from its smallest to its largest value, as the paper does with DPM.
         """
         low, high = self.process.value_range
         if not self.keeps_grey:
@@ -98,15 +100,15 @@ def measure(
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] | None = None,
 ) -> Parts:
-    """Measure every process on every image, as far as it has not been done before.
+    """Measure every process on every image not measured before; return the results.
 
     Args:
-        out: the parts go to ``out/parts``.
-        features: of the images at each scale; None for no distances.
-        batch_size: images of one size that are taken together.
-        on_batch: called with the number of images of each batch, measured now or before.
+        out: folder; the results go to ``out/parts``.
+        features: network for the features of the images at each scale; None for no distances.
+        batch_size: maximum number of images per batch, all of one size.
+        on_batch: called with the number of images of each batch, whether measured now or before.
 
-    Raises: UserError if `out` holds the parts of another comparison.
+    Raises: UserError if `out` contains the results of another comparison.
     """
     require(len({entry.name for entry in entries}) == len(entries), "processes of a comparison need different names")
     require(len({len(entry.scales) for entry in entries}) == 1, "processes of a comparison need equally many scales")
@@ -128,7 +130,7 @@ def measure(
 
 @torch.no_grad()
 def _measured(entry: Entry, images: Tensor, seed: int, features: FeatureNetwork | None) -> dict[str, Array]:
-    """Arrays ``(T, B)``, and for each time k ``features/k`` ``(B, d)``."""
+    """Return arrays ``(T, B)`` by name, and ``features/k`` ``(B, d)`` for each time k."""
     path, steady = entry.path(images, seed)
     low, high = entry.process.value_range
     grey = (average_grey(path) - low) / (high - low)
@@ -142,14 +144,14 @@ def _measured(entry: Entry, images: Tensor, seed: int, features: FeatureNetwork 
 
 
 class Parts:
-    """What has been measured: one .npz file for each batch, read again one figure at a time."""
+    """Measured results: one .npz file for each batch, read back one quantity at a time."""
 
     def __init__(self, folder: Path, names: list[str], number: int) -> None:
         self.folder, self.names, self.number = folder, names, number
         self.known: list[int] = []
 
     def claim(self, fingerprint: str) -> None:
-        """Take the folder for this comparison. Raises UserError if it is another's, or no real folder."""
+        """Reserve the folder for this comparison. Raise UserError if it is another's, or not a real folder."""
         make_folder(self.folder.parent)
         with guarded(self.folder.parent):
             make_folder(self.folder)
@@ -169,12 +171,12 @@ class Parts:
         write_bytes(self._file(first), buffer.getvalue())
 
     def series(self, name: str, key: str) -> Array | None:
-        """A figure of a process over all images: ``(T, N)``; None if it was not measured."""
+        """Return a quantity of a process for all images, ``(T, N)``; None if it was not measured."""
         found = list(self._read(f"{name}/{key}"))
         return np.concatenate(found, axis=1) if found else None
 
     def features(self, name: str, index: int) -> Array:
-        """Features of a process's images at time number `index`: ``(N, d)``."""
+        """Return the features of the images of a process at time number `index`, ``(N, d)``."""
         return np.concatenate(list(self._read(f"{name}/features/{index}")))
 
     def _read(self, key: str) -> Iterator[Array]:
@@ -188,7 +190,7 @@ class Parts:
 
 
 def noise_seed(seed: int, name: str, first: int) -> int:
-    """Return 63 bits from the study's seed, the process's name and the number of the first image."""
+    """Return a 63-bit seed from the seed of the study, the name of the process and the index of the first image."""
     own, *ending = name.split(",")
     name = ",".join([{new: old for old, new in FORMER_NAMES.items()}.get(own, own), *ending])
     digest = hashlib.sha256(f"{seed}/{name}/{first}".encode()).digest()
@@ -198,7 +200,7 @@ def noise_seed(seed: int, name: str, first: int) -> int:
 def _fingerprint(
     entries: Sequence[Entry], images: NumberedImages, seed: int, features: FeatureNetwork | None, batch_size: int
 ) -> str:
-    """Return a digest of all that the figures depend on: processes and images whole, settings, features."""
+    """Return a digest of all that determines the results: processes and images in full, settings, features."""
     laws = [[entry.name, describe(entry.scales), describe(entry.process, entry.name)] for entry in entries]
     network = None if features is None else [features.name, features.hash, features.resizing]
     return fingerprint(PARTS_VERSION, laws, describe_images(images), seed, network, batch_size)

@@ -1,8 +1,8 @@
-"""Fingerprints of processes and images: figures kept in a folder serve again only where these are the same.
+"""Fingerprints of processes and images: stored results are reused only if these are the same.
 
-A process is described by its class and all that it holds, whichever way it was built: schedules, operator, every value
-that its constructor took. An option of a config that is left out and the same option at its default value give one
-description; any other value of any option gives another.
+A process is described by its class and its whole content, however it was built: schedules, operator, every argument of
+its constructor. An omitted option of a config and the same option at its default give the same description; any other
+value of any option gives a different one.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from dpm_scales.errors import UserError
 
 _CONTENT = ("_parameters", "_buffers", "_modules")
 _BOOKKEEPING = vars(nn.Module()).keys() - set(_CONTENT)
-"""What every torch module holds besides its content: hooks, modes, names."""
+"""Attributes of every torch module that are not its content: hooks, modes, names."""
 
 _OPAQUE = ("builtins", "functools", "types")
-"""Modules of functions, methods, partial functions: they have attributes, which say nothing of what they do."""
+"""Modules of functions, methods and partial functions, whose attributes do not describe what they compute."""
 
 _KNOWN_CODE = ("dpm_scales", "torch", "numpy", "abc", "builtins", "typing")
-"""Code that changes with a version alone."""
+"""Packages whose code changes only with their version."""
 
 MAX_DEPTH = 40
 
 
 def fingerprint(*content: Any) -> str:
-    """Return the SHA-256, in hexadecimal digits, of values that JSON takes."""
+    """Return the hexadecimal SHA-256 of values that JSON can represent."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def describe(value: Any, where: str = "process", depth: int = 0) -> Any:
-    """Describe a process, or whatever it holds, in plain containers.
+    """Return a description of a process, or of part of its content, in plain containers.
 
     Args:
-        value: numbers, strings, None, containers, tensors and arrays (by content), objects by their class and
-            attributes. A class outside this package counts with its source code, as far as Python finds it.
-        where: its name, for messages.
-        depth: how many objects and containers lie around it.
+        value: numbers, strings, None, containers, tensors and arrays (by content), objects (by class and attributes).
+            A class outside this package counts with its source code, as far as Python finds it.
+        where: name of the value, for messages.
+        depth: number of enclosing objects and containers.
 
-    Raises: UserError for what can't be told apart from another: functions, files, objects that hold themselves.
+    Raises: UserError for values that cannot be described: functions, files, objects that contain themselves.
     """
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -79,7 +79,7 @@ def describe(value: Any, where: str = "process", depth: int = 0) -> Any:
 
 
 def _named(kind: type) -> list[str]:
-    """Name a class, with the source of whatever of it is not of this package."""
+    """Return the name of a class, followed by the source of it and its bases where they are not known code."""
     name = f"{kind.__module__}.{kind.__qualname__}"
     return [name, *(_source(base) for base in kind.__mro__ if base.__module__.partition(".")[0] not in _KNOWN_CODE)]
 
@@ -87,12 +87,12 @@ def _named(kind: type) -> list[str]:
 def _source(kind: type) -> str:
     try:
         return inspect.getsource(kind)
-    except (OSError, TypeError):  # typed into an interpreter, or compiled
+    except (OSError, TypeError):  # defined in an interpreter, or compiled
         return ""
 
 
 def describe_images(images: NumberedImages) -> list[list[Any]]:
-    """Describe images by name, size and the SHA-256 of their content, which is read once."""
+    """Return the name, size and SHA-256 of each image, whose content is read once."""
     return [
         [name, list(size), images.digest(index)]
         for index, (name, size) in enumerate(zip(images.names, images.sizes, strict=True))

@@ -1,14 +1,14 @@
-r"""Schedules fitted so that one process corresponds to another: "blurring diffusion as an approximation of osmosis".
+r"""Fit schedules that make one process correspond to another: "blurring diffusion as an approximation of osmosis".
 
-What is compared is the energy of the images in octaves of frequency, E_o(t): the squared DCT coefficients, summed over
-an octave and averaged over images and channels. Of the process to be matched it is measured on its own images. The
-process that is fitted blurs and adds white noise of one level,
+The fit compares the energy of the images in octaves of frequency, E_o(t): the squared DCT coefficients, summed over
+an octave and averaged over images and channels. For the process to be matched, it is measured on its images. The
+fitted process blurs and adds white noise of one level,
 
     E_o(t) = sum_{mu in o} exp(-2 mu T) P(mu) + gamma^2 n_o,      P the energy of the images at frequency mu,
 
-so that at each time two numbers are to be found, T and gamma. They minimise the sum over octaves of the squared
-logarithm of the ratio of both energies ("octaves"), or make the total alike for a blur T that is given ("variance").
-A Markov chain needs gamma and T that never fall: what falls is raised to what was before.
+so that two numbers are fitted at each time, T and gamma. They minimise the sum over octaves of the squared logarithm
+of the ratio of both energies ("octaves"), or equate the total energies at a given blur T ("variance"). A Markov chain
+needs gamma and T that never decrease: a smaller value is raised to the one before.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from dpm_scales.operators import HeatOperator
 CRITERIA = ("octaves", "variance", "snr")
 _GRID = 400
 _NOISE_FLOOR = 1e-4
-"""Smallest noise that is fitted, where white is 1: far below what 8 bits show."""
+"""Smallest fitted noise level, where white is 1; far below the resolution of 8 bits."""
 
 
 def octave_index(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """Number of the octave of each DCT coefficient, int64 ``(H, W)``: 0 for the mean, 1 for the coarsest octave.
+    """Return the octave of each DCT coefficient, int64 ``(H, W)``: 0 for the mean, 1 for the coarsest octave.
 
-    Octave k >= 1 holds sqrt(mu) in [w / 2, w) with w = 2^k w_1 / 2 and w_1 the lowest frequency of the longer side;
+    Octave k >= 1 contains sqrt(mu) in [w / 2, w), w = 2^k w_1 / 2, with w_1 the lowest frequency of the longer side;
     frequencies above pi belong to the last octave that reaches pi.
     """
     mu = HeatOperator().eigenvalues(height, width, device)
@@ -43,20 +43,20 @@ def octave_index(height: int, width: int, device: torch.device | str | None = No
 
 
 def octave_sums(power: Tensor, index: Tensor) -> Tensor:
-    """Sums over octaves of ``(..., H, W)``: ``(..., octaves)``."""
+    """Return the sums ``(..., octaves)`` of ``(..., H, W)`` over each octave."""
     sums = power.new_zeros(*power.shape[:-2], int(index.max()) + 1)
     return sums.index_add_(-1, index.flatten(), power.flatten(-2))
 
 
 @dataclass(frozen=True)
 class Match:
-    """A fitted schedule, one entry for each time.
+    """Fitted schedule, with one entry for each time.
 
     Attributes:
         dissipation_times: T in px^2.
         noise_stds: gamma, where white is 1.
-        fitted, wanted: energies per octave ``(T, octaves)``, the mean left out.
-        error: root mean square over the octaves of the natural logarithm of their ratio.
+        fitted, wanted: energies per octave ``(T, octaves)``, without the mean.
+        error: root mean square, over the octaves, of the natural logarithm of their ratio.
     """
 
     dissipation_times: list[float]
@@ -69,15 +69,15 @@ class Match:
 def fit_blur_and_noise(
     wanted: Tensor, power: Tensor, times: Sequence[float], criterion: str = "octaves", largest_time: float = 1e5
 ) -> Match:
-    """Fit T and gamma at each time.
+    """Fit T and gamma at each time; return the fitted schedule.
 
     Args:
-        wanted: energies per octave of the process to be matched, ``(T, octaves)`` with octave 0 the mean, in units
-            where white is 1.
+        wanted: energies per octave of the process to be matched, ``(T, octaves)``, where octave 0 is the mean and
+            white is 1.
         power: energy of the clean images at each frequency, ``(H, W)``, same units.
-        times: T of each time for the criterion "variance".
+        times: T at each time, for the criterion "variance".
         criterion: "octaves" or "variance".
-        largest_time: largest T that is tried.
+        largest_time: largest T tried.
 
     Raises: UserError for another criterion.
     """
@@ -108,14 +108,14 @@ def fit_blur_and_noise(
 
 
 def fit_error(power: Tensor, wanted: Tensor, times: Sequence[float], noise: float) -> list[float]:
-    """Error, as in `Match`, of blur at the very times and one level of noise."""
+    """Return the error, as in `Match`, of blur with the given times T and one noise level."""
     blurred, number = _model(power)
     at = torch.tensor(list(times), dtype=torch.float64, device=power.device)
     return _error(torch.stack([blurred(t) for t in at]) + noise**2 * number, wanted.to(torch.float64)[:, 1:])
 
 
 def _model(power: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """Energies ``(octaves - 1,)`` of the images blurred by T ``()``, as a function; frequencies in each octave."""
+    """Return a function from T ``()`` to energies ``(octaves - 1,)`` after blurring, and the sizes of the octaves."""
     power = power.to(torch.float64)
     index = octave_index(power.shape[-2], power.shape[-1], power.device)
     mu = HeatOperator().eigenvalues(power.shape[-2], power.shape[-1], power.device)
@@ -139,7 +139,7 @@ def _best(
     least_time: float,
     least_noise: float,
 ) -> tuple[float, float]:
-    """The pair on a grid, then on a finer one around it, whose energies are nearest in logarithm."""
+    """Return the (T, gamma) with the nearest energies in logarithm, by a grid and a finer one around its best."""
     allowed = levels.clamp(min=max(least_noise, _NOISE_FLOOR)).unique()
     rows = table[times >= least_time]
     kept = times[times >= least_time]
@@ -155,7 +155,7 @@ def _best(
         allowed = torch.linspace(low, high, 41, dtype=torch.float64, device=wanted.device)
         before, after = max(i - 1, 0), min(i + 1, len(kept) - 1)
         weights = torch.linspace(0, 1, 21, dtype=torch.float64, device=wanted.device)
-        # between neighbours of the grid the energies are nearly straight in their logarithms
+        # between neighbours on the grid, the logarithms of the energies are nearly linear
         left = torch.exp(torch.lerp(_log(rows[before]), _log(rows[i]), weights[:, None]))
         right = torch.exp(torch.lerp(_log(rows[i]), _log(rows[after]), weights[:, None]))
         spots = [torch.lerp(kept[a], kept[b], weights) for a, b in ((before, i), (i, after))]
@@ -164,11 +164,11 @@ def _best(
 
 
 def fit_log_snr(log_snr: Tensor) -> list[float]:
-    """betas of a variance-preserving chain whose logSNR at each scale is `log_snr`, ``(T,)`` descending.
+    """Return the betas of a variance-preserving chain whose logSNR at each scale is `log_snr`, ``(T,)`` descending.
 
     a^2 = sigmoid(logSNR), and beta_k^2 = 1 - a_k^2 / a_{k-1}^2 (Eq. (16), Peter 2024).
 
-    Raises: UserError for logSNR that is not finite, or rises.
+    Raises: UserError for a logSNR that is not finite or that increases.
     """
     require(bool(torch.isfinite(log_snr).all()), "the process to be matched has no noise, so no SNR: match=octaves")
     squares = torch.cat([torch.ones(1, dtype=torch.float64), torch.sigmoid(log_snr.to(torch.float64)).cpu()])

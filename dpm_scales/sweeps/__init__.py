@@ -1,1 +1,1 @@
-"""Many runs: folders named by options, one table of results, a search for the best values."""
+"""Run sweeps: folders named by options, one table of results, a search for the best values."""

@@ -1,4 +1,4 @@
-"""Folders of runs and sweeps, named by their options: the same command finds what it has made, whenever it is given."""
+"""Name the folders of runs and sweeps by their options, so that a repeated command finds its earlier results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpm_scales.errors import UserError
 from dpm_scales.storage import read_yaml
 
 RUNS, SWEEPS = Path("runs"), Path("sweeps")
-#: options that say where or on what device to run, not what: they are left out of names
+#: options that determine where or on what device to run, not the result; names omit them
 UNNAMED = (
     *("run_dir", "resume", "allow", "trainer.devices", "trainer.num_nodes", "trainer.accelerator"),
     *("trainer.enable_progress_bar", "hydra"),
@@ -26,18 +26,18 @@ _DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?:[eE][+-]?\d+)?(?![\w.])")
 
 
 def run_folder(root: Path, overrides: Sequence[str], constant: Collection[str] = ()) -> Path:
-    """Return the folder below `root` of the run with these options: the one that it has already, or a new one.
+    """Return the folder below `root` for the run with these options: the existing one, or a new one.
 
     Args:
         overrides: the run's options, ``KEY=VALUE``, in any order.
-        constant: keys that all runs of the sweep share; they are left out of the name.
+        constant: keys that all runs of the sweep share; the name omits them.
     """
     new, plain = root / run_name(overrides, constant), root / plain_name(overrides)
     return plain if plain.is_dir() and not new.exists() else new
 
 
 def plain_name(overrides: Sequence[str]) -> str:
-    """Return the name of a run's folder that shows all options as they are; earlier versions gave no other."""
+    """Return the name of a run's folder that shows all options unchanged, as in earlier versions."""
     named = sorted(filter(_names, overrides))
     return _name(named, named)
 
@@ -45,17 +45,17 @@ def plain_name(overrides: Sequence[str]) -> str:
 def run_name(overrides: Sequence[str], constant: Collection[str] = ()) -> str:
     """Return a run's folder name, the same for the same options in any order; "default" without any.
 
-    A hash of all options is added where one is left out, rounded, or spelled otherwise, so that different options never
-    share a folder.
+    A hash of all options is appended if one is omitted, rounded or respelled, so that different options never share a
+    folder.
     """
     named = _named(overrides)
     return _name([short_numbers(o) for o in named if key_of(o) not in constant], named)
 
 
 def sweep_folder(overrides: Sequence[str]) -> Path:
-    """Return the folder of a sweep without `run_dir`, which its options name, what varies first.
+    """Return the folder of a sweep without `run_dir`, named by its options, those that vary first.
 
-    Runs of the same sweep that lie in runs/, where earlier versions left them, stay there.
+    A sweep that an earlier version began in runs/ stays there.
     """
     varied = varied_keys(overrides)
     named = sorted(_named(overrides), key=lambda o: key_of(o) not in varied)
@@ -64,13 +64,13 @@ def sweep_folder(overrides: Sequence[str]) -> Path:
 
 
 def varied_keys(overrides: Sequence[str]) -> list[str]:
-    """Return the keys of the options that have several values, in their order."""
+    """Return the keys of the options with several values, in the given order."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     return [key_of(o.input_line or "") for o in parsed if o.is_sweep_override()]
 
 
 def short_numbers(text: str) -> str:
-    """Round the long decimal numbers of a text to four digits: ``rate=0.0023456789`` becomes ``rate=0.002346``."""
+    """Return the text with long decimals rounded to four digits: ``rate=0.0023456789`` becomes ``rate=0.002346``."""
 
     def short(match: re.Match[str]) -> str:
         number = match.group()
@@ -81,7 +81,7 @@ def short_numbers(text: str) -> str:
 
 
 def _named(overrides: Sequence[str]) -> list[str]:
-    """Return the options that name a run, in alphabetical order; of repeated ones the last, which counts."""
+    """Return the options that name a run, in alphabetical order; of repeated ones the last, which takes effect."""
     return sorted({o.partition("=")[0]: o for o in overrides if _names(o)}.values())
 
 
@@ -100,7 +100,7 @@ def _name(shown: Sequence[str], named: Sequence[str]) -> str:
 
 
 def _begun_in_runs(named: Sequence[str], varied: Sequence[str]) -> bool:
-    """Return whether runs/ has been a sweep's folder with runs that this sweep may have made."""
+    """Return whether runs/ is the folder of a sweep with runs that this sweep may have made."""
     if not any((RUNS / name).is_file() for name in ("multirun.yaml", "study.db")):
         return False
     keys = {key_of(o) for o in named}
@@ -108,7 +108,7 @@ def _begun_in_runs(named: Sequence[str], varied: Sequence[str]) -> bool:
     for file in RUNS.glob("*/overrides.yaml"):
         try:
             stored = _values(_named(read_yaml(file)))
-        except (UserError, HydraException, TypeError, AttributeError):  # no options of ours
+        except (UserError, HydraException, TypeError, AttributeError):  # not options of this package
             continue
         if stored.keys() == keys and constant.items() <= stored.items():
             return True
@@ -116,6 +116,6 @@ def _begun_in_runs(named: Sequence[str], varied: Sequence[str]) -> bool:
 
 
 def _values(overrides: Sequence[str]) -> dict[str, str]:
-    """Return the values of options that have one, by key, as Hydra spells them."""
+    """Return the values of the options with a single value, by key, as Hydra spells them."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     return {key_of(o.input_line or ""): o.get_value_element_as_str() for o in parsed}

@@ -1,10 +1,10 @@
-"""Search for the best values of options: an Optuna study in a sweep's folder, which can be interrupted anywhere.
+"""Search for the best values of options: an Optuna study in the folder of a sweep, which can be interrupted anytime.
 
     trial k = proposal of a tree-structured Parzen estimator from (seed, k, the trials before)
 
-so that a study resumed after an interruption makes the proposals of an uninterrupted one. It is stored in `study.db`
-(SQLite). Trials that a killed sweep left unfinished come first: their run folders are named by their values, so their
-runs resume. A trial whose values are a user's mistake (a schedule of which no chain exists) counts as failed.
+so that a resumed study makes the same proposals as an uninterrupted one. It is stored in `study.db` (SQLite). Trials
+left unfinished by a killed sweep come first; their folders are named by their values, so their runs resume. A trial
+with invalid values (a schedule for which no chain exists) counts as failed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dpm_scales.storage import write_text
 from dpm_scales.sweeps.naming import plain_name, run_folder
 
 DIRECTIONS = ("minimize", "maximize")
-SPACE, FIXED = "search space", "options"  # of the study's attributes
+SPACE, FIXED = "search space", "options"  # names of the study's attributes
 Launch = Callable[..., Sequence[JobReturn]]
 
 
@@ -45,21 +45,22 @@ def search(
     direction: str = "minimize",
     seed: int = 0,
 ) -> None:
-    """Run trials until the study has `n_trials`; writes the best one's figure and options, and a config that trains it.
+    """Run trials until the study has `n_trials`; write the result and options of the best, and a config that trains it.
 
-    `best.yaml` holds the figure, all options and the run's folder, `experiment/best.yaml` the options as a config:
+    `best.yaml` holds the objective, all options and the run's folder, `experiment/best.yaml` the options as a config:
     ``python train.py --config-dir ROOT experiment=best``.
 
     Args:
-        arguments: overrides; those with choices, ``interval(a,b)``, ``range(a,b,step)`` or ``tag(log,…)`` are searched.
-        root: the sweep's folder.
-        objective: what the runs return, for messages.
+        arguments: overrides; the search varies those with choices, ``interval(a,b)``, ``range(a,b,step)`` or
+            ``tag(log,…)``.
+        root: folder of the sweep.
+        objective: name of the value that runs return, for messages.
         launch: Hydra's launcher.
         is_group: whether an option chooses one of several configs.
         searched: further folders of configs that the options may choose from.
-        n_trials, n_jobs: in all, and at a time, >= 1.
+        n_trials, n_jobs: number of trials in total, and at a time, >= 1.
         direction: "minimize" or "maximize".
-        seed: of the proposals, >= 0.
+        seed: seed of the proposals, >= 0.
 
     Raises: UserError for a value out of range, nothing to search, another study in the folder, and if no trial gave a
     value.
@@ -102,7 +103,7 @@ def search(
     while finished < n_trials:
         batch, jobs = jobs[:n_jobs], jobs[n_jobs:]
         while len(batch) < min(n_jobs, n_trials - finished):
-            # by the trial's number, not by what this process has drawn before
+            # seeded by the trial's number, independent of earlier draws of this process
             study.sampler = optuna.samplers.TPESampler(seed=(seed * 1_000_003 + len(study.trials)) % 2**32)
             trial = study.ask(space)
             batch.append((trial.number, trial.params))
@@ -133,7 +134,7 @@ def search(
 
 
 def as_experiment(options: Sequence[str], is_group: Callable[[str], bool]) -> tuple[dict[str, Any], list[str]]:
-    """Return options as an experiment's config, and those that no config can express, which remove a key.
+    """Return options as the config of an experiment, and those that remove a key, which no config can express.
 
     Args:
         options: ``KEY=VALUE``, each with one value.
@@ -160,7 +161,7 @@ def as_experiment(options: Sequence[str], is_group: Callable[[str], bool]) -> tu
 
 
 def _distribution(override: Override) -> Any:
-    """Return the distribution of an override's values. Raises UserError for an empty or impossible interval."""
+    """Return the distribution of the values of an override. Raise UserError for an empty or impossible interval."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value: Any = override.value()
@@ -184,12 +185,12 @@ def _distribution(override: Override) -> Any:
 
 
 def _assigned(params: dict[str, Any]) -> list[str]:
-    """Return values as overrides."""
+    """Return parameters as overrides."""
     return [f"{key}={'null' if value is None else value}" for key, value in params.items()]
 
 
 def _check_study(study: Any, root: Path, space: dict[str, Any], fixed: str) -> None:
-    """Raise UserError if the folder's study searches something else; a new one learns what it searches."""
+    """Raise UserError if the study in the folder has another search space or options; store them in a new study."""
     described = {SPACE: {key: repr(space[key]) for key in sorted(space)}, FIXED: fixed}
     for name, now in described.items():
         before = study.user_attrs.get(name)
@@ -200,9 +201,9 @@ def _check_study(study: Any, root: Path, space: dict[str, Any], fixed: str) -> N
 
 
 def _value(result: JobReturn, objective: str) -> float:
-    """Return a run's objective. Raises UserError if it is missing or not finite, and what a failed run raised."""
+    """Return the objective of a run. Raise UserError if it is missing or not finite, and what a failed run raised."""
     if result.status == JobStatus.COMPLETED and result.return_value is None:
         raise UserError(f"the runs have no {objective} to compare them by; set objective to one of their result.json")
-    value = float(result.return_value)  # raises what a failed run did
+    value = float(result.return_value)  # re-raises the exception of a failed run
     require(math.isfinite(value), f"{objective} is {value}")
     return value

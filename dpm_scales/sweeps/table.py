@@ -1,4 +1,4 @@
-"""A sweep's folder, and one table of its results."""
+"""Determine the folder of a sweep, and tabulate its results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LONGEST_CELL = 24  # characters
 PADDING = 2  # characters between columns
 #: options that change what the validation loss measures: its noise, targets or images
 LAWS = ("process", "target", "experiment", "data")
-#: options of the data that leave the validation images as they are
+#: options of the data that do not change the validation images
 SAME_IMAGES = tuple(
     f"data.{name}"
     for name in ("batch_size", "num_workers", "pin_memory", "drop_last", "seed", "random_flip", "random_crop")
@@ -43,9 +43,9 @@ def sweep_root(config: DictConfig, sweep_dir: str) -> Path:
 
 
 def job_folders(config: DictConfig) -> tuple[Path, Path]:
-    """Return the folder that this job's run lies in, and the run's own, which its options name unless `run_dir` does.
+    """Return the parent folder of this job's run, and the run's own, named by its options unless `run_dir` names it.
 
-    Called in a job of Hydra's, of a sweep or alone.
+    Called in a Hydra job, part of a sweep or single.
     """
     hydra = HydraConfig.get()
     root = sweep_root(config, hydra.sweep.dir if is_sweep() else str(RUNS))
@@ -66,7 +66,7 @@ def results(root: Path) -> tuple[dict[str, Row], list[str]]:
 
 
 def collect(root: Path) -> tuple[list[str], list[Row]]:
-    """Return the options in which the finished runs directly below `root` differ, and a row for each, by folder."""
+    """Return the options in which the finished runs directly below `root` differ, and a row for each run, by folder."""
     finished, _ = results(root)
     options = {
         name: {key: value for key, _, value in (o.partition("=") for o in result.pop("overrides"))}
@@ -88,30 +88,30 @@ def unfinished(root: Path, rows: list[Row]) -> list[str]:
 
 
 def write_table(root: Path) -> tuple[list[str], list[Row]]:
-    """Write `sweep.csv` with the finished runs below `root`; returns what `collect` does.
+    """Write `sweep.csv` with the finished runs below `root`; return the result of `collect`.
 
-    Called after every run, so that a run that fails does not cost the others their table.
+    Called after every run, so that the table exists even if a later run fails.
     """
     varied, rows = collect(root)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     write_text(root / "sweep.csv", csv_text(columns, rows))
-    if len(collect(root)[1]) != len(rows):  # another process finished a run meanwhile, perhaps after it wrote
+    if len(collect(root)[1]) != len(rows):  # another process finished a run meanwhile
         return write_table(root)
     return varied, rows
 
 
 def compared(varied: Sequence[str], rows: Iterable[Row], objective: str, highest: bool = False) -> list[list[Row]]:
-    """Group rows whose objective may be compared, in each group the best first.
+    """Return groups of rows with comparable objectives, the best first in each group.
 
-    A validation loss is compared within one process, target and data set; a figure of the samples among all.
+    A validation loss is compared within one process, target and data set; a metric of the samples among all.
 
     Args:
         varied: options in which the runs differ.
-        objective: the figure to compare by; rows without it come last.
-        highest: whether the best is the highest, not the lowest.
+        objective: the value to compare; rows without it come last.
+        highest: whether the highest value is the best, instead of the lowest.
     """
     laws = [key for key in varied if _is_law(key)] if objective.startswith("val/") else []
-    laws.sort(key=lambda key: "." in key)  # choices first, so that those of one process stand together
+    laws.sort(key=lambda key: "." in key)  # choices first, so that those of one process are adjacent
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(str(row[key]) for key in laws), []).append(row)
@@ -121,9 +121,9 @@ def compared(varied: Sequence[str], rows: Iterable[Row], objective: str, highest
 def summary(
     root: Path, varied: Sequence[str], rows: Sequence[Row], objective: str, highest: bool = False, width: int = 80
 ) -> Group:
-    """Return the table for people, at most `width` characters wide: what varies, the objective, why rows are grouped.
+    """Return a readable table, at most `width` characters wide: varied options, the objective, the reason for groups.
 
-    Cells are elided, and columns for which there is no room left out; `sweep.csv` has everything.
+    Long cells are elided, and columns that do not fit are omitted; `sweep.csv` has everything.
     """
     groups = compared(varied, rows, objective, highest)
     names = list(varied) or ["run"]
@@ -162,13 +162,13 @@ def _is_law(option: str) -> bool:
 
 
 def _rank(value: Any, highest: bool) -> float:
-    """Return a sort key: the best first, missing values last."""
+    """Return a sort key that puts the best first and missing values last."""
     number = float(value) if isinstance(value, int | float) else math.nan
     return math.inf if math.isnan(number) else -number if highest else number
 
 
 def _head(name: str, names: Sequence[str]) -> str:
-    """Return the last part of an option's name, unless others end alike."""
+    """Return the last part of an option's name, or the whole name if others end with the same part."""
     short = name.rpartition(".")[2]
     return _elided(short if [n.rpartition(".")[2] for n in names].count(short) == 1 else name)
 
@@ -179,16 +179,16 @@ def _cell(value: Any) -> str:
 
 
 def _elided(text: str, longest: int = LONGEST_CELL) -> str:
-    """Return the text, its middle elided if it is long."""
+    """Return the text, with its middle elided if it is long."""
     half = longest // 2
     return text if len(text) <= longest else f"{text[: longest - half - 1]}…{text[-half:]}"
 
 
 class SweepTable(Callback):
-    """Sets a sweep's folder, and prints a table of its runs at the end."""
+    """Callback that sets the folder of a sweep and prints a table of its runs at the end."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Pass the sweep's folder, and the options that all jobs share, to the jobs by Hydra's options."""
+        """Pass the folder of the sweep and the options common to all jobs to the jobs through Hydra's config."""
         hydra = config.hydra
         given = [*(f"{key}={value}" for key, value in (hydra.sweeper.get("params") or {}).items())]
         given += hydra.overrides.task
@@ -204,7 +204,7 @@ class SweepTable(Callback):
             hydra.overrides.hydra.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from dpm_scales.distributed.ranks import current_world  # loads torch, which a wrong option need not wait for
+        from dpm_scales.distributed.ranks import current_world  # loads torch, which would delay errors about options
 
         if not current_world().is_main:
             return

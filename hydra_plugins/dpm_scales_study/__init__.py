@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna`: Hydra takes plugins from this package alone; see dpm_scales/sweeps/search.py."""
+"""`hydra/sweeper=optuna`: Hydra loads plugins only from this package; see dpm_scales/sweeps/search.py."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from omegaconf import DictConfig
 
 
 class StudySweeper(Sweeper):
-    """Searches for the best values of options, and resumes an interrupted study.
+    """Sweeper that searches for the best values of options and resumes an interrupted study.
 
     Args:
-        n_trials: runs of the study, those done before included, >= 1.
-        n_jobs: runs at a time, >= 1; the launcher must be one that runs several.
+        n_trials: number of runs of the study, including earlier ones, >= 1.
+        n_jobs: number of runs at a time, >= 1; more than one needs a launcher that runs jobs in parallel.
         direction: "minimize" or "maximize".
-        seed: of the proposals, >= 0.
+        seed: seed of the proposals, >= 0.
     """
 
     def __init__(self, n_trials: int, n_jobs: int, direction: str, seed: int) -> None:
