@@ -1,7 +1,7 @@
-"""Checks that memory is free before it is allocated.
+"""Check that memory is free before allocating it.
 
-Code that allocates a table, a batch or a list whose size a user chose calls `require_memory` first, with a lower bound
-on its bytes: the user reads one line at once, instead of a late failure, or a machine that begins to swap.
+Code that allocates a table, batch or list of a size chosen by the user first calls `require_memory` with a lower bound
+on its bytes: the user gets one line at once, instead of a late failure or a machine that starts to swap.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dpm_scales.errors import OutOfMemoryError
 if TYPE_CHECKING:  # importing torch takes seconds
     import torch
 
-#: bytes below which nothing is checked
+#: number of bytes below which nothing is checked
 NEGLIGIBLE = 2**24
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 #: torch's messages on the CPU, for sizes that can't be allocated or that overflow 64 bits
@@ -29,10 +29,10 @@ def require_memory(num_bytes: float, what: str, remedy: str, device: torch.devic
     """Raise OutOfMemoryError (status 1) unless `num_bytes` are free.
 
     Args:
-        num_bytes: that will be held at least, all at once; Python numbers of any size.
-        what: needs them, with the option that chose it: ``"batch_size=100000 images of 64x64"``.
+        num_bytes: lower bound on the bytes held at the same time; a Python number of any size.
+        what: what needs them, with the option that sets its size: ``"batch_size=100000 images of 64x64"``.
         remedy: what to do instead: ``"lower batch_size"``.
-        device: where; None for the machine's own memory.
+        device: device that holds them; None for the machine's own memory.
     """
     if num_bytes <= NEGLIGIBLE:
         return
@@ -47,8 +47,8 @@ def require_memory(num_bytes: float, what: str, remedy: str, device: torch.devic
 def available_memory(device: torch.device | None = None) -> float:
     """Return the bytes that can still be allocated, infinite where that is unknown.
 
-    On the machine itself that is the least of what the kernel, the limits of this process (``ulimit -v``) and those of
-    its control groups (containers, SLURM) leave; on a CUDA device, what is free there or cached by torch.
+    For the machine itself this is the minimum left by the kernel, the limits of this process (``ulimit -v``) and those
+    of its control groups (containers, SLURM); for a CUDA device, what is free there or cached by torch.
     """
     if device is not None and device.type == "cuda":
         import torch
@@ -61,7 +61,7 @@ def available_memory(device: torch.device | None = None) -> float:
 
 
 def lacks_memory(error: BaseException) -> str | None:
-    """Return where memory ran out, "the machine" or "the device", for exceptions that mean that; else None."""
+    """Return where memory ran out, "the machine" or "the device", or None if the error has another cause."""
     if isinstance(error, MemoryError):
         return "the machine"
     if any(kind.__name__ == "OutOfMemoryError" and kind.__module__ == "torch" for kind in type(error).__mro__):
@@ -103,7 +103,7 @@ def _of_process() -> float:
 
 
 def _of_control_groups() -> Iterator[float]:
-    """Yield the bytes that each control group of this process leaves, for both versions of the interface."""
+    """Yield the bytes left by each control group of this process, for both versions of the interface."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-"""Files and folders that commands write: whole or not at all, never through a link, by one process at a time.
+"""Write files and folders of commands: atomically, never through a link, by one process at a time.
 
 Everything that a command writes into a folder is opened here. A folder may come from a stranger, who can put a link,
-a pipe or a device in the place of any file or folder that will be written or read.
+a pipe or a device in place of any file or folder that will be written or read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yaml
 
 from dpm_scales.errors import UserError, require
 
-#: absent on Windows, where making a link takes rights that a stranger's archive does not have
+#: flags for opening files; some lack on Windows, where a stranger's archive can't create links without extra rights
 _SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _KINDS = {
     stat.S_IFLNK: "a link",
@@ -32,7 +32,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-#: a link that Weights & Biases makes anew for each run, to its service's log, and never opens
+#: links that may remain: Weights & Biases recreates this one, to its service's log, for each run and never opens it
 KEPT_LINKS = ("debug-core.log",)
 _TEMPORARY = ".{name}.{mark}.tmp"
 
@@ -41,7 +41,7 @@ class FolderGoneError(UserError):
     """A guarded folder was deleted, moved or unmounted; nothing is written in its place.
 
     Attributes:
-        folder: that was guarded.
+        folder: the guarded folder.
     """
 
     def __init__(self, folder: Path, more: str = "") -> None:
@@ -51,7 +51,7 @@ class FolderGoneError(UserError):
 
 
 class _Guard:
-    """A folder that was entered: its absolute path, and itself, held open so that no other one can take its number."""
+    """A guarded folder: its absolute path, and an open descriptor, so that no other folder can reuse its inode."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path, self.gone = folder, folder.absolute(), False
@@ -79,13 +79,13 @@ _GUARDS: list[_Guard] = []
 
 @contextmanager
 def guarded(folder: str | Path) -> Iterator[None]:
-    """Let this module write below `folder` only into real folders, and only as long as `folder` is where it is.
+    """Restrict this module's writes below `folder` to real folders, and to the time while `folder` stays in its place.
 
-    `folder` itself may be a link: it is the user's word. What lies in it already is for `check_folder` to look at.
+    `folder` itself may be a link, since the user named it. `check_folder` checks what it already contains.
 
     Raises:
-        FolderGoneError: by whatever writes, once the folder is deleted, moved or replaced.
-        UserError: by whatever writes into a link or a file where a folder belongs.
+        FolderGoneError: from any write, once the folder has been deleted, moved or replaced.
+        UserError: from a write below a link, or below a file in place of a folder.
     """
     guard = _Guard(Path(folder))
     _GUARDS.append(guard)
@@ -97,15 +97,15 @@ def guarded(folder: str | Path) -> Iterator[None]:
 
 
 def any_gone() -> bool:
-    """Whether a write found that a guarded folder is gone. Looks at no disk."""
+    """Return whether an earlier write found a guarded folder gone, without accessing the disk."""
     return any(guard.gone for guard in _GUARDS)
 
 
 def check_folder(folder: str | Path) -> None:
-    """Raise UserError if something in `folder` could lead what is written there elsewhere, or hang a reader.
+    """Raise UserError if something in `folder` could redirect writes to another place, or block a reader.
 
-    No entry of the folder itself may be a link, and no deeper one a link that leads out of it (loggers keep links to
-    their newest files), but for `KEPT_LINKS`. Pipes, sockets and devices are refused at any depth.
+    No direct entry of the folder may be a link, and no deeper entry may be a link that leads out of it (loggers keep
+    links to their newest files), except `KEPT_LINKS`. Pipes, sockets and devices are refused at any depth.
     """
     root = os.path.realpath(folder)
     stack = [str(folder)]
@@ -113,7 +113,7 @@ def check_folder(folder: str | Path) -> None:
         place = stack.pop()
         try:
             entries = list(os.scandir(place))
-        except OSError:  # not there yet, or not readable: the first write tells
+        except OSError:  # missing or unreadable: the first write will report it
             continue
         for entry in entries:
             if entry.is_symlink():
@@ -128,17 +128,17 @@ def check_folder(folder: str | Path) -> None:
 
 
 def check_names(folder: str | Path, names: Iterable[str]) -> None:
-    """Raise UserError if one of these entries of a folder is neither a file nor a folder: for writers not of ours."""
+    """Raise UserError if an entry is neither a file nor a folder; for names that other libraries will write."""
     for name in names:
         kind = _kind(Path(folder, name))
         require(kind in (None, "a file", "a folder"), _refusal(Path(folder, name), str(kind)))
 
 
 def make_folder(folder: str | Path) -> None:
-    """Make a folder and those above it, as far as they are missing; below a guarded one links are refused.
+    """Create a folder and its missing parents; below a guarded folder, links are refused.
 
     Raises:
-        OSError: it can't be made.
+        OSError: the folder can't be created.
         FolderGoneError, UserError: see `guarded`.
     """
     folder = Path(folder)
@@ -161,7 +161,7 @@ def make_folder(folder: str | Path) -> None:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Raise UserError unless files can be made in `folder`, which is created."""
+    """Create `folder`; raise UserError unless files can be created in it."""
     folder = Path(folder)
     probe = folder / f".write-test-{uuid.uuid4().hex[:12]}"
     try:
@@ -176,7 +176,7 @@ def check_writable(folder: str | Path) -> None:
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Yield a new binary file beside `path`; on leaving it is flushed to disk and renamed to `path`.
 
-    If the body raises, the file is removed and `path` stays what it was. Missing parent folders are made. A link at
+    If the body raises, the file is removed and `path` is unchanged. Missing parent folders are created. A link at
     `path` is replaced, not followed.
 
     Raises:
@@ -210,12 +210,12 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically, with the line ends that `text` has."""
+    """Write a UTF-8 text file atomically, with the line endings of `text`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def link(source: Path, target: Path) -> None:
-    """Let `target` be the file `source` too, at once: a hard link, or a copy where the file system has none."""
+    """Make `target` a hard link to `source`, atomically, or a copy if the file system has no hard links."""
     temporary = _temporary(target)
     make_folder(target.parent)
     try:
@@ -226,13 +226,13 @@ def link(source: Path, target: Path) -> None:
             shutil.copyfileobj(original, copied)
     finally:
         with suppress(OSError):
-            temporary.unlink()  # still there if both names were one file already
+            temporary.unlink()  # still exists if both names were already the same file
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed left below `folder`."""
+    """Remove the temporary files that killed writers left below `folder`."""
     for leftover in folder.rglob(_TEMPORARY.format(name="*", mark="?" * 12)):
-        with suppress(OSError):  # a folder of that name is nobody's leftover
+        with suppress(OSError):  # a folder of that name is not a leftover
             leftover.unlink()
 
 
@@ -240,13 +240,13 @@ def open_regular(path: str | Path) -> BinaryIO:
     """Open a regular file for reading; links are followed.
 
     Raises:
-        UserError: a pipe, a socket or a device, which could hang the reader or never end.
-        OSError: no such file, a folder, or not readable.
+        UserError: it is a pipe, a socket or a device, which could block the reader or never end.
+        OSError: it is missing, a folder, or not readable.
     """
     kind = _kind(os.path.realpath(path))
     if kind not in ("a file", "a folder", None):
         raise UserError(f"{path} is {kind}, where a file belongs; remove it")
-    # looked at once more when it is open: another process may have changed it
+    # checked again once open: another process may have replaced it
     file = open(os.open(path, os.O_RDONLY | (_SAFE & ~getattr(os, "O_NOFOLLOW", 0))), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -255,24 +255,24 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_text(path: str | Path) -> str:
-    """Content of a regular UTF-8 file. Raises what `open_regular` does, and UnicodeDecodeError."""
+    """Return the content of a regular UTF-8 file. Raises the errors of `open_regular`, and UnicodeDecodeError."""
     with open_regular(path) as file:
         return file.read().decode("utf-8")
 
 
 @contextmanager
 def lock(path: Path, held: str, advice: str, wait: bool = False) -> Iterator[None]:
-    """Keep other processes, also on other machines, from holding the same lock meanwhile.
+    """Hold a lock in the body that excludes other processes, also on other machines.
 
-    The lock is the operating system's, so that it ends with this process, however that ends; a file system without
-    locks, or a folder that nobody may write to, keeps nobody out.
+    The operating system releases the lock when this process ends, even if it is killed. On a file system without locks,
+    or in a read-only folder, nothing is locked.
 
     Args:
-        path: of the lock's file, made if it is missing; it names the holder.
-        held, advice: of the message ``"FOLDER {held} HOLDER; {advice}"``.
-        wait: for the other process, instead of refusing.
+        path: the lock file, created if missing; it contains the name of the holder.
+        held, advice: parts of the message ``"FOLDER {held} HOLDER; {advice}"``.
+        wait: wait for the other process instead of raising.
 
-    Raises: UserError if another process holds it, or if the file is a link or anything else that is not a file.
+    Raises: UserError if another process holds the lock, or if `path` is not a regular file, such as a link.
     """
     descriptor = _locked(path, held, advice, wait)
     try:
@@ -283,7 +283,7 @@ def lock(path: Path, held: str, advice: str, wait: bool = False) -> Iterator[Non
 
 
 def _locked(path: Path, held: str, advice: str, wait: bool) -> int | None:
-    """An open descriptor that holds the lock; None where there are no locks."""
+    """Return an open descriptor that holds the lock, or None if locks are not available."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -296,9 +296,9 @@ def _locked(path: Path, held: str, advice: str, wait: bool) -> int | None:
         return None
     try:
         status = os.fstat(descriptor)
-        # another name may be that of a file elsewhere, which would be overwritten
+        # a hard link could overwrite a file in another place
         require(stat.S_ISREG(status.st_mode) and status.st_nlink <= 1, _refusal(path, "a file with other names"))
-        # not flock, whose locks loading processes would inherit, and hold on to after this one is killed
+        # not flock, whose locks data-loading processes inherit and keep after this one is killed
         fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         job = os.environ.get("SLURM_JOB_ID")
         holder = f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job}" if job else "")
@@ -323,7 +323,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _kind(path: str | Path) -> str | None:
-    """What is at `path`, itself and not what it may link to; None for nothing."""
+    """Return the kind of entry at `path`, without following links; None if there is none."""
     try:
         return _KINDS.get(stat.S_IFMT(os.lstat(path).st_mode), "no file")
     except OSError:
@@ -335,7 +335,7 @@ def _refusal(path: str | Path, kind: str) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the renaming itself durable, where the file system can."""
+    """Flush a folder to disk, so that a renaming in it is durable, where the file system supports it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -348,7 +348,7 @@ MAX_CONFIG_BYTES = 2**20
 
 
 def read_yaml(path: Path) -> Any:
-    """Plain values of a YAML file, which constructs nothing. Raises UserError for anything else."""
+    """Return the plain values of a YAML file, constructing no objects. Raises UserError for any other file."""
     try:
         with open_regular(path) as file:
             text = file.read(MAX_CONFIG_BYTES + 1)

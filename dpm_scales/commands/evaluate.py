@@ -142,7 +142,7 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def _held_out(cfg: DictConfig, fake: ImageSet | ModelSamples, run: Path | None) -> ImageSet | None:
-    """Return the images for the likelihood, or None if not requested. Raises UserError if the model has no likelihood."""
+    """Return the images for the likelihood, None if not requested. Raises UserError if the model has no likelihood."""
     if cfg.likelihood is None or not isinstance(fake, ModelSamples):
         return None
     estimator(fake.model, cfg.likelihood, cfg.likelihood_scales, cfg.likelihood_draws)

@@ -1,1 +1,1 @@
-"""Evaluate generated images: references, features of samples, bits per dimension. A library without commands."""
+"""Evaluate generated images: references, features of samples, bits per dimension. Contains no commands."""

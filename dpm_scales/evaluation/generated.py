@@ -1,4 +1,4 @@
-"""Samples that a model draws to be evaluated, and their features, shared between ranks."""
+"""Draw a model's samples for evaluation and compute their features, distributed over ranks."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from dpm_scales.progress import Report
 
 @dataclass(frozen=True)
 class ModelSamples:
-    """Samples that a model is going to draw.
+    """Samples of a model, drawn on demand.
 
     Attributes:
-        model: with the sampler that was asked for.
-        source: its path.
-        weights: averaged or raw.
-        guidance: of the labels, or None.
-        number, seed: of the samples.
-        labels: (number,) or None.
+        model: the model, with the chosen sampler.
+        source: path of the model.
+        weights: "averaged" or "raw".
+        guidance: settings of the label guidance, or None.
+        number, seed: number and seed of the samples.
+        labels: labels ``(number,)``, or None.
     """
 
     model: Model
@@ -45,9 +45,9 @@ class ModelSamples:
     def batches(
         self, batch_size: int, numbers: range | None = None, on_samples: Callable[[float], None] | None = None
     ) -> Iterator[Tensor]:
-        """Draw uint8 (B, C, H, W) of the samples of these numbers, without gaps; of all by default.
+        """Yield batches, uint8 ``(B, C, H, W)``, of the samples with these consecutive numbers, by default all.
 
-        `on_samples` is called with the share of the samples that each step of the sampler is.
+        `on_samples` is called after each step of the sampler with the batch size divided by the number of steps.
         """
         part = range(self.number) if numbers is None else numbers
         if not part:
@@ -64,11 +64,11 @@ class ModelSamples:
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """(H, W) of all of them."""
+        """Return the (H, W) that all samples have."""
         return (self.model.recipe.image_size,)
 
     def origin(self) -> dict[str, Any]:
-        """All that is needed to draw them again."""
+        """Return the settings needed to draw the samples again."""
         process, sampler = self.model.denoiser.process, self.model.sampler
         return {
             "model": self.source,
@@ -94,7 +94,7 @@ def sample_features(
     world: World,
     report: Report | None,
 ) -> FeatureSet:
-    """Features of all samples, of a model with the other processes, which must call it too; they report nothing."""
+    """Return the features of all samples; a model's are shared by all ranks, which must all call this function."""
     share = world.part(len(fake)) if isinstance(fake, ModelSamples) else range(len(fake))
 
     def part(name: str) -> Callable[[float], None] | None:

@@ -1,4 +1,4 @@
-"""Bits per dimension of eight-bit images under a model, batch by batch, and a figure of where they go."""
+"""Compute bits per dimension of 8-bit images under a model, batch by batch, and plot their parts."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ DRAWS = 32
 FLOW_STEPS = 64
 NUM_BANDS = 4
 BARS = 24
-"""Stretches of the chain that the figure shows."""
+"""Number of bars into which the figure groups the steps of the chain."""
 
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """Bits per dimension, that is per pixel and channel, averaged over images.
+    """Bits per dimension (per pixel and channel), averaged over images.
 
     Attributes:
         method: "vlb", "dissipation" or "flow".
-        number, shape: how many images, of which shape (C, H, W).
+        number, shape: number of images and their shape (C, H, W).
         bits: the sum of the four parts.
-        standard_error: of `bits`, from the spread over the images: of the images, the noise and the steps drawn.
+        standard_error: standard error of `bits` from the spread over images, due to images, noise and sampled steps.
         context, prior, steps, decoder: the parts, see `dpm_scales.likelihood`.
-        scales: (n + 1), from 1 down to the finest.
-        per_scale: (n), `steps` between neighbours of `scales`.
-        per_band: (n, bands), the same by bands of frequency, equally wide in the root of the Laplacian's eigenvalues;
-            None for the flow.
+        scales: ``(n + 1,)``, from 1 down to the finest.
+        per_scale: ``(n,)``, the part of `steps` between neighbours of `scales`.
+        per_band: ``(n, bands)``, the same by frequency band, of equal width in the root of the Laplacian's
+            eigenvalues; None for the flow.
         settings: arguments that the result depends on.
-        given: what the likelihood is conditional on, "guidance image" and "label" or nothing: numbers with another
-            condition do not compare.
+        given: conditions of the likelihood, any of "guidance image" and "label"; values under different conditions are
+            not comparable.
     """
 
     method: str
@@ -64,18 +64,18 @@ class BitsPerDim:
     given: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, as for JSON."""
+        """Return the result as plain containers for JSON."""
         return {**asdict(self), "shape": list(self.shape), "given": list(self.given)}
 
     def line(self) -> str:
-        """One line fit for a person."""
+        """Return a one-line summary."""
         kind = "bits/dim of the flow, up to its steps' error" if self.method == "flow" else "bits/dim at most"
         kind += f", {self.condition}" if self.given else ""
         return f"{self.bits:.3f} ± {self.standard_error:.3f} {kind} ({self.method}, {self.number} images)"
 
     @property
     def condition(self) -> str:
-        """`given` in words."""
+        """Return `given` in words."""
         return "given " + " and ".join(f"the {name}" for name in self.given) if self.given else ""
 
 
@@ -93,22 +93,22 @@ def bits_per_dim(
     on_images: Callable[[int], None] | None = None,
     use_labels: bool = True,
 ) -> BitsPerDim:
-    """Bits per dimension of images under a model; the same for batches of any size.
+    """Return the bits per dimension of images under a model, independent of the batch size.
 
     Args:
-        batches: uint8 ``(B, C, H, W)``, all of one size, or (images, labels) for a model with labels. RGB images of
-            equal channels serve a grey model.
+        batches: uint8 ``(B, C, H, W)``, all of one size, or (images, labels) for a model with labels. RGB images with
+            equal channels are accepted by a grey model.
         method: "vlb", "dissipation" (IHDM's chain) or "flow".
-        scales: steps of the chain, or of the flow; None for all of the process, or 64.
-        draws: steps of the chain looked at for each image; None for all.
-        noise_ratio: of the dissipation.
+        scales: number of steps; None for all steps of the process's chain, or 64 for the flow.
+        draws: number of steps of the chain evaluated per image; None for all.
+        noise_ratio: noise ratio of the dissipation.
         decoder_std: see `VariationalBound`.
-        probes: of the flow.
-        on_images: called with the number of images of each batch that is done.
-        use_labels: of a model with labels, the likelihood given the images' labels; else that without any, which a
-            model knows that was trained with `label_dropout`.
+        probes: number of probes of the flow.
+        on_images: called after each batch with its number of images.
+        use_labels: for a model with labels, condition on the images' labels; if false, use none, which needs a model
+            trained with `label_dropout`.
 
-    Raises: UserError for a process without noise, for a model that does not know images without labels where it should,
+    Raises: UserError for a process without noise, for use without labels of a model trained without `label_dropout`,
         and for images, labels or values that do not fit.
     """
     require_number("seed", seed, 0, whole=True)
@@ -167,8 +167,10 @@ def bits_per_dim(
 
 
 def conditions(model: Model, use_labels: bool = True) -> tuple[str, ...]:
-    """What a likelihood under the model is given, see `BitsPerDim`. Raises UserError if it does not know how to do
-    without labels, and should."""
+    """Return the conditions of a likelihood under the model, see `BitsPerDim`.
+
+    Raises: UserError for use without labels of a model trained without `label_dropout`.
+    """
     recipe = model.recipe
     image = model.denoiser.process.condition
     ok = use_labels or recipe.num_classes is None or recipe.label_dropout > 0
@@ -186,7 +188,7 @@ def estimator(
     decoder_std: float | None = None,
     probes: int = 1,
 ) -> FlowLikelihood | VariationalBound:
-    """What looks at images; the arguments of `bits_per_dim`, checked. Raises UserError as that does."""
+    """Return the likelihood estimator for these arguments of `bits_per_dim`. Raises UserError for invalid ones."""
     if method not in METHODS:
         raise UserError(f"unknown method {method!r} of likelihood: {suggest(str(method), METHODS)}")
     denoiser, prior = model.denoiser, model.prior
@@ -200,7 +202,7 @@ def estimator(
 def _fitting(
     model: Model, images: Tensor, labels: Tensor | None, shape: tuple[int, int, int] | None, use_labels: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The batch as the model takes it. Raises UserError if it can't."""
+    """Return the batch in the form that the model takes. Raises UserError if it does not fit the model."""
     recipe = model.recipe
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise UserError(f"likelihood: images must be uint8 (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
@@ -223,7 +225,7 @@ def _fitting(
 
 
 def check_classes(model: Model, held: ImageSet) -> None:
-    """Raises UserError unless the images have labels of the classes that the model was trained with, if any."""
+    """Raise UserError unless the images have labels of the classes that the model was trained with, if any."""
     recipe = model.recipe
     if recipe.num_classes is None:
         return
@@ -243,7 +245,7 @@ def check_classes(model: Model, held: ImageSet) -> None:
 
 
 def save_plot(path: Path, result: BitsPerDim) -> None:
-    """`likelihood.png`: bits per dimension by part, and those of the steps by scale (and band of frequency)."""
+    """Write `likelihood.png`: bits per dimension by part, and those of the steps by scale (and frequency band)."""
     with figure(path, 6.4, 3.2, ncols=2, width_ratios=(1, 2.4)) as (_, (parts, steps)):
         names = ("context", "prior", "steps", "decoder")
         values = [getattr(result, name) for name in names]
@@ -257,7 +259,7 @@ def save_plot(path: Path, result: BitsPerDim) -> None:
         by_band = np.asarray(result.per_scale)[:, None] if result.per_band is None else np.asarray(result.per_band)
         number, bands = by_band.shape
         edges = np.unique(np.linspace(0, number, min(BARS, number) + 1).round().astype(int))
-        width = np.diff(edges)  # so that the area is the sum, however many steps a bar has
+        width = np.diff(edges)  # the area is then the sum, whatever a bar's number of steps
         base = np.zeros(len(width))
         for band in range(bands):
             height = np.diff(np.concatenate([[0.0], by_band[:, band].cumsum()])[edges]) / width

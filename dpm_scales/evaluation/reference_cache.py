@@ -1,9 +1,9 @@
-"""Features of reference images, kept in the user's cache folder by what they were made of.
+"""Cache features of reference images in the user's cache folder.
 
-A file is named by the SHA-256 of the images' content, of the network's weights and of the resizing: where one of them
-is another, so is the file. It holds mean and factor of the covariance, and the features themselves up to
-`KEPT_BYTES`. Files are safetensors, nothing in them is executed; a checksum over the tensors finds damage that the
-format would not.
+A file is named by the SHA-256 of the images' content, the network's weights and the resizing, so that a change of any
+of them gives another file. It holds the mean and a factor of the covariance, and the features themselves up to
+`KEPT_BYTES`. Files are safetensors, in which nothing is executed; a checksum over the tensors detects damage that the
+format would miss.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from dpm_scales.metrics import FeatureNetwork, FeatureSet, FeatureStatistics, ga
 from dpm_scales.storage import write_bytes
 
 VERSION = 1
-"""Raise it where features of the same images by the same weights would come out otherwise."""
+"""Version of the features; increase it when the same images and weights give other features."""
 
 KEPT_BYTES = 512 * 2**20
-"""Largest table of features in a file: 65536 images of Inception's 2048."""
+"""Maximum size of the features in a file: 65536 images with Inception's 2048 features."""
 
 
 def cache_folder() -> Path:
-    """`dpm_scales/references` in $XDG_CACHE_HOME, or in ~/.cache."""
+    """Return the cache folder, `dpm_scales/references` in $XDG_CACHE_HOME or in ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "dpm_scales" / "references"
 
 
 def reference_key(content: str, network: FeatureNetwork) -> str:
-    """Name of a file, from the digest of the images."""
+    """Return the name of the cache file for the digest of images and a network."""
     made_of = [VERSION, content, network.name, network.hash, network.resizing]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
@@ -53,12 +53,12 @@ def reference_features(
     folder: Path | None = None,
     on_images: Callable[[int], None] | None = None,
 ) -> FeatureSet:
-    """Features of some images, from the cache if they are there, else computed and kept.
+    """Return the features of images from the cache, computing and caching them if necessary.
 
     Args:
-        keep_rows: the features of all images are needed, not their statistics alone.
-        folder: of the cache; None for none. One that can't be written, or a damaged file, is a warning.
-        on_images: called with numbers of images as they are done.
+        keep_rows: return the features of all images, not only their statistics.
+        folder: the cache folder; None for no cache. A folder that can't be written, or a damaged file, gives a warning.
+        on_images: called with the number of images of each finished batch.
     """
     path = None
     if folder is not None:
@@ -85,13 +85,13 @@ def _write(path: Path, features: FeatureSet, network: FeatureNetwork) -> None:
         tensors["rows"] = torch.from_numpy(features.rows)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {"number": str(features.number), "network": network.name, "weights": network.hash}
-    # one entry: several come in any order
+    # a single entry, since the order of several is not fixed
     described = json.dumps(metadata | {"sha256": _checksum(tensors, metadata)}, sort_keys=True)
     write_bytes(path, save(tensors, metadata={"dpm_scales": described}))
 
 
 def _read(path: Path, dim: int) -> FeatureSet | None:
-    """What a file holds, or None with a warning if it is damaged."""
+    """Return the features in a file, or None with a warning if it is damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})["dpm_scales"])

@@ -1,5 +1,5 @@
-"""Sets of images that are judged or judged by: files, arrays, the data sets of `configs/data`, the data of a run; and
-the few images that a model edits or starts from."""
+"""Open the image sets to compare (files, arrays, data sets of `configs/data`, the data of a run), and the images that a
+model edits or starts from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "all")
 RUN_DATA = "data"
-"""What names the data set of the run that made the model."""
+"""Name that selects the data set on which the model was trained."""
 
 
 def open_images(
@@ -33,17 +33,17 @@ def open_images(
     model: Path | None = None,
     allow: Collection[str] = (),
 ) -> ImageSet:
-    """Return the images of a place.
+    """Return the images at a place.
 
     Args:
         place: a folder, a .zip, .npy or .npz file, the name of a file in `configs/data`, or "data".
-        key: the option that names it, for messages.
-        split: "train", "val" or "all": which part of a data set; files have no parts.
-        limit: number of images, spread evenly; None for all.
-        model: whose run "data" is the data of.
+        key: the option that gives the place, for messages.
+        split: part of a data set, "train", "val" or "all"; ignored for files.
+        limit: number of images to take, spread evenly; None for all.
+        model: path of the model whose training data "data" selects.
         allow: packages whose classes the config of "data" may name besides dpm_scales.data.
 
-    Raises: UserError for a place that is none, or without two images.
+    Raises: UserError for an unknown place, or one with fewer than two images.
     """
     require(split in SPLITS, f"unknown split {split!r}: {suggest(str(split), SPLITS)}")
     names = sorted(path.stem for path in (CONFIGS / "data").glob("*.yaml"))
@@ -67,20 +67,20 @@ def open_images(
 
 
 def data_images(source: ImageSource, split: str, name: str, limit: int | None = None) -> DataImageSet:
-    """The training images of a source, its validation images, or both. Raises UserError for another split."""
+    """Return the training images of a source, its validation images, or both. Raises UserError for another split."""
     require(split in SPLITS, f"unknown split {split!r}: {suggest(str(split), SPLITS)}")
     parts = {"train": [source.train], "val": [source.val], "all": [source.train, source.val]}[split]
     return DataImageSet(source, [part() for part in parts], f"{name}, split {split}", limit)
 
 
 def run_data(model: Path, allow: Collection[str] = ()) -> ImageDataModule:
-    """Return the data set that the run of a model was trained on.
+    """Return the data set that a model was trained on.
 
     Args:
         model: run folder, or an export or a checkpoint in one.
         allow: packages whose classes the run's config may name besides dpm_scales.data.
 
-    Raises: UserError without the run's config.yaml, or if that names another class.
+    Raises: UserError if the run's config.yaml is missing, or names a class that is not allowed.
     """
     for folder in (model, *model.parents[:2]):
         config = folder / "config.yaml"
@@ -95,7 +95,7 @@ def _named_data(name: str, key: str) -> ImageDataModule:
 
 
 def _build_stored(settings: dict[str, Any], source: str, allow: Collection[str]) -> ImageDataModule:
-    """Return the data set of a run's config, which is downloaded to the usual place alone."""
+    """Return the data set in a run's config; it is downloaded only to the default place."""
     usual = settings.get("root") == os.environ.get("DPM_SCALES_DATA", "data_cache")
     if "download" not in settings or usual:
         return _build(settings, source, allow)
@@ -106,8 +106,8 @@ def _build_stored(settings: dict[str, Any], source: str, allow: Collection[str])
 
 
 def _build(settings: Any, source: str, allow: Collection[str] = ()) -> ImageDataModule:
-    """Return the data set of a config. Raises UserError if that names a class that it may not, or holds objects."""
-    from dpm_scales.data import ImageDataModule  # and Lightning with it, which takes seconds
+    """Return the data set in a config. Raises UserError if it names a class that is not allowed, or holds objects."""
+    from dpm_scales.data import ImageDataModule  # imports Lightning, which takes seconds
 
     allow, advice = trusted_names(allow), "give reference=DIR"
     check_target(settings.get("_target_"), f"{source}: the data's config", DATA_ROOMS, allow, advice)

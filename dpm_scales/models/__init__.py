@@ -1,9 +1,9 @@
-"""Models: built from a config, sampled, written to files and read again.
+"""Build models from configs, sample them, and save and load them.
 
     model = load_model("runs/default")
     images = torch.cat(list(draw(model, num_samples=64, seed=0)))
 
-What is offered is imported when it is asked for: `dpm_scales.models.instantiate` needs no torch.
+Public names are imported on first use, so that `dpm_scales.models.instantiate` needs no torch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Files that tell damage: checkpoints and tensors with a SHA-256 over every byte.
+"""Read and write checkpoints and tensors with a SHA-256 over every byte, so that damage is detected.
 
 A checkpoint is torch's zip file, followed by one line of fixed length with the format's version, the step and the
-SHA-256 of all that comes before. torch stores a CRC of every tensor and never looks at it: of single flipped bits it
-notices one in ten. In `model.safetensors` the SHA-256 stands in the header, taken with zeros in its own place; so both
-are one file each, which appears with its checksum or not at all.
+SHA-256 of all preceding bytes. torch stores a CRC of every tensor but never checks it: it detects one in ten flipped
+bits. In `model.safetensors` the SHA-256 is in the header, computed with zeros in its place. Either way there is only
+one file, which appears with its checksum or not at all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dpm_scales.storage import atomic_write, open_regular, write_bytes
 
 FORMAT = "dpm_scales model"
 VERSION = 3
-"""Of checkpoints, exports and their recipes. 3: checksums."""
+"""Format version of checkpoints, exports and their recipes; 3 added checksums."""
 
 ZEROS = "0" * 64
 _SEAL = re.compile(rb"\ndpm_scales checkpoint (\d{4}) step (\d{12}) sha256 ([0-9a-f]{64})\n")
@@ -39,11 +39,11 @@ _DAMAGED = "is damaged: its bytes do not have the SHA-256 that they were written
 
 
 class DamagedFileError(UserError):
-    """A file that is not what was written; another checkpoint of the same run may still be whole."""
+    """A file whose content is not what was written; another checkpoint of the same run may be intact."""
 
 
 class _HashingFile:
-    """What `torch.save` writes to; keeps the error that torch would hide behind one of its own."""
+    """A file for `torch.save` that hashes what is written and keeps errors, which torch would replace by its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.hash = file, hashlib.sha256()
@@ -62,14 +62,14 @@ class _HashingFile:
 
 
 def write_checkpoint(path: str | Path, values: dict[str, Any]) -> None:
-    """Write plain containers and tensors with their checksum, whole or not at all; `values["global_step"]` is told.
+    """Write plain containers and tensors with their checksum and `values["global_step"]`, atomically.
 
-    Raises: UserError if the disk is full or the place not writable; what was at `path` is then untouched.
+    Raises: UserError if the disk is full or the place is not writable; a file at `path` is then unchanged.
     """
     with atomic_write(path) as file:
         out = _HashingFile(file)
         try:
-            torch.save(values, cast(IO[bytes], out))  # all that torch asks of it
+            torch.save(values, cast(IO[bytes], out))  # has all methods that torch uses
         except RuntimeError as error:
             if out.error is not None:
                 raise out.error from error
@@ -80,7 +80,7 @@ def write_checkpoint(path: str | Path, values: dict[str, Any]) -> None:
 
 
 def checkpoint_step(path: Path) -> int | None:
-    """The step after which a checkpoint was written, without reading it; None if there is none at `path`."""
+    """Return the training step of a checkpoint, reading only its last line; None if `path` is not a checkpoint."""
     try:
         with open_regular(path) as file:
             found, _ = _seal(file)
@@ -90,14 +90,14 @@ def checkpoint_step(path: Path) -> int | None:
 
 
 def read_checkpoint(path: Path, map_location: Any = None) -> dict[str, Any]:
-    """A checkpoint's plain containers and tensors; whatever else is in it is refused, never executed.
+    """Return the plain containers and tensors of a checkpoint; anything else in it is refused, never executed.
 
     Args:
-        map_location: where its tensors go, as in `torch.load`; by default to the CPU, wherever they were.
+        map_location: device of the tensors, as in `torch.load`; the CPU by default.
 
     Raises:
-        DamagedFileError: a byte differs from what was written, or it is no checkpoint of ours.
-        UserError: another version wrote it.
+        DamagedFileError: a byte differs from what was written, or the file is not a checkpoint of dpm_scales.
+        UserError: the checkpoint has another format version.
     """
     try:
         with open_regular(path) as file:
@@ -107,11 +107,11 @@ def read_checkpoint(path: Path, map_location: Any = None) -> dict[str, Any]:
             if seal and int(seal[1]) != VERSION:
                 raise UserError(f"{path} has model format {int(seal[1])}; this version reads {VERSION}")
             _check_records(file)
-            with warnings.catch_warnings(action="ignore"):  # what torch thinks of foreign pickles
+            with warnings.catch_warnings(action="ignore"):  # torch's warnings about foreign pickles
                 values = torch.load(file, map_location=map_location or "cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # torch and pickle raise nearly anything for a file that is not theirs
+    except Exception as error:  # torch and pickle raise almost any error for a foreign file
         raise DamagedFileError(f"{path} {_FOREIGN} (it is damaged or holds foreign objects)") from error
     recipe = values.get("recipe") if isinstance(values, dict) else None
     version = recipe.get("version") if isinstance(recipe, dict) else None
@@ -125,7 +125,7 @@ def read_checkpoint(path: Path, map_location: Any = None) -> dict[str, Any]:
 
 
 def _check_records(file: BinaryIO) -> None:
-    """Raise unless the records of a zip file are stored as they are: nothing unpacks to more than the file's size."""
+    """Raise ValueError unless the records of a zip file are uncompressed and take no more than the file's size."""
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         size = file.seek(0, 2)
@@ -136,7 +136,7 @@ def _check_records(file: BinaryIO) -> None:
 
 
 def _plain_states(values: Any, size: int, on_meta: bool) -> bool:
-    """Whether weights are tensors by name, of no more bytes than the file's `size`: views may claim any shape."""
+    """Return whether the weights are plain tensors by name, of at most `size` bytes: views may claim any shape."""
     if not isinstance(values, dict) or "state_dict" not in values:
         return False
     for key in ("state_dict", "current_model_state"):
@@ -151,20 +151,20 @@ def _plain_states(values: Any, size: int, on_meta: bool) -> bool:
 
 
 def is_plain_tensor(value: Any) -> bool:
-    """Whether a value is a dense tensor, neither sparse nor nested nor quantised."""
+    """Return whether a value is a dense tensor: not sparse, nested or quantised."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided
     return dense and not (value.is_nested or value.is_quantized)
 
 
 def _seal(file: BinaryIO) -> tuple[re.Match[bytes] | None, int]:
-    """The last line of a checkpoint, if it is one, and the number of bytes before it."""
+    """Return the match of a checkpoint's last line, None for other files, and the number of bytes before it."""
     size = max(file.seek(0, 2) - _SEAL_BYTES, 0)
     file.seek(size)
     return _SEAL.fullmatch(file.read(_SEAL_BYTES)), size
 
 
 def _digest(file: BinaryIO, size: int, start: bytes = b"") -> str:
-    """SHA-256 of `start` and the bytes that follow it, up to `size`."""
+    """Return the SHA-256 of the first `size` bytes of a file, in which `start` replaces its beginning."""
     file.seek(len(start))
     digest, left = hashlib.sha256(start), size - len(start)
     while left > 0 and (chunk := file.read(min(_CHUNK, left))):
@@ -174,8 +174,8 @@ def _digest(file: BinaryIO, size: int, start: bytes = b"") -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write `path` (.safetensors), whole or not at all; the same tensors are the same bytes."""
-    # one entry of metadata: several come in any order
+    """Write tensors to `path` (.safetensors) atomically; equal tensors give equal bytes."""
+    # a single entry of metadata, since the order of several is not fixed
     data = save(tensors, metadata={"format": f"{FORMAT} {VERSION} sha256 {ZEROS}"})
     head = data[: 8 + int.from_bytes(data[:8], "little")]
     digest = hashlib.sha256(data).hexdigest()
@@ -183,11 +183,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What `write_tensors` wrote, on the CPU.
+    """Return the tensors that `write_tensors` wrote, on the CPU.
 
     Raises:
-        DamagedFileError: a byte differs, or it is no such file.
-        UserError: another version wrote it.
+        DamagedFileError: a byte differs from what was written, or the file is of another kind.
+        UserError: the file has another format version.
     """
     try:
         with open_regular(path) as file:

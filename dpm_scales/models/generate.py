@@ -1,4 +1,4 @@
-"""Drawing images from a model in batches: the same bytes for the same seed, however they are batched."""
+"""Draw images from a model in batches: the same bytes for the same seed, whatever the batch size."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from dpm_scales.memory import lacks_memory
 from dpm_scales.models.model import Model
 from dpm_scales.rng import CounterRNG
 
-MAX_GUIDANCE = 1e30  # single precision ends soon after
+MAX_GUIDANCE = 1e30  # close to the limit of single precision
 
 
 def label_cycle(model: Model, labels: int | str | Sequence[int | str] | None) -> Tensor | None:
-    """Return ``(n,)`` int64 labels that samples take in turn: sample i has number i mod n; None for a model without.
+    """Return int64 labels ``(n,)`` to assign cyclically, sample i gets label i mod n; None for a model without labels.
 
     Args:
         labels: one class or a list, by number or name; None takes every class.
@@ -50,10 +50,10 @@ def label_cycle(model: Model, labels: int | str | Sequence[int | str] | None) ->
 def _class_number(label: int | str, names: list[str]) -> int | str:
     """Return the number of the class that `label` names, or `label` itself if there is no such name.
 
-    Names that differ in the encoding of accents alone, as those of files do between systems, are one name if only one
-    class has it.
+    Names that differ only in the encoding of accents, as file names do between systems, are equal if only one class
+    matches.
 
-    Raises: UserError for a number that is another class's name.
+    Raises: UserError for a number that is also another class's name.
     """
     if isinstance(label, str):
         if label in names:
@@ -75,9 +75,9 @@ def pick_labels(model: Model, labels: int | str | Sequence[int | str] | None, co
 
 
 def with_guidance(model: Model, scale: float, interval: Sequence[float] | None = None, variable: str = "t") -> Model:
-    """The model guided by its labels, see `dpm_scales.guidance`; as it is for a scale of 1.
+    """Return the model guided by its labels, see `dpm_scales.guidance`; the model itself for a scale of 1.
 
-    Raises: UserError for values that can't be meant, and for models that have not learnt to do without labels.
+    Raises: UserError for invalid values, and for models that were trained without label dropout.
     """
     require_number("guidance", scale, 0, MAX_GUIDANCE)
     if scale == 1:
@@ -91,7 +91,7 @@ def with_guidance(model: Model, scale: float, interval: Sequence[float] | None =
         "them; drop guidance=, or train with label_dropout=0.1",
     )
     guided = ClassifierFreeGuidance(model.denoiser, classes, scale, interval, variable)
-    return replace(model, denoiser=cast(Denoiser, guided))  # serves whatever does not train
+    return replace(model, denoiser=cast(Denoiser, guided))  # has all that sampling uses of a denoiser
 
 
 def draw(
@@ -105,10 +105,10 @@ def draw(
     on_step: Callable[[int, Tensor], None] | None = None,
     first: int = 0,
 ) -> Iterator[Tensor]:
-    """Batches of samples, uint8 ``(b, C, H, W)`` on the CPU, `num_samples` in all, numbered from `first`.
+    """Yield batches of samples, uint8 ``(b, C, H, W)`` on the CPU, `num_samples` in all, numbered from `first`.
 
-    Sample i depends on (seed, i) and its label ``labels[i - first]`` alone. `on_step` is called with the step's index
-    and the batch there, in pixels of the process's value range, on the device.
+    Sample i depends only on (seed, i) and its label ``labels[i - first]``. `on_step` is called with the index of each
+    step and the batch after it, in pixels of the process's value range, on the device.
     """
     require_number("num_samples", num_samples, 1, whole=True)
     require_number("batch_size", batch_size, 1, whole=True)
@@ -128,7 +128,7 @@ def draw(
 
 
 def finished(x: Tensor, value_range: tuple[float, float], first: int) -> Tensor:
-    """Return samples ``(B, C, H, W)`` in pixels as uint8 on the CPU; they have the numbers from `first` on.
+    """Return samples ``(B, C, H, W)`` in pixels, numbered from `first`, as uint8 on the CPU.
 
     Raises: UserError for samples that are not finite.
     """
@@ -140,10 +140,10 @@ def finished(x: Tensor, value_range: tuple[float, float], first: int) -> Tensor:
 
 
 def sample_bytes(model: Model, size: tuple[int, int]) -> int:
-    """Return how many bytes a sample of `size` (H, W) takes at least while it is drawn.
+    """Return a lower bound on the bytes needed to draw one sample of `size` (H, W).
 
-    Counted are the images in four places (the sample, its noise, the network's input and its output), and the largest
-    result within the network, as far as that runs without memory.
+    It counts four images (the sample, its noise, the network's input and output) and the network's largest
+    activation, if the network runs on the meta device.
     """
     channels = model.recipe.channels
     images = 4 * channels * size[0] * size[1]
@@ -151,13 +151,13 @@ def sample_bytes(model: Model, size: tuple[int, int]) -> int:
         largest = largest_activation(
             model.denoiser.network, (channels * (1 + model.denoiser.process.context_channels), *size)
         )
-    except Exception as error:  # not every network does
+    except Exception as error:  # not every network runs on the meta device
         largest = 0 if lacks_memory(error) is None else 2**63
     return 4 * (images + largest)
 
 
 def largest_activation(network: nn.Module, size: tuple[int, int, int]) -> int:
-    """Return the number of values in the largest result of a part of a network, for one image of `size` (C, H, W)."""
+    """Return the number of values in the largest activation of a network, for one image of `size` (C, H, W)."""
     largest = 0
 
     def note(module: nn.Module, inputs: Any, result: Any) -> None:
@@ -178,7 +178,7 @@ def largest_activation(network: nn.Module, size: tuple[int, int, int]) -> int:
 
 
 def weights_digest(model: Model) -> str:
-    """Return the SHA-256 of a model's weights by name, in hexadecimal digits; the same in every file of them."""
+    """Return the SHA-256 of a model's named weights as hexadecimal digits; it does not depend on the file's format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.modules().state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Objects from configs: what a `_target_` makes is what its place asks for, or one line tells that it is not."""
+"""Build objects from configs, and report in one line a `_target_` that makes the wrong kind of object."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from dpm_scales.memory import lacks_memory
 
 
 def plain(config: Any) -> Any:
-    """Return an OmegaConf node as plain containers, resolved, as checkpoints may hold them; another value as it is."""
+    """Return an OmegaConf node as resolved plain containers, as checkpoints store them; other values unchanged."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
 def read_config(file: Path, key: str) -> dict[str, Any]:
-    """Return one of the package's YAML files as plain containers, resolved.
+    """Return one of the package's YAML files as resolved plain containers.
 
     Args:
-        key: the option that names it, for the message.
+        key: the option that names the file, for messages.
 
-    Raises: UserError if it has values that only a command line can give.
+    Raises: UserError if the file has values that only a command line can provide.
     """
     from omegaconf import OmegaConf
 
@@ -53,10 +53,10 @@ def build(
         config: a mapping with `_target_` and that class's arguments.
         kind: what the object must be.
         where: the config's key, for messages.
-        partial_kwargs: where `_partial_` is allowed: arguments of the function that then makes the object.
-        kwargs: further arguments, which every class for this place takes.
+        partial_kwargs: arguments for calling a `_partial_` function to make the object; None if not allowed.
+        kwargs: further arguments, which every class used here must accept.
 
-    Raises: UserError if there is no such class, or if it makes something else; OutOfMemoryError if memory runs out.
+    Raises: UserError if the class does not exist or makes another kind; OutOfMemoryError if memory runs out.
     """
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
@@ -66,7 +66,7 @@ def build(
     what = f"{where}._target_={settings['_target_']}"
     _require_arguments(found, kwargs, what)
     try:
-        # under its key, which Hydra's errors tell
+        # under its key, so that Hydra's errors name it
         built = instantiate(OmegaConf.create({where: settings})[where], _convert_="all", **kwargs)
     except Exception as error:
         place = lacks_memory(root_cause(error))
@@ -81,14 +81,14 @@ def build(
 
 
 def check_kind(config: Any, kind: type, where: str, partial_kwargs: Iterable[str] | None = None) -> Any:
-    """Return the class or function that a config's `_target_` names, after a check of those in its arguments too.
+    """Return the class or function that a config's `_target_` names; also check those in its arguments.
 
     Nothing is built.
 
     Args:
-        partial_kwargs: names of what functions are given where `_partial_` is allowed; None where it is not.
+        partial_kwargs: names of the arguments for a `_partial_` function; None if `_partial_` is not allowed.
 
-    Raises: UserError if it is not there, or is known to make something else than `kind`.
+    Raises: UserError if it does not exist, or is known to make something other than `kind`.
     """
     settings = plain(config)
     require(isinstance(settings, dict), f"{where} must be a config with a _target_, got {settings!r}")
@@ -127,15 +127,15 @@ def check_kind(config: Any, kind: type, where: str, partial_kwargs: Iterable[str
 
 @functools.cache
 def hints_of(function: Any) -> dict[str, Any]:
-    """Types of a function's arguments, or of a class's, and what it returns, as far as it tells."""
+    """Return the type hints of a function, or of a class's `__init__`; empty if they can't be resolved."""
     try:
         return get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    except (TypeError, NameError):  # a module; names that are imported for type checkers alone
+    except (TypeError, NameError):  # a module, or names imported only for type checking
         return {}
 
 
 def locate(name: Any) -> Any:
-    """What a `_target_` names; None if it is not there or can't be imported, which `check_kind` tells."""
+    """Return the object that a `_target_` names, or None if it is missing or can't be imported; see `check_kind`."""
     try:
         return pydoc.locate(str(name))
     except pydoc.ErrorDuringImport:
@@ -143,23 +143,23 @@ def locate(name: Any) -> Any:
 
 
 def arguments_of(found: Any) -> Collection[str] | None:
-    """Names of a function's arguments, or of a class's; None if it takes any, or does not tell."""
+    """Return the argument names of a function or class; None if it accepts any, or they are unknown."""
     try:
         parameters = inspect.signature(found).parameters
-    except (TypeError, ValueError):  # of some built in C nobody knows
+    except (TypeError, ValueError):  # some C functions have no signature
         return None
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else parameters.keys()
 
 
 def alternatives(hint: Any) -> list[Any]:
-    """The types, and the values of Literals, that a hint allows."""
+    """Return the types, and the values of Literals, that a type hint allows."""
     if get_origin(hint) in (Union, UnionType):
         return [one for part in get_args(hint) for one in alternatives(part)]
     return list(get_args(hint)) if get_origin(hint) is Literal else [hint]
 
 
 def require_switch(key: str, value: Any, allowed: Sequence[Any] = (bool,)) -> None:
-    """Raise UserError if bool is among the `alternatives` that are allowed, and `value` is none of them."""
+    """Raise UserError if bool is one of the `allowed` alternatives and `value` matches none of them."""
     if bool not in allowed or isinstance(value, bool):
         return
     kinds = tuple(kind for kind in allowed if isinstance(kind, type))
@@ -177,7 +177,7 @@ def _require_arguments(found: Any, names: Iterable[str], what: str) -> None:
 
 
 def _no(kind: type, what: str) -> str:
-    """The line for a `_target_` that makes something else than `kind`."""
+    """Return the message for a `_target_` that makes something other than `kind`."""
     room = kind.__module__
     while hasattr(sys.modules.get(parent := room.rpartition(".")[0]), kind.__name__):
         room = parent
@@ -185,14 +185,14 @@ def _no(kind: type, what: str) -> str:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """Return the exception that the others of a chain were raised from."""
+    """Return the first exception of a chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def root_cause_line(error: BaseException) -> str:
-    """Return the first line of an exception's root cause; the name of its class if it says nothing."""
+    """Return the first line of an exception's root cause, or the name of its class if it has no message."""
     error = root_cause(error)
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 

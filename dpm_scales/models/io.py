@@ -1,6 +1,6 @@
-"""Models as files: `model.safetensors` + `config.yaml`, and checkpoints read without unpickling anything.
+"""Save and load models: `model.safetensors` + `config.yaml`, and checkpoints, read without unpickling any object.
 
-The config may name classes of this package alone, and of those that the user trusts: it is checked against
+The config may only name classes of this package and of packages that the user trusts: it is checked by
 `models.trust` before anything is imported or built.
 """
 
@@ -35,7 +35,7 @@ WEIGHTS = ("averaged", "raw")
 
 
 def save_model(folder: Path, model: Model, state: dict[str, Tensor] | None = None) -> None:
-    """Write `model.safetensors` and `config.yaml` into `folder`, each whole or not at all.
+    """Write `model.safetensors` and `config.yaml` into `folder`, each atomically.
 
     Raises: UserError, and writes nothing, if a weight is not finite.
     """
@@ -53,20 +53,20 @@ def save_model(folder: Path, model: Model, state: dict[str, Tensor] | None = Non
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What a caller asks for instead of what the file says: see `load_model`."""
+    """The caller's settings that replace those in the file, see `load_model`."""
 
     allow: Collection[str] = ()
     sampler: Mapping[str, Any] | None = None
     steps: int | None = None
 
     def recipe(self, values: Any, source: str) -> Recipe:
-        """Return the recipe that a file holds, without its sampler if another one is asked for."""
+        """Return the recipe in a file, without its sampler if the caller gives another."""
         if self.sampler is not None and isinstance(values, dict) and "sampler" in values:
-            values = {**values, "sampler": None}  # it is not built, so that its class needs no trust
+            values = {**values, "sampler": None}  # not built, so its class need not be trusted
         return Recipe.from_dict(values, source, self.allow)
 
     def with_sampler(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with the sampler and the steps that are asked for."""
+        """Return the recipe with the caller's sampler and steps."""
         settings = recipe.parts["sampler"] if self.sampler is None else dict(self.sampler)
         if self.steps is not None and isinstance(settings, dict):
             settings = {**settings, "steps": self.steps}
@@ -84,14 +84,14 @@ def load_model(
     """Return the model of a run folder, an export folder or a checkpoint file, on the CPU, in evaluation mode.
 
     Args:
-        weights: "averaged", or "raw" for the last step's weights, which only checkpoints hold.
-        allow: packages, modules or classes that you trust, ``["mynet"]``: the model may name classes of them, which are
-            imported; otherwise those of dpm_scales alone.
-        sampler: config of a sampler to use in place of the model's own.
+        weights: "averaged", or "raw" for the weights of the last step, which only checkpoints hold.
+        allow: packages, modules or classes that you trust, ``["mynet"]``: the model may name their classes, which are
+            imported, besides those of dpm_scales.
+        sampler: config of a sampler that replaces the model's own.
         steps: number of steps of the sampler; None for its own.
 
-    Raises: UserError if there is no model, if it names a class that it may not, or if its weights are not finite or do
-    not fit its config.
+    Raises: UserError if there is no model, if it names a class that is not allowed, or if its weights are not finite
+    or do not fit its config.
     """
     path, wanted = Path(path), _Wanted(trusted_names(allow), sampler, steps)
     require(weights in WEIGHTS, f"unknown weights {weights!r}: {suggest(str(weights), WEIGHTS)}")
@@ -120,7 +120,7 @@ def _load_export(tensors: Path, wanted: _Wanted) -> Model:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints in a folder: `last.ckpt`, then the others, later steps first; empty if there are none."""
+    """Return all checkpoints in a folder: `last.ckpt`, then the others from the latest step to the earliest."""
     others = [path for path in folder.glob("*.ckpt") if path.name != "last.ckpt" and not path.name.startswith(".")]
     others.sort(key=lambda path: (-(checkpoint_step(path) or 0), path.name))
     return [path for path in (folder / "last.ckpt", *others) if path.is_file()]
@@ -128,7 +128,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 @contextmanager
 def _offering(folder: Path) -> Iterator[None]:
-    """The message about a damaged file names a checkpoint in `folder` that is whole, if there is one."""
+    """Add the name of an intact checkpoint in `folder`, if there is one, to a DamagedFileError raised in the body."""
     try:
         yield
     except DamagedFileError as error:
@@ -149,7 +149,7 @@ def _is_whole(path: Path) -> bool:
 def _load_checkpoint(path: Path, weights: str, wanted: _Wanted) -> Model:
     with _offering(path.parent):
         values = read_checkpoint(path)
-    # with weight averaging, `state_dict` is the average and the raw weights lie apart
+    # with weight averaging, `state_dict` holds the average and the raw weights are separate
     state = values.get("current_model_state", values["state_dict"]) if weights == "raw" else values["state_dict"]
     state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     return _with_weights(wanted.recipe(values["recipe"], str(path)), state, str(path), wanted)
@@ -177,7 +177,7 @@ def _with_weights(recipe: Recipe, state: dict[str, Tensor], source: str, wanted:
 
 
 def _require_sampler(recipe: Recipe, denoiser: Denoiser, source: str) -> None:
-    """Raise UserError that names the file unless its own sampler can be built."""
+    """Raise UserError, naming the file, unless its own sampler can be built."""
     try:
         build_sampler(recipe.parts["sampler"], denoiser)
     except Exception as error:
@@ -185,7 +185,7 @@ def _require_sampler(recipe: Recipe, denoiser: Denoiser, source: str) -> None:
 
 
 def _refused(error: Exception, source: str) -> UserError:
-    """The line for a model that could not be built and given its weights."""
+    """Return the error for a model that could not be built or loaded with its weights."""
     first = root_cause(error)
     if isinstance(first, OutOfMemoryError) or lacks_memory(first) is not None:
         return OutOfMemoryError(f"{source}: the model needs more memory than there is: {root_cause_line(error)}")

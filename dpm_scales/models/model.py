@@ -1,4 +1,4 @@
-"""A model and its recipe: denoiser, prior and sampler, and the plain containers that build them again."""
+"""Define a model (denoiser, prior and sampler) and its recipe, the plain containers from which it is rebuilt."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ MAX_SIDE = 2**20
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that is needed to build a model again: plain containers, as in `config.yaml`.
+    """Everything needed to rebuild a model, in plain containers, as in `config.yaml`.
 
     Args:
         parts: configs of process, target, network, prior and sampler.
         channels, image_size: of the training images.
-        num_classes: labels that the network was trained with, or None.
-        label_dropout: share of the labels that training left out, so that the network knows "no label" too.
+        num_classes: number of classes that the network was trained on, or None for no labels.
+        label_dropout: fraction of labels dropped in training, so that the network also learns "no label".
     """
 
     parts: dict[str, Any]
@@ -48,20 +48,20 @@ class Recipe:
         image = {"channels": self.channels, "height": self.image_size[0], "width": self.image_size[1]}
         names = list(self.class_names) if self.class_names else None
         labels: dict[str, Any] = {"num_classes": self.num_classes, "class_names": names}
-        if self.label_dropout > 0:  # files without it are of models trained without
+        if self.label_dropout > 0:  # absent from files of models trained without it
             labels["label_dropout"] = self.label_dropout
         return {"format": FORMAT, "version": VERSION, "image": image, "labels": labels, **self.parts}
 
     @staticmethod
     def from_dict(values: Any, source: str, allow: Collection[str] = ()) -> Recipe:
-        """Return the recipe that a file holds.
+        """Return the recipe in a file.
 
         Args:
-            values: its content.
-            source: its path, for messages.
+            values: content of the file.
+            source: path of the file, for messages.
             allow: packages whose classes it may name besides those of the core; see `models.trust`.
 
-        Raises: UserError for anything that is not a recipe of this version, or names another class.
+        Raises: UserError unless it is a recipe of this version that names only allowed classes.
         """
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise UserError(f"{source} is not a dpm_scales model; give a run folder, its model/ folder or a checkpoint")
@@ -89,7 +89,7 @@ class Recipe:
 
 @dataclass
 class Model:
-    """A trained (or fresh) model."""
+    """A model, trained or untrained."""
 
     denoiser: Denoiser
     prior: Prior
@@ -97,17 +97,17 @@ class Model:
     recipe: Recipe
 
     def modules(self) -> nn.ModuleDict:
-        """Denoiser and prior under the names that exports and checkpoints use."""
+        """Return the denoiser and the prior under the names used in exports and checkpoints."""
         return named_modules(self.denoiser, self.prior)
 
 
 def named_modules(denoiser: Denoiser, prior: Prior) -> nn.ModuleDict:
-    """Return what has weights under the names that exports and checkpoints use."""
+    """Return the parts with weights under the names used in exports and checkpoints."""
     return nn.ModuleDict({"denoiser": denoiser, "prior": prior})
 
 
 def build_model(recipe: Recipe, data_std: float = 0.5, weights: Mapping[str, Tensor] | None = None) -> Model:
-    """Return a model with fresh weights; arguments and errors are those of `build_denoiser`."""
+    """Return an untrained model; arguments and errors are those of `build_denoiser`."""
     denoiser, prior = build_denoiser(recipe, data_std, weights)
     return Model(denoiser, prior, build_sampler(recipe.parts["sampler"], denoiser), recipe)
 
@@ -119,8 +119,8 @@ def build_denoiser(
 
     Args:
         data_std: as in `Denoiser`.
-        weights: that the model will be given, by the names of `Model.modules`: its network is compared with them
-            before memory is taken for it.
+        weights: weights to be loaded later, named as in `Model.modules`: the network is compared with them before its
+            memory is allocated.
 
     Raises: UserError for parts that do not fit together, MisfitError for weights of another network, OutOfMemoryError
     for a network larger than the machine's memory.
@@ -150,7 +150,7 @@ def build_sampler(settings: Any, denoiser: Denoiser) -> Sampler:
 
 
 def with_sampler(model: Model, settings: Any) -> Model:
-    """Return the model with another sampler, that of a config. Raises UserError if it does not fit the denoiser."""
+    """Return the model with the sampler that a config describes. Raises UserError if it does not fit the denoiser."""
     parts = {**model.recipe.parts, "sampler": plain(settings)}
     sampler = build_sampler(settings, model.denoiser)
     return replace(model, sampler=sampler, recipe=replace(model.recipe, parts=parts))

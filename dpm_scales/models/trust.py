@@ -1,8 +1,8 @@
-"""What a file may name: the only allow-list.
+"""Define which classes a file may name; this is the only allow-list.
 
-Whoever types a command may name any class of any package. A file may not: a model's config and a checkpoint's recipe
-may name classes of the core; the stored options of a run, those of `dpm_scales.data` too; the data's config of a run,
-those alone. Nothing else is imported, unless the typist trusts its package: `allow=[mynet]`.
+A command line may name any class of any package, a file may not. The config of a model and the recipe of a checkpoint
+may name classes of the core; the stored options of a run also those of `dpm_scales.data`; the data config of a run only
+the latter. Nothing else is imported unless the user trusts its package: `allow=[mynet]`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dpm_scales.errors import UserError, require
 
 MAX_NODES, MAX_DEPTH = 10**5, 50
 
-#: rooms whose classes a model's config may name, the data's config of a run, and the stored options of a run
+#: packages whose classes may be named by a model's config, by a run's data config, and by a run's stored options
 MODEL_ROOMS = ("processes", "schedules", "targets", "networks", "priors", "samplers")
 DATA_ROOMS = ("data",)
 OPTION_ROOMS = (*MODEL_ROOMS, *DATA_ROOMS)
-#: classes of these rooms that no file may name, and why
+#: classes of these packages that no file may name, and why
 HARMFUL = {"dpm_scales.data.TorchvisionSource": "could download to any place"}
-#: names that classes had in files of earlier versions
+#: former names of classes in files of earlier versions, with their present names
 RENAMED = {
     "dpm_scales.priors.GuidancePrior": "dpm_scales.priors.OsmosisPrior",
     "dpm_scales.targets.FinerScale": "dpm_scales.targets.NextScale",
@@ -36,7 +36,7 @@ _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 def walk_config(value: Any, source: str) -> Iterator[Any]:
     """Yield all values in nested containers, parents first.
 
-    Raises: UserError for a tree that refers to itself, or has more than `MAX_NODES` values or `MAX_DEPTH` levels.
+    Raises: UserError for a tree that contains itself, or has more than `MAX_NODES` values or `MAX_DEPTH` levels.
     """
     stack, number = [(value, 0)], 0
     while stack:
@@ -50,7 +50,7 @@ def walk_config(value: Any, source: str) -> Iterator[Any]:
 
 
 def current_names(config: Any) -> Any:
-    """Return nested plain containers with the present name of every class that a `_target_` names."""
+    """Return nested plain containers with former class names in every `_target_` replaced by the present ones."""
     if isinstance(config, dict):
         name = config.get("_target_")
         renamed = {"_target_": RENAMED[name]} if isinstance(name, str) and name in RENAMED else {}
@@ -59,7 +59,7 @@ def current_names(config: Any) -> Any:
 
 
 def trusted_names(allow: Any) -> tuple[str, ...]:
-    """Return the value of the option `allow`, one name or a list of names, as a tuple.
+    """Return the value of the option `allow`, a name or a list of names, as a tuple.
 
     Raises: UserError for anything but names of packages, modules or classes.
     """
@@ -70,14 +70,14 @@ def trusted_names(allow: Any) -> tuple[str, ...]:
 
 
 def foreign_packages(*configs: Any) -> list[str]:
-    """Return the packages other than dpm_scales whose classes these plain containers name, in alphabetical order."""
+    """Return the packages other than dpm_scales whose classes are named in plain containers, sorted alphabetically."""
     found = {node.get("_target_") for node in walk_config(configs, "options") if isinstance(node, dict)}
     packages = {name.partition(".")[0] for name in found if isinstance(name, str) and _NAME.fullmatch(name)}
     return sorted(packages - {"dpm_scales"})
 
 
 def check_targets(value: Any, source: str, allow: Collection[str] = ()) -> None:
-    """Raise UserError unless a model's config is plain, resolved, and names classes that it may.
+    """Raise UserError unless a model's config is plain and resolved, and names only allowed classes.
 
     Args:
         source: the file, for messages.
@@ -99,16 +99,17 @@ def check_targets(value: Any, source: str, allow: Collection[str] = ()) -> None:
 def check_target(
     name: Any, source: str, rooms: Collection[str] = MODEL_ROOMS, allow: Collection[str] = (), advice: str = ""
 ) -> None:
-    """Raise UserError unless a file may name this class; import nothing before it is known that it may.
+    """Raise UserError unless a file may name this class; import nothing unless its name is allowed.
 
-    A class must be defined where its name says, in a room or below a trusted package: `mynet.os.system` is not.
+    A class must be defined in the package that its name gives, one of `rooms` or a trusted one, which excludes
+    `mynet.os.system`.
 
     Args:
         name: value of a `_target_`.
         source: the file, for messages.
         rooms: packages of dpm_scales whose classes may be named.
         allow: packages, modules or classes that the user trusts.
-        advice: what the user can do, where `allow` does not help.
+        advice: what the user can do if `allow` does not help.
     """
     text = name if isinstance(name, str) and _NAME.fullmatch(name) else ""
     advice = f"; {advice}" if advice else ""
@@ -122,12 +123,12 @@ def check_target(
         return
     trusted = next((prefix for prefix in allow if f"{text}.".startswith(f"{prefix}.")), None)
     if trusted is None:
-        # nobody is advised to trust os.system
+        # never advise the user to trust os.system
         no_package = parts[0] in ("", "dpm_scales") or parts[0] in sys.stdlib_module_names
         end = advice if no_package else f"; if you trust it: allow=[{parts[0]}]"
         if MODEL_ROOMS[0] in rooms:
             raise UserError(f"{asked}; a model may only use the classes of dpm_scales{end}")
-        end = "" if no_package else end  # the advice stands in the line already
+        end = "" if no_package else end  # the message already gives the advice
         raise UserError(f"{asked}; data may only use the classes of dpm_scales.data, or be given by reference=DIR{end}")
     try:
         found = pydoc.locate(text)

@@ -1,8 +1,8 @@
-"""Weights of a file against the model that its config describes, before memory is taken for that model.
+"""Compare the weights in a file with the model that its config describes, before allocating that model's memory.
 
-A network of a million channels, or of a billion blocks, is a line in a stranger's config. What the file holds bounds
-what the config may ask for: the network is laid out on torch's meta device, where weights have shapes and no memory,
-and only until it has more of them than the file.
+A network of a million channels, or of a billion blocks, takes one line in a stranger's config. The weights in the file
+bound what the config may request: the network is built on torch's meta device, where weights have shapes but no
+memory, and building stops when it has more of them than the file.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dpm_scales.memory import available_memory
 
 
 class MisfitError(UserError):
-    """Weights that are not those of a config."""
+    """Weights that do not fit the config."""
 
 
 @contextmanager
 def at_most(count: int) -> Iterator[None]:
-    """Raise MisfitError within as soon as modules have more than `count` parameters in all."""
+    """Raise MisfitError in the body as soon as its modules have more than `count` parameter tensors in all."""
     numbers = iter(range(count))
 
     def register(parameter: nn.Parameter) -> None:
@@ -37,7 +37,7 @@ def at_most(count: int) -> Iterator[None]:
 
 @contextmanager
 def within_memory(what: str) -> Iterator[None]:
-    """Raise OutOfMemoryError within as soon as the parameters of modules take more than was free before."""
+    """Raise OutOfMemoryError in the body as soon as its modules' parameters exceed the memory that was free before."""
     free = available_memory()
 
     def register(parameter: nn.Parameter) -> None:
@@ -52,7 +52,7 @@ def within_memory(what: str) -> Iterator[None]:
 
 @contextmanager
 def _at_each_parameter(function: Callable[[nn.Parameter], None]) -> Iterator[None]:
-    """Call a function at every parameter that a module takes within."""
+    """Call a function for every parameter registered by a module in the body."""
     handle = register_module_parameter_registration_hook(lambda _module, _name, parameter: function(parameter))
     try:
         yield
@@ -61,15 +61,15 @@ def _at_each_parameter(function: Callable[[nn.Parameter], None]) -> Iterator[Non
 
 
 def require_fit(make: Callable[[], nn.Module], weights: Mapping[str, Tensor], prefix: str) -> None:
-    """Raise MisfitError unless a module has the parameters and buffers of `weights`, of their shapes and types.
+    """Raise MisfitError unless the parameters and buffers of a module match `weights` in name, shape and type.
 
     Args:
         make: builds the module; it is called on the meta device.
-        weights: all of a model's.
-        prefix: of the module's names among them.
+        weights: all weights of the model.
+        prefix: prefix of the module's names in `weights`.
     """
     held = {name: value for name, value in weights.items() if name.startswith(prefix)}
-    with torch.device("meta"), at_most(len(held) + 100):  # some more, so that those missing are named
+    with torch.device("meta"), at_most(len(held) + 100):  # a margin, so that the message can name missing ones
         wanted = {prefix + name: value for name, value in make().state_dict().items()}
     for name in wanted:
         if name not in held:
@@ -84,14 +84,14 @@ def require_fit(make: Callable[[], nn.Module], weights: Mapping[str, Tensor], pr
 
 
 def require_dtypes(held: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise MisfitError where tensors of one name have other types; copying would convert them silently."""
+    """Raise MisfitError if tensors of the same name differ in type; copying would convert them silently."""
     for name, value in held.items():
         if name in wanted and value.dtype != wanted[name].dtype:
             raise MisfitError(f"{name} is {value.dtype} in the file, {wanted[name].dtype} by the config")
 
 
 def not_finite(state: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds a NaN or an infinity, or None."""
+    """Return the name of the first tensor that holds a NaN or an infinity, or None."""
     for name, value in state.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             return name
