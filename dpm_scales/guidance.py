@@ -54,7 +54,7 @@ class ClassifierFreeGuidance(BaseDenoiser):
         super().__init__()
         require(is_number(scale) and scale >= 0, f"guidance must be a number >= 0, got {scale!r}")
         require_choice("guidance_variable", variable, VARIABLES)
-        low, high = _interval(interval)
+        low, high = guided_interval(interval)
         require(
             variable == "t" or interval is None or not denoiser.process.has_constant_noise(),
             f"the logSNR of {type(denoiser.process).__name__} is the same at all scales; set guidance_variable=t",
@@ -97,7 +97,8 @@ class ClassifierFreeGuidance(BaseDenoiser):
         return (place >= self.low) & (place <= self.high)
 
 
-def _interval(interval: Sequence[float] | None) -> tuple[float, float]:
+def guided_interval(interval: Sequence[float] | None) -> tuple[float, float]:
+    """Return the interval of scales that are guided, all for None. Raises UserError unless it is [low, high]."""
     if interval is None:
         return -math.inf, math.inf
     ok = isinstance(interval, Sequence) and len(interval) == 2 and all(is_number(v) for v in interval)

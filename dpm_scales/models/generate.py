@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, is_whole, require, require_number
-from dpm_scales.guidance import ClassifierFreeGuidance
+from dpm_scales.guidance import ClassifierFreeGuidance, guided_interval
 from dpm_scales.images import to_uint8
 from dpm_scales.memory import lacks_memory
 from dpm_scales.models.model import Model
@@ -80,6 +80,7 @@ def with_guidance(model: Model, scale: float, interval: Sequence[float] | None =
     Raises: UserError for invalid values, and for models that were trained without label dropout.
     """
     require_number("guidance", scale, 0, MAX_GUIDANCE)
+    guided_interval(interval)  # of no effect for a scale of 1, and no less wrong
     if scale == 1:
         return model
     classes = model.recipe.num_classes

@@ -84,6 +84,7 @@ def test_mistakes_end_with_one_line(labelled: Path, tmp_path: Path) -> None:
     for options, words in {
         ("guidance=-1",): "guidance must be a number >= 0 and <= 1e+30, got -1",
         ("guidance=2", "guidance_interval=[0.8,0.1]"): "guidance_interval must be [low,high]",
+        ("guidance_interval=[2,1]",): "guidance_interval must be [low,high] or null, got [2, 1]",
         ("guidance=2", "guidance_variable=sigma"): "unknown guidance_variable 'sigma'",
         ("sampler=heun", "sampler.s_churn=-1"): "s_churn must be a number >= 0",
         ("sampler=unipc", "sampler.order=4"): "order must be a whole number from 1 to 3",
