@@ -41,7 +41,24 @@ class BaseDenoiser(nn.Module, ABC):
         """
 
 
-class Denoiser(BaseDenoiser):
+class TargetDenoiser(BaseDenoiser):
+    """A denoiser that predicts in its target's terms; the target turns the prediction into m_s."""
+
+    @abstractmethod
+    def predict(
+        self, operator: Operator, y_t: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Return the prediction at scale t ``(B,)``, in pixels or whitened coordinates as the target has it."""
+
+    def predict_mean(
+        self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None
+    ) -> Tensor:
+        operator = self.process.operator(context)
+        prediction = self.predict(operator, y_t, t.expand(y_t.shape[0]), context, labels)
+        return self.target.predict_mean(self.process, operator, prediction, y_t, t, s)
+
+
+class Denoiser(TargetDenoiser):
     """Network + process + target.
 
     Args:
@@ -94,15 +111,7 @@ class Denoiser(BaseDenoiser):
     def predict(
         self, operator: Operator, y_t: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None
     ) -> Tensor:
-        """Return the prediction at scale t ``(B,)``, in pixels or whitened coordinates as the target has it."""
         return self._predict(operator, y_t, t, context, labels)[0]
-
-    def predict_mean(
-        self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None
-    ) -> Tensor:
-        operator = self.process.operator(context)
-        prediction = self.predict(operator, y_t, t.expand(y_t.shape[0]), context, labels)
-        return self.target.predict_mean(self.process, operator, prediction, y_t, t, s)
 
     def loss(
         self,

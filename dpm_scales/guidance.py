@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import BaseDenoiser, Denoiser
+from dpm_scales.denoisers import Denoiser, TargetDenoiser
 from dpm_scales.errors import require, require_choice
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context
@@ -30,7 +30,7 @@ from dpm_scales.schedules import is_number
 VARIABLES = ("t", "logsnr")
 
 
-class ClassifierFreeGuidance(BaseDenoiser):
+class ClassifierFreeGuidance(TargetDenoiser):
     """A denoiser with guidance; it shares network, process, target and spectrum with the one it is made from.
 
     Args:
@@ -64,17 +64,10 @@ class ClassifierFreeGuidance(BaseDenoiser):
         self.null_label, self.scale, self.low, self.high = null_label, float(scale), low, high
         self.variable = variable
 
-    def predict_mean(
-        self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None
-    ) -> Tensor:
-        operator = self.process.operator(context)
-        prediction = self.predict(operator, y_t, t.expand(y_t.shape[0]), context, labels)
-        return self.target.predict_mean(self.process, operator, prediction, y_t, t, s)
-
     def predict(
         self, operator: Operator, y_t: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None
     ) -> Tensor:
-        """Return the guided prediction in the target's terms, see `Denoiser.predict`."""
+        """Return the guided prediction in the target's terms."""
         null = torch.full((y_t.shape[0],), self.null_label, dtype=torch.int64, device=y_t.device)
         everywhere = self.low == -math.inf and self.high == math.inf
         if labels is None or (self.scale == 0 and everywhere):
