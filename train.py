@@ -1,41 +1,9 @@
-"""Train a model: `python train.py [process=… data=… experiment=… key=value …]`; see configs/train.yaml."""
+"""Train a model: `python train.py [process=… data=… experiment=… key=value …]`; see configs/train.yaml.
 
-from __future__ import annotations
+Hydra's completion recognises a script by the text @hydra.main, which decorates dpm_scales/entry/train.py.
+"""
 
-import sys
-
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from dpm_scales.cli.arguments import with_stored_overrides
-from dpm_scales.cli.main import is_sweep, job, main
-
-
-@hydra.main(version_base="1.3", config_path="configs", config_name="train")
-@job
-def run(cfg: DictConfig) -> float | None:
-    from dpm_scales.distributed.ranks import current_world
-    from dpm_scales.sweeps.table import job_folders, write_table
-    from dpm_scales.training.run import train
-
-    overrides = list(HydraConfig.get().overrides.task)
-    if cfg.check_resume:
-        from dpm_scales.training.check_resume import check_resume
-
-        sys.exit(check_resume(cfg, overrides))
-    root, folder = job_folders(cfg)
-    cfg.run_dir = str(folder)
-    result = train(cfg, folder, overrides)
-    if is_sweep() and current_world().is_main:
-        write_table(root)
-    return result.get(cfg.objective)
-
-
-def entry() -> None:
-    sys.argv[1:] = with_stored_overrides(sys.argv[1:])
-    run()
-
+from dpm_scales.entry.start import start
 
 if __name__ == "__main__":
-    main(entry, "train")
+    start("train", "script")

@@ -20,7 +20,6 @@ from dpm_scales.models.instantiate import CONFIGS
 from dpm_scales.models.trust import foreign_packages, trusted_names
 from dpm_scales.storage import check_names
 
-TRAIN = CONFIGS.with_name("train.py")
 SWEEP_FLAGS = ("-m", "--multirun")
 HELP_FLAGS = ("-h", "--help")
 INFO_FLAGS = ("-i", "--info")
@@ -36,6 +35,9 @@ FLAG_CHOICES = {
     "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
 }
 CONFIG_DIR = "--config-dir="
+#: flags of which Hydra takes one at a time
+MODES = ("--multirun", "--run", "--cfg", "--info", "--shell-completion")
+SHORT_MODES = {"-m": "--multirun", "-r": "--run", "-i": "--info", "-sc": "--shell-completion"}
 #: options whose values are paths, which may need quotes in Hydra's grammar (names of run folders contain = and ,)
 PATHS = (
     *("run_dir", "resume", "model", "out", "reference", "inception", "folder", "data.root", "data.path"),
@@ -78,7 +80,8 @@ class UnknownFlagError(UserError):
 def split_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
     """Return Hydra's flags, each joined with its value into one argument, and the options.
 
-    Raises: UserError for any other argument that begins with a dash, and for a flag that lacks its value.
+    Raises: UserError for any other argument that begins with a dash, for a flag that lacks its value, and for several
+    flags of which only one may be given.
     """
     flags, options, rest = [], [], list(argv)
     while rest:
@@ -106,6 +109,9 @@ def split_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
             whole = typed if alone else f"{typed} {rest[0]}"
             value = value if equals else "VALUE" if alone else rest[0]
             raise UnknownFlagError(whole, name.lstrip("-").replace("-", "_") or "KEY", value)
+    names = [flag.partition("=")[0] for flag in flags]
+    modes = {name: None for name in (SHORT_MODES.get(name, name) for name in names) if name in MODES}
+    require(len(modes) < 2, f"{' and '.join(modes)} exclude each other; leave one out")
     return flags, options
 
 

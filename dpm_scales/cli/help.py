@@ -14,6 +14,7 @@ from dpm_scales.cli import configs
 from dpm_scales.cli.arguments import ALIASES, config_dirs
 from dpm_scales.cli.configs import Option
 from dpm_scales.cli.hints import TASK_GROUPS
+from dpm_scales.cli.program import program
 from dpm_scales.errors import UserError, suggest
 from dpm_scales.models.instantiate import CONFIGS
 
@@ -34,11 +35,11 @@ def help_text(config_name: str, argv: Sequence[str]) -> str:
     head, options = configs.read_options(CONFIGS / f"{config_name}.yaml")
     examples = [line for line in head if line.startswith(EXAMPLE)]
     about = " ".join(line for line in head if not line.startswith(EXAMPLE))
-    groups = configs.groups(config_name)
+    groups, script = configs.groups(config_name), f"{EXAMPLE}{config_name}.py"
     sections = [
-        f"usage: python {config_name}.py [GROUP=NAME ...] [KEY=VALUE ...]",
+        f"usage: {program(config_name)} [GROUP=NAME ...] [KEY=VALUE ...]",
         "\n".join(textwrap.wrap(about, width)),
-        "\n".join(["examples:", *(f"  {line}" for line in examples)]),
+        "\n".join(["examples:", *(f"  {line.replace(script, program(config_name), 1)}" for line in examples)]),
         "\n".join(["groups, GROUP=NAME:", *_groups(config_name, width)]),
         "\n".join(["options, KEY=VALUE:", *_lines([o for o in options if o.key not in groups], width)]),
     ]

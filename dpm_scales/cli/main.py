@@ -23,19 +23,18 @@ from dpm_scales.cli.arguments import (
     ALIASES,
     HELP_FLAGS,
     NEVER_EMPTY,
-    TRAIN,
     tidy,
     with_stored_overrides,
 )
 from dpm_scales.cli.configs import switches
 from dpm_scales.cli.messages import TRACEBACK, causes, one_line
-from dpm_scales.cli.output import lasting_output
+from dpm_scales.cli.output import complain, fail, lasting_output, line_of
 from dpm_scales.cli.stored import key_of
 from dpm_scales.cli.switches import check_switches
-from dpm_scales.errors import UserError, printable, require
+from dpm_scales.errors import UserError, require
 from dpm_scales.models.instantiate import CONFIGS, arguments_of, locate, plain
 
-__all__ = ["CONFIGS", "TRAIN", "is_sweep", "job", "main", "one_line", "tidy", "with_stored_overrides"]
+__all__ = ["CONFIGS", "is_sweep", "job", "main", "one_line", "tidy", "with_stored_overrides"]
 
 Result = TypeVar("Result")
 
@@ -65,7 +64,7 @@ def job(function: Callable[[DictConfig], Result]) -> Callable[[DictConfig], Resu
                 raise
             if not is_sweep():
                 _fail(line, error)
-            _say(f"failed: {' '.join(HydraConfig.get().overrides.task)}: {line}")
+            complain(f"failed: {' '.join(HydraConfig.get().overrides.task)}: {line}")
             raise UserError(line) from None
 
     return run
@@ -76,7 +75,7 @@ def main(entry: Callable[[], None], config_name: str) -> None:
     os.environ.setdefault(WISH, os.environ.get(TRACEBACK, "0"))  # inherited by child processes
     os.environ[TRACEBACK] = "1"
     os.environ.setdefault("OC_CAUSE", "0")  # else OmegaConf repeats its message under a debugger
-    warnings.formatwarning = lambda message, *_args, **_kwargs: _line(f"warning: {message}") + "\n"
+    warnings.formatwarning = lambda message, *_args, **_kwargs: line_of(f"warning: {message}") + "\n"
     try:
         with lasting_output():
             _require_folder()
@@ -150,16 +149,5 @@ def forget_old_options(cfg: DictConfig, overrides: Iterable[str]) -> None:
                     del node[name]
 
 
-def _line(text: str) -> str:
-    """Return the text as one line that is safe to print, whatever file names and keys it contains."""
-    return printable(" ".join(text.split()))
-
-
-def _say(text: str) -> None:
-    """Print an error; all errors are printed here."""
-    print(_line(text), file=sys.stderr, flush=True)
-
-
 def _fail(line: str, error: BaseException) -> NoReturn:
-    _say(f"error: {line}")
-    sys.exit(next((link.status for link in causes(error) if isinstance(link, UserError)), 2))
+    fail(line, next((link.status for link in causes(error) if isinstance(link, UserError)), 2))

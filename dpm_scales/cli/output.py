@@ -1,4 +1,4 @@
-"""Keep standard output and error usable after their reader is gone, so that closing a terminal ends no training."""
+"""Print: one line for an error, and no failure if nobody reads, so that closing a terminal ends no training."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
-from dpm_scales.errors import UserError
+from dpm_scales.errors import UserError, printable
 
 #: error numbers of a reader that is gone: a pager or `head` that exited, a terminal that was closed
 _LEFT = (errno.EPIPE, errno.EIO)
@@ -78,3 +78,31 @@ class OutputLostError(UserError):
     """Standard output could not be written; the command's files are complete."""
 
     status = 1
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Run the body of a command without Hydra; for a user's mistake, print one line and exit with its status."""
+    try:
+        with lasting_output():
+            yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except UserError as error:
+        fail(str(error), error.status)
+
+
+def line_of(text: str) -> str:
+    """Return the text as one line that is safe to print, whatever file names and keys it contains."""
+    return printable(" ".join(text.split()))
+
+
+def complain(text: str) -> None:
+    """Print a line on standard error; all errors are printed here."""
+    print(line_of(text), file=sys.stderr, flush=True)
+
+
+def fail(line: str, status: int) -> NoReturn:
+    """Print an error and exit with `status`."""
+    complain(f"error: {line}")
+    sys.exit(status)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpm_scales import plots
 from dpm_scales.cli.options import pick_device
+from dpm_scales.cli.program import command_line
 from dpm_scales.commands.compare import save_csv
 from dpm_scales.commands.processes import comparison_entries, comparison_images, current_name
 from dpm_scales.data.image_sets import NumberedImages
@@ -73,7 +74,7 @@ def match(cfg: DictConfig) -> None:
     print(
         f"{_file(out)}: energies per octave within a factor exp({fitted:.3f}) of {like}'s on average over the "
         f"times, against exp({old:.3f}) for blur of the same time and noise {PAPER_NOISE:g}; train with "
-        f"python train.py --config-dir {out} process=matched"
+        f"{command_line('train', '--config-dir', str(out), 'process=matched')}"
     )
 
 
@@ -129,7 +130,8 @@ def _file(out: Path) -> Path:
 
 
 def _save_process(out: Path, fitted_to: str, process: dict[str, Any]) -> None:
-    made = f"# fitted to {fitted_to}; python train.py --config-dir THIS_FOLDER/.. process=matched\n"
+    command = command_line("train", "--config-dir", "THIS_FOLDER/..", "process=matched")
+    made = f"# fitted to {fitted_to}; {command}\n"
     write_text(_file(out), made + yaml.safe_dump(process, sort_keys=False))
 
 

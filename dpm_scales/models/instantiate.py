@@ -197,4 +197,10 @@ def root_cause_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+def _configs(package: Path) -> Path:
+    """Return the folder of the configs: inside an installed package, beside it in a checkout."""
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+CONFIGS = _configs(Path(__file__).resolve().parents[1])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +21,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
+from dpm_scales.cli.program import command_line
 from dpm_scales.cli.stored import key_of
 from dpm_scales.distributed.ranks import current_world
 from dpm_scales.errors import UserError, require, require_number, suggest
@@ -125,7 +125,7 @@ def search(
     config, rest = as_experiment(options, is_group)
     path = ["hydra.searchpath=[" + ",".join(f'"{folder}"' for folder in searched) + "]"] if searched else []
     command = ["--config-dir", str(root), *path, "experiment=best", *rest, f"run_dir=runs/{root.name}-best"]
-    line = f"python train.py {shlex.join(command)}"
+    line = command_line("train", *command)
     what = f"best of {len(complete)} trials: {objective} {best.value:.5g}"
     write_text(root / "best.yaml", yaml.safe_dump({objective: best.value, "overrides": options, "run": str(folder)}))
     comment = f"# @package _global_\n# {what}\n# {line}\n"

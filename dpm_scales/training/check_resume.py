@@ -2,7 +2,7 @@
 
 Three short runs in a temporary folder, each in a process of its own: one undisturbed; one that gets SIGKILL in the
 middle of a step, some steps after its checkpoint; and the same one resumed. Then every tensor and figure is compared,
-to the last bit. `python -m dpm_scales.training.check_resume N SCRIPT ARGUMENTS` runs a script that dies at step N.
+to the last bit. `python -m dpm_scales.training.check_resume N train OPTIONS` trains and dies after step N.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dpm_scales.cli.arguments import config_flags, tidy
 from dpm_scales.cli.main import is_sweep
+from dpm_scales.cli.program import child_environment, module_arguments
 from dpm_scales.cli.stored import key_of
 from dpm_scales.errors import UserError, require
 from dpm_scales.models.checksums import read_checkpoint, read_tensors
-from dpm_scales.models.instantiate import CONFIGS
 
 #: defaults that make the runs short; a validation lies between checkpoint and kill
 BRIEF = {
@@ -101,12 +101,13 @@ def check_resume(cfg: DictConfig, overrides: list[str]) -> int:
 
 def _train(options: list[str], kill_at: int | None, cwd: Path) -> None:
     """Train to the end, or until killed after optimiser step `kill_at`."""
-    script = [str(CONFIGS.parent / "train.py"), *options]
-    command = [sys.executable, *(script if kill_at is None else ["-m", __name__, str(kill_at), *script])]
+    arguments = module_arguments("train", *options)
+    if kill_at is not None:
+        arguments = ["-m", __name__, str(kill_at), "train", *options]
     # a session of its own, so that the processes of further devices go with it
     process = subprocess.Popen(
-        command,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(CONFIGS.parent), os.getenv("PYTHONPATH"))))},
+        [sys.executable, *arguments],
+        env=child_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -194,6 +195,5 @@ def _die_at(step: int) -> None:
 
 
 if __name__ == "__main__":
-    _die_at(int(sys.argv[1]))
-    sys.argv = sys.argv[2:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    _die_at(int(sys.argv.pop(1)))
+    runpy.run_module("dpm_scales", run_name="__main__", alter_sys=True)

@@ -7,7 +7,6 @@ model are refused (by the checkpoint's recipe); the others take effect from the 
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
 from dpm_scales.cli.arguments import config_flags, trust_options
+from dpm_scales.cli.program import command_line
 from dpm_scales.models.instantiate import plain
 from dpm_scales.models.trust import current_names
 
@@ -106,8 +106,7 @@ Change = tuple[str, Any, Any]
 
 def resume_command(run_dir: Path, *options: str) -> str:
     """Return the command that resumes a run, quoted for a shell."""
-    words = (*config_flags(), f"run_dir={run_dir}", *trust_options(), *options)
-    return " ".join(["python train.py", *map(shlex.quote, words)])
+    return command_line("train", *config_flags(), f"run_dir={run_dir}", *trust_options(), *options)
 
 
 def rule_of(key: str) -> Rule | None:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -18,7 +19,8 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
-from dpm_scales.cli.arguments import TRAIN, config_flags, tidy
+from dpm_scales.cli.arguments import config_flags, tidy
+from dpm_scales.cli.program import child_environment
 from dpm_scales.distributed.fsdp import FSDP, ShardedStrategy
 from dpm_scales.distributed.ranks import meet
 from dpm_scales.models.instantiate import build
@@ -42,6 +44,8 @@ def follow_environment(cfg: DictConfig) -> ClusterEnvironment:
     return TorchElasticEnvironment()
 
 
+#: variables that `child_environment` sets
+PATHS = ("PYTHONPATH", "PYTHONSAFEPATH")
 #: least number of rows in metrics.csv, however short the run
 LOGGED_AT_LEAST = 20
 
@@ -100,15 +104,17 @@ def repeat_command(overrides: list[str], run_dir: Path) -> Iterator[None]:
     """
     argv, environment = sys.argv, dict(os.environ)
     options = tidy([*config_flags(), *(o for o in overrides if not o.startswith("run_dir=")), f"run_dir={run_dir}"])
-    program = sys.modules["__main__"]
+    program = sys.modules["__main__"]  # may be joblib's, or submitit's
     spec = getattr(program, "__spec__", None)
-    sys.argv, program.__spec__ = [str(TRAIN), *options], None  # the program may be joblib's, or submitit's
+    sys.argv, program.__spec__ = [argv[0], "train", *options], find_spec("dpm_scales.__main__")
+    os.environ.update(child_environment())
     try:
         yield
     finally:
         sys.argv, program.__spec__ = argv, spec
         if "LOCAL_RANK" not in environment and "LOCAL_RANK" in os.environ and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.update({name: environment[name] for name in PATHS if name in environment})
+        for name in (*PATHS, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             if name in os.environ and name not in environment:
                 del os.environ[name]

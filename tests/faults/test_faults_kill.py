@@ -289,12 +289,13 @@ def test_check_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_of_the_check_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its last line, whichever script it is."""
-    (tmp_path / "train.py").write_text("import sys\nsys.exit('no luck: ' + sys.argv[1])\n")
-    monkeypatch.setattr(check_resume, "CONFIGS", tmp_path / "configs")
-    with pytest.raises(UserError, match=r"a run of the check ended with status 1 \(no luck: seed=1\)"):
+    """By its last line, whatever the command."""
+    script = tmp_path / "command.py"
+    script.write_text("import sys\nsys.exit('no luck: ' + ' '.join(sys.argv[1:]))\n")
+    monkeypatch.setattr(check_resume, "module_arguments", lambda *words: [str(script), *words])
+    with pytest.raises(UserError, match=r"a run of the check ended with status 1 \(no luck: train seed=1\)"):
         check_resume._train(["seed=1"], None, tmp_path)
-    (tmp_path / "train.py").write_text("")
+    script.write_text("")
     check_resume._train(["seed=1"], None, tmp_path)
 
 

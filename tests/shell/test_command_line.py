@@ -167,6 +167,7 @@ HINTS = {
     "train.py -x": "-x: options are KEY=VALUE: x=VALUE",
     "train.py --config-dir": "--config-dir needs a value: --config-dir VALUE",
     "train.py --config-dir=": "--config-dir is empty",
+    "train.py -m seed=1 --cfg job": "--multirun and --cfg exclude each other; leave one out",
     "train.py --cfg jop": "unknown --cfg 'jop': did you mean 'job'? allowed: all, hydra, job",
     "train.py --": "--: options are KEY=VALUE: KEY=VALUE",
     "train.py data=3": "data is chosen by a name, and can't be 3; leave it out for the default",
@@ -207,8 +208,8 @@ def test_nearest_names() -> None:
 
 
 def test_flags_come_first_and_keep_their_values() -> None:
-    argv = ["a=1", "-cd", "own", "b=2", "--multirun", "--config-name=x", "--cfg", "job"]
-    flags = ["--config-dir=own", "--multirun", "--config-name=x", "--cfg=job"]
+    argv = ["a=1", "-cd", "own", "b=2", "--config-name=x", "--cfg", "job"]
+    flags = ["--config-dir=own", "--config-name=x", "--cfg=job"]
     assert split_flags(argv) == (flags, ["a=1", "b=2"])
     assert split_flags(["--multi", "--config-d", "own"]) == (["--multirun", "--config-dir=own"], [])
     assert split_flags(["--info", "defaults", "a=1"]) == (["--info=defaults"], ["a=1"])

@@ -1,0 +1,26 @@
+"""The table of the commands. Nothing here imports the modules that the table names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `dpm-scales`.
+
+    Attributes:
+        module: module with a function `main() -> None`, which reads its arguments from `sys.argv[1:]`.
+        about: what the command does, in one line.
+    """
+
+    module: str
+    about: str
+
+
+COMMANDS = {
+    "train": Command("dpm_scales.entry.train", "train a model, resume a run, sweep over options"),
+    "sample": Command("dpm_scales.entry.sample", "sample images from a model, or edit images with it"),
+    "evaluate": Command("dpm_scales.entry.evaluate", "compare samples of a model, or images, with real images"),
+    "evolve": Command("dpm_scales.entry.evolve", "apply forward processes to real images, and compare them"),
+}
