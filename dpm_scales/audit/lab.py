@@ -7,13 +7,13 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from dpm_scales.audit.dense import DenseProcess, Law, eigen, entropy, largest
+from dpm_scales.audit.dense import DenseProcess, Law, Posterior, eigen, entropy, largest, solve
+from dpm_scales.audit.findings import Verdict
 from dpm_scales.images import resize, to_range
 from dpm_scales.metrics import entropy_increments
 from dpm_scales.processes import Process
@@ -25,51 +25,22 @@ LIMIT = 5.0
 """Tolerance for results from random paths, in standard errors."""
 
 
-class Verdict(StrEnum):
-    """Result of checking a statement."""
-
-    EXACTLY = "exactly"
-    IN_LAW = "in law"
-    IN_EXPECTATION = "in expectation"
-    CORRECTED = "corrected"  # only the corrected statement holds
-    VIOLATED = "violated"
-    NOT_APPLICABLE = "not applicable"
-
-
 @dataclass(frozen=True)
-class Finding:
-    """Result for one statement of the paper and one process.
+class Return:
+    """Laws of the reverse process down the ladder, with the steps of `audit.reverse`.
 
     Attributes:
-        name: name of the property.
-        source: place in the paper.
-        direction: "forward" or "reverse".
-        printed: the statement as printed.
-        verdict: result of the check.
-        figure: description of the measured quantity.
-        measured, expected: its value, and the value to compare with; NaN if there is nothing to measure.
-        tolerance: allowed difference of the two, or allowed excess of the first over the second.
-        drawn, std_error: the value from random paths, and its standard error; None if not drawn.
-        corrected: the correct statement, if the printed one is wrong.
-        scale, eigenvalue: location of the largest error.
-        note: further remarks.
+        posteriors: q(u_s | u_t, u_0), from the top.
+        given: laws of u_s given u_0 that they compose from the marginal at scale 1, rung by rung from 0.
+        data: covariances of u_t over the data, from the forward chain, rung by rung from 0.
+        ideal, trained: covariances from the ideal and the trained steps, starting from the marginal at scale 1.
     """
 
-    name: str
-    source: str
-    direction: str
-    printed: str
-    verdict: Verdict
-    figure: str = ""
-    measured: float = float("nan")
-    expected: float = float("nan")
-    tolerance: float = 0.0
-    drawn: float | None = None
-    std_error: float | None = None
-    corrected: str = ""
-    scale: float | None = None
-    eigenvalue: float | None = None
-    note: str = ""
+    posteriors: list[Posterior]
+    given: list[Law]
+    data: list[Tensor]
+    ideal: list[Tensor]
+    trained: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -166,6 +137,33 @@ class Lab:
         return bool(self.mu.max() > 0)
 
     @property
+    def as_printed(self) -> Verdict:
+        """Return the verdict of statements that hold as printed, for distributions if there is noise."""
+        return Verdict.IN_LAW if self.noisy else Verdict.EXACTLY
+
+    @cached_property
+    def steady(self) -> Tensor:
+        """Return the limit of infinite blur of the first image in pixels, ``(1, 1, H | 1, W | 1)``."""
+        return self.process.steady_state(self.images[:1].mean((-2, -1)), self.context)
+
+    @property
+    def steady_pixels(self) -> Tensor:
+        """Return that limit as a vector, ``(N,)``."""
+        return self.steady.expand(1, 1, *self.size).flatten()
+
+    @property
+    def guided(self) -> bool:
+        """Return whether blur ends in a guidance image instead of a flat one, as that of osmosis does."""
+        return self.steady.shape[-2:] == self.size
+
+    @cached_property
+    def white(self) -> Tensor:
+        """Return the factors from white coordinates to pixels, ``(N,)``: the noise of a pixel over gamma."""
+        if self.context is None or not self.guided:
+            return torch.ones(self.pixels, dtype=torch.float64)
+        return (self.context / self.context.mean()).double().flatten().sqrt()
+
+    @property
     def scales_grey(self) -> bool:
         """Return whether noise replaces the signal at all eigenvalues, including that of the average grey value."""
         first, last = self.log_signal[0, 0], self.log_signal[-1, 0]
@@ -211,6 +209,11 @@ class Lab:
             laws.append(step.after(laws[-1]))
         return laws
 
+    def rotated(self) -> DenseProcess:
+        """Return the process on images rotated by 90 degrees, with the context rotated too."""
+        context = None if self.context is None else torch.rot90(self.context, 1, (-2, -1))
+        return DenseProcess(self.process, (self.size[1], self.size[0]), context)
+
     def gap(self, a: Law, b: Law) -> Gap:
         """Return the distance between two laws in their means or in their covariances, whichever is larger."""
         mean = Gap(max(largest(a.matrix - b.matrix), largest(a.offset - b.offset) / self.span), self.mean_tolerance)
@@ -222,6 +225,10 @@ class Lab:
         """Return the index of the largest gap, and that gap."""
         index = max(range(len(gaps)), key=lambda k: gaps[k].size)
         return index, gaps[index]
+
+    def spreads(self, ratio: float, error: float) -> bool:
+        """Return whether the variance of draws fits, for its ratio to the true one and the standard error of that."""
+        return abs(ratio - 1) <= LIMIT * error + 2 * self.noise_tolerance
 
     def over_the_data(self, laws: Sequence[Law]) -> list[Tensor]:
         """Return the covariances of u_t, for laws of u_t given u_0 and the covariance `data_covariance` of u_0."""
@@ -240,6 +247,29 @@ class Lab:
         place = torch.stack([rows.flatten(), columns.flatten()], 1).double()
         variance = self.images.var(unbiased=False).clamp(min=1e-2 * self.span**2)
         return variance * torch.exp(-torch.cdist(place, place) / 4)
+
+    # --- the way back -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def back(self) -> Return:
+        """Return the laws of the reverse process."""
+        ladder, c, data = self.ladder, self.data_covariance, self.over_the_data(self.chain)
+        given, ideal, trained, posteriors = [self.marginals[-1]], [data[-1]], [data[-1]], []
+        for k in range(len(ladder) - 1, 0, -1):
+            posterior = self.dense.posterior(ladder[k - 1], ladder[k])
+            posteriors.append(posterior)
+            given.append(posterior.after(given[-1]))
+            w = self.denoiser(data[k], k)
+            unknown = c - w @ self.chain[k].matrix @ c
+            step = posterior.keep + posterior.pull @ w
+            ideal.append(step @ ideal[-1] @ step.T + posterior.covariance + posterior.pull @ unknown @ posterior.pull.T)
+            trained.append(step @ trained[-1] @ step.T + posterior.covariance)
+        return Return(posteriors, given[::-1], data, ideal[::-1], trained[::-1])
+
+    def denoiser(self, total: Tensor, k: int) -> Tensor:
+        """Return W of `audit.reverse` at rung k, where u_t has covariance `total`."""
+        cross = self.data_covariance @ self.chain[k].matrix.T
+        return solve(total, cross.T).T
 
     # --- random paths -------------------------------------------------------------------------------------------------
 
@@ -266,11 +296,6 @@ class Lab:
     def deviations(self) -> Tensor:
         """Return the paths minus the means of the marginals, ``(T, M, N)``."""
         return torch.stack([path - law.mean(self.start) for path, law in zip(self.paths, self.marginals, strict=True)])
-
-
-def not_applicable(name: str, source: str, printed: str, why: str, direction: str = "forward") -> Finding:
-    """Return a finding for a statement that does not apply, without measurement."""
-    return Finding(name, source, direction, printed, Verdict.NOT_APPLICABLE, note=why)
 
 
 def whitened(deviation: Tensor, covariance: Tensor) -> Tensor:

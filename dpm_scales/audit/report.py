@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpm_scales import audit as library
 from dpm_scales.audit.corrections import Correction, corrections
-from dpm_scales.audit.lab import Finding, Verdict
+from dpm_scales.audit.findings import Finding, Verdict
 from dpm_scales.processes import Process
 from dpm_scales.progress import progress_bar
 from dpm_scales.storage import write_text

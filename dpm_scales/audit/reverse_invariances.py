@@ -4,47 +4,42 @@ from __future__ import annotations
 
 import torch
 
-from dpm_scales.audit.dense import DenseProcess, Law, largest, permutation_matrix, rotation_matrix
-from dpm_scales.audit.lab import Finding, Gap, Lab, Verdict, not_applicable
-from dpm_scales.audit.reverse import REVERSE, Return, denoiser
+from dpm_scales.audit.dense import Law, largest, permutation_matrix, rotation_matrix
+from dpm_scales.audit.findings import Verdict
+from dpm_scales.audit.lab import Gap, Lab
+from dpm_scales.audit.reverse import reverse
+from dpm_scales.audit.statements import Measured
+
+CARRIES_OVER = "the remaining properties carry over"
 
 
-def invariances(lab: Lab, back: Return) -> list[Finding]:
-    """Check that posteriors rotate by 90 degrees with their images, and preserve grey values like the forward process.
-
-    Invariance under permutations depends on the network alone.
-    """
-    name, printed = "permutation of pixels", "permutation invariance does in general not apply to the reverse process"
-    if not lab.noisy:
-        why = "without noise there is no step that a network would have to learn"
-        nothing = not_applicable(name, "Sect. 5.2", printed, why, REVERSE)
-        return [nothing, _rotation(lab, back), _grey(lab, back)]
+@reverse(
+    "permutation of pixels",
+    "Sect. 5.2",
+    "permutation invariance does in general not apply to the reverse process",
+    "ideal step of the permuted image against the permuted step",
+    without_noise="without noise there is no step that a network would have to learn",
+)
+def permutation(lab: Lab) -> Measured:
+    """Measure how a permutation changes the ideal step; the paper claims no invariance, it depends on the network."""
     order = permutation_matrix(torch.randperm(lab.pixels, generator=torch.Generator().manual_seed(lab.seed)))
     middle = len(lab.ladder) // 2
-    posterior = back.posteriors[len(back.posteriors) - middle]
-    step = posterior.keep + posterior.pull @ denoiser(lab, back.data[middle], middle)
-    moved = float((order @ step - step @ order).abs().max())
-    permutation = Finding(
-        name=name,
-        source="Sect. 5.2",
-        direction=REVERSE,
-        printed=printed,
-        verdict=Verdict.NOT_APPLICABLE,
-        figure="ideal step of the permuted image against the permuted step",
-        measured=moved,
-        expected=0.0,
-        scale=lab.ladder[middle - 1],
-        note="the neighbours of a pixel say what it was, whatever the forward process",
-    )
-    return [permutation, _rotation(lab, back), _grey(lab, back)]
+    posterior = lab.back.posteriors[len(lab.back.posteriors) - middle]
+    step = posterior.keep + posterior.pull @ lab.denoiser(lab.back.data[middle], middle)
+    moved, note = largest(order @ step - step @ order), "the neighbours of a pixel say what it was, whatever the"
+    return Measured(Verdict.NOT_APPLICABLE, True, moved, scale=lab.ladder[middle - 1], note=f"{note} forward process")
 
 
-def _rotation(lab: Lab, back: Return) -> Finding:
-    context = None if lab.context is None else torch.rot90(lab.context, 1, (-2, -1))
-    other = DenseProcess(lab.process, (lab.size[1], lab.size[0]), context)
-    r = rotation_matrix(lab.size)
-    gaps = []
-    for (s, t), own in zip(lab.steps[::-1], back.posteriors, strict=True):
+@reverse(
+    "rotation by 90 degrees",
+    "Sect. 5.2, 5.3",
+    CARRIES_OVER,
+    "posterior of rotated images against the rotated posterior",
+)
+def rotation(lab: Lab) -> Measured:
+    """Check that posteriors rotate by 90 degrees with their images."""
+    r, other, gaps = rotation_matrix(lab.size), lab.rotated(), []
+    for (s, t), own in zip(lab.steps[::-1], lab.back.posteriors, strict=True):
         turned = other.posterior(s, t)
         of_image = lab.gap(
             Law(own.keep, own.offset, own.covariance).moved(r), Law(turned.keep, turned.offset, turned.covariance)
@@ -52,48 +47,33 @@ def _rotation(lab: Lab, back: Return) -> Finding:
         of_start = Gap(largest(r @ own.pull @ r.T - turned.pull), lab.mean_tolerance)
         gaps.append(lab.widest([of_image, of_start])[1])
     worst, gap = lab.widest(gaps)
-    return Finding(
-        name="rotation by 90 degrees",
-        source="Sect. 5.2, 5.3",
-        direction=REVERSE,
-        printed="the remaining properties carry over",
-        verdict=(Verdict.IN_LAW if lab.noisy or lab.context is not None else Verdict.EXACTLY)
-        if gap.closed
-        else Verdict.VIOLATED,
-        figure="posterior of rotated images against the rotated posterior",
-        measured=gap.value,
-        expected=0.0,
-        tolerance=gap.tolerance,
+    return Measured(
+        Verdict.IN_LAW if lab.noisy or lab.context is not None else Verdict.EXACTLY,
+        gap.closed,
+        gap.value,
+        gap.tolerance,
         corrected="given u_0; a network has the invariances that it is built with",
         scale=lab.steps[::-1][worst][0],
     )
 
 
-def _grey(lab: Lab, back: Return) -> Finding:
+@reverse(
+    "average grey value",
+    "Prop. 8, backwards",
+    CARRIES_OVER,
+    "drift of the mean's average grey value given u_0, relative",
+)
+def average_grey(lab: Lab) -> Measured:
+    """Check that posteriors preserve grey values like the forward process."""
     drifts = [
-        float((law.matrix.sum(0) - 1).abs().max()) + abs(float(law.offset.mean())) / lab.span for law in back.given
+        float((law.matrix.sum(0) - 1).abs().max()) + abs(float(law.offset.mean())) / lab.span for law in lab.back.given
     ]
-    worst = max(range(len(drifts)), key=drifts.__getitem__)
-    tolerance = lab.mean_tolerance
-    kept = drifts[worst] <= tolerance
-    note = ""
+    worst = drifts.index(max(drifts))
+    kept, note, verdict = drifts[worst] <= lab.mean_tolerance, "", Verdict.EXACTLY
     if not lab.blurs:
-        verdict, note = Verdict.NOT_APPLICABLE, "the paper claims it for processes that blur"
-    elif kept:
-        verdict = Verdict.IN_EXPECTATION if lab.noisy else Verdict.EXACTLY
-    else:
-        verdict = Verdict.VIOLATED
-    return Finding(
-        name="average grey value",
-        source="Prop. 8, backwards",
-        direction=REVERSE,
-        printed="the remaining properties carry over",
-        verdict=verdict,
-        figure="drift of the mean's average grey value given u_0, relative",
-        measured=drifts[worst],
-        expected=0.0,
-        tolerance=tolerance,
-        scale=lab.ladder[worst],
-        eigenvalue=0.0,
-        note=note,
+        kept, note, verdict = True, "the paper claims it for processes that blur", Verdict.NOT_APPLICABLE
+    elif lab.noisy:
+        verdict = Verdict.IN_EXPECTATION
+    return Measured(
+        verdict, kept, drifts[worst], lab.mean_tolerance, scale=lab.ladder[worst], eigenvalue=0.0, note=note
     )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
-import torch
-
 from dpm_scales.audit.dense import eigen, root
-from dpm_scales.audit.lab import LIMIT, Finding, Lab, Verdict, not_applicable
-from dpm_scales.processes import Osmosis
+from dpm_scales.audit.findings import Finding, Verdict
+from dpm_scales.audit.lab import LIMIT, Lab
+from dpm_scales.audit.statements import Measured, by_blur, statement
 
 LEFT = 0.02
 """Fraction of the image that may remain at scale 1, relative to the noise or the value range, in a steady state."""
 
 ENDS = "the chain ends before it gets there"
+_stated = functools.partial(statement, "steady state")
+_mixture = _stated(
+    "Prop. 10", "p(u_i) converges to a mixture of N(mu_k 1, Sigma) over the average grey values mu_k of the data"
+)
 
 
 def steady_state(lab: Lab) -> Finding:
@@ -22,189 +26,154 @@ def steady_state(lab: Lab) -> Finding:
         return _noise(lab)
     if lab.scales_grey:
         return _scheduled_blur(lab)
-    return _blur(lab)
+    return _blur(lab) if lab.noisy else _filter(lab)
 
 
-def _noise(lab: Lab) -> Finding:
+@_stated(
+    "Prop. 5, 6",
+    "p(u_i) converges to N(0, gamma^2 I); gamma = 1 for the variance-preserving chain",
+    "signal to noise at scale 1",
+)
+def _noise(lab: Lab) -> Measured:
     """Check processes without blur, L = 0."""
-    source, printed = "Prop. 5, 6", "p(u_i) converges to N(0, gamma^2 I); gamma = 1 for the variance-preserving chain"
     law = lab.marginals[-1]
     left, gamma = float(law.matrix.diagonal().mean()), root(float(law.covariance.diagonal().mean()))
     if left > 1 - 1e-9:
-        return Finding(
-            name="steady state",
-            source=source,
-            direction="forward",
-            printed=printed,
-            verdict=Verdict.NOT_APPLICABLE,
-            figure="signal to noise at scale 1",
-            measured=left / gamma,
-            expected=0.0,
-            scale=1.0,
-            note=f"alpha = 1: the mean stays and the noise grows to {gamma:.4g}; the paper leaves this case out",
-        )
-    drawn, error = _drawn_spread(lab)
-    wanted = float(lab.noise[-1, 0])
-    arrived = left <= LEFT * gamma
+        note = f"alpha = 1: the mean stays and the noise grows to {gamma:.4g}; the paper leaves this case out"
+        return Measured(Verdict.NOT_APPLICABLE, True, left / gamma, scale=1.0, note=note)
+    drawn, error, note = _drawn_spread(lab)
+    wanted, arrived = float(lab.noise[-1, 0]), left <= LEFT * gamma
     fits = abs(gamma - wanted) <= lab.noise_tolerance * wanted and abs(drawn / wanted - 1) <= LIMIT * error
-    return Finding(
-        name="steady state",
-        source=source,
-        direction="forward",
-        printed=printed,
-        verdict=Verdict.IN_LAW if arrived and fits else Verdict.VIOLATED,
-        figure="signal to noise at scale 1",
-        measured=left / gamma,
-        expected=0.0,
-        tolerance=LEFT,
-        scale=1.0,
-        note=f"gamma_1 = {gamma:.6g}, of {lab.samples} paths {drawn:.4g} ± {drawn * error:.2g}"
-        + ("" if arrived else f"; {ENDS}"),
-    )
+    note = f"gamma_1 = {gamma:.6g}, of {note}" + ("" if arrived else f"; {ENDS}")
+    return Measured(Verdict.IN_LAW, arrived and fits, left / gamma, LEFT, scale=1.0, note=note)
 
 
-def _scheduled_blur(lab: Lab) -> Finding:
+@_mixture
+def _scheduled_blur(lab: Lab) -> Measured:
     """Check that blur combined with a variance-preserving schedule ends like a process without blur."""
-    law, white = lab.marginals[-1], _white(lab)
-    moved = law.matrix * white / white[:, None]
+    law = lab.marginals[-1]
+    moved = law.matrix * lab.white / lab.white[:, None]
     left = root(float(eigen(moved @ moved.T)[0].max()))
     gamma = root(float(law.covariance.diagonal().mean()))
-    drawn, error = _drawn_spread(lab)
+    drawn, error, note = _drawn_spread(lab)
     wanted = float(lab.noise[-1, 0])
-    fits = abs(gamma / wanted - 1) <= lab.noise_tolerance
-    fits = fits and abs(drawn / wanted - 1) <= LIMIT * error + lab.noise_tolerance
-    return Finding(
-        name="steady state",
-        source="Prop. 10",
-        direction="forward",
-        printed="p(u_i) converges to a mixture of N(mu_k 1, Sigma) over the average grey values mu_k of the data",
-        verdict=Verdict.CORRECTED if fits and left <= LEFT * gamma else Verdict.VIOLATED,
+    fits = abs(gamma / wanted - 1) <= lab.noise_tolerance and left <= LEFT * gamma
+    return Measured(
+        Verdict.CORRECTED,
+        fits and abs(drawn / wanted - 1) <= LIMIT * error + lab.noise_tolerance,
+        left / gamma,
+        LEFT,
         figure="signal to noise at scale 1",
-        measured=left / gamma,
-        expected=0.0,
-        tolerance=LEFT,
         corrected="a variance-preserving schedule times blur converges to N(0, gamma_1^2), the grey value too",
         scale=1.0,
         eigenvalue=0.0,
-        note=f"gamma_1 = {gamma:.6g}, of {lab.samples} paths {drawn:.4g} ± {drawn * error:.2g}",
+        note=f"gamma_1 = {gamma:.6g}, of {note}",
     )
 
 
-def _blur(lab: Lab) -> Finding:
-    """Check blur that preserves the average grey value."""
-    osmosis = isinstance(lab.process, Osmosis)
-    steady = lab.process.steady_state(lab.images[:1].mean((-2, -1)), lab.context).expand(1, 1, *lab.size).flatten()
-    gap = float((lab.chain[-1].mean(lab.start) - steady).abs().max()) / lab.span
-    guidance = "v mean(u) / mean(v)" if osmosis else "mean(u)"
-    if not lab.noisy:
-        path = float((lab.paths[-1] - steady).abs().max()) / lab.span
-        fits = max(gap, path) <= LEFT
-        return Finding(
-            name="steady state",
-            source="Eq. (49)" if osmosis else "Prop. 10, without noise",
-            direction="forward",
-            printed="u converges to the guidance image v" if osmosis else "u converges to its average grey value",
-            verdict=(Verdict.CORRECTED if osmosis else Verdict.EXACTLY) if fits else Verdict.VIOLATED,
-            figure="distance at scale 1, of the value range",
-            measured=max(gap, path),
-            expected=0.0,
-            tolerance=LEFT,
-            corrected=f"it converges to {guidance}" if osmosis else "",
-            scale=1.0,
-            note="; ".join(part for part in (_guidance_gap(lab) if osmosis else "", "" if fits else ENDS) if part),
-        )
-    settled, shape = lab.process.has_constant_noise(), "diag(v)" if osmosis else "I"
-    gammas = lab.noise[-1]
-    drawn, error = _drawn_spread(lab)
+@_stated(
+    lambda lab: "Eq. (49)" if lab.guided else "Prop. 10, without noise",
+    lambda lab: f"u converges to {'the guidance image v' if lab.guided else 'its average grey value'}",
+    "distance at scale 1, of the value range",
+)
+def _filter(lab: Lab) -> Measured:
+    """Check blur that preserves the average grey value, without noise."""
+    off = max(_distance(lab), float((lab.paths[-1] - lab.steady_pixels).abs().max()) / lab.span)
+    notes = [] if off <= LEFT else [ENDS]
+    if lab.guided and lab.context is not None:
+        means = f"mean(u) = {float(lab.start.mean()):.4f}, mean(v) = {float(lab.context.double().mean()):.4f}"
+        notes.insert(0, f"{means}: the clipped noise image has not the image's mean")
+    return Measured(
+        Verdict.CORRECTED if lab.guided else Verdict.EXACTLY,
+        off <= LEFT,
+        off,
+        LEFT,
+        corrected=f"it converges to {_limit(lab)}" if lab.guided else "",
+        scale=1.0,
+        note="; ".join(notes),
+    )
+
+
+@_mixture
+def _blur(lab: Lab) -> Measured:
+    """Check blur that preserves the average grey value, with noise."""
+    gap, limit, shape = _distance(lab), _limit(lab), "diag(v)" if lab.guided else "I"
+    gammas, middle = lab.noise[-1], lab.noise[len(lab.noise) // 2]
+    drawn, error, note = _drawn_spread(lab)
     wanted = root(float((gammas**2).mean()))
-    fits = abs(drawn / wanted - 1) <= LIMIT * error + lab.noise_tolerance and gap <= LEFT
-    if settled:
-        printed_bound = f"the noise is {float(gammas[0]):.4g} at every scale and frequency"
-        corrected = f"N({guidance}, gamma^2 {shape}), gamma the same at every scale"
+    if lab.process.has_constant_noise():
+        bound = f"the noise is {float(gammas[0]):.4g} at every scale and frequency"
+        corrected = f"N({limit}, gamma^2 {shape}), gamma the same at every scale"
     elif float((gammas.max() - gammas.min()) / gammas.max()) < 1e-9:
-        halfway = float(lab.noise[len(lab.noise) // 2, 0])
-        printed_bound = f"gamma goes from {halfway:.4g} half way to {float(gammas[0]):.4g}, at every frequency"
-        corrected = f"N({guidance}, gamma_1^2 {shape}): the noise is what its schedule says, and blur does not bound it"
+        bound = f"gamma goes from {float(middle[0]):.4g} half way to {float(gammas[0]):.4g}, at every frequency"
+        corrected = f"N({limit}, gamma_1^2 {shape}): the noise is what its schedule says, and blur does not bound it"
     else:
-        middle = lab.noise[len(lab.noise) // 2]
-        printed_bound = (
-            f"gamma at mu = 0 goes from {float(middle[0]):.4g} half way to {float(gammas[0]):.4g}; "
-            f"at mu = {float(lab.mu[-1]):.3g} it is {float(gammas[-1]):.4g}"
-        )
+        bound = f"gamma at mu = 0 goes from {float(middle[0]):.4g} half way to {float(gammas[0]):.4g}; "
+        bound += f"at mu = {float(lab.mu[-1]):.3g} it is {float(gammas[-1]):.4g}"
         corrected = "for mu > 0 alone, with beta / sqrt(1 - alpha_j^2); at mu = 0 alpha is 1 and gamma^2 = sum beta_k^2"
-    return Finding(
-        name="steady state",
-        source="Prop. 10",
-        direction="forward",
-        printed="p(u_i) converges to a mixture of N(mu_k 1, Sigma) over the average grey values mu_k of the data",
-        verdict=Verdict.CORRECTED if fits else Verdict.VIOLATED,
+    return Measured(
+        Verdict.CORRECTED,
+        abs(drawn / wanted - 1) <= LIMIT * error + lab.noise_tolerance and gap <= LEFT,
+        gap,
+        LEFT,
         figure="distance of the mean at scale 1, of the value range",
-        measured=gap,
-        expected=0.0,
-        tolerance=LEFT,
         corrected=corrected,
         scale=1.0,
         eigenvalue=float(lab.mu[lab.mu > 0].min()) if bool((lab.mu > 0).any()) else 0.0,
-        note=f"{printed_bound}{'' if gap <= LEFT else '; ' + ENDS}; standard deviation of {lab.samples} paths "
-        f"{drawn:.4g} ± {drawn * error:.2g}, closed form {wanted:.4g}",
+        note=f"{bound}{'' if gap <= LEFT else '; ' + ENDS}; standard deviation of {note}, closed form {wanted:.4g}",
     )
 
 
-def _guidance_gap(lab: Lab) -> str:
-    if lab.context is None:
-        return ""
-    grey, own = float(lab.start.mean()), float(lab.context.double().mean())
-    return f"mean(u) = {grey:.4f}, mean(v) = {own:.4f}: the clipped noise image has not the image's mean"
+def _distance(lab: Lab) -> float:
+    """Return the distance of the mean at scale 1 from the steady state, of the value range."""
+    return float((lab.chain[-1].mean(lab.start) - lab.steady_pixels).abs().max()) / lab.span
 
 
-def _drawn_spread(lab: Lab) -> tuple[float, float]:
-    """Return the root mean square deviation of the paths at scale 1, in white coordinates with equal weights, and its
-    relative standard error."""
+def _limit(lab: Lab) -> str:
+    return "v mean(u) / mean(v)" if lab.guided else "mean(u)"
+
+
+def _drawn_spread(lab: Lab) -> tuple[float, float, str]:
+    """Return the root mean square deviation of the paths at scale 1, in white coordinates with equal weights, its
+    relative standard error, and a note on both."""
     level = lab.deviations[-1].square().mean(0)
     weight = lab.marginals[-1].covariance.diagonal()
     wanted = float(lab.noise[-1].square().mean())
     per_path = lab.deviations[-1].square().sum(1)
     error = float(per_path.std() / per_path.mean()) / math.sqrt(lab.samples) / 2
-    return root(float(level.sum() / weight.sum()) * wanted), error
+    drawn = root(float(level.sum() / weight.sum()) * wanted)
+    return drawn, error, f"{lab.samples} paths {drawn:.4g} ± {drawn * error:.2g}"
 
 
-def variance_bound(lab: Lab) -> Finding:
+@statement(
+    "bound of the noise",
+    by_blur("Prop. 6", "Prop. 10"),
+    "gamma <= b / (1 - a) for alpha_i <= a < 1, beta_i <= b",
+    "gamma over the corrected bound",
+    without_noise="there is no noise",
+)
+def variance_bound(lab: Lab) -> Measured | str:
     """Check Propositions 6 and 10: b / sqrt(1 - a^2) bounds the noise, b / (1 - a) is too large."""
-    source = "Prop. 10" if lab.blurs else "Prop. 6"
-    printed = "gamma <= b / (1 - a) for alpha_i <= a < 1, beta_i <= b"
     a, b = lab.alpha.max(0).values, lab.beta.max(0).values
     inside = a < 1 - 1e-9
-    if not lab.noisy or not bool(inside.any()):
-        why = "there is no noise" if not lab.noisy else "alpha = 1, so no bound exists"
-        return not_applicable("bound of the noise", source, printed, why)
+    if not bool(inside.any()):
+        return "alpha = 1, so no bound exists"
     a, b, mu = a[inside], b[inside], lab.mu[inside]
     gamma = lab.noise[:, inside].max(0).values
     true, loose = b / (1 - a**2).sqrt(), b / (1 - a)
     ratio = gamma / true
     worst = int(ratio.argmax())
     dense = max(root(float(eigen(law.covariance)[0].max())) for law in lab.chain)
-    own = float(lab.noise.max()) * float(_white(lab).max())
-    fits = float(ratio[worst]) <= 1 + 1e-6 and dense <= own * (1 + lab.noise_tolerance)
-    return Finding(
-        name="bound of the noise",
-        source=source,
-        direction="forward",
-        printed=printed,
-        verdict=Verdict.CORRECTED if fits else Verdict.VIOLATED,
-        figure="gamma over the corrected bound",
-        measured=float(ratio[worst]),
+    own = float(lab.noise.max()) * float(lab.white.max())
+    return Measured(
+        Verdict.CORRECTED,
+        float(ratio[worst]) <= 1 + 1e-6 and dense <= own * (1 + lab.noise_tolerance),
+        float(ratio[worst]),
+        1e-6,
         expected=1.0,
-        tolerance=1e-6,
         corrected="gamma <= b / sqrt(1 - a^2)"
         + (", for mu > 0; at mu = 0 there is none" if not bool(inside[0]) else ""),
         eigenvalue=float(mu[worst]),
         note=f"a = {float(a[worst]):.6g}, b = {float(b[worst]):.4g}: gamma = {float(gamma[worst]):.4g}, "
         f"b / sqrt(1 - a^2) = {float(true[worst]):.4g}, printed {float(loose[worst]):.4g}",
     )
-
-
-def _white(lab: Lab) -> torch.Tensor:
-    """Return the factors from white coordinates to pixels, ``(N,)``: the noise of a pixel over gamma."""
-    if lab.context is None:
-        return torch.ones(lab.pixels, dtype=torch.float64)
-    return (lab.context / lab.context.mean()).double().flatten().sqrt()

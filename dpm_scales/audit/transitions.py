@@ -8,22 +8,25 @@ import torch
 from torch import Tensor
 
 from dpm_scales.audit.dense import eigen, largest, solve
-from dpm_scales.audit.lab import LIMIT, Finding, Gap, Lab, Verdict, not_applicable
-from dpm_scales.audit.reverse import REVERSE, Return, denoiser
+from dpm_scales.audit.findings import Verdict
+from dpm_scales.audit.lab import LIMIT, Gap, Lab
+from dpm_scales.audit.statements import Measured, statement
 
 
-def preserving(lab: Lab) -> Finding:
+@statement(
+    "variance-preserving transition",
+    "Eq. (15)",
+    "for alpha_i = sqrt(1 - beta_i^2): N(prod_j sqrt(1 - beta_j^2) u_0, (1 - prod_j (1 - beta_j^2)) I)",
+    "composed transitions and marginals against the products",
+    without_noise="there is no noise",
+)
+def preserving(lab: Lab) -> Measured | str:
     """Check Eq. (15): for alpha = sqrt(1 - beta^2), mean and variance are products of the betas alone."""
-    name, source = "variance-preserving transition", "Eq. (15)"
-    printed = "for alpha_i = sqrt(1 - beta_i^2): N(prod_j sqrt(1 - beta_j^2) u_0, (1 - prod_j (1 - beta_j^2)) I)"
-    if not lab.noisy:
-        return not_applicable(name, source, printed, "there is no noise")
     off = (lab.alpha**2 + lab.beta**2 - 1).abs()
     if float(off.max()) > 1e-9:
         step, mode = divmod(int(off.argmax()), lab.pixels)
         values = f"{float(lab.alpha[step, mode]):.6g} and beta = {float(lab.beta[step, mode]):.4g}"
-        note = f"at mu = {float(lab.mu[mode]):.3g}, t = {float(lab.ts[step + 1]):.3g} alpha = {values}"
-        return not_applicable(name, source, printed, note)
+        return f"at mu = {float(lab.mu[mode]):.3g}, t = {float(lab.ts[step + 1]):.3g} alpha = {values}"
     kept = torch.cat([lab.beta.new_ones(1), 1 - lab.beta[:, 0] ** 2]).cumprod(0)
     gaps, units = [], lab.dense.units
     for t, chain, marginal in zip(lab.ladder, lab.chain, lab.marginals, strict=True):
@@ -38,39 +41,36 @@ def preserving(lab: Lab) -> Finding:
     wanted = 1 - kept[round(lab.ladder[rung] * lab.process.num_scales)]
     squares = lab.deviations[rung].square()
     drawn, error = float(squares.mean() / wanted) - 1, math.sqrt(2 / squares.numel())
-    fits = gap.closed and abs(drawn) <= LIMIT * error + lab.noise_tolerance
-    return Finding(
-        name=name,
-        source=source,
-        direction="forward",
-        printed=printed,
-        verdict=Verdict.IN_LAW if fits else Verdict.VIOLATED,
-        figure="composed transitions and marginals against the products",
-        measured=gap.value,
-        expected=0.0,
-        tolerance=gap.tolerance,
-        drawn=drawn,
-        std_error=error,
+    return Measured(
+        Verdict.IN_LAW,
+        gap.closed and abs(drawn) <= LIMIT * error + lab.noise_tolerance,
+        gap.value,
+        gap.tolerance,
+        drawn=(drawn, error),
         scale=lab.ladder[worst // 2],
         note=f"drawn: variance of {lab.samples} paths at t = {lab.ladder[rung]:.3g}, relative; the printed variance is "
         f"{float(wanted):.4g} there",
     )
 
 
-def reverse_step(lab: Lab, back: Return) -> Finding:
+@statement(
+    "transition",
+    "Eq. (32), Sect. 5.2",
+    "q(u_{i-1} | u_i) = N(mu(u_i, i), Sigma(u_i, i)), neither the same for all pixels",
+    "posterior and ideal denoiser against Bayes' rule, mean and covariance, relative",
+    direction="reverse",
+    without_noise="without noise there is one way back at most",
+)
+def reverse_step(lab: Lab) -> Measured:
     """Check Eq. (32): a reverse step is normal. Bayes' rule for Gaussian data uses neither posterior nor denoiser."""
-    name, source = "transition", "Eq. (32), Sect. 5.2"
-    printed = "q(u_{i-1} | u_i) = N(mu(u_i, i), Sigma(u_i, i)), neither the same for all pixels"
-    if not lab.noisy:
-        return not_applicable(name, source, printed, "without noise there is one way back at most", REVERSE)
     tolerance = max(lab.noise_tolerance, 1e-6)
     gaps, uneven = [], []
-    for k, posterior in enumerate(back.posteriors[::-1]):
-        early, late = back.data[k], back.data[k + 1]
+    for k, posterior in enumerate(lab.back.posteriors[::-1]):
+        early, late = lab.back.data[k], lab.back.data[k + 1]
         cross = lab.transitions[k].matrix @ early
         gain = solve(late, cross).T
         spread = early - gain @ cross
-        w = denoiser(lab, late, k + 1)
+        w = lab.denoiser(late, k + 1)
         unknown = lab.data_covariance - w @ lab.chain[k + 1].matrix @ lab.data_covariance
         apart = posterior.keep + posterior.pull @ w - gain
         ideal = posterior.covariance + posterior.pull @ unknown @ posterior.pull.T
@@ -79,21 +79,9 @@ def reverse_step(lab: Lab, back: Return) -> Finding:
         gaps.append(Gap(max(math.sqrt(means), largest(ideal - spread) / scale), tolerance))
         uneven.append(_unevenness(spread))
     worst, gap = lab.widest(gaps)
-    most = max(range(len(uneven)), key=uneven.__getitem__)
-    return Finding(
-        name=name,
-        source=source,
-        direction=REVERSE,
-        printed=printed,
-        verdict=Verdict.IN_LAW if gap.closed else Verdict.VIOLATED,
-        figure="posterior and ideal denoiser against Bayes' rule, mean and covariance, relative",
-        measured=gap.value,
-        expected=0.0,
-        tolerance=tolerance,
-        scale=lab.ladder[worst],
-        note="Gaussian data, so that Sigma depends on the scale alone; its eigenvalues differ by up to "
-        f"{uneven[most]:.3g} of their mean, at t = {lab.ladder[most]:.3g}",
-    )
+    note = f"Gaussian data, so that Sigma depends on the scale alone; its eigenvalues differ by up to {max(uneven):.3g}"
+    note += f" of their mean, at t = {lab.ladder[uneven.index(max(uneven))]:.3g}"
+    return Measured(Verdict.IN_LAW, gap.closed, gap.value, tolerance, scale=lab.ladder[worst], note=note)
 
 
 def _unevenness(covariance: Tensor) -> float:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dpm_scales.audit import audit
 from dpm_scales.audit.corrections import corrections
-from dpm_scales.audit.lab import Lab, Verdict
+from dpm_scales.audit.findings import Verdict
+from dpm_scales.audit.lab import Lab
 from dpm_scales.errors import UserError
 from dpm_scales.processes import (
     VE,

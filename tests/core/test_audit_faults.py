@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.audit import audit
-from dpm_scales.audit.lab import Verdict
+from dpm_scales.audit.findings import Verdict
 from dpm_scales.errors import UserError
 from dpm_scales.operators import Decay, HeatOperator, PixelOperator
 from dpm_scales.processes import (

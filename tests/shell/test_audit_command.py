@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpm_scales.audit import audit
-from dpm_scales.audit.lab import Verdict
+from dpm_scales.audit.findings import Verdict
 from dpm_scales.audit.report import write_audit
 from dpm_scales.images import load_image
 from dpm_scales.processes import VE, VP, Homogeneous

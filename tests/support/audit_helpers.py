@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.audit import audit
-from dpm_scales.audit.lab import Finding, Verdict
+from dpm_scales.audit.findings import Finding, Verdict
 from dpm_scales.processes import Process
 
 Verdicts = dict[tuple[str, str], Verdict]
