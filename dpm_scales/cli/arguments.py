@@ -241,13 +241,16 @@ def _allowed(options: list[str]) -> tuple[str, ...]:
 
 def trust_options() -> list[str]:
     """Return ``allow=[…]`` if resuming the current job will need it, for the command that resumes it; else nothing."""
-    if not HydraConfig.initialized():
-        return []
-    parsed = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    packages = typed_packages(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    return [f"allow=[{','.join(packages)}]"] if packages else []
+
+
+def typed_packages(overrides: Iterable[str]) -> list[str]:
+    """Return the other packages whose classes are named in the options of a run, sorted alphabetically."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     plain = [one for one in parsed if not one.is_sweep_override() and not one.is_delete()]
     named = [{one.key_or_group.rpartition(".")[2]: one.value()} for one in plain if one.key_or_group != "allow"]
-    packages = foreign_packages(named)
-    return [f"allow=[{','.join(packages)}]"] if packages else []
+    return foreign_packages(named)
 
 
 def _path_option(options: list[str], key: str, sweep: bool) -> str | None:

@@ -20,6 +20,7 @@ from dpm_scales.commands.audit import audit
 from dpm_scales.commands.processes import comparison_entries, comparison_images, current_name
 from dpm_scales.data.image_sets import NumberedImages
 from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.evaluation.choices import choose_features, described
 from dpm_scales.memory import require_memory
 from dpm_scales.metrics import (
     FeatureNetwork,
@@ -28,7 +29,6 @@ from dpm_scales.metrics import (
     few_images,
     frechet_distance,
     kernel_distance,
-    pick_features,
     reverse_entropy_bounds,
 )
 from dpm_scales.models.instantiate import plain
@@ -96,7 +96,7 @@ def compare(cfg: DictConfig) -> None:
 def _features(cfg: DictConfig, device: torch.device) -> FeatureNetwork | None:
     if cfg.features is None or cfg.reference is None:
         return None
-    return pick_features(str(cfg.features), inception=cfg.inception, device=device)
+    return choose_features(cfg.features, cfg.inception, device)
 
 
 def _reference(cfg: DictConfig, entries: Sequence[Entry]) -> str | None:
@@ -297,7 +297,9 @@ def save_settings(
     out: Path, cfg: DictConfig, count: int, features: FeatureNetwork | None, doubts: Sequence[str]
 ) -> None:
     """Write `comparison.json`: the settings and data behind the figures."""
-    network = None if features is None else {"name": features.name, "weights_sha256": features.hash}
+    network = None
+    if features is not None:
+        network = {"name": features.name, "weights_sha256": features.hash, **(described(features) or {})}
     keys = ("folder", "times", "reference", "seed", "batch_size", "processes", "process", "scales")
     settings = {key: plain(cfg.get(key)) for key in keys} | {"images": count, "features": network}
     settings |= {"warnings": list(doubts)}

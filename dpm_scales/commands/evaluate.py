@@ -14,13 +14,14 @@ from dpm_scales.commands.shared import choose_model
 from dpm_scales.data.image_sets import ImageSet
 from dpm_scales.distributed.ranks import leave, meet, own_device
 from dpm_scales.errors import UserError, require, require_number
+from dpm_scales.evaluation.choices import choose_features, choose_metrics
 from dpm_scales.evaluation.generated import ModelSamples
 from dpm_scales.evaluation.likelihood import METHODS, check_classes, estimator
 from dpm_scales.evaluation.reference_cache import cache_folder
 from dpm_scales.evaluation.references import open_images
 from dpm_scales.memory import require_memory
-from dpm_scales.metrics import pick_features
-from dpm_scales.metrics.figures import FEWEST_NEIGHBOURS, check_measures, check_numbers, memory_needed
+from dpm_scales.metrics import Metric
+from dpm_scales.metrics.figures import FEWEST_NEIGHBOURS, check_names, check_numbers, memory_needed, needs_network
 from dpm_scales.models.generate import pick_labels
 from dpm_scales.models.instantiate import plain
 from dpm_scales.storage import check_writable
@@ -47,7 +48,7 @@ def plan(cfg: DictConfig) -> Question:
 
     Raises: UserError for invalid options, OutOfMemoryError if the features would not fit into memory.
     """
-    measures = _check(cfg)
+    metrics = _check(cfg)
     world = meet()
     device = own_device(pick_device(str(cfg.device)), world)
     run = None if cfg.model is None else Path(str(cfg.model))
@@ -66,11 +67,12 @@ def plan(cfg: DictConfig) -> Question:
         )
     for other in (fake, *([] if yardstick is None else [yardstick])):
         _check_sizes(real, other, cfg.any_size)
-        check_numbers(measures, len(real), len(other))
+        check_numbers(metrics, len(real), len(other))
     likelihood = _likelihood(cfg, fake, run)
-    network = pick_features(str(cfg.features), cfg.inception, device, cfg.download)
+    network = choose_features(cfg.features, cfg.inception, device, cfg.download) if needs_network(metrics) else None
+    check_names(metrics, network)
     require_memory(
-        memory_needed(measures, (len(real), len(fake)), network.dim, cfg.manifold_images),
+        memory_needed(metrics, (len(real), len(fake)), network),
         f"features of {len(real)} real images and num_samples={len(fake)} samples",
         "lower num_samples, num_reference or manifold_images, or take measures=[frechet]",
     )
@@ -78,13 +80,12 @@ def plan(cfg: DictConfig) -> Question:
     if out is not None and world.is_main:
         check_writable(out)
     return Question(
-        measures=measures,
+        metrics=metrics,
         network=network,
         real=real,
         fake=fake,
         yardstick=yardstick,
         likelihood=likelihood,
-        manifold_images=cfg.manifold_images,
         batch_size=cfg.batch_size,
         cache=cache_folder() if cfg.cache else None,
         device=device,
@@ -107,8 +108,8 @@ def _likelihood(cfg: DictConfig, fake: ImageSet | ModelSamples, run: Path | None
     )
 
 
-def _check(cfg: DictConfig) -> tuple[str, ...]:
-    """Return the measures to compute. Raises UserError for invalid options."""
+def _check(cfg: DictConfig) -> tuple[Metric, ...]:
+    """Return the metrics to compute. Raises UserError for invalid options."""
     require(
         (cfg.model is None) != (cfg.samples is None),
         "give one of model=RUN_OR_EXPORT_OR_CKPT, which is sampled, and samples=DIR",
@@ -125,7 +126,7 @@ def _check(cfg: DictConfig) -> tuple[str, ...]:
             require(cfg[key] == usual, f"{key} is for sampling a model, and samples={cfg.samples} are there already")
         chosen = plain(cfg.sampler).get("_target_")
         require(chosen is None, f"sampler is for sampling a model, and samples={cfg.samples} are there already")
-    return check_measures(plain(cfg.measures))
+    return choose_metrics(cfg.measures, cfg.manifold_images)
 
 
 def _drawn(cfg: DictConfig, number: int, device: torch.device) -> ModelSamples:

@@ -17,11 +17,12 @@ from rich.table import Table
 
 from dpm_scales.data.image_sets import ImageSet
 from dpm_scales.distributed.ranks import World
+from dpm_scales.evaluation.choices import described
 from dpm_scales.evaluation.generated import ModelSamples, sample_features
 from dpm_scales.evaluation.likelihood import BitsPerDim, bits_per_dim, save_plot
 from dpm_scales.evaluation.reference_cache import reference_features
-from dpm_scales.metrics import FeatureNetwork, FeatureSet, Measure, compare, few_images
-from dpm_scales.metrics.figures import needs_rows
+from dpm_scales.metrics import FeatureNetwork, FeatureSet, Measure, Metric, compare, few_images
+from dpm_scales.metrics.figures import extractors, needs_rows
 from dpm_scales.models.model import Model
 from dpm_scales.progress import Report
 from dpm_scales.storage import write_text
@@ -51,24 +52,23 @@ class Question:
     """Two sets of images to compare, and how; all checked.
 
     Attributes:
-        network: gives the features, on `device`.
+        metrics: what is measured.
+        network: gives the features, on `device`; None if no metric uses any.
         real: the reference.
         fake: images, or samples of a model, which the processes of `world` share.
         yardstick: further real images, compared like `fake`; None for none.
         likelihood: None if no bits per dimension are asked for.
-        manifold_images: maximum number of images of each set for the nearest neighbours; None for all.
         batch_size: images at a time.
         cache: folder for the features of real images; None for no cache.
         out: folder for the results, writable; None for none.
     """
 
-    measures: tuple[str, ...]
-    network: FeatureNetwork
+    metrics: tuple[Metric, ...]
+    network: FeatureNetwork | None
     real: ImageSet
     fake: ImageSet | ModelSamples
     yardstick: ImageSet | None
     likelihood: LikelihoodQuestion | None
-    manifold_images: int | None
     batch_size: int
     cache: Path | None
     device: torch.device
@@ -111,11 +111,15 @@ class Answer:
             "version": VERSION,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "figures": _as_table(self.figures),
-            "features": {
+            **_own(asked.metrics),
+            "features": None
+            if network is None
+            else {
                 "network": network.name,
                 "weights_sha256": network.hash,
                 "dim": network.dim,
                 "resizing": network.resizing,
+                **(described(network) or {}),
             },
             "real": _origin(asked.real),
             "fake": fake.origin() if isinstance(fake, ModelSamples) else _origin(fake),
@@ -139,7 +143,8 @@ class Answer:
     def show(self) -> None:
         """Print the measures as a table."""
         asked, bounds = self.question, self.bounds
-        title = f"{len(asked.fake)} samples by {len(asked.real)} real images, features {asked.network.name}"
+        features = "" if asked.network is None else f", features {asked.network.name}"
+        title = f"{len(asked.fake)} samples by {len(asked.real)} real images{features}"
         table = Table(title=title, title_justify="left")
         for column in ("figure", "value", "standard error", *(["yardstick"] if bounds else []), "better"):
             table.add_column(column, justify="left" if column in ("figure", "better") else "right")
@@ -157,34 +162,34 @@ def measure(question: Question) -> Answer | None:
     Bits per dimension are printed as soon as they are known.
     """
     network, fake, world = question.network, question.fake, question.world
-    rows = needs_rows(question.measures)
+    rows, sources = needs_rows(question.metrics), extractors(question.metrics, network)
     if not world.is_main:
         if isinstance(fake, ModelSamples):
-            sample_features(fake, network, question.batch_size, True, world, None)
+            sample_features(fake, sources, question.batch_size, True, world, None)
         return None
 
     with Report() as report:
 
-        def known(name: str, pictures: ImageSet) -> FeatureSet:
-            advance = report.part(f"{name} features", len(pictures))
-            return reference_features(pictures, network, question.batch_size, rows, question.cache, advance)
+        def known(name: str, pictures: ImageSet) -> list[FeatureSet]:
+            advance = report.part(f"{name} features", len(pictures) * len(sources))
+            settings = (question.batch_size, rows, question.cache, advance)
+            return [reference_features(pictures, source, *settings) for source in sources]
 
         reference = known("reference", question.real)
         bound = None if question.yardstick is None else known("yardstick", question.yardstick)
-        judged = sample_features(fake, network, question.batch_size, rows, world, report)
-        wanted = (network, question.measures, question.manifold_images)
-        figures = compare(reference, judged, *wanted, report.part)
+        judged = sample_features(fake, sources, question.batch_size, rows, world, report)
+        figures = compare(reference, judged, network, question.metrics, track=report.part)
         bounds = None
         if bound is not None:
 
             def of_yardstick(name: str, steps: int) -> Callable[[float], None]:
                 return report.part(f"{name} of the yardstick", steps)
 
-            bounds = compare(reference, bound, *wanted, of_yardstick)
+            bounds = compare(reference, bound, network, question.metrics, track=of_yardstick)
         bits = bits_without = None
         if question.likelihood is not None:
             bits, bits_without = _likelihood(question.likelihood, question.batch_size, question.device, report)
-    doubts = find_doubts(len(question.real), len(fake), network, question.real.sizes)
+    doubts = [] if network is None else find_doubts(len(question.real), len(fake), network, question.real.sizes)
     doubts += [doubt for doubt in [_part_alone(figures, len(question.real), len(fake))] if doubt is not None]
     return Answer(question, figures, bounds, bits, bits_without, doubts)
 
@@ -229,6 +234,13 @@ def _part_alone(figures: dict[str, Measure], real: int, fake: int) -> str | None
         f"{', '.join(names[:-1])} and {names[-1]} are those of {taken} of {real} real images and {drawn} of {fake} "
         "samples (manifold_images); compare them with figures of as many alone"
     )
+
+
+def _own(metrics: Sequence[Metric]) -> dict[str, Any]:
+    """Return the classes and options of metrics from outside this package, by name, as an entry of the result."""
+    own = {metric.name: described(metric) for metric in metrics}
+    kept = {name: entry for name, entry in own.items() if entry is not None}
+    return {"own_metrics": kept} if kept else {}
 
 
 def _as_table(figures: dict[str, Measure]) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from dpm_scales.data.image_sets import ImageSet
 from dpm_scales.distributed.ranks import World, barrier
-from dpm_scales.metrics import FeatureNetwork, FeatureSet, FeatureStatistics, gather
+from dpm_scales.metrics import FeatureSet, FeatureStatistics
+from dpm_scales.metrics.base import Extractor
+from dpm_scales.metrics.figures import gather_all
 from dpm_scales.models.generate import draw, weights_digest
 from dpm_scales.models.model import Model
 from dpm_scales.progress import Report
@@ -88,13 +90,16 @@ class ModelSamples:
 
 def sample_features(
     fake: ImageSet | ModelSamples,
-    network: FeatureNetwork,
+    sources: Sequence[Extractor],
     batch_size: int,
     rows: bool,
     world: World,
     report: Report | None,
-) -> FeatureSet:
-    """Return the features of all samples; a model's are shared by all ranks, which must all call this function."""
+) -> list[FeatureSet]:
+    """Return the features of all samples by each of the extractors; each sample is drawn once.
+
+    A model's samples are shared by all ranks, which must all call this function.
+    """
     share = world.part(len(fake)) if isinstance(fake, ModelSamples) else range(len(fake))
 
     def part(name: str) -> Callable[[float], None] | None:
@@ -106,15 +111,18 @@ def sample_features(
         else fake.batches(batch_size)
     )
     alone = world.world_size == 1 or not isinstance(fake, ModelSamples)
-    own = gather(network, batches, rows or not alone, part("sample features"))
+    own = gather_all(sources, batches, rows or not alone, part("sample features"))
     if alone:
         return own
     parts = [len(replace(world, rank=rank).part(len(fake))) for rank in range(world.world_size)]
-    padded = torch.zeros(max(parts), network.dim)
-    if own.rows is not None:
-        padded[: len(own.rows)] = torch.from_numpy(own.rows)
+    dims = [source.dim for source in sources]
+    padded = torch.zeros(max(parts), sum(dims))
+    for values, column in zip(own, padded.split(dims, 1), strict=True):
+        if values.rows is not None:
+            column[: len(values.rows)] = torch.from_numpy(values.rows)
     barrier()
     gathered = [torch.empty_like(padded) for _ in parts]
     torch.distributed.all_gather(gathered, padded)
     every = torch.cat([values[:number] for values, number in zip(gathered, parts, strict=True)])
-    return FeatureSet(FeatureStatistics().update(every), every.numpy())
+    columns = [column.contiguous() for column in every.split(dims, 1)]
+    return [FeatureSet(FeatureStatistics().update(column), column.numpy()) for column in columns]

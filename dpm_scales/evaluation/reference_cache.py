@@ -1,9 +1,9 @@
 """Cache features of reference images in the user's cache folder.
 
-A file is named by the SHA-256 of the images' content, the network's weights and the resizing, so that a change of any
-of them gives another file. It holds the mean and a factor of the covariance, and the features themselves up to
-`KEPT_BYTES`. Files are safetensors, in which nothing is executed; a checksum over the tensors detects damage that the
-format would miss.
+A file is named by the SHA-256 of the images' content, the network's weights and the resizing, for a class of one's own
+also of its module's source and its options, so that a change of any of them gives another file. It holds the mean and a
+factor of the covariance, and the features themselves up to `KEPT_BYTES`. Files are safetensors, in which nothing is
+executed; a checksum over the tensors detects damage that the format would miss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from dpm_scales.data.image_sets import ImageSet
 from dpm_scales.errors import UserError
-from dpm_scales.metrics import FeatureNetwork, FeatureSet, FeatureStatistics, gather
+from dpm_scales.metrics import FeatureSet, FeatureStatistics, gather
+from dpm_scales.metrics.base import Extractor, identity_of
 from dpm_scales.storage import write_bytes
 
 VERSION = 1
@@ -39,19 +40,19 @@ def cache_folder() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "dpm_scales" / "references"
 
 
-def reference_key(content: str, network: FeatureNetwork) -> str:
-    """Return the name of the cache file for the digest of images and a network."""
-    made_of = [VERSION, content, network.name, network.hash, network.resizing]
+def reference_key(content: str, network: Extractor) -> str:
+    """Return the name of the cache file for the digest of images and what describes them."""
+    made_of = [VERSION, content, *identity_of(network)]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
 def reference_features(
     pictures: ImageSet,
-    network: FeatureNetwork,
+    network: Extractor,
     batch_size: int,
     keep_rows: bool = True,
     folder: Path | None = None,
-    on_images: Callable[[int], None] | None = None,
+    on_images: Callable[[float], None] | None = None,
 ) -> FeatureSet:
     """Return the features of images from the cache, computing and caching them if necessary.
 
@@ -78,7 +79,7 @@ def reference_features(
     return features
 
 
-def _write(path: Path, features: FeatureSet, network: FeatureNetwork) -> None:
+def _write(path: Path, features: FeatureSet, network: Extractor) -> None:
     statistics = features.statistics
     tensors = {"mean": torch.from_numpy(statistics.mean), "root": torch.from_numpy(statistics.root)}
     if features.rows is not None and features.rows.nbytes <= KEPT_BYTES:

@@ -1,8 +1,18 @@
 """Measures of images and of sets of images."""
 
+from dpm_scales.metrics.base import FeatureSet, ImageMetric, Measure, Metric, Track
 from dpm_scales.metrics.distances import FeatureStatistics, KernelDistance, frechet_distance, kernel_distance
 from dpm_scales.metrics.features import EffLite0Features, FeatureNetwork, InceptionFeatures, pick_features
-from dpm_scales.metrics.figures import MEASURES, FeatureSet, Measure, compare, few_images, gather
+from dpm_scales.metrics.figures import (
+    MEASURES,
+    METRICS,
+    FrechetMetric,
+    KernelMetric,
+    ManifoldMetric,
+    compare,
+    few_images,
+    gather,
+)
 from dpm_scales.metrics.overlap import Manifolds, manifolds
 from dpm_scales.metrics.scale_space import (
     average_grey,
@@ -15,14 +25,21 @@ from dpm_scales.metrics.scale_space import (
 
 __all__ = [
     "MEASURES",
+    "METRICS",
     "EffLite0Features",
     "FeatureNetwork",
     "FeatureSet",
     "FeatureStatistics",
+    "FrechetMetric",
+    "ImageMetric",
     "InceptionFeatures",
     "KernelDistance",
+    "KernelMetric",
+    "ManifoldMetric",
     "Manifolds",
     "Measure",
+    "Metric",
+    "Track",
     "average_grey",
     "compare",
     "entropy_increments",

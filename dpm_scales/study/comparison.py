@@ -29,6 +29,7 @@ from dpm_scales.data.image_sets import NumberedImages
 from dpm_scales.errors import UserError, require
 from dpm_scales.images import to_range, to_uint8
 from dpm_scales.metrics import FeatureNetwork, average_grey, image_variance, relative_entropy
+from dpm_scales.metrics.base import identity_of
 from dpm_scales.processes import Osmosis, Process
 from dpm_scales.storage import guarded, make_folder, open_regular, read_text, write_bytes, write_text
 from dpm_scales.study.fingerprint import describe, describe_images, fingerprint
@@ -202,5 +203,5 @@ def _fingerprint(
 ) -> str:
     """Return a digest of all that determines the results: processes and images in full, settings, features."""
     laws = [[entry.name, describe(entry.scales), describe(entry.process, entry.name)] for entry in entries]
-    network = None if features is None else [features.name, features.hash, features.resizing]
+    network = None if features is None else identity_of(features)
     return fingerprint(PARTS_VERSION, laws, describe_images(images), seed, network, batch_size)

@@ -17,14 +17,13 @@ from torch import Tensor
 from dpm_scales.data import ImageDataModule
 from dpm_scales.distributed.fsdp import is_sharded
 from dpm_scales.errors import OutOfMemoryError, require, require_number
+from dpm_scales.evaluation.choices import choose_features, choose_metrics
 from dpm_scales.evaluation.reference_cache import cache_folder, reference_features
 from dpm_scales.evaluation.references import data_images
 from dpm_scales.images import make_class_grid, make_grid, save_png, to_uint8
 from dpm_scales.memory import lacks_memory
-from dpm_scales.metrics import FeatureSet, FeatureStatistics, compare, pick_features
-from dpm_scales.metrics.figures import check_measures, check_numbers, needs_rows
-from dpm_scales.metrics.overlap import Manifolds
-from dpm_scales.models.instantiate import plain
+from dpm_scales.metrics import FeatureSet, FeatureStatistics, compare
+from dpm_scales.metrics.figures import check_names, check_numbers, extractors, needs_network, needs_rows
 from dpm_scales.models.model import Model
 from dpm_scales.rng import CounterRNG
 from dpm_scales.storage import FolderGoneError
@@ -54,32 +53,36 @@ class PeriodicEvaluation(Callback):
             require_number(f"evaluation.{key}", settings[key], low, whole=True)
         if settings.num_reference is not None:
             require_number("evaluation.num_reference", settings.num_reference, 2, whole=True)
-        self.measures = check_measures(plain(settings.measures))
+        self.metrics = choose_metrics(settings.measures, key="evaluation.measures")
         self.average, self.seed = average, seed
         self.every_n_steps, self.num_samples = int(settings.every_n_steps), int(settings.num_samples)
         self.batch_size, self.cache = int(settings.batch_size), bool(settings.cache)
         split = str(settings.split)
         self.reference = data_images(data.source, split, "the run's data", settings.num_reference)
         require(len(self.reference) >= 2, f"evaluation.split={split} has {len(self.reference)} images, and needs 2")
-        check_numbers(self.measures, len(self.reference), self.num_samples)
+        check_numbers(self.metrics, len(self.reference), self.num_samples)
         with _own_random_numbers(torch.device("cpu")):  # it is built with random weights first
-            self.network = pick_features(str(settings.features), settings.inception)
-        self._known: FeatureSet | None = None
+            self.network = None
+            if needs_network(self.metrics):
+                self.network = choose_features(settings.features, settings.inception, key="evaluation.features")
+        self.sources = extractors(self.metrics, self.network)
+        check_names(self.metrics, self.network)
+        self._known: list[FeatureSet] | None = None
         self._step = 0
 
     def names(self) -> list[str]:
         """Return the names of the metrics, as in `metrics.csv` and `result.json`."""
-        kinds = {"frechet": [self.network.distance_name], "kernel": [self.network.kernel_name]}
-        kinds["manifolds"] = list(Manifolds._fields)
-        return [f"{PREFIX}{_key(name)}" for measure in self.measures for name in kinds[measure]]
+        return [f"{PREFIX}{_key(name)}" for name in check_names(self.metrics, self.network)]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
-        self.network.to(pl_module.device)
+        if self.network is not None:
+            self.network.to(pl_module.device)
         if trainer.is_global_zero:
             folder = cache_folder() if self.cache else None
-            rows = needs_rows(self.measures)
-            self._known = reference_features(self.reference, self.network, self.batch_size, rows, folder)
+            settings = (self.batch_size, needs_rows(self.metrics), folder)
+            with _own_random_numbers(pl_module.device):
+                self._known = [reference_features(self.reference, source, *settings) for source in self.sources]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -91,25 +94,26 @@ class PeriodicEvaluation(Callback):
         assert isinstance(pl_module, DiffusionModule)
         with _own_random_numbers(pl_module.device):
             features = self._features(self.average.model(), pl_module)
-        if self._known is None:
-            return
-        judged = FeatureSet(FeatureStatistics().update(features), features.numpy())
-        figures = compare(self._known, judged, self.network, self.measures)
+            if self._known is None:
+                return
+            judged = [FeatureSet(FeatureStatistics().update(own), own.numpy()) for own in features]
+            figures = compare(self._known, judged, self.network, self.metrics)
         values = {f"{PREFIX}{_key(name)}": figure.value for name, figure in figures.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step - 1)  # rows are numbered from 0
             logger.save()
 
     @torch.no_grad()
-    def _features(self, model: Model, pl_module: DiffusionModule) -> Tensor:
-        """Return the features ``(num_samples, d)`` of the samples of all ranks, on the CPU."""
+    def _features(self, model: Model, pl_module: DiffusionModule) -> list[Tensor]:
+        """Return the features ``(num_samples, d)`` of the samples of all ranks by each extractor, on the CPU."""
         trainer, recipe = pl_module.trainer, model.recipe
         share = -(-self.num_samples // trainer.world_size)
         # the last rank may draw more than are needed: sharded weights want as many batches on each
         start = trainer.global_rank * share
         stop = start + share
         scales = model.sampler.scales(model.denoiser.process, pl_module.device)  # checked when the model was built
-        own = torch.zeros(share, self.network.dim, device=pl_module.device)
+        dims = [source.dim for source in self.sources]
+        own = torch.zeros(share, sum(dims), device=pl_module.device)
         for first in range(start, stop, self.batch_size):
             noise = CounterRNG(self.seed, min(self.batch_size, stop - first), first, pl_module.device)
             numbers = torch.arange(first, first + noise.count, device=pl_module.device)
@@ -117,9 +121,11 @@ class PeriodicEvaluation(Callback):
             size = (recipe.channels, *recipe.image_size)
             x = model.sampler.sample(model.denoiser, model.prior, noise, size, labels, scales)
             place = first - start
-            own[place : place + noise.count] = self.network(to_uint8(x, model.denoiser.process.value_range))
+            images = to_uint8(x, model.denoiser.process.value_range)
+            own[place : place + noise.count] = torch.cat([source(images).to(own) for source in self.sources], 1)
         gathered = cast(Tensor, pl_module.all_gather(own))
-        return gathered.reshape(-1, self.network.dim)[: self.num_samples].cpu()
+        every = gathered.reshape(-1, sum(dims))[: self.num_samples].cpu()
+        return [column.contiguous() for column in every.split(dims, 1)]
 
 
 def periodic_evaluation(

@@ -7,7 +7,7 @@ model are refused (by the checkpoint's recipe); the others take effect from the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from dpm_scales.cli.arguments import config_flags, trust_options
 from dpm_scales.cli.program import command_line
+from dpm_scales.data import listed
 from dpm_scales.models.instantiate import plain
 from dpm_scales.models.trust import current_names
 
@@ -107,6 +108,26 @@ Change = tuple[str, Any, Any]
 def resume_command(run_dir: Path, *options: str) -> str:
     """Return the command that resumes a run, quoted for a shell."""
     return command_line("train", *config_flags(), f"run_dir={run_dir}", *trust_options(), *options)
+
+
+def trust_needed(loading: Sequence[str], resuming: Sequence[str]) -> str:
+    """Return a line that says which other packages loading and resuming a run will need; empty if none.
+
+    Args:
+        loading: packages whose classes its model and data use.
+        resuming: packages whose classes its options name.
+    """
+    packages = sorted({*loading, *resuming})
+    if not packages:
+        return ""
+    everything, model = (f"allow=[{','.join(names)}]" for names in (packages, loading))
+    if not loading:
+        who = f"whoever resumes it gives {everything}"
+    elif len(packages) == len(loading):
+        who = f"whoever loads or resumes it gives {everything}"
+    else:
+        who = f"whoever loads it gives {model}, and whoever resumes it {everything}"
+    return f"this run uses classes of {listed(packages)}: files are not trusted, so {who}"
 
 
 def rule_of(key: str) -> Rule | None:

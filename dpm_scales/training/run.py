@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
+from dpm_scales.cli.arguments import typed_packages
 from dpm_scales.data import ImageDataModule, ShuffledBatches, listed
 from dpm_scales.distributed.signals import StopTogether, requeue
 from dpm_scales.errors import UserError, require, require_number
@@ -43,7 +44,7 @@ from dpm_scales.training.monitoring import SampleGrid, periodic_evaluation
 from dpm_scales.training.peers import told_if_one_is_lost
 from dpm_scales.training.reporting import LastValidation, LoggedSteps, MetricsFile, StepBar
 from dpm_scales.training.resumable import require_resumable, restored_in_one_line
-from dpm_scales.training.resuming import KeepOptions, options_of, resume_command, what_changed
+from dpm_scales.training.resuming import KeepOptions, options_of, resume_command, trust_needed, what_changed
 from dpm_scales.training.run_folder import Rescue, prepare, steps_done, taken, trusted_data
 from dpm_scales.training.settings import (
     check_grid,
@@ -180,12 +181,9 @@ def _resume_and_fit(
         if resume is not None:
             restore_last(resume)
         print(_first_line(cfg, run_dir, trainer, model, data) + (f", resuming {resume}" if resume else ""))
-        packages = foreign_packages(model.recipe.parts, plain(cfg.data))
-        if packages:
-            print(
-                f"this run uses classes of {listed(packages)}: files are not trusted, so whoever loads or resumes it "
-                f"gives allow=[{','.join(packages)}]"
-            )
+        needed = trust_needed(foreign_packages(model.recipe.parts, plain(cfg.data)), typed_packages(overrides))
+        if needed:
+            print(needed)
         if changed:
             print(changed)
         if steps >= cfg.trainer.log_every_n_steps and metrics.is_empty:

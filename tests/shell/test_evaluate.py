@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from dpm_scales.data import Digits
-from dpm_scales.distributed.ranks import World
+from dpm_scales.evaluation.choices import choose_metrics
 from dpm_scales.evaluation.generated import ModelSamples, sample_features
 from dpm_scales.evaluation.references import run_data
 from dpm_scales.images import load_image
@@ -26,7 +26,7 @@ from dpm_scales.metrics import frechet_distance, kernel_distance, manifolds
 from dpm_scales.metrics.figures import memory_needed
 from dpm_scales.models.model import build_model
 from dpm_scales.progress import Report
-from support.evaluate_helpers import DIM, Means, noise_images, small_features
+from support.evaluate_helpers import DIM, Means, noise_images, on_ranks, small_features
 from support.shell import Outcome, call, photos, sample, small_model, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(covariance is singular|px are enlarged)")
@@ -121,7 +121,7 @@ def test_a_model_is_sampled_as_by_sample_py(place: Path, tmp_path: Path) -> None
     assert other_seed["figures"] != on_the_fly["figures"]
 
 
-def test_processes_share_the_samples(network: Means, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_the_samples(network: Means) -> None:
     """Each takes its part, with the labels of its part; the features come together in order. The group is a mock."""
     model = build_model(replace(small_model().recipe, num_classes=3))
     generator = torch.Generator().manual_seed(0)
@@ -130,21 +130,10 @@ def test_processes_share_the_samples(network: Means, monkeypatch: pytest.MonkeyP
     labels = torch.tensor([0, 2, 1, 1, 0, 2, 2])
     fake = ModelSamples(model, "run", "averaged", None, 7, 3, labels, torch.device("cpu"))
     whole = network(torch.cat(list(fake.batches(4))))
-    own: dict[int, torch.Tensor] = {}
-    monkeypatch.setattr("dpm_scales.evaluation.generated.barrier", lambda: None)
-    for collecting in (True, False):
-        for world in (World(rank, 9) for rank in range(9)):  # more than there are samples
-
-            def all_gather(gathered: list[torch.Tensor], values: torch.Tensor, rank: int = world.rank) -> None:
-                own[rank] = values
-                for place, number in zip(gathered, range(9), strict=True):
-                    place.copy_(own.get(number, values))
-
-            monkeypatch.setattr("torch.distributed.all_gather", all_gather)
-            judged = sample_features(fake, network, 2, True, world, None)
-            if not collecting:
-                torch.testing.assert_close(torch.from_numpy(judged.rows), whole, rtol=0, atol=1e-6)
-                assert judged.number == 7
+    # more ranks than there are samples
+    for (judged,) in on_ranks(9, lambda world: sample_features(fake, [network], 2, True, world, None)):
+        torch.testing.assert_close(torch.from_numpy(judged.rows), whole, rtol=0, atol=1e-6)
+        assert judged.number == 7
 
 
 def test_own_extras_of_sample_py_are_no_samples(place: Path, tmp_path: Path) -> None:
@@ -187,6 +176,8 @@ def test_the_result_names_all_that_it_hangs_on(place: Path, tmp_path: Path) -> N
         "weights_sha256": "0" * 64,
         "dim": DIM,
         "resizing": "bicubic with antialiasing to 6 x 6, floating point",
+        "class": "support.evaluate_helpers.Means",  # as it is none of the package
+        "options": {},
     }
     real, fake = values["real"], values["fake"]
     assert real["source"] == "real" and real["number"] == 40 and re.fullmatch("[0-9a-f]{64}", real["sha256"])
@@ -240,7 +231,7 @@ MISTAKES = {
     "samples=empty reference=real": "empty: no images in it",
     "samples=one reference=real": "samples=one: needs 2 images or more, found 1",
     "samples=fake reference=one": "reference=one: needs 2 images or more, found 1",
-    "samples=five reference=real": "nearest neighbours need 6 images or more in each set, got 40 and 5",
+    "samples=five reference=real": "manifolds needs 6 images or more in each set, got 40 and 5",
     "samples=mixed reference=real": "mixed: images of 2 sizes, from 8x8 to 12x20; bring them to one, or set any_size",
     "samples=wide reference=real": "wide: images of 12x20, and of 8x8 in the reference; bring them to one size",
     "model=run reference=wide": "run: images of 8x8, and of 12x20 in the reference",
@@ -332,7 +323,7 @@ def test_nothing_is_fetched_unasked(place: Path, tmp_path: Path) -> None:
     from dpm_scales.metrics import pick_features
 
     with (
-        mock.patch("dpm_scales.commands.evaluate.pick_features", pick_features),
+        mock.patch("dpm_scales.evaluation.choices.pick_features", pick_features),
         mock.patch("torch.hub.download_url_to_file", side_effect=AssertionError("fetched")),
     ):
         options = ("features=inception", f"inception={tmp_path / 'inception.pt'}")
@@ -394,7 +385,10 @@ def test_more_memory_than_there_is_ends_with_one_line_before_any_work(
 
 
 def test_statistics_alone_need_no_memory_for_more_samples() -> None:
-    assert memory_needed(["frechet"], (10**11, 10**11), 2048, None) == 0
-    assert memory_needed(["kernel"], (10, 20), 3, None) == 4 * 3 * 30
-    assert memory_needed(["kernel", "manifolds"], (10, 20), 3, None) == 12 * 3 * 30
-    assert memory_needed(["manifolds"], (10, 20), 3, 12) == 4 * 3 * 30 + 8 * 3 * 22
+    def needed(names: list[str], numbers: tuple[int, int], manifold_images: int | None = None) -> float:
+        return memory_needed(choose_metrics(names, manifold_images), numbers, Means())
+
+    assert needed(["frechet"], (10**11, 10**11)) == 0
+    assert needed(["kernel"], (10, 20)) == 4 * DIM * 30
+    assert needed(["kernel", "manifolds"], (10, 20)) == 12 * DIM * 30
+    assert needed(["manifolds"], (10, 20), 12) == 4 * DIM * 30 + 8 * DIM * 22

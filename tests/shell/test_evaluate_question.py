@@ -60,6 +60,6 @@ def test_a_wrong_question_is_refused_before_anything_is_measured(tmp_path: Path)
     noise_images(tmp_path / "real", 3, 0)
     noise_images(tmp_path / "fake", 3, 1)
     network = Means()
-    with small_features(network), pytest.raises(UserError, match="nearest neighbours need 6 images or more"):
+    with small_features(network), pytest.raises(UserError, match="manifolds needs 6 images or more"):
         plan(config(tmp_path))
     assert network.calls == 0

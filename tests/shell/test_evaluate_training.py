@@ -188,7 +188,7 @@ MISTAKES = {
     "evaluation.measures=[fid]": "unknown measure 'fid'",
     "evaluation.split=test": "unknown split 'test'",
     "evaluation.split=val data.val_fraction=0": "evaluation.split=val has 0 images, and needs 2",
-    "evaluation.num_samples=5": "nearest neighbours need 6 images or more in each set",
+    "evaluation.num_samples=5": "manifolds needs 6 images or more in each set",
     "evaluation.features=missing": "no feature network",
     "evaluation.cache=maybe": "evaluation.cache must be true or false",
     "evaluation.every=3": "unknown option 'evaluation.every': did you mean 'evaluation.every_n_steps'",

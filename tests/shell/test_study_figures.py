@@ -86,7 +86,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     with (
         mock.patch.object(matplotlib.figure.Figure, "savefig", savefig),
         mock.patch.object(plots, "write_bytes", write_bytes),
-        mock.patch("dpm_scales.commands.compare.pick_features", lambda *_, **__: Fake()),
+        mock.patch("dpm_scales.evaluation.choices.pick_features", lambda *_, **__: Fake()),
     ):
         options = ("times=[1,20,400]", "process=ve", "features=fake", f"data={photos(folder / 'set', 5, (24, 36))}")
         with pytest.warns(UserWarning, match=FEW):

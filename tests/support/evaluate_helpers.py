@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from dpm_scales.distributed.ranks import World
 from dpm_scales.errors import UserError
 from dpm_scales.metrics import FeatureNetwork
 
 DIM = 12
+Result = TypeVar("Result")
 
 
 class Means(FeatureNetwork):
@@ -48,9 +50,29 @@ def small_features(network: FeatureNetwork) -> Iterator[None]:
         torch.rand(7)  # as for a network initialised with random weights
         return network
 
-    places = ("dpm_scales.commands.evaluate", "dpm_scales.training.monitoring")
-    with mock.patch(f"{places[0]}.pick_features", pick), mock.patch(f"{places[1]}.pick_features", pick):
+    with mock.patch("dpm_scales.evaluation.choices.pick_features", pick):
         yield
+
+
+def on_ranks(number: int, function: Callable[[World], Result]) -> list[Result]:
+    """Return what `function`, which gathers tensors once, returns on each of so many ranks. The group is a mock."""
+    own: dict[int, Tensor] = {}
+    results: list[Result] = []
+    for collecting in (True, False):
+        for rank in range(number):
+
+            def all_gather(gathered: list[Tensor], values: Tensor, rank: int = rank) -> None:
+                own[rank] = values
+                for place, other in zip(gathered, range(number), strict=True):
+                    place.copy_(own.get(other, values))
+
+            with (
+                mock.patch("dpm_scales.evaluation.generated.barrier", lambda: None),
+                mock.patch("torch.distributed.all_gather", all_gather),
+            ):
+                found = function(World(rank, number))
+            results += [] if collecting else [found]
+    return results
 
 
 def noise_images(folder: Path, number: int, seed: int, size: tuple[int, int] = (8, 8), level: int = 0) -> Path:
