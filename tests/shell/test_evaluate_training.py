@@ -175,9 +175,11 @@ def test_samples_and_features_stay_on_the_device() -> None:
         device=torch.device("cuda"),
         all_gather=lambda x: gathered.append(x) or torch.stack([x, x]),
     )
-    callback.network = Means()
-    with pretended_gpu(model.modules(), callback.network):
-        assert callback._features(model, module).shape == (9, 12)
+    network = Means()
+    callback.sources = [network]
+    with pretended_gpu(model.modules(), network):
+        (features,) = callback._features(model, module)
+    assert features.shape == (9, 12)
     assert gathered[0].device.type == "cuda" and gathered[0].shape == (5, 12)
 
 

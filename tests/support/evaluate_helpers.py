@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,6 +88,7 @@ class Fake(torch.nn.Module):
     """Compute simple features: mean and standard deviation of each channel."""
 
     name, distance_name, kernel_name, hash, resizing = "fake", "FD-fake", "KD-fake", "0", "none"
+    options: Mapping[str, Any] = {}
     dim = 6
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
