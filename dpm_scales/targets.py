@@ -38,6 +38,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -141,9 +142,9 @@ class Scalings:
     filter: SpectralFunction | None = None
 
 
-def _plain(m: Moments) -> Scalings:
+def _plain(m: Moments, scale_input: bool = True) -> Scalings:
     one = torch.ones_like(m.total)
-    return Scalings(torch.zeros_like(one), one, m.total.rsqrt(), one)
+    return Scalings(torch.zeros_like(one), one, m.total.rsqrt() if scale_input else one, one)
 
 
 def _require_noise(process: Process, target: str) -> None:
@@ -198,11 +199,19 @@ class Clean(Target):
     Args:
         preconditioning: "scalar" (EDM's), "wiener", "none", or "auto", see `resolve_auto`.
         clip: clip the estimate to the process's value range while sampling.
+        scale_input: divide the network's input by its standard deviation; False only with preconditioning "none".
+
+    Raises: UserError for other values.
     """
 
-    def __init__(self, preconditioning: str = "auto", clip: bool = True) -> None:
+    def __init__(self, preconditioning: str = "auto", clip: bool = True, scale_input: bool = True) -> None:
         require_choice("preconditioning", preconditioning, PRECONDITIONINGS)
-        self.preconditioning, self.clip = preconditioning, clip
+        require(
+            scale_input or preconditioning == "none",
+            f"Clean: scale_input=false leaves the network's input as it is, and preconditioning={preconditioning} "
+            "scales it; set preconditioning=none",
+        )
+        self.preconditioning, self.clip, self.scale_input = preconditioning, clip, scale_input
 
     def resolve_auto(self, process: Process, spectrum: DataSpectrum, size: tuple[int, int]) -> dict[str, str]:
         """Resolve "auto" to "wiener" or "scalar".
@@ -221,7 +230,7 @@ class Clean(Target):
 
     def scalings(self, m: Moments) -> Scalings:
         if self.preconditioning == "none":
-            return _plain(m)
+            return _plain(m, self.scale_input)
         if self.preconditioning == "wiener" or (self.preconditioning == "auto" and m.constant_noise):
             one, residual = torch.ones_like(m.total), m.wiener_residual
             return Scalings(one, residual.sqrt(), m.estimate.rsqrt(), 1 / residual, m.wiener)
@@ -243,11 +252,50 @@ class Clean(Target):
         return operator.apply(process.signal(s), operator.to_white(prediction))
 
 
-class Noise(Target):
-    """The noise eps (Ho et al. 2020)."""
+class _Mixed(Target):
+    """A prediction that holds noise, from which the estimate of the clean image follows by arithmetic.
+
+    Args:
+        clip: clip this estimate to the process's value range while sampling, as DDPM's code does; only without blur.
+        scale_input: divide the network's input by its standard deviation; False as in DDPM's code, which gives the
+            network x_t itself.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, clip: bool = False, scale_input: bool = True) -> None:
+        self.clip, self.scale_input = clip, scale_input
 
     def check(self, process: Process) -> None:
-        _require_noise(process, "noise")
+        _require_noise(process, self.name)
+        require(
+            not self.clip or process.blur is None,
+            f"the {self.name} target with clip=true divides by the signal's scale, and the blur of "
+            f"{type(process).__name__} leaves none of the high frequencies; use target=clean, which clips too",
+        )
+
+    def scalings(self, m: Moments) -> Scalings:
+        return _plain(m, self.scale_input)
+
+    def predict_mean(
+        self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
+    ) -> Tensor:
+        if not self.clip:
+            return self._mean(process, operator, prediction, y_t, t, s)
+        x_0 = operator.to_pixels(self._mean(process, operator, prediction, y_t, t, torch.zeros_like(s)))
+        return operator.apply(process.signal(s), operator.to_white(x_0.clamp(*process.value_range)))
+
+    @abstractmethod
+    def _mean(
+        self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
+    ) -> Tensor:
+        """Return m_s without clipping, see `predict_mean`."""
+
+
+class Noise(_Mixed):
+    """The noise eps (Ho et al. 2020); arguments as for `_Mixed`."""
+
+    name = "noise"
 
     def check_scales(self, process: Process, scales: Tensor) -> None:
         blur = steepest_blur(process, scales)
@@ -267,7 +315,7 @@ class Noise(Target):
     ) -> Tensor:
         return noise
 
-    def predict_mean(
+    def _mean(
         self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
     ) -> Tensor:
         step = process.step(s, t)
@@ -277,11 +325,10 @@ class Noise(Target):
         )
 
 
-class Velocity(Target):
-    """v = lambda_t(L) eps - gamma_t(L) y_0 (Salimans & Ho 2022), for any operator."""
+class Velocity(_Mixed):
+    """v = lambda_t(L) eps - gamma_t(L) y_0 (Salimans & Ho 2022), for any operator; arguments as for `_Mixed`."""
 
-    def check(self, process: Process) -> None:
-        _require_noise(process, "velocity")
+    name = "velocity"
 
     def check_scales(self, process: Process, scales: Tensor) -> None:
         step = Step(process, scales[1:], scales[:-1])
@@ -297,7 +344,7 @@ class Velocity(Target):
             (process.signal(t), noise), (lambda mu: -process.noise_scale(t, mu), operator.to_white(x_0))
         )
 
-    def predict_mean(
+    def _mean(
         self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
     ) -> Tensor:
         step = Step(process, s, t)

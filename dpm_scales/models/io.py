@@ -25,6 +25,8 @@ from dpm_scales.models.checksums import (
     read_tensors,
     write_tensors,
 )
+from dpm_scales.models.from_diffusers import is_diffusers, read_pipeline
+from dpm_scales.models.hub import fetch, is_on_hub
 from dpm_scales.models.instantiate import root_cause, root_cause_line
 from dpm_scales.models.model import Model, Recipe, build_denoiser, build_sampler, named_modules
 from dpm_scales.models.trust import trusted_names
@@ -84,6 +86,8 @@ def load_model(
     """Return the model of a run folder, an export folder or a checkpoint file, on the CPU, in evaluation mode.
 
     Args:
+        path: also ``hf://owner/name[@revision]``, a model on the Hugging Face Hub; and a folder that diffusers wrote, a
+            pipeline of `UNet2DModel`, see `models.from_diffusers`.
         weights: "averaged", or "raw" for the weights of the last step, which only checkpoints hold.
         allow: packages, modules or classes that you trust, ``["mynet"]``: the model may name their classes, which are
             imported, besides those of dpm_scales.
@@ -93,13 +97,16 @@ def load_model(
     Raises: UserError if there is no model, if it names a class that is not allowed, or if its weights are not finite
     or do not fit its config.
     """
-    path, wanted = Path(path), _Wanted(trusted_names(allow), sampler, steps)
+    wanted = _Wanted(trusted_names(allow), sampler, steps)
     require(weights in WEIGHTS, f"unknown weights {weights!r}: {suggest(str(weights), WEIGHTS)}")
+    path = fetch(str(path)) if is_on_hub(path) else Path(path)
     require(path.exists(), f"no model at {path}: no such file or folder")
+    if path.is_dir() and not _has_model(path) and is_diffusers(path):
+        require(weights != "raw", f"raw weights are in checkpoints only, not in {path}")
+        return _with_weights(*read_pipeline(path), str(path), wanted)
     tensors = path
     if path.is_dir():
-        exports = [folder / "model.safetensors" for folder in (path / "model", path)]
-        tensors = next((file for file in exports if file.is_file()), path / "checkpoints" / "last.ckpt")
+        tensors = next((file for file in _exports(path) if file.is_file()), path / "checkpoints" / "last.ckpt")
         if weights == "raw":
             tensors = path / "checkpoints" / "last.ckpt"
             require(tensors.is_file(), f"raw weights are in checkpoints only, and there is no {tensors}")
@@ -108,6 +115,14 @@ def load_model(
         require(weights != "raw", f"raw weights are in checkpoints only, not in {tensors}")
         return _load_export(tensors, wanted)
     return _load_checkpoint(tensors, weights, wanted)
+
+
+def _exports(folder: Path) -> list[Path]:
+    return [place / "model.safetensors" for place in (folder / "model", folder)]
+
+
+def _has_model(folder: Path) -> bool:
+    return any(path.is_file() for path in (*_exports(folder), folder / "checkpoints" / "last.ckpt"))
 
 
 def _load_export(tensors: Path, wanted: _Wanted) -> Model:

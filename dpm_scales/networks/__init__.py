@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dpm_scales.networks.diffusers_unet import DiffusersUNet
 from dpm_scales.networks.unet import UNet
 
-__all__ = ["UNet"]
+__all__ = ["DiffusersUNet", "UNet"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.denoisers import BaseDenoiser
-from dpm_scales.errors import UserError, require, suggest
+from dpm_scales.errors import UserError, require, require_choice, suggest
 from dpm_scales.processes import Process, Step
 from dpm_scales.samplers.churn import Churn
 from dpm_scales.samplers.grids import tables_of
@@ -40,15 +40,35 @@ class DDIM(Sampler):
 
         terms = [(coef_xt, y), (lambda mu: 1 - coef_xt(mu) * step.rho(mu), m)]
         if self.eta > 0:
-            terms.append((lambda mu: self.eta * step.posterior_std(mu), move.white(y)))
+            terms.append((lambda mu: self._noise_std(step, mu), move.white(y)))
         return move.operator.combine(*terms)
+
+    def _noise_std(self, step: Step, mu: Tensor) -> Tensor:
+        """Return the standard deviation of the noise that a step adds."""
+        return self.eta * step.posterior_std(mu)
 
 
 class Ancestral(DDIM):
-    """The reverse chain with the posterior's own noise: DDIM with eta = 1."""
+    """The reverse chain with the posterior's own noise: DDIM with eta = 1.
 
-    def __init__(self, steps: int | None = None, grid: str = "uniform", rho: float = 7.0) -> None:
+    Args:
+        variance: of the noise that a step adds: None for the posterior's, "transition" for that of q(x_t | x_s). They
+            are the bounds for data of zero and of unit variance (Ho et al. 2020, Sect. 3.2; diffusers' fixed_small
+            and fixed_large); with "transition" a step of VE is the predictor of Song et al. 2021, Algorithm 2.
+    """
+
+    variances = ("transition",)
+
+    def __init__(
+        self, steps: int | None = None, grid: str = "uniform", rho: float = 7.0, variance: str | None = None
+    ) -> None:
         super().__init__(1.0, steps, grid, rho)
+        if variance is not None:
+            require_choice("variance", variance, self.variances)
+        self.variance = variance
+
+    def _noise_std(self, step: Step, mu: Tensor) -> Tensor:
+        return super()._noise_std(step, mu) if self.variance is None else step.transition_std(mu)
 
 
 class Heun(DDIM):
