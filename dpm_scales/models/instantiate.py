@@ -151,6 +151,15 @@ def arguments_of(found: Any) -> Collection[str] | None:
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else parameters.keys()
 
 
+def defaults_of(found: Any) -> dict[str, Any]:
+    """Return the defaults of the arguments of a function or class by name; empty if they are unknown."""
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
 def alternatives(hint: Any) -> list[Any]:
     """Return the types, and the values of Literals, that a type hint allows."""
     if get_origin(hint) in (Union, UnionType):

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpm_scales.distributed.fsdp import FSDP
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.memory import require_memory
-from dpm_scales.models.instantiate import CONFIGS
+from dpm_scales.models.instantiate import CONFIGS, defaults_of, locate
 from dpm_scales.models.model import PARTS, Recipe
 from dpm_scales.training.module import BANDS, MOST_STEPS
 
@@ -99,10 +99,16 @@ def precision_of(cfg: DictConfig) -> str:
 
 
 def check_same_model(before: Any, now: Any, run_dir: Path, key: str = "") -> None:
-    """Raise UserError, naming the first key, if a run would resume as another model. The sampler may change."""
+    """Raise UserError, naming the first key, if a run would resume as another model. The sampler may change.
+
+    An argument that an earlier version of a class did not have had its present default then.
+    """
     if key == "sampler" or before == now:
         return
     if isinstance(before, dict) and isinstance(now, dict):
+        if "_target_" in now:
+            usual = defaults_of(locate(now["_target_"]))
+            before = {**{name: usual[name] for name in now if name in usual}, **before}
         for name in sorted({**before, **now}, key=lambda name: name != "_target_"):
             check_same_model(before.get(name), now.get(name), run_dir, f"{key}.{name}".lstrip("."))
         return
