@@ -14,7 +14,7 @@ from types import MappingProxyType
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dpm_scales.cli.stored import key_of, stored_config_dir, stored_overrides
+from dpm_scales.cli.stored import key_of, stored_config_dir, stored_config_flags, stored_overrides
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.models.instantiate import CONFIGS
 from dpm_scales.models.trust import foreign_packages, trusted_names
@@ -102,6 +102,8 @@ def split_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
             require(bool(equals or rest), f"{typed} needs a value: {name} VALUE")
             value = value if equals else rest.pop(0)
             require(not EMPTY.fullmatch(value), f"{name} is empty; give it a value or leave it out")
+            if name == "--config-path" and "://" not in value:  # Hydra would look for it beside dpm_scales/entry
+                value = str(Path(value).absolute())
             known = FLAG_CHOICES.get(name, (value,))
             require(value in known, f"unknown {name} {value!r}: {suggest(value, known)}")
             flags.append(f"{name}={value}")
@@ -175,11 +177,20 @@ def config_dirs(argv: Iterable[str]) -> list[str]:
 
 
 def config_flags() -> list[str]:
-    """Return the flags that name the current job's config folder, for a command that repeats the job's options."""
+    """Return where the configs of the current job of `train` come from, for a command that repeats the job's options.
+
+    These are the flags `--config-dir`, `--config-path` and `--config-name` and the option `hydra.searchpath`, if given.
+    """
     if not HydraConfig.initialized():
         return []
-    sources = HydraConfig.get().runtime.config_sources
-    return [f"{CONFIG_DIR}{source.path}" for source in sources if source.provider == "command-line"]
+    hydra = HydraConfig.get()
+    places = {source.provider: source.path for source in hydra.runtime.config_sources}
+    found = [f"{CONFIG_DIR}{places['command-line']}"] if "command-line" in places else []
+    if "main" in places and places["main"] != str(CONFIGS):
+        found.append(f"--config-path={places['main']}")
+    if hydra.job.config_name not in (None, "train"):
+        found.append(f"--config-name={hydra.job.config_name}")
+    return found + [option for option in hydra.overrides.hydra if key_of(option) == "hydra.searchpath"]
 
 
 def with_stored_overrides(argv: Iterable[str]) -> list[str]:
@@ -204,25 +215,39 @@ def with_stored_overrides(argv: Iterable[str]) -> list[str]:
         return [*flags, *options]
     keys = {key_of(a) for a in options} | {"run_dir", "resume"}
     stored = stored_overrides(Path(folder) / "overrides.yaml", keys, PATHS, _allowed(options))
+    _require_flags(flags, Path(folder))
     if not any(key_of(a) == "hydra.searchpath" for a in options):
-        _require_configs(stored, Path(folder), config_dirs(flags))
+        _require_configs(stored, Path(folder), flags)
     return [*flags, *stored, *options]
 
 
-def _require_configs(stored: list[str], run_dir: Path, given: list[str]) -> None:
+def _require_flags(flags: list[str], run_dir: Path) -> None:
+    """Raise UserError if the run was trained with a flag that replaces all configs, and none of its name is given."""
+    for flag in stored_config_flags(run_dir):
+        name, _, value = flag.partition("=")
+        again = f"{name} {shlex.quote(value)}"
+        given = any(one.startswith(f"{name}=") for one in flags)
+        require(given, f"{run_dir} was trained with {again}; give it again, with --config-dir as it was")
+
+
+def _require_configs(stored: list[str], run_dir: Path, flags: list[str]) -> None:
     """Raise UserError, suggesting `--config-dir`, if a stored option chooses a config that does not exist.
 
     The message names the config folder of the original run; it is never opened, since configs may import anything.
     """
+    given = config_dirs(flags)
+    own = [flag.partition("=")[2] for flag in flags if flag.startswith("--config-path=")]
+    places = [*map(Path, own or [str(CONFIGS)]), *map(Path, given)]
     for option in stored:
         override = OverridesParser.create().parse_override(option)
         group, value = override.key_or_group, override.value()
         choices = [choice for choice in (value if isinstance(value, list) else [value]) if isinstance(choice, str)]
-        places = [place / group for place in (CONFIGS, *map(Path, given))]
-        if "." in group or not (CONFIGS / group).is_dir() or override.is_delete():
+        # `+GROUP=NAME` adds a group of the user's own, since no key of the configs can be added
+        is_group = any((place / group).is_dir() for place in places) or override.is_add()
+        if "." in group or not is_group or override.is_delete():
             continue
         for choice in choices:
-            if any((place / f"{choice.removesuffix('.yaml')}.yaml").is_file() for place in places):
+            if any((place / group / f"{choice.removesuffix('.yaml')}.yaml").is_file() for place in places):
                 continue
             first = stored_config_dir(run_dir)
             if given:

@@ -29,7 +29,7 @@ def remember_form(form: str) -> None:
 
 
 def form() -> str:
-    """Return how the running command was typed; for code called from Python, a script in a checkout, `dpm-scales` if not."""
+    """Return how the running command was typed; for code called from Python, the form that this installation has."""
     known = os.environ.get(FORM, "")
     return known if known in FORMS else CONSOLE if CHECKOUT is None else SCRIPT
 

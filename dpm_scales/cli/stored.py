@@ -28,8 +28,11 @@ _LONGEST_KEY = 200
 #: sections whose classes write files, and the names of their arguments for places to write to
 _WRITERS = ("logger", "trainer")
 _PLACE = re.compile(r"(.*_)?(dir|dirs|path|folder|root|file|files)")
-#: file that records the config folder, `--config-dir`, that a run was trained with, and its largest size
-CONFIG_DIR_FILE, MAX_PATH_BYTES = "config_dir", 4096
+#: files that record the config folder, `--config-dir`, that a run was trained with, and its other flags for configs
+CONFIG_DIR_FILE, CONFIG_FLAGS_FILE = "config_dir", "config_flags"
+#: flags whose values are recorded there: they replace the configs that all options refer to
+CONFIG_FLAGS = ("--config-path=", "--config-name=")
+MAX_RECORD_BYTES = 4096
 
 
 def key_of(override: str) -> str:
@@ -76,13 +79,22 @@ def stored_config_dir(run_dir: Path) -> str | None:
 
     Only for messages: configs import the classes that they name, so a folder is opened only if the user types it.
     """
-    file = run_dir / CONFIG_DIR_FILE
+    return _record(run_dir / CONFIG_DIR_FILE) or None
+
+
+def stored_config_flags(run_dir: Path) -> list[str]:
+    """Return the flags `--config-path=…` and `--config-name=…` that a run was trained with; for messages, as above."""
+    return [line for line in _record(run_dir / CONFIG_FLAGS_FILE).splitlines() if line.startswith(CONFIG_FLAGS)]
+
+
+def _record(file: Path) -> str:
+    """Return the text of a small file; empty if it is missing or not a regular file."""
     try:
         with open_regular(file) as record:
-            text = record.read(MAX_PATH_BYTES).decode(errors="replace").strip()
-    except (OSError, UserError):  # missing, or not a regular file
-        return None
-    return text if text and not file.is_symlink() else None
+            text = record.read(MAX_RECORD_BYTES).decode(errors="replace").strip()
+    except (OSError, UserError):
+        return ""
+    return "" if file.is_symlink() else text
 
 
 def _check(text: str, file: Path, paths: Collection[str], allow: Collection[str]) -> list[str]:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpm_scales.cli.arguments import config_dirs, config_flags
 from dpm_scales.cli.main import is_sweep
-from dpm_scales.cli.stored import CONFIG_DIR_FILE, key_of, may_download
+from dpm_scales.cli.stored import CONFIG_DIR_FILE, CONFIG_FLAGS, CONFIG_FLAGS_FILE, key_of, may_download
 from dpm_scales.errors import UserError, require
 from dpm_scales.models.instantiate import plain
 from dpm_scales.storage import (
@@ -31,7 +31,8 @@ from dpm_scales.storage import (
 
 #: patterns of the files that a run writes; checked at the start, since a folder of that name would fail hours later
 FILES = (
-    *("config.yaml", "overrides.yaml", "result.json", "metrics.csv", "unreadable.txt", "wandb_id", CONFIG_DIR_FILE),
+    *("config.yaml", "overrides.yaml", "result.json", "metrics.csv", "unreadable.txt", "wandb_id"),
+    *(CONFIG_DIR_FILE, CONFIG_FLAGS_FILE),
     *("checkpoints/*.ckpt", "checkpoints/last.damaged", "samples/step-*.png"),
     *("model/model.safetensors", "model/config.yaml"),
 )
@@ -66,6 +67,9 @@ def prepare(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, s
     texts = {"config.yaml": yaml.safe_dump(config, sort_keys=False), "overrides.yaml": yaml.safe_dump(kept)}
     for place in config_dirs(config_flags()):
         texts[CONFIG_DIR_FILE] = f"{place}\n"
+    replaced = [flag for flag in config_flags() if flag.startswith(CONFIG_FLAGS)]
+    if replaced or (run_dir / CONFIG_FLAGS_FILE).is_file():  # a resumed run may have replaced them by the usual ones
+        texts[CONFIG_FLAGS_FILE] = "".join(f"{flag}\n" for flag in replaced)
     for name, text in texts.items():
         write_text(run_dir / name, text)
     return texts

@@ -10,14 +10,12 @@ import warnings
 from pathlib import Path
 
 import pytest
-import yaml
 
 from dpm_scales.cli import configs
-from dpm_scales.cli.arguments import ALIASES, split_flags, tidy, with_stored_overrides
+from dpm_scales.cli.arguments import ALIASES, split_flags, tidy
 from dpm_scales.cli.main import loading, main
-from dpm_scales.cli.stored import stored_config_dir
-from dpm_scales.errors import UserError, nearest, printable
-from support.shell import ROOT, SMALL, call, composed, settings, train
+from dpm_scales.errors import nearest, printable
+from support.shell import ROOT, SMALL, call, composed, settings
 
 COMMANDS = ("train", "sample", "evaluate", "evolve")
 ESCAPE = "\x1b]0;owned\x07"
@@ -243,61 +241,6 @@ def test_another_class_has_its_own_options(tmp_path: Path, monkeypatch: pytest.M
     line = error("train.py", *small, *own, "network.widths=[8]", "run_dir=other", cwd=tmp_path)
     assert line == "unknown option network.widths"
     assert not (tmp_path / "other").exists()
-
-
-# --- a run of the user's own configs ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def own_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with own/experiment/mine.yaml and the run of it."""
-    root = tmp_path_factory.mktemp("own configs")
-    (root / "own" / "experiment").mkdir(parents=True)
-    text = "# @package _global_\ndefaults:\n  - override /process: heat\nprocess: {num_scales: 5}\n"
-    (root / "own" / "experiment" / "mine.yaml").write_text(text)
-    options = ("--config-dir", str(root / "own"), "experiment=mine", "sampler.steps=null", "trainer.max_steps=1")
-    train(root / "run", *options)
-    return root
-
-
-def test_flags_may_stand_before_options_of_a_run(own_run: Path) -> None:
-    """A run's own options are put between them."""
-    line = ("--config-dir", "own", "run_dir=run", "trainer.max_steps=2")
-    outcome = call("train.py", *line, cwd=own_run)
-    assert outcome.status == 0, outcome.err
-    assert settings(own_run / "run")["process"]["num_scales"] == 5
-    assert settings(own_run / "run")["trainer"]["max_steps"] == 2
-    assert "experiment=mine" in yaml.safe_load((own_run / "run" / "overrides.yaml").read_text())
-
-
-def test_a_run_names_the_config_folder_that_it_needs(own_run: Path, tmp_path: Path) -> None:
-    own = shlex.quote(str(own_run / "own"))
-    said = "run was trained with experiment=mine"
-    line = error("train.py", "run_dir=run", "trainer.max_steps=9", cwd=own_run)
-    assert line == f"{said}, a config of your own; give --config-dir {own} as it was"
-    (tmp_path / "experiment").mkdir()
-    line = error("train.py", f"--config-dir={tmp_path}", "resume=run", cwd=own_run)
-    seen = f"--config-dir {tmp_path} holds no experiment/mine.yaml"
-    assert line == f"{said}, and {seen}; give --config-dir {own} as it was"
-
-
-def test_the_recorded_config_folder_is_for_messages_alone(own_run: Path, tmp_path: Path) -> None:
-    """A folder of files leads nowhere: neither is the record opened as a config, nor a link in its place followed."""
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    (run_dir / "overrides.yaml").write_text("[experiment=mine]")
-    with pytest.raises(UserError, match="give the --config-dir that holds it"):
-        with_stored_overrides([f"run_dir={run_dir}"])
-    (run_dir / "config_dir").write_text(f"{own_run}/own\n")
-    with pytest.raises(UserError, match="give --config-dir .*own.* as it was"):
-        with_stored_overrides([f"run_dir={run_dir}"])
-    assert with_stored_overrides([f"--config-dir={own_run}/own", f"run_dir={run_dir}"])[1] == "experiment=mine"
-    (run_dir / "config_dir").unlink()
-    (run_dir / "config_dir").symlink_to(own_run / "own" / "experiment" / "mine.yaml")
-    assert stored_config_dir(run_dir) is None
-    (run_dir / "config_dir").unlink()
-    (run_dir / "config_dir").mkdir()
-    assert stored_config_dir(run_dir) is None
 
 
 # --- what reaches the terminal ----------------------------------------------------------------------------------------

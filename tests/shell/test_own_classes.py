@@ -204,7 +204,11 @@ def test_the_page_in_python(run: Path, package: Path, monkeypatch: pytest.Monkey
 
 def test_the_command_that_resumes_trusts_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     typed = ["~network", "+network={_target_: mynet.networks.Plain}", "seed=0", "weight._target_=other.Weight"]
-    job = SimpleNamespace(overrides=SimpleNamespace(task=typed), runtime=SimpleNamespace(config_sources=[]))
+    job = SimpleNamespace(
+        overrides=SimpleNamespace(task=typed, hydra=[]),
+        runtime=SimpleNamespace(config_sources=[]),
+        job=SimpleNamespace(config_name="train"),
+    )
     monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(HydraConfig, "get", lambda: job)
     assert resume_command(Path("runs/a")) == "python train.py run_dir=runs/a 'allow=[mynet,other]'"
