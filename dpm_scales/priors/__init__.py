@@ -1,0 +1,48 @@
+"""Where sampling starts: y at scale 1, and the context.
+
+`GaussianPrior`: the process's own noise, for processes that end (almost) in noise: VP, VE, blurring diffusion.
+`DataPrior`: a training image, blurred to scale 1, plus noise (IHDM): for processes that end in blur. The blurred images
+are stored as the few DCT coefficients that are left of them, so an export samples without its training data.
+`OsmosisPrior`: the steady state of a guidance image around a training image's mean intensity, plus noise, for the
+osmosis processes. Only those intensities are stored, and what images guide with where the process asks for them.
+
+The last two can be steered: then sampling starts from images that a user chooses, if the start shows images at all.
+
+| prior | fits processes |
+|---|---|
+| GaussianPrior | those with noise, without a context, that leave at most 2 % of the mean at scale 1 if they blur |
+| DataPrior | those that blur in the DCT basis, without a context |
+| OsmosisPrior | those of osmosis |
+
+Every other pair is refused when the model is built. `Prior.law` is the density of the start, for likelihoods.
+"""
+
+from __future__ import annotations
+
+from dpm_scales.priors.base import Prior
+from dpm_scales.priors.data import DataPrior
+from dpm_scales.priors.noise import GaussianPrior
+from dpm_scales.priors.osmosis import OsmosisPrior
+from dpm_scales.priors.start import Mixture, Start
+from dpm_scales.processes import Process
+
+__all__ = [
+    "DataPrior",
+    "GaussianPrior",
+    "GuidancePrior",
+    "Mixture",
+    "OsmosisPrior",
+    "Prior",
+    "Start",
+    "auto_prior",
+]
+
+
+def auto_prior(process: Process) -> Prior:
+    """Return the prior that fits the process, see `Process.default_prior`."""
+    kinds: dict[str, type[Prior]] = {"gaussian": GaussianPrior, "data": DataPrior, "guidance": OsmosisPrior}
+    return kinds[process.default_prior()]()
+
+
+GuidancePrior = OsmosisPrior
+"""The name of the first release."""
