@@ -15,9 +15,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
 from dpm_scales.errors import UserError, require
 from dpm_scales.models.trust import ADVICE, OPTION_ROOMS, check_target, walk_config
 from dpm_scales.storage import open_regular, read_yaml
@@ -99,6 +96,9 @@ def _record(file: Path) -> str:
 
 def _check(text: str, file: Path, paths: Collection[str], allow: Collection[str]) -> list[str]:
     """Return the keys that a stored option sets. Raises UserError if a folder may not hold the option."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # slow to import, and `key_of` is quick
+    from hydra.errors import HydraException
+
     refused = f"{file} holds the option {text[:200]!r}"
     try:
         override = OverridesParser.create().parse_override(text)

@@ -22,15 +22,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dpm_scales.errors import UserError
+from dpm_scales.models.seals import VERSION, read_seal
 from dpm_scales.storage import atomic_write, open_regular, write_bytes
 
 FORMAT = "dpm_scales model"
-VERSION = 3
-"""Format version of checkpoints, exports and their recipes; 3 added checksums."""
-
 ZEROS = "0" * 64
-_SEAL = re.compile(rb"\ndpm_scales checkpoint (\d{4}) step (\d{12}) sha256 ([0-9a-f]{64})\n")
-_SEAL_BYTES = len("\ndpm_scales checkpoint 0000 step 000000000000 sha256 \n") + 64
 _HEADER = re.compile(rf"{FORMAT} (\d+)(?: sha256 ([0-9a-f]{{64}}))?")
 _MAX_HEADER_BYTES = 16 * 2**20
 _CHUNK = 2**20
@@ -79,16 +75,6 @@ def write_checkpoint(path: str | Path, values: dict[str, Any]) -> None:
         file.write(f"{out.hash.hexdigest()}\n".encode())
 
 
-def checkpoint_step(path: Path) -> int | None:
-    """Return the training step of a checkpoint, reading only its last line; None if `path` is not a checkpoint."""
-    try:
-        with open_regular(path) as file:
-            found, _ = _seal(file)
-    except (OSError, UserError):
-        return None
-    return int(found[2]) if found else None
-
-
 def read_checkpoint(path: Path, map_location: Any = None) -> dict[str, Any]:
     """Return the plain containers and tensors of a checkpoint; anything else in it is refused, never executed.
 
@@ -101,7 +87,7 @@ def read_checkpoint(path: Path, map_location: Any = None) -> dict[str, Any]:
     """
     try:
         with open_regular(path) as file:
-            seal, size = _seal(file)
+            seal, size = read_seal(file)
             if seal and _digest(file, size + seal.start(3)) != seal[3].decode():
                 raise DamagedFileError(f"{path} {_DAMAGED}")
             if seal and int(seal[1]) != VERSION:
@@ -154,13 +140,6 @@ def is_plain_tensor(value: Any) -> bool:
     """Return whether a value is a dense tensor: not sparse, nested or quantised."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided
     return dense and not (value.is_nested or value.is_quantized)
-
-
-def _seal(file: BinaryIO) -> tuple[re.Match[bytes] | None, int]:
-    """Return the match of a checkpoint's last line, None for other files, and the number of bytes before it."""
-    size = max(file.seek(0, 2) - _SEAL_BYTES, 0)
-    file.seek(size)
-    return _SEAL.fullmatch(file.read(_SEAL_BYTES)), size
 
 
 def _digest(file: BinaryIO, size: int, start: bytes = b"") -> str:

@@ -20,7 +20,6 @@ from dpm_scales.errors import OutOfMemoryError, UserError, require, suggest
 from dpm_scales.memory import lacks_memory
 from dpm_scales.models.checksums import (
     DamagedFileError,
-    checkpoint_step,
     read_checkpoint,
     read_tensors,
     write_tensors,
@@ -29,9 +28,10 @@ from dpm_scales.models.from_diffusers import is_diffusers, read_pipeline
 from dpm_scales.models.hub import fetch, is_on_hub
 from dpm_scales.models.instantiate import root_cause, root_cause_line
 from dpm_scales.models.model import Model, Recipe, build_denoiser, build_sampler, named_modules
-from dpm_scales.models.trust import trusted_names
+from dpm_scales.models.seals import checkpoint_step
+from dpm_scales.models.trust import foreign_packages, trusted_names
 from dpm_scales.models.weights_fit import MisfitError, not_finite, require_dtypes
-from dpm_scales.storage import read_yaml, write_text
+from dpm_scales.storage import new_folder, read_yaml, write_text
 
 WEIGHTS = ("averaged", "raw")
 
@@ -99,11 +99,61 @@ def load_model(
     """
     wanted = _Wanted(trusted_names(allow), sampler, steps)
     require(weights in WEIGHTS, f"unknown weights {weights!r}: {suggest(str(weights), WEIGHTS)}")
-    path = fetch(str(path)) if is_on_hub(path) else Path(path)
-    require(path.exists(), f"no model at {path}: no such file or folder")
+    path = _local(path)
     if path.is_dir() and not _has_model(path) and is_diffusers(path):
         require(weights != "raw", f"raw weights are in checkpoints only, not in {path}")
         return _with_weights(*read_pipeline(path), str(path), wanted)
+    tensors = _weights_file(path, weights)
+    if tensors.suffix == ".safetensors":
+        recipe = wanted.recipe(*_exported_recipe(tensors))  # before its weights are read
+        state = _exported_weights(tensors)
+    else:
+        state, values = _checkpointed(tensors, weights)
+        recipe = wanted.recipe(values, str(tensors))
+    return _with_weights(recipe, state, str(tensors), wanted)
+
+
+def export_model(path: str | Path, folder: Path, weights: str = "averaged") -> tuple[Path, list[str]]:
+    """Copy a model into a new folder, `model.safetensors` and `config.yaml`, as `load_model` reads it.
+
+    Nothing is built, so classes of other packages are neither imported nor checked.
+
+    Args:
+        path, weights: as in `load_model`; a folder of diffusers is refused.
+        folder: appears with both files or not at all.
+
+    Returns: the file that held the weights, and the packages whose classes the model uses.
+
+    Raises: UserError if there is no model, if its weights are damaged or not finite, or if `folder` exists and is not
+    empty.
+    """
+    require(weights in WEIGHTS, f"unknown weights {weights!r}: {suggest(str(weights), WEIGHTS)}")
+    tensors = _weights_file(_local(path), weights)
+    if tensors.suffix == ".safetensors":
+        values, source = _exported_recipe(tensors)
+        state = _exported_weights(tensors)
+    else:
+        state, values = _checkpointed(tensors, weights)
+        source = str(tensors)
+    packages = foreign_packages(values)
+    if not packages:
+        Recipe.from_dict(values, source)
+    require_finite_weights(state, source)
+    with new_folder(folder) as made:
+        write_tensors(made / "model.safetensors", {name: value.contiguous() for name, value in state.items()})
+        write_text(made / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+    return tensors, packages
+
+
+def _local(path: str | Path) -> Path:
+    """Return the path of a model on this machine, fetched from the Hub if it lies there. Raises UserError."""
+    found = fetch(str(path)) if is_on_hub(path) else Path(path)
+    require(found.exists(), f"no model at {found}: no such file or folder")
+    return found
+
+
+def _weights_file(path: Path, weights: str) -> Path:
+    """Return the file that holds the weights of a run folder, an export folder or a checkpoint. Raises UserError."""
     tensors = path
     if path.is_dir():
         tensors = next((file for file in _exports(path) if file.is_file()), path / "checkpoints" / "last.ckpt")
@@ -111,10 +161,9 @@ def load_model(
             tensors = path / "checkpoints" / "last.ckpt"
             require(tensors.is_file(), f"raw weights are in checkpoints only, and there is no {tensors}")
         require(tensors.is_file(), f"no model in {path}: neither model/model.safetensors nor checkpoints/last.ckpt")
-    if tensors.suffix == ".safetensors":
-        require(weights != "raw", f"raw weights are in checkpoints only, not in {tensors}")
-        return _load_export(tensors, wanted)
-    return _load_checkpoint(tensors, weights, wanted)
+    is_export = tensors.suffix == ".safetensors"
+    require(not (is_export and weights == "raw"), f"raw weights are in checkpoints only, not in {tensors}")
+    return tensors
 
 
 def _exports(folder: Path) -> list[Path]:
@@ -125,13 +174,26 @@ def _has_model(folder: Path) -> bool:
     return any(path.is_file() for path in (*_exports(folder), folder / "checkpoints" / "last.ckpt"))
 
 
-def _load_export(tensors: Path, wanted: _Wanted) -> Model:
+def _exported_recipe(tensors: Path) -> tuple[Any, str]:
+    """Return the content of the config beside exported weights, unchecked, and the config's path."""
     config = tensors.with_name("config.yaml")
     require(config.is_file(), f"{tensors} has no config.yaml beside it")
-    recipe = wanted.recipe(read_yaml(config), str(config))
+    return read_yaml(config), str(config)
+
+
+def _exported_weights(tensors: Path) -> dict[str, Tensor]:
     with _offering(tensors.parent.parent / "checkpoints"):
-        state = read_tensors(tensors)
-    return _with_weights(recipe, state, str(tensors), wanted)
+        return read_tensors(tensors)
+
+
+def _checkpointed(path: Path, weights: str) -> tuple[dict[str, Tensor], Any]:
+    """Return the weights in a checkpoint, named as in `Model.modules`, and its recipe, unchecked."""
+    with _offering(path.parent):
+        values = read_checkpoint(path)
+    # with weight averaging, `state_dict` holds the average and the raw weights are separate
+    state = values.get("current_model_state", values["state_dict"]) if weights == "raw" else values["state_dict"]
+    state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    return state, values["recipe"]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -161,15 +223,6 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _load_checkpoint(path: Path, weights: str, wanted: _Wanted) -> Model:
-    with _offering(path.parent):
-        values = read_checkpoint(path)
-    # with weight averaging, `state_dict` holds the average and the raw weights are separate
-    state = values.get("current_model_state", values["state_dict"]) if weights == "raw" else values["state_dict"]
-    state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-    return _with_weights(wanted.recipe(values["recipe"], str(path)), state, str(path), wanted)
-
-
 def _with_weights(recipe: Recipe, state: dict[str, Tensor], source: str, wanted: _Wanted) -> Model:
     try:
         denoiser, prior = build_denoiser(recipe, weights=state)
@@ -178,8 +231,7 @@ def _with_weights(recipe: Recipe, state: dict[str, Tensor], source: str, wanted:
         modules.load_state_dict(state)
     except Exception as error:
         raise _refused(error, source) from error
-    bad = not_finite(state)
-    require(bad is None, f"{source}: the weights are not finite ({bad}): training has diverged; choose another model")
+    require_finite_weights(state, source)
     modules.eval()
     asked = wanted.with_sampler(recipe)
     try:
@@ -189,6 +241,12 @@ def _with_weights(recipe: Recipe, state: dict[str, Tensor], source: str, wanted:
             _require_sampler(recipe, denoiser, source)
         raise
     return Model(denoiser, prior, sampler, asked)
+
+
+def require_finite_weights(state: dict[str, Tensor], source: str) -> None:
+    """Raise UserError, naming the file, if a weight is not finite."""
+    bad = not_finite(state)
+    require(bad is None, f"{source}: the weights are not finite ({bad}): training has diverged; choose another model")
 
 
 def _require_sampler(recipe: Recipe, denoiser: Denoiser, source: str) -> None:

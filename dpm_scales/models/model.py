@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, require
-from dpm_scales.models.checksums import FORMAT, VERSION
+from dpm_scales.models.checksums import FORMAT
 from dpm_scales.models.instantiate import build, plain
+from dpm_scales.models.seals import VERSION
 from dpm_scales.models.trust import check_targets, current_names, trusted_names
 from dpm_scales.models.weights_fit import require_fit, within_memory
 from dpm_scales.priors import Prior

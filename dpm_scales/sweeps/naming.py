@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from dpm_scales.cli.stored import key_of
 from dpm_scales.errors import UserError
 from dpm_scales.storage import read_yaml
+from dpm_scales.tables import short_numbers
 
 RUNS, SWEEPS = Path("runs"), Path("sweeps")
 #: options that determine where or on what device to run, not the result; names omit them
@@ -21,8 +22,6 @@ UNNAMED = (
     *("trainer.enable_progress_bar", "hydra"),
 )
 LONGEST_NAME = 80  # characters, before the hash
-LONGEST_NUMBER = 7  # characters, before a decimal number is rounded
-_DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?:[eE][+-]?\d+)?(?![\w.])")
 
 
 def run_folder(root: Path, overrides: Sequence[str], constant: Collection[str] = ()) -> Path:
@@ -67,17 +66,6 @@ def varied_keys(overrides: Sequence[str]) -> list[str]:
     """Return the keys of the options with several values, in the given order."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     return [key_of(o.input_line or "") for o in parsed if o.is_sweep_override()]
-
-
-def short_numbers(text: str) -> str:
-    """Return the text with long decimals rounded to four digits: ``rate=0.0023456789`` becomes ``rate=0.002346``."""
-
-    def short(match: re.Match[str]) -> str:
-        number = match.group()
-        rounded = f"{float(number):.4g}"
-        return number if len(number) <= LONGEST_NUMBER or float(rounded) == float(number) else rounded
-
-    return _DECIMAL.sub(short, text)
 
 
 def _named(overrides: Sequence[str]) -> list[str]:

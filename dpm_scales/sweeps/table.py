@@ -19,22 +19,19 @@ from rich.text import Text
 from dpm_scales.cli.main import is_sweep
 from dpm_scales.cli.stored import key_of
 from dpm_scales.errors import UserError
+from dpm_scales.runs import ranking
+from dpm_scales.runs.files import stored_result
 from dpm_scales.storage import write_text
-from dpm_scales.sweeps.naming import RUNS, run_folder, short_numbers, sweep_folder, varied_keys
-from dpm_scales.tables import csv_text
-from dpm_scales.training.run_folder import stored_result
+from dpm_scales.sweeps.naming import RUNS, run_folder, sweep_folder, varied_keys
+from dpm_scales.tables import cell, column_head, csv_text, elided
 
 Row = dict[str, Any]
 
-LONGEST_CELL = 24  # characters
 PADDING = 2  # characters between columns
 #: options that change what the validation loss measures: its noise, targets or images
 LAWS = ("process", "target", "experiment", "data")
 #: options of the data that do not change the validation images
-SAME_IMAGES = tuple(
-    f"data.{name}"
-    for name in ("batch_size", "num_workers", "pin_memory", "drop_last", "seed", "random_flip", "random_crop")
-)
+SAME_IMAGES = tuple(f"data.{name}" for name in ranking.SAME_IMAGES)
 
 
 def sweep_root(config: DictConfig, sweep_dir: str) -> Path:
@@ -127,8 +124,8 @@ def summary(
     """
     groups = compared(varied, rows, objective, highest)
     names = list(varied) or ["run"]
-    heads = {name: _head(name, names) for name in names} | {name: name for name in (objective, "seconds")}
-    cells = {name: [_cell(row.get(name, "")) for row in rows] for name in heads}
+    heads = {name: column_head(name, names) for name in names} | {name: name for name in (objective, "seconds")}
+    cells = {name: [cell(row.get(name, "")) for row in rows] for name in heads}
     needs = {name: max(map(len, (head, *cells[name]))) + PADDING for name, head in heads.items()}
     room, columns = width - needs[objective], []
     for name in (*names, "seconds"):
@@ -139,7 +136,7 @@ def summary(
     columns.insert(len([name for name in columns if name != "seconds"]), objective)
     notes = []
     if left := [name for name in names if name not in columns]:
-        notes.append(f"{len(left)} more columns in sweep.csv: {_elided(', '.join(left), width)}")
+        notes.append(f"{len(left)} more columns in sweep.csv: {elided(', '.join(left), width)}")
     if len(groups) > 1:
         notes.append(
             f"{objective} compares runs of one process, target and data set: others measure different things, and are "
@@ -150,7 +147,7 @@ def summary(
         table.add_column(Text(heads[name]), no_wrap=True)
     for group in groups:
         for row in group:
-            table.add_row(*(Text(_cell(row.get(name, ""))) for name in columns))
+            table.add_row(*(Text(cell(row.get(name, ""))) for name in columns))
         if max(map(len, groups)) > 1:
             table.add_section()
     return Group(Text(f"{root}/sweep.csv"), table, *map(Text, notes))
@@ -165,23 +162,6 @@ def _rank(value: Any, highest: bool) -> float:
     """Return a sort key that puts the best first and missing values last."""
     number = float(value) if isinstance(value, int | float) else math.nan
     return math.inf if math.isnan(number) else -number if highest else number
-
-
-def _head(name: str, names: Sequence[str]) -> str:
-    """Return the last part of an option's name, or the whole name if others end with the same part."""
-    short = name.rpartition(".")[2]
-    return _elided(short if [n.rpartition(".")[2] for n in names].count(short) == 1 else name)
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else short_numbers(str(value))
-    return _elided(text if text.isprintable() else repr(text)[1:-1])
-
-
-def _elided(text: str, longest: int = LONGEST_CELL) -> str:
-    """Return the text, with its middle elided if it is long."""
-    half = longest // 2
-    return text if len(text) <= longest else f"{text[: longest - half - 1]}…{text[-half:]}"
 
 
 class SweepTable(Callback):

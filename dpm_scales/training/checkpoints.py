@@ -19,8 +19,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dpm_scales.distributed.lightning_private import is_accumulating, update_step_metrics, validation_follows
 from dpm_scales.errors import UserError, require_number
-from dpm_scales.models.checksums import DamagedFileError, checkpoint_step, read_checkpoint, write_checkpoint
+from dpm_scales.models.checksums import DamagedFileError, read_checkpoint, write_checkpoint
 from dpm_scales.models.io import checkpoints
+from dpm_scales.models.seals import checkpoint_step
 from dpm_scales.storage import FolderGoneError, link
 from dpm_scales.training.health import Health
 from dpm_scales.training.module import MOST_STEPS

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dpm_scales.distributed.fsdp import local
 from dpm_scales.errors import UserError, require_number
-from dpm_scales.models.checksums import checkpoint_step
 from dpm_scales.models.io import checkpoints
+from dpm_scales.models.seals import checkpoint_step
 from dpm_scales.storage import link
 from dpm_scales.training.module import MOST_STEPS, DiffusionModule
 from dpm_scales.training.resuming import resume_command

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -18,9 +16,9 @@ from rich import get_console
 from rich.progress import Progress, TaskID
 
 from dpm_scales.distributed.lightning_private import number_logs_by_step
-from dpm_scales.errors import UserError
 from dpm_scales.progress import LineProgress
-from dpm_scales.storage import FolderGoneError, open_regular, write_text
+from dpm_scales.runs.files import read_metrics
+from dpm_scales.storage import FolderGoneError, write_text
 from dpm_scales.tables import csv_text
 
 LOSS_EVERY = 50
@@ -127,18 +125,8 @@ class MetricsFile(Logger):
         self._rows: list[dict[str, str]] = []
         self._columns: list[str] = ["step", "epoch"]
         if path.is_file():
-            try:
-                with io.TextIOWrapper(open_regular(path), "utf-8", newline="") as file:
-                    reader = csv.DictReader(file, strict=True)
-                    self._columns = list(reader.fieldnames or self._columns)
-                    self._rows = [_figures(row) for row in reader]
-                if "step" not in self._columns or len({*self._columns}) < len(self._columns):
-                    raise ValueError("no column 'step', or two of one name")
-            except (csv.Error, KeyError, TypeError, ValueError, OSError) as error:
-                if isinstance(error, UserError):
-                    raise
-                reason = repr(error)[:200]
-                raise UserError(f"{path} is damaged ({reason}); remove it: the run begins a new one") from error
+            self._columns, rows = read_metrics(path)
+            self._rows = [dict(zip(self._columns, row, strict=True)) for row in rows]
 
     @property
     def name(self) -> str:
@@ -187,12 +175,3 @@ class MetricsFile(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
-
-
-def _figures(row: dict[str, str]) -> dict[str, str]:
-    """Return a row of `metrics.csv`. Raises ValueError, KeyError or TypeError without a step >= 0 and numbers."""
-    if None in row or int(row["step"]) < 0:
-        raise ValueError(f"row {row}")
-    for value in row.values():
-        float(value or 0)
-    return row

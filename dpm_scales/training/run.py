@@ -21,11 +21,12 @@ from dpm_scales.cli.arguments import typed_packages
 from dpm_scales.data import ImageDataModule, ShuffledBatches, listed
 from dpm_scales.distributed.signals import StopTogether, requeue
 from dpm_scales.errors import UserError, require, require_number
-from dpm_scales.models.checksums import checkpoint_step
 from dpm_scales.models.instantiate import build, check_kind, plain
 from dpm_scales.models.io import checkpoints, save_model
 from dpm_scales.models.model import PARTS, Model, Recipe, build_model
+from dpm_scales.models.seals import checkpoint_step
 from dpm_scales.models.trust import current_names, foreign_packages, trusted_names
+from dpm_scales.runs.files import finished_result
 from dpm_scales.storage import FolderGoneError, write_text
 from dpm_scales.training.callbacks import check_order
 from dpm_scales.training.checkpoints import (
@@ -45,7 +46,7 @@ from dpm_scales.training.peers import told_if_one_is_lost
 from dpm_scales.training.reporting import LastValidation, LoggedSteps, MetricsFile, StepBar
 from dpm_scales.training.resumable import require_resumable, restored_in_one_line
 from dpm_scales.training.resuming import KeepOptions, options_of, resume_command, trust_needed, what_changed
-from dpm_scales.training.run_folder import Rescue, prepare, steps_done, taken, trusted_data
+from dpm_scales.training.run_folder import Rescue, failure_recorded, prepare, taken, trusted_data
 from dpm_scales.training.settings import (
     check_grid,
     check_keys,
@@ -168,7 +169,7 @@ def _resume_and_fit(
         changed, warned = what_changed(checkpoint, options_of(cfg), rate)
         del checkpoint  # as large as weights, EMA and optimiser state together
     del found
-    finished = steps_done(run_dir, cfg.trainer.max_steps)
+    finished = finished_result(run_dir, cfg.trainer.max_steps)
     if finished is not None:
         if main:
             more = "raise trainer.max_steps or choose another run_dir"
@@ -199,7 +200,8 @@ def _resume_and_fit(
         try:
             shape = (data.batch_size, model.recipe.image_size, data.num_workers)
             told = told_in_one_line(*shape)
-            with restored_in_one_line(trainer, resume), told_if_one_is_lost(run_dir, main), told:
+            recorded = failure_recorded(run_dir, main)
+            with recorded, restored_in_one_line(trainer, resume), told_if_one_is_lost(run_dir, main), told:
                 trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         except SystemExit:
             # how Lightning ends after Ctrl-C or a signal of SIGNALS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -14,9 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpm_scales.cli.arguments import config_dirs, config_flags
 from dpm_scales.cli.main import is_sweep
+from dpm_scales.cli.messages import one_line
 from dpm_scales.cli.stored import CONFIG_DIR_FILE, CONFIG_FLAGS, CONFIG_FLAGS_FILE, key_of, may_download
 from dpm_scales.errors import UserError, require
 from dpm_scales.models.instantiate import plain
+from dpm_scales.runs.files import FAILURE
 from dpm_scales.storage import (
     FolderGoneError,
     check_folder,
@@ -24,7 +25,6 @@ from dpm_scales.storage import (
     guarded,
     lock,
     make_folder,
-    read_text,
     remove_leftovers,
     write_text,
 )
@@ -32,7 +32,7 @@ from dpm_scales.storage import (
 #: patterns of the files that a run writes; checked at the start, since a folder of that name would fail hours later
 FILES = (
     *("config.yaml", "overrides.yaml", "result.json", "metrics.csv", "unreadable.txt", "wandb_id"),
-    *(CONFIG_DIR_FILE, CONFIG_FLAGS_FILE),
+    *(CONFIG_DIR_FILE, CONFIG_FLAGS_FILE, FAILURE),
     *("checkpoints/*.ckpt", "checkpoints/last.damaged", "samples/step-*.png"),
     *("model/model.safetensors", "model/config.yaml"),
 )
@@ -62,6 +62,8 @@ def prepare(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, s
     """Write the files with the run's options, and return their texts by name."""
     check_writable(run_dir)
     remove_leftovers(run_dir)
+    with suppress(FileNotFoundError):
+        (run_dir / FAILURE).unlink()
     config = OmegaConf.to_container(cfg, resolve=True)
     kept = [override for override in overrides if key_of(override) != "allow"]  # trust is given by typing it
     texts = {"config.yaml": yaml.safe_dump(config, sort_keys=False), "overrides.yaml": yaml.safe_dump(kept)}
@@ -75,13 +77,16 @@ def prepare(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, s
     return texts
 
 
-def steps_done(run_dir: Path, max_steps: int) -> dict[str, Any] | None:
-    """Return the result of a run that has taken all its steps, else None."""
-    done = run_dir / "result.json"
-    if not done.is_file():
-        return None
-    result = stored_result(done)
-    return result if 0 < max_steps <= result["steps"] else None
+@contextmanager
+def failure_recorded(run_dir: Path, records: bool) -> Iterator[None]:
+    """Write the line of an error that leaves the body into the folder, if this process `records`; a signal is none."""
+    try:
+        yield
+    except Exception as error:
+        with suppress(UserError, OSError):
+            if records:
+                write_text(run_dir / FAILURE, f"{one_line(error) or repr(error)}\n")
+        raise
 
 
 def trusted_data(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
@@ -150,14 +155,3 @@ def _unused(place: Path) -> Path:
 def only_run(folder: Path) -> AbstractContextManager[None]:
     """Return a lock that keeps other processes and machines from training in the folder: see `storage.lock`."""
     return lock(folder / ".lock", "is being trained by", "wait for it, or choose another run_dir")
-
-
-def stored_result(file: Path) -> dict[str, Any]:
-    """Return a finished run's metrics and its `overrides`. Raises UserError if the file is damaged."""
-    try:
-        result = json.loads(read_text(file))
-        if not isinstance(result["overrides"], list) or not all(isinstance(o, str) for o in result["overrides"]):
-            raise ValueError("overrides are no options")
-        return {**result, "steps": int(result["steps"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise UserError(f"{file} is damaged ({error!r}); remove it: the run writes it anew") from error

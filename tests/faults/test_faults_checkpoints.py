@@ -14,12 +14,12 @@ import torch
 from dpm_scales.errors import UserError
 from dpm_scales.models.checksums import (
     DamagedFileError,
-    checkpoint_step,
     read_checkpoint,
     read_tensors,
     write_checkpoint,
     write_tensors,
 )
+from dpm_scales.models.seals import checkpoint_step
 from dpm_scales.storage import link
 from dpm_scales.training import load_model
 from dpm_scales.training.checkpoints import AtomicCheckpointIO, CheckpointFolder, find_checkpoint

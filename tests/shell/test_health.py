@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError
-from dpm_scales.models.checksums import checkpoint_step, read_checkpoint, write_checkpoint
+from dpm_scales.models.checksums import read_checkpoint, write_checkpoint
+from dpm_scales.models.seals import checkpoint_step
 from dpm_scales.training import load_model
 from dpm_scales.training.health import Health, set_aside
 from dpm_scales.training.module import DiffusionModule

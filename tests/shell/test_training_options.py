@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dpm_scales.images import load_image
 from dpm_scales.networks import UNet
-from dpm_scales.sweeps.naming import run_name, short_numbers
+from dpm_scales.sweeps.naming import run_name
+from dpm_scales.tables import short_numbers
 from dpm_scales.training import load_model
 from dpm_scales.training.reporting import MetricsFile
 from dpm_scales.training.trainer import log_interval

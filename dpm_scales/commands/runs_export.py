@@ -1,0 +1,31 @@
+"""`dpm-scales runs export`: copy a run's model out of its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpm_scales.cli.words import split_words
+from dpm_scales.errors import printable, require
+from dpm_scales.models.io import WEIGHTS, export_model
+
+USAGE = "dpm-scales runs export RUN out=DIR [weights=averaged|raw]"
+
+
+def export(argv: Sequence[str]) -> None:
+    """Copy a model into a new folder, and print what loading it needs.
+
+    Args:
+        argv: arguments after `dpm-scales runs export`: a run folder, an export or a checkpoint; `out`; `weights`.
+
+    Raises: UserError if there is no model, or if the folder exists and is not empty.
+    """
+    asked = split_words(argv, 1, ("out", "weights"), (), USAGE)
+    require(len(asked.words) == 1 and "out" in asked.options, f"name a run and a new folder: {USAGE}")
+    out, weights = Path(asked.options["out"]), asked.options.get("weights", WEIGHTS[0])
+    source, packages = export_model(asked.words[0], out, weights)
+    kind = "weights of the last step" if weights == "raw" else "EMA weights"
+    print(printable(f"{out}: the {kind} in {source}, with their config; load_model({str(out)!r}), or model={out}"))
+    if packages:
+        names = ",".join(packages)
+        print(printable(f"it uses classes of {names}: install them where it is loaded, and give 'allow=[{names}]'"))

@@ -1,0 +1,1 @@
+"""Folders of runs, read without torch: their files, their states, and where they lie."""
