@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from dpm_scales.cli.output import complain
+from dpm_scales.cli.program import program
 from dpm_scales.cli.words import split_words
 from dpm_scales.commands.runs_table import given_where_varied, show_groups
 from dpm_scales.errors import UserError, printable, require, require_choice
-from dpm_scales.runs.evaluations import HIGHER, LOWER
-from dpm_scales.runs.find import MOST_ENTRIES, Found, find_runs
-from dpm_scales.runs.ranking import best_runs, laws
-from dpm_scales.runs.state import STATES, Run
+from dpm_scales.run_folders.evaluations import HIGHER, LOWER
+from dpm_scales.run_folders.find import MOST_ENTRIES, Found, find_runs
+from dpm_scales.run_folders.ranking import best_runs, laws
+from dpm_scales.run_folders.state import STATES, Run
 from dpm_scales.tables import csv_text
 
 HELP = f"""\
-usage: dpm-scales runs [DIR] [state=STATE] [--json | --csv]
-       dpm-scales runs best [DIR] [metric=val/loss] [top=5] [direction=lower|higher] [--path]
-       dpm-scales runs export RUN out=DIR [weights=averaged|raw]
+usage: {{0}} [DIR] [state=STATE] [--json | --csv]
+       {{0}} best [DIR] [metric=val/loss] [top=5] [direction=lower|higher] [--path]
+       {{0}} export RUN out=DIR [weights=averaged|raw]
 
 List the runs in and below DIR, the current folder by default, with their states, losses and evaluations;
 name the best of them; copy a run's model out of its folder.
@@ -30,7 +31,7 @@ name the best of them; copy a run's model out of its folder.
   --json, --csv everything that is known, for scripts
   metric=NAME   a column of the list, such as val/loss, {"val/best_loss"} or eval/fid
   top=K         the K best; 5 by default, 1 with --path
-  --path        only paths, one a line: model=$(dpm-scales runs best --path)
+  --path        only paths, one a line: model=$({{0}} best --path)
   weights=raw   of the last step, in place of the EMA weights
 
 A folder called best or export is listed as ./best or ./export."""
@@ -51,7 +52,7 @@ def run(argv: Sequence[str]) -> None:
     """
     word, rest = (argv[0], argv[1:]) if argv else ("", [])
     if not set(HELP_FLAGS).isdisjoint(argv):
-        print(HELP)
+        print(HELP.format(program("runs")))
     elif word == "best":
         _best(rest)
     elif word == "export":
@@ -63,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _list(argv: Sequence[str]) -> None:
-    asked = split_words(argv, 1, ("state",), ("--json", "--csv"), "dpm-scales runs [DIR]")
+    asked = split_words(argv, 1, ("state",), ("--json", "--csv"), f"{program('runs')} [DIR]")
     require(len(asked.flags) < 2, "--json and --csv at once; give one")
     state = asked.options.get("state")
     if state is not None:
@@ -84,7 +85,7 @@ def _list(argv: Sequence[str]) -> None:
 
 
 def _best(argv: Sequence[str]) -> None:
-    usage = "dpm-scales runs best [DIR] [metric=val/loss] [top=K]"
+    usage = f"{program('runs')} best [DIR] [metric=val/loss] [top=K]"
     asked = split_words(argv, 1, ("metric", "top", "direction"), ("--path",), usage)
     path, metric = "--path" in asked.flags, asked.options.get("metric", "val/loss")
     top, direction = asked.number("top", 1 if path else 5), asked.options.get("direction")
@@ -124,7 +125,7 @@ def _note(found: Found) -> None:
 
 
 def _warn(line: str) -> None:
-    print(f"warning: {printable(' '.join(line.split()))}", file=sys.stderr)
+    complain(f"warning: {line}")
 
 
 def _time(seconds: float) -> str | None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpm_scales.cli.program import program
 from dpm_scales.cli.words import split_words
 from dpm_scales.errors import printable, require
 from dpm_scales.models.io import WEIGHTS, export_model
-
-USAGE = "dpm-scales runs export RUN out=DIR [weights=averaged|raw]"
 
 
 def export(argv: Sequence[str]) -> None:
@@ -20,8 +19,9 @@ def export(argv: Sequence[str]) -> None:
 
     Raises: UserError if there is no model, or if the folder exists and is not empty.
     """
-    asked = split_words(argv, 1, ("out", "weights"), (), USAGE)
-    require(len(asked.words) == 1 and "out" in asked.options, f"name a run and a new folder: {USAGE}")
+    usage = f"{program('runs')} export RUN out=DIR [weights=averaged|raw]"
+    asked = split_words(argv, 1, ("out", "weights"), (), usage)
+    require(len(asked.words) == 1 and "out" in asked.options, f"name a run and a new folder: {usage}")
     out, weights = Path(asked.options["out"]), asked.options.get("weights", WEIGHTS[0])
     source, packages = export_model(asked.words[0], out, weights)
     kind = "weights of the last step" if weights == "raw" else "EMA weights"

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dpm_scales.errors import printable
-from dpm_scales.runs.evaluations import PREFIX
-from dpm_scales.runs.state import BEST, STATES, Run
+from dpm_scales.run_folders.evaluations import PREFIX
+from dpm_scales.run_folders.state import BEST, STATES, Run
 from dpm_scales.tables import cell, column_head, elided
 
 GAP = 2  # characters between columns

@@ -23,4 +23,5 @@ COMMANDS = {
     "sample": Command("dpm_scales.entry.sample", "sample images from a model, or edit images with it"),
     "evaluate": Command("dpm_scales.entry.evaluate", "compare samples of a model, or images, with real images"),
     "evolve": Command("dpm_scales.entry.evolve", "apply forward processes to real images, and compare them"),
+    "runs": Command("dpm_scales.entry.runs", "list runs, name the best, copy a model out of its run"),
 }

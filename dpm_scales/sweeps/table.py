@@ -19,8 +19,8 @@ from rich.text import Text
 from dpm_scales.cli.main import is_sweep
 from dpm_scales.cli.stored import key_of
 from dpm_scales.errors import UserError
-from dpm_scales.runs import ranking
-from dpm_scales.runs.files import stored_result
+from dpm_scales.run_folders import ranking
+from dpm_scales.run_folders.files import stored_result
 from dpm_scales.storage import write_text
 from dpm_scales.sweeps.naming import RUNS, run_folder, sweep_folder, varied_keys
 from dpm_scales.tables import cell, column_head, csv_text, elided

@@ -17,7 +17,7 @@ from rich.progress import Progress, TaskID
 
 from dpm_scales.distributed.lightning_private import number_logs_by_step
 from dpm_scales.progress import LineProgress
-from dpm_scales.runs.files import read_metrics
+from dpm_scales.run_folders.files import read_metrics
 from dpm_scales.storage import FolderGoneError, write_text
 from dpm_scales.tables import csv_text
 

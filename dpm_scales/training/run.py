@@ -26,7 +26,7 @@ from dpm_scales.models.io import checkpoints, save_model
 from dpm_scales.models.model import PARTS, Model, Recipe, build_model
 from dpm_scales.models.seals import checkpoint_step
 from dpm_scales.models.trust import current_names, foreign_packages, trusted_names
-from dpm_scales.runs.files import finished_result
+from dpm_scales.run_folders.files import finished_result
 from dpm_scales.storage import FolderGoneError, write_text
 from dpm_scales.training.callbacks import check_order
 from dpm_scales.training.checkpoints import (

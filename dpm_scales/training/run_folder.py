@@ -17,7 +17,7 @@ from dpm_scales.cli.messages import one_line
 from dpm_scales.cli.stored import CONFIG_DIR_FILE, CONFIG_FLAGS, CONFIG_FLAGS_FILE, key_of, may_download
 from dpm_scales.errors import UserError, require
 from dpm_scales.models.instantiate import plain
-from dpm_scales.runs.files import FAILURE
+from dpm_scales.run_folders.files import FAILURE
 from dpm_scales.storage import (
     FolderGoneError,
     check_folder,

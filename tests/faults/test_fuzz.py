@@ -32,7 +32,7 @@ from dpm_scales.cli.arguments import with_stored_overrides
 from dpm_scales.data.files import ZipStore, inspect_images, open_store
 from dpm_scales.errors import UserError
 from dpm_scales.models.checksums import read_checkpoint, read_tensors, write_checkpoint
-from dpm_scales.runs.files import stored_result
+from dpm_scales.run_folders.files import stored_result
 from dpm_scales.training import load_model, save_model
 from support.shell import small_model
 

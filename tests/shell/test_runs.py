@@ -20,9 +20,9 @@ from rich.console import Console
 from dpm_scales.commands.runs import run
 from dpm_scales.commands.runs_table import table
 from dpm_scales.errors import UserError
-from dpm_scales.runs.find import find_runs
-from dpm_scales.runs.looking import lock_holder
-from dpm_scales.runs.state import Run, read_run
+from dpm_scales.run_folders.find import find_runs
+from dpm_scales.run_folders.looking import lock_holder
+from dpm_scales.run_folders.state import Run, read_run
 from dpm_scales.training.run_folder import only_run
 from support.shell import ROOT, SMALL, attempt, broken_off, call, train
 
@@ -253,7 +253,7 @@ def test_large_folders_are_not_looked_through(
     put(tmp_path / "runs" / "a")
     for index in range(20):
         (tmp_path / "images" / "deep" / str(index)).mkdir(parents=True)
-    monkeypatch.setattr("dpm_scales.runs.find.MOST_ENTRIES", 12)
+    monkeypatch.setattr("dpm_scales.run_folders.find.MOST_ENTRIES", 12)
     run([str(tmp_path), "--json"])
     out, err = capsys.readouterr()
     assert len(json.loads(out)) == 1 and "warning: only the first " in err

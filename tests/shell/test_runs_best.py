@@ -10,15 +10,23 @@ from typing import Any
 import pytest
 import torch
 
+from dpm_scales.cli.program import FORM
 from dpm_scales.commands.runs import run
+from dpm_scales.entry.start import console
 from dpm_scales.errors import UserError
 from dpm_scales.metrics.figures import FeatureSet, FeatureStatistics, compare
 from dpm_scales.models import load_model
-from dpm_scales.runs.evaluations import metric_key
-from dpm_scales.runs.find import find_runs
-from dpm_scales.runs.ranking import best_runs
-from dpm_scales.runs.state import Run
+from dpm_scales.run_folders.evaluations import metric_key
+from dpm_scales.run_folders.find import find_runs
+from dpm_scales.run_folders.ranking import best_runs
+from dpm_scales.run_folders.state import STATES, Run
 from support.shell import SMALL, assert_equal, call, checkpoint, files, train
+
+
+@pytest.fixture(autouse=True)
+def no_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no other test have recorded how commands are typed, and record nothing for others."""
+    monkeypatch.setenv(FORM, "")
 
 
 def made(name: str, **metrics: float) -> Run:
@@ -122,13 +130,11 @@ def test_losses_of_several_processes_are_compared_with_a_warning(
 
 WRONG = {
     ("no",): "no is no folder; name one that holds runs",
-    (
-        "state=done",
-    ): "unknown state 'done': did you mean 'damaged'? allowed: damaged, failed, finished, interrupted, new, running",
+    ("state=fail",): f"unknown state 'fail': did you mean 'failed'? allowed: {', '.join(sorted(STATES))}",
     ("--jsn",): "unknown flag '--jsn': did you mean '--json'? allowed: --csv, --json",
     ("--json", "--csv"): "--json and --csv at once; give one",
     ("stat=new",): "unknown option 'stat': did you mean 'state'? allowed: state",
-    ("a", "b"): "'a b' are too many arguments: dpm-scales runs [DIR]",
+    ("a", "b"): "'a b' are too many arguments: python -m dpm_scales runs [DIR]",
     ("",): "an empty argument; name a folder, or leave it out",
     ("best",): "the current folder: there are no runs to compare",
     ("best", "--metric", "val/loss"): "--metric: options are KEY=VALUE: metric=VALUE",
@@ -137,7 +143,7 @@ WRONG = {
     ("best", "top=1", "top=2"): "top is given twice; give it once",
     ("best", "metric="): "metric is empty; give it a value, or leave it out",
     ("best", "direction=up"): "unknown direction 'up': allowed: higher, lower",
-    ("export",): "name a run and a new folder: dpm-scales runs export RUN out=DIR [weights=averaged|raw]",
+    ("export",): "name a run and a new folder: python -m dpm_scales runs export RUN out=DIR [weights=averaged|raw]",
     ("export", "no", "out=x"): "no model at no: no such file or folder",
     ("export", ".", "out=x"): "no model in .: neither model/model.safetensors nor checkpoints/last.ckpt",
     ("export", ".", "out=x", "weights=ema"): "unknown weights 'ema': allowed: averaged, raw",
@@ -154,9 +160,22 @@ def test_mistakes_in_one_line(
     assert str(caught.value) == WRONG[arguments] and not capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def test_the_command_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_result(tmp_path / "a", **{"val/loss": 1.0})
+    monkeypatch.setattr("sys.argv", ["dpm-scales", "runs", "best", str(tmp_path), "--path"])
+    console()
+    assert capsys.readouterr().out == f"{tmp_path / 'a'}\n"
+    monkeypatch.setattr("sys.argv", ["dpm-scales", "runs", "best", "top=x"])
+    with pytest.raises(SystemExit) as end:
+        console()
+    assert end.value.code == 2 and capsys.readouterr().err == "error: top must be a whole number, got 'x'\n"
+
+
 def test_help_and_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(["best", "--help"])
-    assert capsys.readouterr().out.startswith("usage: dpm-scales runs [DIR]")
+    assert capsys.readouterr().out.startswith("usage: python -m dpm_scales runs [DIR]")
     run([str(tmp_path), "state=failed"])
     assert capsys.readouterr().out == f"no failed runs in or below {tmp_path}\n"
 

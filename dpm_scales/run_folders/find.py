@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from dpm_scales.errors import UserError, require
-from dpm_scales.runs.evaluations import RESULT, evaluated_run, read_evaluation
-from dpm_scales.runs.state import Run, read_run
+from dpm_scales.run_folders.evaluations import RESULT, evaluated_run, read_evaluation
+from dpm_scales.run_folders.state import Run, read_run
 
 DEEPEST = 8
 MOST_ENTRIES = 50_000

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpm_scales.errors import UserError, require, suggest
-from dpm_scales.runs.evaluations import HIGHER, LOWER
-from dpm_scales.runs.state import Run
+from dpm_scales.run_folders.evaluations import HIGHER, LOWER
+from dpm_scales.run_folders.state import Run
 
 #: names of metrics after their ``eval/`` or ``val/``; `evaluate.py` stores the directions of its own
 _LOWER = re.compile(r"(best_)?loss(_\w[\w.]*)?|f(id|d_\w+)|k(id|d_\w+)|bits_per_dim|bad_steps", re.ASCII)

@@ -1,11 +1,11 @@
 """The state of a run, from the files in its folder alone.
 
-    damaged      a file of the folder can't be read, or is not what a run writes
-    running      a process holds the folder's lock
-    failed       the latest training ended with an error
-    finished     all steps are taken, and the model is exported
-    interrupted  there are a checkpoint or metrics, and steps are left
-    new          no step has been logged or saved
+damaged      a file of the folder can't be read, or is not what a run writes
+running      a process holds the folder's lock
+failed       the latest training ended with an error
+finished     all steps are taken, and the model is exported
+interrupted  there are a checkpoint or metrics, and steps are left
+new          no step has been logged or saved
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 from dpm_scales.cli.stored import key_of
 from dpm_scales.errors import UserError, require
 from dpm_scales.models.seals import checkpoint_step
-from dpm_scales.runs.evaluations import RESULT, Evaluation, read_evaluation
-from dpm_scales.runs.files import (
+from dpm_scales.run_folders.evaluations import RESULT, Evaluation, read_evaluation
+from dpm_scales.run_folders.files import (
     FAILURE,
     MAX_METRICS_BYTES,
     finished_result,
@@ -30,7 +30,7 @@ from dpm_scales.runs.files import (
     stored_config,
     stored_result,
 )
-from dpm_scales.runs.looking import lock_holder, survey
+from dpm_scales.run_folders.looking import lock_holder, survey
 from dpm_scales.storage import read_text, read_yaml
 
 Result = TypeVar("Result")
