@@ -12,12 +12,14 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Transformer
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpm_scales.cli import configs
-from dpm_scales.cli.arguments import config_dirs
+from dpm_scales.cli.arguments import config_dirs, is_multirun, split_flags
 from dpm_scales.errors import is_initials, nearest, suggest
 from dpm_scales.models.instantiate import CONFIGS
 
@@ -46,6 +48,32 @@ def unknown_option(config_name: str, full: str, argv: Sequence[str]) -> str:
         level_too = f"; allowed: {', '.join(sorted(level))}" if level else ""
         return f"unknown option {full!r}: did you mean {' or '.join(map(repr, elsewhere[:MOST_NAMED]))}?{level_too}"
     return f"unknown option {full!r}: {suggest(full, level)}"
+
+
+def mistaken_option(config_name: str, argv: Sequence[str]) -> str | None:
+    """Return the error message for the first option that names no choice or key of the config; None if all do.
+
+    Args: as for `unknown_option`.
+    """
+    flags, options = split_flags(argv)
+    if any(flag.startswith(("--config-name=", "--config-path=")) for flag in flags):
+        return None  # of another config
+    groups = [*configs.all_groups(config_name), "experiment"]
+    present = {*configs.groups(config_name), *_keys(_composed(config_name, argv), ""), *configs.GIVEN}
+    for override in OverridesParser.create().parse_overrides(options):
+        group, key = override.key_or_group, override.key_or_group.replace("/", ".")
+        sweep = override.is_sweep_override()
+        chosen = override.sweep_iterator(Transformer.identity) if sweep else [override.value()]
+        if group in groups and not override.is_delete() and not all(isinstance(one, str | list) for one in chosen):
+            value = str(override.input_line).partition("=")[2]
+            return f"{group} is chosen by a name, and can't be {value}; leave it out for the default"
+        ours = not (key.startswith("hydra.") or key.rpartition(".")[2].startswith("_") or key[-1].isdigit())
+        if ours and key not in present and not (override.is_add() or override.is_force_add()):
+            return unknown_option(config_name, key, argv)
+        if sweep and not is_multirun(flags):
+            values = str(override.input_line).partition("=")[2]
+            return f"{group}={values} gives several values: -m makes a run of each, and {group}=[{values}] is a list"
+    return None
 
 
 def option_of_flag(config_name: str, key: str) -> str:
@@ -80,7 +108,7 @@ def _composed(config_name: str, argv: Sequence[str]) -> Any:
         try:
             with initialize_config_dir(str(CONFIGS), version_base="1.3"):
                 return compose(config_name, overrides=overrides)
-        except (HydraException, OmegaConfBaseException):
+        except (HydraException, OmegaConfBaseException, ValueError):  # ValueError: a choice that is no name
             continue
     return OmegaConf.create()
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import errno
-import re
 import sys
 import traceback
 from collections.abc import Iterator
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from dpm_scales.cli.arguments import (
-    UnknownFlagError,
-)
-from dpm_scales.cli.configs import all_groups
-from dpm_scales.cli.hints import TASK_GROUPS, option_of_flag, unknown_option
+from dpm_scales.cli.arguments import UnknownFlagError
+from dpm_scales.cli.hints import TASK_GROUPS, mistaken_option, option_of_flag, unknown_option
 from dpm_scales.errors import UserError, suggest
 
 TRACEBACK = "HYDRA_FULL_ERROR"
+#: configs of the launchers of Hydra's submitit plugin
+SUBMITIT = "hydra/launcher/submitit"
 
 #: error numbers caused by a path that the user named; any other is a defect
 PLACE_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.EIO, errno.ESTALE)
@@ -34,7 +31,11 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def one_line(error: BaseException, config_name: str = "") -> str | None:
-    """Return the one-line message for a user's mistake, or None for a defect."""
+    """Return the one-line message for a user's mistake, or None for a defect.
+
+    Args:
+        config_name: the entry point's config; empty within a job, whose config is composed.
+    """
     chain = list(causes(error))
     for link in chain:
         if isinstance(link, UnknownFlagError) and config_name:
@@ -42,6 +43,8 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
         if isinstance(link, UserError):
             return str(link)
     for link in chain:
+        if isinstance(link, MissingConfigException) and str(link.missing_cfg_file).startswith(SUBMITIT):
+            return "this launcher needs the submitit plugin: pip install '.[slurm]'"
         if isinstance(link, MissingConfigException) and link.options:
             name = str(link.missing_cfg_file or "").removesuffix(".yaml")
             group, _, choice = name.rpartition("/")
@@ -50,12 +53,9 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
         if isinstance(link, OverrideParseException):
             return f"{link.override!r} is not an option: write KEY=VALUE, and quote values with spaces or brackets"
         if isinstance(link, MissingMandatoryValue):
-            key = re.search(r"(?:full_key: |mandatory value: )([\w.]+)", str(link))
-            return f"{key.group(1) if key else 'a key'} has no value yet; give it on the command line: KEY=VALUE"
-    if type(error) is ValueError and "Config group override must be a string" in str(error):  # raised by Hydra
-        return _not_a_name(config_name)
-    if isinstance(error, InstantiationException):
-        return _instantiation(error, chain[-1])
+            return f"{link.full_key or 'a key'} has no value yet; give it on the command line: KEY=VALUE"
+        if isinstance(link, ConfigAttributeError | ConfigKeyError) and link.full_key:
+            return unknown_option(config_name, str(link.full_key), sys.argv[1:])
     for link in chain:
         if isinstance(link, OSError) and link.errno in PLACE_ERRORS and link.filename is not None:
             return f"{str(link.filename)[:200]!r}: {link.strerror}; choose another place"
@@ -66,9 +66,16 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
         path = _config_path(link) if isinstance(link, UnicodeDecodeError) else None
         if path is not None:
             return f"{path} is not UTF-8 text: {link.reason}; save it as UTF-8"  # type: ignore[attr-defined]
+    if config_name and (type(error) is ValueError or isinstance(error, HydraException)):
+        mistaken = mistaken_option(config_name, sys.argv[1:])
+        if mistaken is not None:
+            return mistaken
+    if isinstance(error, InstantiationException) and len(chain) > 1:
+        return None  # an exception in a constructor that `build` does not take for a mistake
     for link in reversed(chain):
         if isinstance(link, HydraException | OmegaConfBaseException):
-            return _shorten(str(link), config_name)
+            lines = [line.strip() for line in str(link).splitlines() if line.strip() and "hydra.cc" not in line]
+            return " ".join(lines)
         if type(link).__name__ == "MisconfigurationException":  # of Lightning, which takes seconds to import
             return " ".join(str(link).split())
     return None
@@ -79,46 +86,4 @@ def _config_path(error: BaseException) -> str | None:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_name == "load_config" and "full_path" in frame.f_locals:
             return str(frame.f_locals["full_path"])
-    return None
-
-
-def _not_a_name(config_name: str) -> str:
-    """Return the message for a config group that is set to null, a number or a boolean."""
-    key, value = "a config group", "null"
-    for argument in sys.argv[1:]:
-        name, equals, rest = argument.partition("=")
-        if equals and name in all_groups(config_name):
-            chosen = OverridesParser.create().parse_override(argument).value()
-            key, value = (key, value) if isinstance(chosen, str | list) else (name, rest)
-    return f"{key} is chosen by a name, and can't be {value}; leave it out for the default"
-
-
-def _shorten(message: str, config_name: str) -> str:
-    """Return Hydra's multi-line message as one line; for an unknown key, with the most similar one."""
-    unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", message)
-    if unknown:
-        return unknown_option(config_name, unknown.group(2), sys.argv[1:])
-    no_group = re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", message)
-    found = no_group or re.search(r"Could not delete from config\. '([^']+)' does not exist", message)
-    if found:
-        return unknown_option(config_name, found.group(1), sys.argv[1:])
-    if "hydra/launcher/submitit" in message:
-        return "this launcher needs the submitit plugin: pip install '.[slurm]'"
-    lines = [line.strip() for line in message.splitlines() if line.strip() and "hydra.cc" not in line]
-    return " ".join(lines)
-
-
-def _instantiation(error: InstantiationException, root: BaseException) -> str | None:
-    """Return the message for an object that can't be built from its config's arguments, or None for a defect."""
-    text = " ".join(str(root).split()) or type(root).__name__
-    key = re.search(r"full_key: (\S+)", str(error))
-    target = re.search(r"target '([\w.]+)'", str(error))
-    where = key.group(1) if key else target.group(1) if target else "config"
-    unexpected = re.search(r"got an unexpected keyword argument '(\w+)'", text)
-    if unexpected:
-        return f"unknown option {where}.{unexpected.group(1)}"
-    if isinstance(root, InstantiationException):
-        return text
-    if isinstance(root, TypeError | ValueError | ImportError | AttributeError) or "Misconfig" in type(root).__name__:
-        return f"{where}: {text} ({TRACEBACK}=1 shows where)"
     return None

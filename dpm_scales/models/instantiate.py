@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from dpm_scales.errors import OutOfMemoryError, UserError, require
+from dpm_scales.errors import OutOfMemoryError, UserError, require, suggest
 from dpm_scales.memory import lacks_memory
 
 
@@ -66,13 +66,18 @@ def build(
     what = f"{where}._target_={settings['_target_']}"
     _require_arguments(found, kwargs, what)
     try:
-        # under its key, so that Hydra's errors name it
+        # under its key, so that Hydra names what has no value yet
         built = instantiate(OmegaConf.create({where: settings})[where], _convert_="all", **kwargs)
     except Exception as error:
-        place = lacks_memory(root_cause(error))
-        if place is None:
+        root = root_cause(error)
+        place = lacks_memory(root)
+        if place is not None:
+            raise OutOfMemoryError(f"{what} needs more memory than {place} has left; choose smaller values") from error
+        usual = isinstance(root, (TypeError, ValueError, ImportError, AttributeError))
+        if isinstance(root, UserError) or not (usual or type(root).__name__ == "MisconfigurationException"):
             raise
-        raise OutOfMemoryError(f"{what} needs more memory than {place} has left; choose smaller values") from error
+        text = " ".join(str(root).split()) or type(root).__name__
+        raise UserError(f"{where}: {text} (HYDRA_FULL_ERROR=1 shows where)") from error
     if partial_kwargs is not None and settings.get("_partial_"):
         _require_arguments(found, partial_kwargs, what)
         built = built(**partial_kwargs)
@@ -117,7 +122,11 @@ def check_kind(config: Any, kind: type, where: str, partial_kwargs: Iterable[str
         f"{where}._partial_=true is for functions of the {' and the '.join(partial_kwargs or ())}, and {name} is a "
         f"class; set {where}._partial_=false",
     )
+    taken = arguments_of(found)
     for key, value in settings.items():
+        if taken is not None and key not in ("_target_", "_partial_", *taken):
+            known = suggest(f"{where}.{key}", [f"{where}.{name}" for name in taken])
+            raise UserError(f"unknown option '{where}.{key}': {known}")
         require_switch(f"{where}.{key}", value, alternatives(hints.get(key)))
         kinds = [k for k in get_args(hints.get(key)) or [hints.get(key)] if inspect.isclass(k) and k is not type(None)]
         if isinstance(value, dict) and "_target_" in value and len(kinds) == 1:

@@ -256,7 +256,7 @@ def test_the_holes_are_holes(run: Path, tmp_path: Path) -> None:
     away = os.path.relpath(tmp_path, ROOT / "configs" / "process")
     for number, override in enumerate(
         (
-            f"+data.x={{_target_:os.mkdir,path:{tmp_path}/boom}}",
+            f"++network.dropout={{_target_:os.mkdir,path:{tmp_path}/boom}}",
             f"process={away}/evil",
             f"process/noise=../{away}/evil",
         )

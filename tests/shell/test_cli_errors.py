@@ -109,10 +109,10 @@ TRAIN = {
     "process": "'process' is not an option: write KEY=VALUE",
     "network.widths=[8,8": "'network.widths=.8,8' is not an option",
     # experiments of the user's own
-    EXTRA + "experiment=typo_process": "unknown option process.num_scale",
+    EXTRA + "experiment=typo_process": "unknown option 'process.num_scale': did you mean 'process.num_scales'",
     EXTRA + "experiment=typo_section": "unknown option 'ema.deca': did you mean 'ema.decay'",
     EXTRA + "experiment=typo_root": "unknown option 'sede': did you mean 'seed'",
-    EXTRA + "experiment=typo_trainer": "unknown option trainer.max_stps",
+    EXTRA + "experiment=typo_trainer": "unknown option 'trainer.max_stps': did you mean 'trainer.max_steps'",
     EXTRA + "experiment=typo_choice": "unknown process 'het': did you mean 'heat'",
     # values
     "process.num_scales=0": "num_scales must be a whole number >= 1, got 0",

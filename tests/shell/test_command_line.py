@@ -169,6 +169,14 @@ HINTS = {
     "train.py --cfg jop": "unknown --cfg 'jop': did you mean 'job'? allowed: all, hydra, job",
     "train.py --": "--: options are KEY=VALUE: KEY=VALUE",
     "train.py data=3": "data is chosen by a name, and can't be 3; leave it out for the default",
+    "train.py -m process=vp,3": "process is chosen by a name, and can't be vp,3; leave it out for the default",
+    "train.py experiment=3": "experiment is chosen by a name, and can't be 3; leave it out for the default",
+    "train.py ~sede": "unknown option 'sede': did you mean 'seed'?",
+    "train.py process/blur=log": "unknown option 'process.blur': it belongs to process=blurring and process=blurring_",
+    "train.py process=vp,heat": "process=vp,heat gives several values: -m makes a run of each, and process=[vp,heat]",
+    "train.py process=heat process.blur={_target_:dpm_scales.schedules.LogBlur} process.blur.blur_sigma_mx=3": (
+        "unknown option 'process.blur.blur_sigma_mx': "
+    ),
     "train.py process=haet --help": "unknown process 'haet': did you mean 'heat'? allowed: ",
     "train.py --config-dir nowhere": "Additional config directory '",
 }
@@ -238,8 +246,14 @@ def test_another_class_has_its_own_options(tmp_path: Path, monkeypatch: pytest.M
     expected = {"_target_": "mynet.MyNet", "width": 5, "dropout": 0.0}
     given = ("in_channels", "out_channels", "num_classes")
     assert {k: v for k, v in settings(tmp_path / "run")["network"].items() if k not in given} == expected
+    (tmp_path / "broken.py").write_text(
+        "from torch import nn\nclass Net(nn.Module):\n"
+        "    def __init__(self, in_channels, out_channels, num_classes=None): raise RuntimeError('a defect')\n"
+    )
+    with pytest.raises(Exception, match="a defect"):
+        call("train.py", *small, "network._target_=broken.Net", "run_dir=other", cwd=tmp_path)
     line = error("train.py", *small, *own, "network.widths=[8]", "run_dir=other", cwd=tmp_path)
-    assert line == "unknown option network.widths"
+    assert line.startswith("unknown option 'network.widths': did you mean 'network.width'? allowed: ")
     assert not (tmp_path / "other").exists()
 
 

@@ -102,7 +102,7 @@ COMMANDS = {
     "train.py run_dir=run trainer.deterministic=perhaps": "trainer.deterministic must be true, false or 'warn', got",
     "train.py run_dir=run data.pin_memory=maybe": "data.pin_memory must be true, false or null, got 'maybe'",
     "train.py run_dir=run target.clip=n": "target.clip must be true or false, got 'n'",
-    "train.py run_dir=run process=heat +process.noise.clip=n": "unknown option process.noise.clip",
+    "train.py run_dir=run process=heat +process.noise.clip=n": "unknown option 'process.noise.clip': allowed: ",
     "train.py run_dir=run +trainer.barebones=no": "trainer.barebones must be true or false, got 'no'",
     "sample.py model=x out=out trajectory=no": "trajectory must be true or false, got 'no'",
     "sample.py task=superres model=x out=out image=a.png degrade=no": "degrade must be true or false, got 'no'",
