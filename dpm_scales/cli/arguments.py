@@ -122,7 +122,7 @@ def tidy(argv: Iterable[str], aliases: Mapping[str, str] = MappingProxyType({}))
 
     Flags come first. Paths are quoted where necessary, and lists are put in brackets unless they are swept over.
     Replacing an object, `KEY={_target_:…}`, becomes a removal and an addition, since Hydra would merge it with the
-    existing one. Options of a class chosen by `KEY._target_=…` may be new keys.
+    existing one; it comes before options within it. Options of a class chosen by `KEY._target_=…` may be new keys.
 
     Args:
         aliases: Hydra's names of some keys.
@@ -133,7 +133,8 @@ def tidy(argv: Iterable[str], aliases: Mapping[str, str] = MappingProxyType({}))
     sweep = is_multirun(flags)
     keys = [argument.partition("=")[0] for argument in given]
     classes = tuple(key.removesuffix("_target_") for key in keys if key.endswith("._target_") and key[0] not in "+~")
-    options = []
+    objects = tuple(f"{key_of(typed)}." for typed in given if _is_object(typed))
+    options: list[str] = []
     for typed in given:
         name, equals, value = typed.partition("=")
         key = _renamed(name, aliases)
@@ -148,13 +149,20 @@ def tidy(argv: Iterable[str], aliases: Mapping[str, str] = MappingProxyType({}))
             items = [item if PLAIN_ITEM.fullmatch(item) else repr(item) for item in LIST_ITEM.findall(value)]
             joined = ",".join(items)
             options.append(f"{key}={joined}" if sweep or len(items) == 1 else f"{key}=[{joined}]")
-        elif value.startswith("{") and "_target_" in value and key[0] not in "+~":
-            options += [f"~{key}", f"+{key}={value}"]
-        elif key.startswith(classes) and not key.endswith("._target_"):
+        elif _is_object(typed) and not key.startswith(objects):
+            place = 0 if any(other.startswith(f"{key}.") for other in keys) else len(options)
+            options[place:place] = [f"~{key}", f"+{key}={value}"]
+        elif key.startswith((*classes, *objects)) and not key.endswith("._target_") and key[0] not in "+~":
             options.append(f"++{argument}")
         else:
             options.append(argument)
     return flags + options
+
+
+def _is_object(option: str) -> bool:
+    """Return whether an option replaces an object by another, `KEY={_target_:…}`."""
+    key, _, value = option.partition("=")
+    return value.startswith("{") and "_target_" in value and key[0] not in "+~"
 
 
 def _renamed(key: str, aliases: Mapping[str, str]) -> str:

@@ -344,6 +344,10 @@ def test_tidy() -> None:
     assert tidy(["--multirun", "model=a,b"]) == ["--multirun", "model=a,b"]
     assert tidy(["process.blur={_target_:A,b:1}"]) == ["~process.blur", "+process.blur={_target_:A,b:1}"]
     assert tidy(["+process.blur={_target_:A}", "x={a:1}"]) == ["+process.blur={_target_:A}", "x={a:1}"]
+    replaced = ["~process", "+process={_target_:A}"]  # before what is within it, in any order
+    assert tidy(["process.n=2", "a=1", "process={_target_:A}"]) == [*replaced, "++process.n=2", "a=1"]
+    inner = tidy(["process={_target_:A}", "process.blur={_target_:B}"])
+    assert inner == [*replaced, "++process.blur={_target_:B}"] == tidy(inner)
 
 
 def test_suggestions() -> None:

@@ -25,6 +25,8 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 #: a file of this repository; `processes/law.py` is one below dpm_scales
 FILE = re.compile(r"(?<![\w./~-])((?:[a-z]\w*/)+[a-z]\w*\.py|configs/[a-z_0-9/]+\.yaml)\b")
 NAME = re.compile(r"(?<![\w./])((?:dpm_scales|benchmarks)(?:\.[A-Za-z]\w*)+)(?!\w|/)")
+#: packages that a reader makes or installs, whose names a page may import
+ELSEWHERE = ("mynet", "datasets")
 
 
 def text_of(path: Path) -> str:
@@ -84,7 +86,7 @@ def unknown_names(text: str) -> Iterator[str]:
     names = set(NAME.findall(text))
     for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom):
+            if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] not in ELSEWHERE:
                 names |= {f"{node.module}.{alias.name}" for alias in node.names}
     for name in sorted(names):
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,49 +17,23 @@ from dpm_scales.errors import UserError
 from dpm_scales.models import load_model
 from dpm_scales.models.trust import check_target, foreign_packages, trusted_names
 from dpm_scales.training.resuming import resume_command
-from support.shell import ROOT, SMALL, call, drawn, files, sample
+from support.own_package import PAGES, command, forget, imported, installed, modules
+from support.shell import SMALL, call, drawn, files, sample
 
-PAGE = (ROOT / "docs" / "own_classes.md").read_text()
-#: the page's modules by name, as a reader would save them
-MODULES = dict(re.findall(r"```python\n# mynet\.(\w+)\n(.*?)```", PAGE, re.DOTALL))
 SETTINGS = [o for o in SMALL if not o.startswith(("network", "sampler", "data", "trainer.max_steps"))]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The page's package, whose import leaves a trace; on the path of this process and of those that it starts."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    (folder / "mynet").mkdir()
-    trace = f"from pathlib import Path\nPath({str(folder / 'imported')!r}).touch()\nimport os\n"
-    (folder / "mynet" / "__init__.py").write_text(trace)
-    for name, text in MODULES.items():
-        (folder / "mynet" / f"{name}.py").write_text(text)
-    forget(folder)  # of another test's package of this name
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
+    with installed(tmp_path_factory.mktemp("elsewhere")) as folder:
         yield folder
-    forget(folder)
-
-
-def forget(folder: Path) -> None:
-    """Let the next import of the package leave its trace again."""
-    (folder / "imported").unlink(missing_ok=True)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "mynet"]:
-        del sys.modules[name]
-
-
-def commands(of: str) -> list[str]:
-    """The arguments of the page's command that begins so, from a block of shell."""
-    text = next(line for block in re.findall(r"```sh\n(.*?)```", PAGE.replace("\\\n", " "), re.DOTALL)
-                for line in block.splitlines() if line.startswith(f"python {of}"))  # fmt: skip
-    return [word.strip("'") for word in re.findall(r"'[^']*'|\S+", text)][2:]
 
 
 @pytest.fixture(scope="module")
 def run(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page's first command, made short."""
     folder = tmp_path_factory.mktemp("trained")
-    outcome = call("train.py", *commands("train.py"), *SETTINGS, "trainer.max_steps=3", cwd=folder)
+    outcome = call("train.py", *command("own_classes", "train.py"), *SETTINGS, "trainer.max_steps=3", cwd=folder)
     assert outcome.status == 0, outcome.err
     assert "gives allow=[mynet]" in outcome.out
     run_dir = folder / "runs" / "mine"
@@ -68,8 +41,9 @@ def run(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_the_page_has_a_module_for_each_contract() -> None:
-    assert set(MODULES) == {"networks", "processes", "samplers", "data"}
+def test_the_pages_have_a_module_for_each_contract() -> None:
+    parts = {"networks", "targets", "weights", "processes", "schedules", "priors", "samplers", "data"}
+    assert set(modules()) == parts | {"metrics", "features"}
 
 
 def test_training_without_own_classes_says_nothing(tmp_path: Path) -> None:
@@ -78,13 +52,13 @@ def test_training_without_own_classes_says_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["allow=[]"], ["allow=[other]"], ["allow=[myne]"], ["allow=[mynet.nothing]"]])
-@pytest.mark.parametrize("command", ["sample.py", "evaluate.py", "train.py", "load_model"])
+@pytest.mark.parametrize("name", ["sample.py", "evaluate.py", "train.py", "load_model"])
 def test_without_trust_nothing_is_imported(
-    command: str, more: list[str], run: Path, package: Path, tmp_path: Path
+    name: str, more: list[str], run: Path, package: Path, tmp_path: Path
 ) -> None:
     forget(package)
     before = files(run)
-    if command == "load_model":
+    if name == "load_model":
         allow = [name.removeprefix("allow=[").removesuffix("]") for name in more if name != "allow=[]"]
         with pytest.raises(UserError) as caught:
             load_model(run, allow=allow)
@@ -94,20 +68,20 @@ def test_without_trust_nothing_is_imported(
             "sample.py": [f"model={run}", f"out={tmp_path / 'out'}"],
             "evaluate.py": [f"model={run}", "reference=data"],
             "train.py": [f"run_dir={run}", "trainer.max_steps=5"],
-        }[command]
-        outcome = call(command, *arguments, *more, cwd=tmp_path)
+        }[name]
+        outcome = call(name, *arguments, *more, cwd=tmp_path)
         assert outcome.status == 2
         line = outcome.err.strip()
         assert "\n" not in line
     assert line.endswith("; if you trust it: allow=[mynet]"), line
-    assert not (package / "imported").exists() and "mynet" not in sys.modules
+    assert not imported(package)
     assert files(run) == before and not (tmp_path / "out").exists()
 
 
 def test_with_trust_it_is_loaded_sampled_and_evaluated(run: Path, package: Path, tmp_path: Path) -> None:
     forget(package)
     model = load_model(run, allow=["mynet"])
-    assert (package / "imported").exists()
+    assert imported(package)
     assert type(model.denoiser.network).__module__ == "mynet.networks"
     assert type(model.denoiser.process).__module__ == "mynet.processes"
     assert type(model.sampler).__module__ == "mynet.samplers"
@@ -134,7 +108,9 @@ def test_with_trust_it_is_resumed(again: list[str], run: Path, tmp_path: Path) -
     assert outcome.status == 0, outcome.err
     assert "resuming" in outcome.out
     assert "allow" not in (copy / "overrides.yaml").read_text()
-    repeated = call("train.py", f"run_dir={copy}", *commands("train.py")[:-1], "trainer.max_steps=6", cwd=tmp_path)
+    repeated = call(
+        "train.py", f"run_dir={copy}", *command("own_classes", "train.py")[:-1], "trainer.max_steps=6", cwd=tmp_path
+    )
     assert repeated.status == 0, repeated.err  # whose classes the command line names itself
 
 
@@ -145,7 +121,7 @@ def test_a_file_can_not_trust_itself(run: Path, package: Path, tmp_path: Path) -
     options.write_text(yaml.safe_dump([*yaml.safe_load(options.read_text()), "allow=[mynet]"]))
     forget(package)
     outcome = call("train.py", f"run_dir={copy}", "trainer.max_steps=5", cwd=tmp_path)
-    assert outcome.status == 2 and not (package / "imported").exists()
+    assert outcome.status == 2 and not imported(package)
     options.write_text(yaml.safe_dump(["allow=[mynet]"]))
     outcome = call("train.py", f"run_dir={copy}", "trainer.max_steps=5", cwd=tmp_path)
     assert outcome.status == 2 and "what is trusted is said on the command line alone" in outcome.err
@@ -160,7 +136,7 @@ def test_weights_need_no_trust_in_a_sampler_that_is_replaced(package: Path, run:
     refused = call("sample.py", f"model={tmp_path / 'run'}", f"out={tmp_path / 'no'}", "steps=2", cwd=tmp_path)
     assert refused.status == 2 and refused.err.strip().endswith("if you trust it: allow=[mynet]")
     out = sample(tmp_path / "run", tmp_path / "out", "sampler=ddim", "steps=2", "num_samples=2")
-    assert len(drawn(out)) == 2 and not (package / "imported").exists()
+    assert len(drawn(out)) == 2 and not imported(package)
     model = load_model(tmp_path / "run", sampler={"_target_": "dpm_scales.samplers.DDIM"}, steps=2)
     assert model.recipe.parts["sampler"] == {"_target_": "dpm_scales.samplers.DDIM", "steps": 2}
     own = load_model(tmp_path / "run", allow=["mynet"], steps=2)
@@ -193,7 +169,7 @@ def test_packages_of_a_config() -> None:
 
 def test_the_page_in_python(run: Path, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last block, as it stands there."""
-    block = re.findall(r"```python\n(from dpm_scales.*?)```", PAGE, re.DOTALL)
+    block = re.findall(r"```python\n(from dpm_scales.*?)```", PAGES["own_classes"], re.DOTALL)
     assert len(block) == 1
     monkeypatch.chdir(run.parents[1])
     found: dict[str, object] = {}

@@ -1,0 +1,179 @@
+"""One class of one's own of each kind, from the pages' package: trained, sampled, evaluated, resumed, loaded.
+
+Each with trust in the package and without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpm_scales.errors import UserError
+from dpm_scales.models import Model, load_model
+from dpm_scales.training.resuming import trust_needed
+from support.own_package import command, forget, imported, installed
+from support.shell import SMALL, call, column, composed, drawn, files, sample
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A part of one's own.
+
+    Attributes:
+        options: choose it.
+        part: returns it from a model; None if it is no part of one.
+        opened_by: the commands that need trust in its package.
+    """
+
+    options: tuple[str, ...]
+    part: Callable[[Model], Any] | None
+    opened_by: tuple[str, ...] = ("sample.py", "evaluate.py", "train.py", "load_model")
+
+
+STRIPES = "{_target_: dpm_scales.data.ImageDataModule, source: {_target_: mynet.data.Stripes}, batch_size: 16}"
+KINDS = {
+    "network": Kind(
+        ("network={_target_: mynet.networks.DiT, width: 16, depth: 1, patch: 2}",), lambda m: m.denoiser.network
+    ),
+    "target": Kind(("target={_target_: mynet.targets.Degradation}",), lambda m: m.denoiser.target),
+    "weight": Kind(("weight={_target_: mynet.weights.Flat}",), None, ("train.py",)),
+    "process": Kind(("process={_target_: mynet.processes.SlightBlur, num_scales: 20}",), lambda m: m.denoiser.process),
+    "straight path": Kind(
+        ("process={_target_: mynet.processes.RectifiedFlow, num_scales: 20}",), lambda m: m.denoiser.process
+    ),
+    "noise": Kind(("process.noise={_target_: mynet.schedules.Sine}",), lambda m: m.denoiser.process.noise),
+    "blur": Kind(
+        ("process=blurring", "process.num_scales=20", "process.blur={_target_: mynet.schedules.SteadyBlur}"),
+        lambda m: m.denoiser.process.blur,
+    ),
+    "prior": Kind(("prior={_target_: mynet.priors.WideNoise}",), lambda m: m.prior),
+    "sampler": Kind(("sampler={_target_: mynet.samplers.Straight, steps: 3}",), lambda m: m.sampler),
+    "data": Kind((f"data={STRIPES}",), None, ("evaluate.py", "train.py")),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with installed(tmp_path_factory.mktemp("elsewhere")) as folder:
+        yield folder
+
+
+def settings(kind: str) -> list[str]:
+    """The small run's options without those of the part that is replaced."""
+    return [option for option in SMALL if not option.startswith((f"{kind}.", "trainer.max_steps"))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_with_trust_and_without(kind: str, package: Path, tmp_path: Path) -> None:
+    own, run = KINDS[kind], tmp_path / "run"
+    outcome = call("train.py", *settings(kind), *own.options, "trainer.max_steps=2", f"run_dir={run}", cwd=tmp_path)
+    assert outcome.status == 0, outcome.err
+    who = "loads or resumes" if own.part is not None or kind == "data" else "resumes"
+    assert (
+        f"this run uses classes of mynet: files are not trusted, so whoever {who} it gives allow=[mynet]" in outcome.out
+    )
+
+    commands = {
+        "sample.py": [f"model={run}", "num_samples=2", f"out={tmp_path / 'refused'}"],
+        "evaluate.py": [f"model={run}", "reference=data", "num_samples=2", "num_reference=3"],
+        "train.py": [f"run_dir={run}", "trainer.max_steps=3"],
+    }
+    before = files(run)
+    for name in own.opened_by:
+        forget(package)
+        if name == "load_model":
+            with pytest.raises(UserError) as caught:
+                load_model(run)
+            line = str(caught.value)
+        else:
+            outcome = call(name, *commands[name], cwd=tmp_path)
+            assert outcome.status == 2
+            line = outcome.err.strip()
+        assert line.endswith("; if you trust it: allow=[mynet]") and "\n" not in line, line
+        assert not imported(package) and files(run) == before and not (tmp_path / "refused").exists()
+
+    forget(package)
+    model = load_model(run, allow=["mynet"] if "load_model" in own.opened_by else [])
+    if own.part is None:
+        assert not imported(package)
+    else:
+        assert type(own.part(model)).__module__.partition(".")[0] == "mynet"
+    allowed = ["allow=[mynet]"] if "sample.py" in own.opened_by else []
+    assert len(drawn(sample(run, tmp_path / "out", "num_samples=2", *allowed))) == 2
+    judged = ["allow=[mynet]", "measures=[{_target_: mynet.metrics.Sharpness}]", "cache=false"]
+    outcome = call("evaluate.py", *commands["evaluate.py"], *judged, cwd=tmp_path)
+    assert outcome.status == 0 and "sharpness" in outcome.out, outcome.err
+    outcome = call("train.py", *commands["train.py"], "allow=[mynet]", cwd=tmp_path)
+    assert outcome.status == 0 and "resuming" in outcome.out, outcome.err
+    assert len(column(run, "train/loss")) == 3
+
+
+def test_the_pages_commands(tmp_path: Path) -> None:
+    short = [o for o in SMALL if not o.startswith(("network", "trainer.max_steps"))] + ["trainer.max_steps=1"]
+    for page in ("own_network", "own_process"):
+        outcome = call("train.py", *command(page, "train.py"), *short, cwd=tmp_path)
+        assert outcome.status == 0, outcome.err
+    short = [o for o in SMALL if not o.startswith(("data", "trainer.max_steps"))] + ["trainer.max_steps=1"]
+    outcome = call("train.py", *command("own_data", "train.py"), *short, cwd=tmp_path)
+    assert outcome.status == 0, outcome.err
+    (tmp_path / "runs" / "data").rename(tmp_path / "runs" / "mine")
+    outcome = call("sample.py", *command("own_sampler", "sample.py"), cwd=tmp_path)
+    assert outcome.status == 0, outcome.err
+    assert len(drawn(tmp_path / "samples" / "mine")) == 4
+    audited = ("process={_target_: mynet.processes.SlightBlur, num_scales: 8}", "out=audited")
+    outcome = call("evolve.py", "task=audit", *audited, cwd=tmp_path)
+    assert outcome.status == 0, outcome.err
+
+
+def test_rows_of_pictures_are_a_data_set() -> None:
+    """The page's data set for `datasets`, on rows of its form."""
+    import numpy as np
+    from mynet.data import Rows  # type: ignore[import-not-found]
+    from PIL import Image
+
+    levels = np.arange(3, dtype=np.uint8)[:, None, None] * np.ones((5, 7), np.uint8)
+    rows = Rows([{"image": Image.fromarray(level), "label": n} for n, level in enumerate(levels)], 4)
+    image, label = rows.get(2, None)
+    assert len(rows) == 3 and label == 2 and image.shape == (3, 4, 4) and image.dtype == torch.uint8
+    assert bool((image == 2).all())
+
+
+def test_a_class_replaced_by_its_name_drops_the_options_that_it_has_not(tmp_path: Path) -> None:
+    """At the top and nested; those that it has too are kept, and unknown ones that were typed are refused."""
+    small = [o for o in SMALL if not o.startswith(("network", "trainer.max_steps"))] + ["trainer.max_steps=1"]
+    names = ["network._target_=mynet.networks.Plain", "process.noise._target_=mynet.schedules.Sine"]
+    outcome = call("train.py", *small, *names, "network.width=8", "run_dir=run", cwd=tmp_path)
+    assert outcome.status == 0, outcome.err
+    parts = load_model(tmp_path / "run", allow=["mynet"]).recipe.parts
+    assert parts["network"] == {"_target_": "mynet.networks.Plain", "width": 8}
+    assert parts["process"]["noise"] == {"_target_": "mynet.schedules.Sine"}
+    assert parts["process"]["num_scales"] == composed().process.num_scales
+    outcome = call("train.py", *small, *names, "process.noise.shift=2", "run_dir=other", cwd=tmp_path)
+    assert outcome.status == 2 and "process.noise.shift" in outcome.err and outcome.err.count("\n") == 1
+    both = ["process._target_=mynet.processes.SlightBlur", "process.num_scales=20", names[1]]
+    outcome = call("train.py", *small, "network.width=8", names[0], *both, "run_dir=both", cwd=tmp_path)
+    assert outcome.status == 0, outcome.err
+    process = load_model(tmp_path / "both", allow=["mynet"]).recipe.parts["process"]
+    assert process == {
+        "_target_": "mynet.processes.SlightBlur", "num_scales": 20, "noise": {"_target_": "mynet.schedules.Sine"}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("loading", "resuming", "end"),
+    [
+        ([], [], ""),
+        (["a"], ["a"], "classes of a: files are not trusted, so whoever loads or resumes it gives allow=[a]"),
+        (["a"], [], "classes of a: files are not trusted, so whoever loads or resumes it gives allow=[a]"),
+        ([], ["b"], "classes of b: files are not trusted, so whoever resumes it gives allow=[b]"),
+        (["a"], ["b"], "so whoever loads it gives allow=[a], and whoever resumes it allow=[a,b]"),
+    ],
+)
+def test_the_line_on_what_is_needed(loading: list[str], resuming: list[str], end: str) -> None:
+    line = trust_needed(loading, resuming)
+    assert line.endswith(end) and bool(line) == bool(end)
