@@ -112,6 +112,12 @@ class DiffusersUNet(nn.Module):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"UNet2DModel can't be built: {reason:.200}") from error
+        wide = any(getattr(part, "heads", 1) < 1 for part in self.unet.modules())
+        require(
+            not wide,
+            f"unet.attention_head_dim={settings.get('attention_head_dim', known['attention_head_dim'])} exceeds the "
+            "width of a level with attention, or of the middle, which leaves no head; choose less",
+        )
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Apply the network.

@@ -74,6 +74,7 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "classes of": ({"unet": {**UNET, "class_embed_type": "identity"}}, ("class_embed_type=identity",)),
     "blocks": ({"unet": {**UNET, "block_out_channels": [8]}}, ("UNet2DModel can't be built", "number of")),
     "groups": ({"unet": {**UNET, "norm_num_groups": 3}}, ("UNet2DModel can't be built",)),
+    "heads": ({"unet": {**UNET, "attention_head_dim": 17}}, ("unet.attention_head_dim=17", "no head")),
     "a name": ({"unet": {**UNET, "act_fn": "sillu"}}, ("UNet2DModel can't be built", "sillu")),
 }
 
