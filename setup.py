@@ -17,7 +17,9 @@ class BuildPackage(build_py):
         if not self.editable_mode:
             target = Path(self.build_lib, "dpm_scales", "configs")
             shutil.rmtree(target, ignore_errors=True)  # a build folder that is used again may hold a removed config
-            shutil.copytree("configs", target, ignore=shutil.ignore_patterns("__pycache__"))
+            for config in Path("configs").rglob("*.yaml"):
+                self.mkpath(str(target / config.parent.relative_to("configs")))
+                self.copy_file(str(config), str(target / config.relative_to("configs")))
 
 
 setup(cmdclass={"build_py": BuildPackage})
