@@ -390,7 +390,7 @@ class NextScale(Target):
         """Raise UserError unless `steps` is the whole chain: the network has learnt single steps only."""
         if steps != process.num_scales:
             raise UserError(
-                f"a network trained on the finer-scale target knows steps of 1/{process.num_scales} only, "
+                f"a network trained on the finer-scale target has learnt steps of 1/{process.num_scales} only, "
                 f"got steps={steps}; set steps={process.num_scales} or train with target=clean"
             )
 

@@ -213,7 +213,9 @@ def with_stored_overrides(argv: Iterable[str]) -> list[str]:
     require(not (sweep and checks), "check_resume=true checks one run; leave -m out")  # before Hydra makes a folder
     resume = _path_option(options, "resume", sweep)
     if resume is not None:
-        require(not sweep, "resume goes on with one run; the same sweep once more goes on with all of its runs")
+        require(
+            not sweep, "resume=DIR resumes one run at a time; repeat the command of the sweep to resume all of its runs"
+        )
         require((Path(resume) / "overrides.yaml").is_file(), f"resume={resume}: no run there")
         options = tidy([a for a in options if not a.startswith(("resume=", "run_dir="))] + [f"run_dir={resume}"])
     folder = _path_option(options, "run_dir", sweep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,9 +15,19 @@ from dpm_scales.errors import UserError, printable
 #: error numbers of a reader that is gone: a pager or `head` that exited, a terminal that was closed
 _LEFT = (errno.EPIPE, errno.EIO)
 
+#: what moves a progress bar and colours a table, kept; else controls of a terminal and of the direction of writing
+_CONTROLS = re.compile(
+    "\x1b\\[(?:[0-9;]*[mKAG]|\\?25[hl])|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
+
+
+def without_controls(text: str) -> str:
+    """Return `text` with escapes for characters that a file name must not bring to a terminal, as bidi controls."""
+    return _CONTROLS.sub(lambda found: found[0] if len(found[0]) > 1 else printable(found[0]), text)
+
 
 class _Lasting:
-    """A text stream that discards output once writing fails, and keeps the first error."""
+    """A text stream that escapes control characters, discards output once writing fails, and keeps the first error."""
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.reason = stream, None
@@ -27,7 +38,7 @@ class _Lasting:
     reason: OSError | None
 
     def write(self, text: str) -> int:
-        self._try(lambda: self.stream.write(text))
+        self._try(lambda: self.stream.write(without_controls(text)))
         return len(text)
 
     def flush(self) -> None:
@@ -53,7 +64,7 @@ class _Lasting:
 def lasting_output() -> Iterator[None]:
     """Discard what the body prints once it can't be written (no reader, full disk), instead of failing.
 
-    Characters that the stream's encoding lacks are written as escapes.
+    Control characters, and those that the stream's encoding lacks, are written as escapes.
 
     Raises: OutputLostError (status 1), after the body, if standard output was lost other than by a reader that left.
     """

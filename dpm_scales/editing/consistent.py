@@ -158,7 +158,7 @@ def check_estimates(denoiser: BaseDenoiser) -> None:
     if isinstance(denoiser.target, NextScale):
         raise UserError(
             "this task needs an estimate of the clean image at each scale, and a model trained with target=finer "
-            "knows the next scale only; train with target=clean"
+            "predicts the next scale only; train with target=clean"
         )
     require(
         denoiser.process.operator().is_diagonal,

@@ -174,7 +174,7 @@ def conditions(model: Model, use_labels: bool = True) -> tuple[str, ...]:
     recipe = model.recipe
     image = model.denoiser.process.condition
     ok = use_labels or recipe.num_classes is None or recipe.label_dropout > 0
-    require(ok, "likelihood: this model was trained with all labels, and knows no images without; set use_labels=True")
+    require(ok, "likelihood: this model was trained with labels only, never without; set use_labels=True")
     names = (image, "label" if use_labels and recipe.num_classes is not None else None)
     return tuple(name for name in names if name is not None)
 

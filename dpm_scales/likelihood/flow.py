@@ -79,8 +79,8 @@ class FlowLikelihood:
         check_decoder(decoder_std, levels)
         require(
             not isinstance(denoiser.target, NextScale),
-            "the flow's likelihood looks at other scales than the next one, which the finer-scale target does not "
-            "know; take the variational bound",
+            "the flow's likelihood needs the clean image at every scale, and the finer-scale target predicts the next "
+            "scale only; take the variational bound",
         )
         require(process.num_scales > 1, "the flow goes from t = 1 to t = 1 / num_scales, and num_scales is 1")
         check_noise(process, torch.ones((), dtype=torch.float64, device=tables_of(process)) / process.num_scales)

@@ -29,7 +29,7 @@ def label_cycle(model: Model, labels: int | str | Sequence[int | str] | None) ->
     Args:
         labels: one class or a list, by number or name; None takes every class.
 
-    Raises: UserError for labels that the model does not know.
+    Raises: UserError for labels outside the model's classes.
     """
     classes = model.recipe.num_classes
     if classes is None:
@@ -88,8 +88,8 @@ def with_guidance(model: Model, scale: float, interval: Sequence[float] | None =
         raise UserError(f"guidance={scale:g} needs labels, and this model was trained without; drop guidance=")
     require(
         model.recipe.label_dropout > 0,
-        f"guidance={scale:g} needs a model that also knows images without labels, and this one was trained with all of "
-        "them; drop guidance=, or train with label_dropout=0.1",
+        f"guidance={scale:g} needs a model trained with and without labels, and this one was trained with labels "
+        "only; drop guidance=, or train with label_dropout=0.1",
     )
     guided = ClassifierFreeGuidance(model.denoiser, classes, scale, interval, variable)
     return replace(model, denoiser=cast(Denoiser, guided))  # has all that sampling uses of a denoiser

@@ -1,4 +1,4 @@
-"""The LightningModule: draw scales, draw noise, loss, log. Nothing here knows which process it trains."""
+"""The LightningModule: draw scales, draw noise, loss, log. Nothing here depends on the process."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Rule:
     Attributes:
         kind: one of `TAKES`, `WARNED`, `REFUSED`, `APART`.
         note: what it means, for the documentation.
-        warning: printed by the run; empty if the data module warns, which knows the number of images too.
+        warning: printed by the run; empty if the data module warns, with the number of images.
     """
 
     kind: str

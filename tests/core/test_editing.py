@@ -364,7 +364,7 @@ def test_resampling_goes_back_by_the_process_itself() -> None:
 def test_what_can_t_be_conditioned() -> None:
     y = images(1, 1, *SIZE)
     heat = BY_NAME["inverse-heat"]
-    with refused("target=finer", "knows the next scale only"):
+    with refused("target=finer", "predicts the next scale only"):
         Consistent(with_target(heat, NextScale(), TinyNetwork()), Mask(known_pixels(*SIZE)), y)
     with refused("unknown covariance 'spectra'", "did you mean 'spectrum'"):
         Consistent(DENOISERS["blurring"](), Mask(known_pixels(*SIZE)), y, 0.0, "spectra")

@@ -14,6 +14,7 @@ import pytest
 from dpm_scales.cli import configs
 from dpm_scales.cli.arguments import ALIASES, split_flags, tidy
 from dpm_scales.cli.main import loading, main
+from dpm_scales.cli.output import lasting_output, without_controls
 from dpm_scales.errors import nearest, printable
 from support.shell import ROOT, SMALL, call, composed, settings
 
@@ -292,6 +293,34 @@ def test_escapes_in_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_printable() -> None:
     assert printable("a\x1b[2J\x07\x9b\u202e\udcff\u2028é 漢") == r"a\x1b[2J\x07\x9b\u202e\udcff\u2028é 漢"
+
+
+@pytest.mark.parametrize(
+    "mark", ["\u200e", "\u200f", "\u061c", "\u202a", "\u202e", "\u2066", "\u2069", "\u2028", "\x9b", "\x1b"]
+)
+def test_controls_are_escaped_on_both_streams(mark: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with lasting_output():
+        print(f"in a{mark}b", flush=True)
+        print(f"at a{mark}b", file=sys.stderr, flush=True)
+    streams = capfd.readouterr()
+    assert streams.out == f"in a{printable(mark)}b\n" and streams.err == f"at a{printable(mark)}b\n"
+    assert mark not in streams.out + streams.err
+
+
+def test_colours_and_moves_of_a_progress_bar_are_kept() -> None:
+    moves = "\r\x1b[2K\x1b[1A\x1b[32;1m━━\x1b[0m\x1b[?25l\x1b[?25h\t漢\n"
+    assert without_controls(moves) == moves
+    assert without_controls("\x1b[2J\x1b]0;owned\x07") == r"\x1b[2J\x1b]0;owned\x07"
+
+
+def test_a_typed_folder_is_printed_with_escapes(tmp_path: Path) -> None:
+    """On standard output at the end, and in the message of a second attempt."""
+    options = ("task=audit", "process=vp", "process.num_scales=2", "out=a\u202eb")
+    outcome = call("evolve.py", *options, cwd=tmp_path)
+    assert outcome.status == 0 and (tmp_path / "a\u202eb" / "audit.md").is_file(), outcome.err
+    assert r"in a\u202eb/audit.md" in outcome.out and "\u202e" not in outcome.out + outcome.err
+    line = error("train.py", "run_dir=a\u200fb", "optimizer.lr=-1", cwd=tmp_path)
+    assert "\u200f" not in line
 
 
 class Terminal(io.StringIO):

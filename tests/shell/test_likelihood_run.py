@@ -114,7 +114,7 @@ def test_models_with_labels_need_them() -> None:
     result = bits_per_dim(model, [(pictures(2), labels)])
     assert result.number == 2 and result.given == ("label",) and "at most, given the label (vlb" in result.line()
     assert json.loads(json.dumps(result.to_dict()))["given"] == ["label"]
-    with refused("trained with all labels"):
+    with refused("trained with labels only"):
         bits_per_dim(model, [pictures(2)], use_labels=False)
 
 

@@ -306,7 +306,7 @@ MISTAKES = {
     # models
     "task=coarse model=homogeneous": "Homogeneous has no noise, so all that share a start are the same",
     "task=vary model=homogeneous start=a.png": "Homogeneous has no noise, so nothing varies",
-    "task=inpaint model=finer image=a.png mask=m.png": "a model trained with target=finer knows the next scale only",
+    "task=inpaint model=finer image=a.png mask=m.png": "a model trained with target=finer predicts the next scale only",
     "task=vary model=classes start=a.png": "this model was trained with labels; say for task=vary",
     "task=deblur model=osmosis_diffusion image=a.png blur_sigma=1 method=scale": "a scale of OsmosisDiffusion is no",
     DEBLUR + "method=scale": "VP does not blur, so no scale of it is the blurred image",
