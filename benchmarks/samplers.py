@@ -16,7 +16,6 @@ import argparse
 import csv
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def missing(
             sampler.check(model.denoiser)
             used = 2 * (sampler.steps or 1) - 1 if isinstance(sampler, Heun) else number
             if (recipe, name, used) not in there:
-                yield {"recipe": recipe, "sampler": name, "evaluations": used}, replace(model, sampler=sampler)
+                yield {"recipe": recipe, "sampler": name, "evaluations": used}, model.replaced(sampler=sampler)
 
 
 def write_tables(rows: Sequence[Row], name: str, out: Path) -> None:

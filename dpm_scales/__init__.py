@@ -1,3 +1,177 @@
-"""Generative models whose forward process is any scale-space."""
+"""Generative models whose forward process is any scale-space.
+
+    import dpm_scales as ds
+
+    model = ds.Model(ds.UNet(width=32), ds.Blurring(), image_size=32, channels=1)
+    samples = model.sample(16, seed=0)
+    model.save("digits")
+    model = ds.load("digits")
+
+Names are imported on first use: `import dpm_scales` alone loads neither torch nor Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpm_scales.data import (
+        BSDS500,
+        ArraySource,
+        Digits,
+        ImageDataModule,
+        ImageDataset,
+        ImageFolder,
+        ImageSource,
+        Photos,
+    )
+    from dpm_scales.describe import configured
+    from dpm_scales.errors import UserError
+    from dpm_scales.images import make_grid, save_png
+    from dpm_scales.models.io import load_model as load
+    from dpm_scales.models.model import Model
+    from dpm_scales.networks import UNet
+    from dpm_scales.priors import DataPrior, GaussianPrior, OsmosisPrior, Prior
+    from dpm_scales.processes import (
+        VE,
+        VP,
+        Blurring,
+        BlurringChain,
+        Homogeneous,
+        InverseHeat,
+        InverseOsmosis,
+        OsmosisDiffusion,
+        OsmosisFilter,
+        Process,
+    )
+    from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, DPMSolver, Heun, Sampler, UniPC
+    from dpm_scales.schedules import (
+        BlurSchedule,
+        ConstantBeta,
+        ConstantNoise,
+        CosineLogSNR,
+        EDMNoise,
+        GeometricNoise,
+        LinearBeta,
+        LinearTimeBlur,
+        ListedBeta,
+        ListedBlurSigmas,
+        ListedDissipationTimes,
+        ListedNoise,
+        LogBlur,
+        NoiseSchedule,
+        SigmoidSignal,
+        SinSquaredBlur,
+    )
+    from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
+    from dpm_scales.weights import EDM, P2, LossWeight, MinSNR
 
 __version__ = "0.1.0"
+
+#: the module of each public name
+_PLACES = {
+    "models.model": ("Model",),
+    "models.io": ("load",),
+    "describe": ("configured",),
+    "errors": ("UserError",),
+    "networks": ("UNet",),
+    "processes": (
+        *("VE", "VP", "Blurring", "BlurringChain", "Homogeneous", "InverseHeat", "InverseOsmosis"),
+        *("OsmosisDiffusion", "OsmosisFilter", "Process"),
+    ),
+    "schedules": (
+        *("BlurSchedule", "ConstantBeta", "ConstantNoise", "CosineLogSNR", "EDMNoise", "GeometricNoise", "LinearBeta"),
+        *("LinearTimeBlur", "ListedBeta", "ListedBlurSigmas", "ListedDissipationTimes", "ListedNoise", "LogBlur"),
+        *("NoiseSchedule", "SigmoidSignal", "SinSquaredBlur"),
+    ),
+    "targets": ("Clean", "NextScale", "Noise", "Target", "Velocity"),
+    "weights": ("EDM", "P2", "LossWeight", "MinSNR"),
+    "priors": ("DataPrior", "GaussianPrior", "OsmosisPrior", "Prior"),
+    "samplers": ("DDIM", "Ancestral", "Cold", "DPMSolver", "Dissipation", "Heun", "Sampler", "UniPC"),
+    "data": (
+        *("BSDS500", "ArraySource", "Digits", "ImageDataModule", "ImageDataset", "ImageFolder", "ImageSource"),
+        "Photos",
+    ),
+    "images": ("make_grid", "save_png"),
+}
+#: names that differ from those in their modules
+_RENAMED = {"load": "load_model"}
+_MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
+
+__all__ = [
+    "BSDS500",
+    "DDIM",
+    "EDM",
+    "P2",
+    "VE",
+    "VP",
+    "Ancestral",
+    "ArraySource",
+    "BlurSchedule",
+    "Blurring",
+    "BlurringChain",
+    "Clean",
+    "Cold",
+    "ConstantBeta",
+    "ConstantNoise",
+    "CosineLogSNR",
+    "DPMSolver",
+    "DataPrior",
+    "Digits",
+    "Dissipation",
+    "EDMNoise",
+    "GaussianPrior",
+    "GeometricNoise",
+    "Heun",
+    "Homogeneous",
+    "ImageDataModule",
+    "ImageDataset",
+    "ImageFolder",
+    "ImageSource",
+    "InverseHeat",
+    "InverseOsmosis",
+    "LinearBeta",
+    "LinearTimeBlur",
+    "ListedBeta",
+    "ListedBlurSigmas",
+    "ListedDissipationTimes",
+    "ListedNoise",
+    "LogBlur",
+    "LossWeight",
+    "MinSNR",
+    "Model",
+    "NextScale",
+    "Noise",
+    "NoiseSchedule",
+    "OsmosisDiffusion",
+    "OsmosisFilter",
+    "OsmosisPrior",
+    "Photos",
+    "Prior",
+    "Process",
+    "Sampler",
+    "SigmoidSignal",
+    "SinSquaredBlur",
+    "Target",
+    "UNet",
+    "UniPC",
+    "UserError",
+    "Velocity",
+    "configured",
+    "load",
+    "make_grid",
+    "save_png",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), _RENAMED.get(name, name))
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

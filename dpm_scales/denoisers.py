@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from dpm_scales.describe import revise
 from dpm_scales.memory import require_memory
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context, Process
@@ -91,6 +92,7 @@ class Denoiser(TargetDenoiser):
     def resolve_auto(self, size: tuple[int, int]) -> dict[str, str]:
         """Resolve the target's "auto" arguments for images of `size` (H, W); return them by name, to be stored."""
         chosen = self.target.resolve_auto(self.process, self.spectrum, size)
+        revise(self.target, chosen)
         self._degree = self._filter_degree()
         return chosen
 
@@ -142,3 +144,19 @@ class Denoiser(TargetDenoiser):
             size = (x_0.shape[-2], x_0.shape[-1])
             weight = loss_weight(self.process, operator, self.target, t, self.spectrum, size).to(x_0.dtype)
         return (weight * (prediction - truth) ** 2).flatten(1).mean(1)
+
+
+def spread_evenly(places: Tensor, count: int, offset: Tensor | float) -> Tensor:
+    """Return numbers in [0, 1), each uniform and together evenly spread (VDM, App. I): ``(B,)`` float64.
+
+    Args:
+        places: ``(B,)`` int64, of this rank's images in the batch of all ranks.
+        count: images of that batch.
+        offset: uniform on [0, 1), the same on all ranks.
+    """
+    return (places.to(torch.float64) + offset) / count
+
+
+def uniform_scales(even: Tensor, num_scales: int) -> Tensor:
+    """Return scales k / num_scales, k uniform on 1..num_scales, from uniform numbers in [0, 1)."""
+    return (torch.floor(even * num_scales).clamp(max=num_scales - 1) + 1) / num_scales

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional
 
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.storage import atomic_write, open_regular
 from dpm_scales.storage import write_bytes as write_bytes
 from dpm_scales.storage import write_text as write_text
@@ -266,3 +266,15 @@ def _check_range(value_range: tuple[float, float]) -> tuple[float, float]:
     if not low < high:
         raise ValueError(f"value_range={value_range}: the first value must be below the second")
     return float(low), float(high)
+
+
+def size_pair(value: int | Sequence[int], key: str) -> tuple[int, int]:
+    """Return (H, W) in pixels from one number (square) or two.
+
+    Raises:
+        UserError: any other value, or one that is not positive; the message calls it `key`.
+    """
+    pair = (value, value) if isinstance(value, int) else tuple(value) if not isinstance(value, str) else ()
+    valid = len(pair) == 2 and all(is_whole(side, 1) for side in pair)
+    require(valid, f"{key}={value}: allowed is a number of pixels >= 1 or [height, width]")
+    return pair[0], pair[1]

@@ -43,6 +43,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, require, require_choice
 from dpm_scales.operators import Operator, SpectralFunction
 from dpm_scales.processes import Process, Step
@@ -154,7 +155,7 @@ def _require_noise(process: Process, target: str) -> None:
     )
 
 
-class Target(ABC):
+class Target(Describable, ABC):
     """One row of the table above. Images and predictions are in whitened coordinates unless said otherwise."""
 
     def check(self, process: Process) -> None:  # noqa: B027 - most targets fit every process

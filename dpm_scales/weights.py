@@ -24,6 +24,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from dpm_scales.describe import Describable
 from dpm_scales.errors import require
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Process
@@ -34,7 +35,7 @@ from dpm_scales.targets import Target
 _LARGEST = 1e12  # beyond it float32 gradients overflow in the optimiser
 
 
-class LossWeight(ABC):
+class LossWeight(Describable, ABC):
     """A row of the table above."""
 
     def check(self, process: Process, target: Target) -> None:

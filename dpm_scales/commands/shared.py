@@ -161,7 +161,7 @@ def prepare(cfg: DictConfig) -> Setup:
     world = shards.meet()
     device = shards.own_device(pick_device(str(cfg.device)), world)
     model = choose_model(cfg)
-    model.modules().to(device)
+    model.to(device)
     labels = plain(cfg.labels)
     require(
         cfg.task == "draw" or model.recipe.num_classes is None or labels is not None,

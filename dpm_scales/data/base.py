@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dpm_scales.errors import is_whole, require
+from dpm_scales.describe import Describable
+from dpm_scales.errors import require
 
 NO_LABEL = -1
 """Label of images without a label."""
@@ -32,7 +32,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
         return self.get(index, None)
 
 
-class ImageSource(ABC):
+class ImageSource(Describable, ABC):
     """A data set, split into training and validation images of one size.
 
     Attributes:
@@ -107,15 +107,3 @@ def split_indices(
             held_out = max(1, held_out)
         is_val[members[:held_out]] = True
     return torch.from_numpy(np.flatnonzero(~is_val)), torch.from_numpy(np.flatnonzero(is_val))
-
-
-def size_pair(value: int | Sequence[int], key: str) -> tuple[int, int]:
-    """Return (H, W) in pixels from one number (square) or two.
-
-    Raises:
-        UserError: any other value, or one that is not positive; the message calls it `key`.
-    """
-    pair = (value, value) if isinstance(value, int) else tuple(value) if not isinstance(value, str) else ()
-    valid = len(pair) == 2 and all(is_whole(side, 1) for side in pair)
-    require(valid, f"{key}={value}: allowed is a number of pixels >= 1 or [height, width]")
-    return pair[0], pair[1]

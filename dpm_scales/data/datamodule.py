@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from dpm_scales import images
 from dpm_scales.data.base import ImageDataset, ImageSource
 from dpm_scales.data.sampler import EpochImages, ShuffledBatches, collate
+from dpm_scales.describe import Describable
 from dpm_scales.distributed.lightning_private import batches_processed
 from dpm_scales.errors import is_whole, require
 from dpm_scales.memory import require_memory
@@ -25,7 +26,7 @@ BYTES_PER_IMAGE, BYTES_PER_PIXEL = 400, 14
 image during collation, then the float image, its noise and a result."""
 
 
-class ImageDataModule(pl.LightningDataModule):
+class ImageDataModule(Describable, pl.LightningDataModule):
     """Batches (images uint8 (B, C, H, W), labels int64 (B,)) of a source.
 
     Training batches are numbered over the whole run. Their content depends on the number, `seed`, the images and the

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dpm_scales import images
-from dpm_scales.data.base import ImageDataset, ImageSource, TensorImages, size_pair
+from dpm_scales.data.base import ImageDataset, ImageSource, TensorImages
 from dpm_scales.data.files import open_store
 from dpm_scales.data.folder import FileImages, View
 from dpm_scales.errors import UserError, require, suggest
@@ -61,8 +61,8 @@ class TorchvisionSource(ImageSource):
         self.root = Path(root).expanduser()
         self.download = download
         self.random_flip = random_flip
-        self._content_size = native if image_size is None else size_pair(image_size, "image_size")
-        self.image_size = self._content_size if pad_to is None else size_pair(pad_to, "pad_to")
+        self._content_size = native if image_size is None else images.size_pair(image_size, "image_size")
+        self.image_size = self._content_size if pad_to is None else images.size_pair(pad_to, "pad_to")
         fits = all(outer >= inner for outer, inner in zip(self.image_size, self._content_size, strict=True))
         require(fits, f"pad_to={pad_to} is below the image size {self._content_size}")
         if name != "CelebA":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales import images
-from dpm_scales.data.base import NO_LABEL, ImageDataset, ImageSource, maybe_flip, size_pair, split_indices
+from dpm_scales.data.base import NO_LABEL, ImageDataset, ImageSource, maybe_flip, split_indices
 from dpm_scales.data.files import LISTED, ImageStore, inspect_images, listed, open_store
 from dpm_scales.errors import UserError, require, suggest
 
@@ -175,7 +175,7 @@ class ImageFolder(ImageSource):
         _require_choice("labels", labels, ("folder", "none"))
         _require_choice("on_error", on_error, ("skip", "raise"))
         _require_choice("verify", verify, ("headers", "full", "none"))
-        size = None if image_size is None else size_pair(image_size, "image_size")
+        size = None if image_size is None else images.size_pair(image_size, "image_size")
         mode = "none" if size is None else resize_mode
         require(
             not random_crop or mode in ("crop", "resize_crop"),

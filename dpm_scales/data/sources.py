@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales import images
-from dpm_scales.data.base import ImageSource, TensorImages, size_pair, split_indices
+from dpm_scales.data.base import ImageSource, TensorImages, split_indices
 from dpm_scales.errors import UserError, require, suggest
 
 MAGIC = (b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06")
@@ -66,7 +66,7 @@ class Photos(ImageSource):
         val_photo: str = "chelsea",
         random_flip: bool = False,
     ) -> None:
-        self.image_size = size_pair(patch_size, "patch_size")
+        self.image_size = images.size_pair(patch_size, "patch_size")
         require(stride >= 1, f"stride={stride}: allowed is a number of pixels >= 1")
         require(val_photo in self.PHOTOS, f"unknown val_photo={val_photo!r}: {suggest(val_photo, self.PHOTOS)}")
         self._train = TensorImages(

@@ -113,7 +113,7 @@ def bits_per_dim(
     """
     require_number("seed", seed, 0, whole=True)
     device = device or torch.device("cpu")
-    model.modules().to(device).eval()
+    model.to(device).eval()
     given = conditions(model, use_labels)
     look = estimator(model, method, scales, draws, noise_ratio, decoder_std, probes)
     results: list[tuple[Tensor, ...]] = []

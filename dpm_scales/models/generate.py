@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar
 from unicodedata import normalize
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError, is_whole, require, require_number
 from dpm_scales.guidance import ClassifierFreeGuidance, guided_interval
 from dpm_scales.images import to_uint8
 from dpm_scales.memory import lacks_memory
-from dpm_scales.models.model import Model
+from dpm_scales.models.base import Parts
 from dpm_scales.rng import CounterRNG
 
+M = TypeVar("M", bound=Parts)
 MAX_GUIDANCE = 1e30  # close to the limit of single precision
 
 
-def label_cycle(model: Model, labels: int | str | Sequence[int | str] | None) -> Tensor | None:
+def label_cycle(model: Parts, labels: int | str | Sequence[int | str] | None) -> Tensor | None:
     """Return int64 labels ``(n,)`` to assign cyclically, sample i gets label i mod n; None for a model without labels.
 
     Args:
@@ -68,13 +67,13 @@ def _class_number(label: int | str, names: list[str]) -> int | str:
     return label
 
 
-def pick_labels(model: Model, labels: int | str | Sequence[int | str] | None, count: int) -> Tensor | None:
+def pick_labels(model: Parts, labels: int | str | Sequence[int | str] | None, count: int) -> Tensor | None:
     """Return the ``(count,)`` labels of the first samples, see `label_cycle`."""
     cycle = label_cycle(model, labels)
     return None if cycle is None else cycle[torch.arange(count) % len(cycle)]
 
 
-def with_guidance(model: Model, scale: float, interval: Sequence[float] | None = None, variable: str = "t") -> Model:
+def with_guidance(model: M, scale: float, interval: Sequence[float] | None = None, variable: str = "t") -> M:
     """Return the model guided by its labels, see `dpm_scales.guidance`; the model itself for a scale of 1.
 
     Raises: UserError for invalid values, and for models that were trained without label dropout.
@@ -92,11 +91,11 @@ def with_guidance(model: Model, scale: float, interval: Sequence[float] | None =
         "only; drop guidance=, or train with label_dropout=0.1",
     )
     guided = ClassifierFreeGuidance(model.denoiser, classes, scale, interval, variable)
-    return replace(model, denoiser=cast(Denoiser, guided))  # has all that sampling uses of a denoiser
+    return model.replaced(denoiser=guided)  # has all that sampling uses of a denoiser
 
 
 def draw(
-    model: Model,
+    model: Parts,
     num_samples: int,
     seed: int = 0,
     batch_size: int = 250,
@@ -114,7 +113,7 @@ def draw(
     require_number("num_samples", num_samples, 1, whole=True)
     require_number("batch_size", batch_size, 1, whole=True)
     device = device or torch.device("cpu")
-    model.modules().to(device).eval()
+    model.to(device).eval()
     process = model.denoiser.process
     height, width = size or model.recipe.image_size
     model.prior.check_size((height, width))
@@ -140,7 +139,7 @@ def finished(x: Tensor, value_range: tuple[float, float], first: int) -> Tensor:
     return to_uint8(x, value_range).cpu()
 
 
-def sample_bytes(model: Model, size: tuple[int, int]) -> int:
+def sample_bytes(model: Parts, size: tuple[int, int]) -> int:
     """Return a lower bound on the bytes needed to draw one sample of `size` (H, W).
 
     It counts four images (the sample, its noise, the network's input and output) and the network's largest
@@ -178,9 +177,9 @@ def largest_activation(network: nn.Module, size: tuple[int, int, int]) -> int:
     return largest
 
 
-def weights_digest(model: Model) -> str:
+def weights_digest(model: Parts) -> str:
     """Return the SHA-256 of a model's named weights as hexadecimal digits; it does not depend on the file's format."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.modules().state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

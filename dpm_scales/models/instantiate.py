@@ -15,8 +15,13 @@ from dpm_scales.errors import OutOfMemoryError, UserError, require, suggest
 from dpm_scales.memory import lacks_memory
 
 
+_OWN = f"{__name__.partition('.')[0]}."
+
+
 def plain(config: Any) -> Any:
     """Return an OmegaConf node as resolved plain containers, as checkpoints store them; other values unchanged."""
+    if "omegaconf" not in sys.modules:  # then there are no nodes
+        return config
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
@@ -58,16 +63,19 @@ def build(
 
     Raises: UserError if the class does not exist or makes another kind; OutOfMemoryError if memory runs out.
     """
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
     settings, kwargs = plain(config), kwargs or {}
     found = check_kind(settings, kind, where, partial_kwargs)
     what = f"{where}._target_={settings['_target_']}"
     _require_arguments(found, kwargs, what)
     try:
-        # under its key, so that Hydra names what has no value yet
-        built = instantiate(OmegaConf.create({where: settings})[where], _convert_="all", **kwargs)
+        if _own_alone(settings):
+            built = _built(settings, where, **kwargs)
+        else:  # Hydra refuses to call what could do harm
+            from hydra.utils import instantiate
+            from omegaconf import OmegaConf
+
+            # under its key, so that Hydra names what has no value yet
+            built = instantiate(OmegaConf.create({where: settings})[where], _convert_="all", **kwargs)
     except Exception as error:
         root = root_cause(error)
         place = lacks_memory(root)
@@ -83,6 +91,39 @@ def build(
         built = built(**partial_kwargs)
     require(isinstance(built, kind), _no(kind, what))
     return built
+
+
+def _own_alone(value: Any) -> bool:
+    """Return whether all classes named in nested plain containers are this package's, and no key is Hydra's alone."""
+    if isinstance(value, list):
+        return all(map(_own_alone, value))
+    if not isinstance(value, dict):
+        return True
+    usual = all(not str(key).startswith("_") or key in ("_target_", "_partial_") for key in value)
+    own = str(value.get("_target_", _OWN)).startswith(_OWN)
+    return usual and own and all(map(_own_alone, value.values()))
+
+
+def _built(value: Any, where: str, **kwargs: Any) -> Any:
+    """Return nested plain containers with an object in place of every mapping that has a `_target_`, as Hydra does.
+
+    Args:
+        kwargs: further arguments of the outermost object.
+    """
+    if isinstance(value, list):
+        return [_built(entry, f"{where}.{index}") for index, entry in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    made = {key: _built(entry, f"{where}.{key}") for key, entry in value.items()} | kwargs
+    for key, entry in made.items():
+        missing = isinstance(entry, str) and entry == "???"
+        require(not missing, f"{where}.{key} has no value yet; give it on the command line: KEY=VALUE")
+    if "_target_" not in made:
+        return made
+    name, partial = str(made.pop("_target_")), made.pop("_partial_", False)
+    found: Any = pydoc.locate(name)
+    require(callable(found), f"{where}._target_={name}: there is no such class")
+    return functools.partial(found, **made) if partial else found(**made)
 
 
 def check_kind(config: Any, kind: type, where: str, partial_kwargs: Iterable[str] | None = None) -> Any:

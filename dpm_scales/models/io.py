@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import OutOfMemoryError, UserError, require, suggest
@@ -24,33 +24,19 @@ from dpm_scales.models.checksums import (
     read_tensors,
     write_tensors,
 )
+from dpm_scales.models.export import save_model
 from dpm_scales.models.from_diffusers import is_diffusers, read_pipeline
 from dpm_scales.models.hub import fetch, is_on_hub
 from dpm_scales.models.instantiate import root_cause, root_cause_line
-from dpm_scales.models.model import Model, Recipe, build_denoiser, build_sampler, named_modules
+from dpm_scales.models.model import Model, Recipe, build_denoiser, build_sampler
 from dpm_scales.models.seals import checkpoint_step
 from dpm_scales.models.trust import foreign_packages, trusted_names
 from dpm_scales.models.weights_fit import MisfitError, not_finite, require_dtypes
 from dpm_scales.storage import new_folder, read_yaml, write_text
 
+__all__ = ["WEIGHTS", "checkpoints", "export_model", "load_model", "require_finite_weights", "save_model"]
+
 WEIGHTS = ("averaged", "raw")
-
-
-def save_model(folder: Path, model: Model, state: dict[str, Tensor] | None = None) -> None:
-    """Write `model.safetensors` and `config.yaml` into `folder`, each atomically.
-
-    Raises: UserError, and writes nothing, if a weight is not finite.
-    """
-    state = model.modules().state_dict() if state is None else state
-    bad = not_finite(state)
-    require(
-        bad is None,
-        f"the model is not exported to {folder}: {bad} is not finite, so training has diverged; go back to an earlier "
-        "checkpoint, or train again with a lower optimizer.learning_rate",
-    )
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    write_tensors(folder / "model.safetensors", tensors)
-    write_text(folder / "config.yaml", yaml.safe_dump(model.recipe.to_dict(), sort_keys=False))
 
 
 @dataclass(frozen=True)
@@ -187,7 +173,7 @@ def _exported_weights(tensors: Path) -> dict[str, Tensor]:
 
 
 def _checkpointed(path: Path, weights: str) -> tuple[dict[str, Tensor], Any]:
-    """Return the weights in a checkpoint, named as in `Model.modules`, and its recipe, unchecked."""
+    """Return the weights in a checkpoint, named as in `Model.state_dict`, and its recipe, unchecked."""
     with _offering(path.parent):
         values = read_checkpoint(path)
     # with weight averaging, `state_dict` holds the average and the raw weights are separate
@@ -226,13 +212,12 @@ def _is_whole(path: Path) -> bool:
 def _with_weights(recipe: Recipe, state: dict[str, Tensor], source: str, wanted: _Wanted) -> Model:
     try:
         denoiser, prior = build_denoiser(recipe, weights=state)
-        modules = named_modules(denoiser, prior)
+        modules = nn.ModuleDict({"denoiser": denoiser, "prior": prior})
         require_dtypes(state, modules.state_dict())
         modules.load_state_dict(state)
     except Exception as error:
         raise _refused(error, source) from error
     require_finite_weights(state, source)
-    modules.eval()
     asked = wanted.with_sampler(recipe)
     try:
         sampler = build_sampler(asked.parts["sampler"], denoiser)
@@ -240,7 +225,7 @@ def _with_weights(recipe: Recipe, state: dict[str, Tensor], source: str, wanted:
         if wanted.sampler is None:
             _require_sampler(recipe, denoiser, source)
         raise
-    return Model(denoiser, prior, sampler, asked)
+    return Model.of(denoiser, prior, sampler, asked).eval()
 
 
 def require_finite_weights(state: dict[str, Tensor], source: str) -> None:

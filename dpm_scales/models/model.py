@@ -1,157 +1,288 @@
-"""Define a model (denoiser, prior and sampler) and its recipe, the plain containers from which it is rebuilt."""
+"""Define a model: a denoiser with a prior and a sampler, which draws images, measures its loss and is saved."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from dpm_scales.denoisers import Denoiser
-from dpm_scales.errors import UserError, require
-from dpm_scales.models.checksums import FORMAT
-from dpm_scales.models.instantiate import build, plain
-from dpm_scales.models.seals import VERSION
-from dpm_scales.models.trust import check_targets, current_names, trusted_names
-from dpm_scales.models.weights_fit import require_fit, within_memory
+from dpm_scales.denoisers import Denoiser, spread_evenly, uniform_scales
+from dpm_scales.describe import Configured
+from dpm_scales.errors import is_whole, require, require_number
+from dpm_scales.images import size_pair, to_range
+from dpm_scales.models.base import Parts
+from dpm_scales.models.export import save_folder
+from dpm_scales.models.generate import draw, pick_labels, with_guidance
+from dpm_scales.models.instantiate import plain
+from dpm_scales.models.parts import build_denoiser, build_sampler, make_network, make_part
+from dpm_scales.models.recipe import MAX_SIDE, PARTS, UNDESCRIBED, Recipe
+from dpm_scales.networks import UNet
 from dpm_scales.priors import Prior
-from dpm_scales.processes import Process
+from dpm_scales.processes import VP, Process
+from dpm_scales.progress import progress_bar
+from dpm_scales.rng import CounterRNG, Randomness
 from dpm_scales.samplers import Sampler
 from dpm_scales.targets import Target
+from dpm_scales.weights import LossWeight
 
-#: parts of a model; each is a config with a `_target_` of this package
-PARTS = ("process", "target", "network", "prior", "sampler")
-
-MAX_SIDE = 2**20
+__all__ = ["PARTS", "Model", "Recipe", "build_denoiser", "build_model", "build_sampler", "with_sampler"]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything needed to rebuild a model, in plain containers, as in `config.yaml`.
+class Model(Parts):
+    """A generative model of images, trained or not: ``Model(UNet(width=32), Blurring(), image_size=32, channels=1)``.
+
+    Its parameters are the network's. `forward` is `loss`, so that wrappers of modules, such as
+    DistributedDataParallel, can train it.
 
     Args:
-        parts: configs of process, target, network, prior and sampler.
-        channels, image_size: of the training images.
-        num_classes: number of classes that the network was trained on, or None for no labels.
-        label_dropout: fraction of labels dropped in training, so that the network also learns "no label".
+        network: ``forward(x, t, labels=None)``, see `networks.UNet`, which is completed for the images; or
+            ``configured(MyNet, ...)``, which gets `in_channels`, `out_channels` and `num_classes`. None for `UNet()`.
+        process: the forward process. None for `VP()`.
+        image_size: side of the images in pixels, or (height, width).
+        channels: of the images, 1 grey or 3 RGB.
+        target: what the network predicts: a `Target`, or the name of a file in configs/target.
+        prior: where sampling starts: a `Prior`, or the name of a file in configs/prior; "auto" by the process.
+        sampler: a `Sampler`, or the name of a file in configs/sampler; "auto" by process and target.
+        num_classes: number of labels of a conditional model; None for a model without labels.
+        class_names: one name per label.
+        label_dropout: share of the labels to drop while training, for classifier-free guidance; in [0, 1).
+
+    Raises: UserError for values out of range and for parts that do not fit together.
     """
 
-    parts: dict[str, Any]
-    channels: int
-    image_size: tuple[int, int]
-    num_classes: int | None = None
-    class_names: tuple[str, ...] | None = None
-    label_dropout: float = 0.0
+    def __init__(
+        self,
+        network: nn.Module | Configured | None = None,
+        process: Process | Configured | None = None,
+        *,
+        image_size: int | Sequence[int],
+        channels: int = 3,
+        target: Target | Configured | str = "clean",
+        prior: Prior | Configured | str = "auto",
+        sampler: Sampler | Configured | str = "auto",
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        label_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        size = size_pair(image_size, "image_size")
+        require(max(size) <= MAX_SIDE, f"image_size={image_size}: allowed are at most {MAX_SIDE} pixels")
+        require_number("channels", channels, 1, MAX_SIDE, whole=True)
+        names = _class_names(class_names, num_classes)
+        require_number("label_dropout", label_dropout, 0, 1)
+        require(label_dropout < 1, "label_dropout=1 leaves no label to learn from; choose less")
+        law, law_settings = make_part(VP() if process is None else process, Process, "process")
+        inputs = channels * (1 + law.context_channels)
+        net, net_settings = make_network(UNet() if network is None else network, inputs, channels, size, num_classes)
+        meaning, meaning_settings = make_part(target, Target, "target")
+        start, start_settings = make_part(prior, Prior, "prior", {"process": law})
+        start.check(law)
+        self.denoiser, self.prior = Denoiser(net, law, meaning), start
+        chosen, chosen_settings = make_part(sampler, Sampler, "sampler", {"denoiser": self.denoiser})
+        chosen.check(self.denoiser)
+        self.sampler = chosen
+        settings = (law_settings, meaning_settings, net_settings, start_settings, chosen_settings)
+        dropout = float(label_dropout) if num_classes else 0.0
+        self.recipe = Recipe(dict(zip(PARTS, settings, strict=True)), channels, size, num_classes, names, dropout)
 
-    def to_dict(self) -> dict[str, Any]:
-        image = {"channels": self.channels, "height": self.image_size[0], "width": self.image_size[1]}
-        names = list(self.class_names) if self.class_names else None
-        labels: dict[str, Any] = {"num_classes": self.num_classes, "class_names": names}
-        if self.label_dropout > 0:  # absent from files of models trained without it
-            labels["label_dropout"] = self.label_dropout
-        return {"format": FORMAT, "version": VERSION, "image": image, "labels": labels, **self.parts}
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
 
-    @staticmethod
-    def from_dict(values: Any, source: str, allow: Collection[str] = ()) -> Recipe:
-        """Return the recipe in a file.
+    # --- sampling -----------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        num_samples: int = 16,
+        *,
+        seed: int = 0,
+        sampler: Sampler | Configured | str | None = None,
+        steps: int | None = None,
+        labels: int | str | Sequence[int | str] | None = None,
+        guidance: float = 1.0,
+        guidance_interval: Sequence[float] | None = None,
+        guidance_variable: str = "t",
+        size: int | Sequence[int] | None = None,
+        batch_size: int = 250,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw images: uint8 ``(num_samples, C, H, W)`` on the CPU, the same as `sample.py` for the same options.
 
         Args:
-            values: content of the file.
-            source: path of the file, for messages.
-            allow: packages whose classes it may name besides those of the core; see `models.trust`.
+            seed: image i depends on (seed, i) and its label alone.
+            sampler: replaces the model's own: a `Sampler`, or the name of a file in configs/sampler.
+            steps: number of steps; None for the sampler's own.
+            labels: one class or a list to repeat, by number or name; None for all in turn.
+            guidance: scale of classifier-free guidance: 0 ignores the labels, 1 follows them, more exaggerates them.
+            guidance_interval: (low, high), the scales to guide; None for all.
+            guidance_variable: of the interval: "t" or "logsnr".
+            size: of the images in pixels; None for that of the training images.
+            batch_size: images drawn at once; affects speed and memory only.
+            device: to which the model is moved first; None leaves it where it is.
+            progress: whether to show a progress bar.
 
-        Raises: UserError unless it is a recipe of this version that names only allowed classes.
+        Raises: UserError for values out of range, or a sampler that does not fit the model.
         """
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise UserError(f"{source} is not a dpm_scales model; give a run folder, its model/ folder or a checkpoint")
-        if values.get("version") != VERSION:
-            raise UserError(f"{source} has model format {values.get('version')!r}; this version reads {VERSION}")
-        check_targets(values, source, trusted_names(allow))
+        require_number("num_samples", num_samples, 1, whole=True)
+        chosen = self if sampler is None and steps is None else self.with_sampler(sampler, steps)
+        chosen = with_guidance(chosen, guidance, guidance_interval, guidance_variable)
+        numbers = pick_labels(self, labels, num_samples)
+        place = self.device if device is None else torch.device(device)
+        shape = None if size is None else size_pair(size, "size")
+        training = self.training
+        total = -(-num_samples // batch_size) if is_whole(batch_size, 1) else 0
         try:
-            image, labels = values["image"], values["labels"]
-            parts = {name: current_names(values[name]) for name in PARTS}
-            size = (int(image["height"]), int(image["width"]))
-            names = labels["class_names"] or None
-            if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-                raise ValueError("class_names are no list of names")
-            dropout = float(labels.get("label_dropout", 0.0))
-            if not 0 <= dropout < 1:
-                raise ValueError(f"label_dropout={dropout}")
-            names = None if names is None else tuple(names)
-            recipe = Recipe(parts, int(image["channels"]), size, labels["num_classes"], names, dropout)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{source}: the model's config is incomplete or damaged ({error!r})") from error
-        sides = (recipe.channels, *recipe.image_size)
-        require(all(0 < side <= MAX_SIDE for side in sides), f"{source}: the model's images can't be {sides}")
-        return recipe
+            with progress_bar(progress) as bar:
+                task = bar.add_task("sample", total=total * (len(chosen.sampler.scales(self.denoiser.process)) - 1))
+
+                def advance(index: int, x: Tensor) -> None:
+                    bar.advance(task)
+
+                return torch.cat([*draw(chosen, num_samples, seed, batch_size, shape, numbers, place, advance)])
+        finally:
+            self.train(training)
+
+    def with_sampler(self, sampler: Sampler | Configured | str | None = None, steps: int | None = None) -> Model:
+        """Return the model with another sampler, or another number of steps; it shares the weights.
+
+        Raises: UserError for an unknown name, or a sampler that does not fit the model.
+        """
+        settings = self.recipe.parts["sampler"]
+        made = self.sampler
+        if sampler is not None:
+            made, settings = make_part(sampler, Sampler, "sampler", {"denoiser": self.denoiser})
+        if steps is not None:
+            require(UNDESCRIBED not in settings, f"steps={steps}: give it to {type(made).__name__} itself")
+            made = build_sampler(settings := {**settings, "steps": steps}, self.denoiser)
+        made.check(self.denoiser)
+        recipe = replace(self.recipe, parts={**self.recipe.parts, "sampler": settings})
+        return self.replaced(sampler=made, recipe=recipe)
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        x_0: Tensor,
+        t: Tensor | float | None = None,
+        labels: Tensor | None = None,
+        *,
+        generator: torch.Generator | int | None = None,
+        loss_weight: LossWeight | None = None,
+    ) -> Tensor:
+        """Return the training loss ``()``, the weighted squared error averaged over images and pixels.
+
+        Args:
+            x_0: images ``(B, C, H, W)``, uint8, or floating point in the process's value range.
+            t: scales in (0, 1], ``(B,)`` or one number; None draws them, uniformly and spread evenly over the batch.
+            labels: ``(B,)`` integers, for a conditional model, which drops some of them in training mode.
+            generator: of scales and noise, on the device of the images; a number is a seed, with the same noise on
+                every device; None for torch's own generator.
+            loss_weight: weight of each scale; None for the target's own.
+
+        Raises: UserError for images or labels of another type or shape, or out of range where that is on the CPU.
+        """
+        x_0 = self._images(x_0)
+        count, device = x_0.shape[0], x_0.device
+        noise: Randomness = CounterRNG(generator, count, device=device) if isinstance(generator, int) else generator
+        if t is None:
+            places = torch.arange(count, device=device)
+            scales = uniform_scales(spread_evenly(places, count, _uniform(noise, 1, device)), self._num_scales)
+        else:
+            scales = torch.as_tensor(t, dtype=torch.float64, device=device)
+            ok = scales.shape in ((), (count,))
+            require(ok, f"t has shape {tuple(scales.shape)}; allowed is one number, or one for each of {count} images")
+            scales = scales.expand(count)
+        numbers = self._labels(labels, count, device)
+        classes = self.recipe.num_classes
+        if numbers is not None and classes is not None and self.training and self.recipe.label_dropout > 0:
+            dropped = _uniform(noise, count, device) < self.recipe.label_dropout
+            numbers = torch.where(dropped, classes, numbers)
+        return self.denoiser.loss(x_0, scales, numbers, noise, loss_weight=loss_weight).mean()
+
+    forward = loss
+
+    @property
+    def _num_scales(self) -> int:
+        return self.denoiser.process.num_scales
+
+    def _images(self, x_0: Tensor) -> Tensor:
+        """Return images as floats in the process's value range, on the model's device."""
+        value_range, channels = self.denoiser.process.value_range, self.recipe.channels
+        require(isinstance(x_0, Tensor), f"images must be a tensor (B, {channels}, H, W), got {type(x_0).__name__}")
+        shape = f"images have shape {tuple(x_0.shape)}; this model needs (B, {channels}, H, W)"
+        require(x_0.ndim == 4 and x_0.shape[1] == channels and x_0.numel() > 0, shape)
+        if x_0.dtype == torch.uint8:
+            return to_range(x_0.to(self.device), value_range)
+        low, high = value_range
+        need = f"give uint8, 0 to 255, or floats from {low:g} to {high:g}"
+        require(x_0.is_floating_point(), f"images are {x_0.dtype}; {need}")
+        if x_0.device.type == "cpu":  # elsewhere the check would wait for the device
+            least, most = (float(value) for value in x_0.detach().aminmax())
+            ok = low - 1e-3 <= least and most <= high + 1e-3
+            require(ok, f"images have values from {least:.4g} to {most:.4g}; {need}")
+        return x_0.to(self.device)
+
+    def _labels(self, labels: Tensor | None, count: int, device: torch.device) -> Tensor | None:
+        """Return int64 labels ``(B,)`` on the device of the images; None for a model without labels."""
+        classes = self.recipe.num_classes
+        if classes is None:
+            require(labels is None, "labels were given, but this model has none; leave them out, or set num_classes=")
+            return None
+        need = f"this model needs labels, ({count},) integers from 0 to {classes - 1}"
+        require(labels is not None, need)
+        numbers = torch.as_tensor(labels)
+        whole = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
+        ok = whole and numbers.shape == (count,)
+        require(ok, f"labels are {numbers.dtype} of shape {tuple(numbers.shape)}; {need}")
+        if numbers.device.type == "cpu":
+            require(bool(((numbers >= 0) & (numbers < classes)).all()), f"labels go beyond 0..{classes - 1}; {need}")
+        return numbers.to(device, torch.int64)
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write `model.safetensors` and `config.yaml` into a folder, made if missing; `load_model` reads them.
+
+        An earlier model in the folder is replaced.
+
+        Raises: UserError, and writes nothing, if the folder holds anything else, if a part can't be described by plain
+        values, or if a weight is not finite.
+        """
+        save_folder(Path(folder), self)
 
 
-@dataclass
-class Model:
-    """A model, trained or untrained."""
-
-    denoiser: Denoiser
-    prior: Prior
-    sampler: Sampler
-    recipe: Recipe
-
-    def modules(self) -> nn.ModuleDict:
-        """Return the denoiser and the prior under the names used in exports and checkpoints."""
-        return named_modules(self.denoiser, self.prior)
+def _uniform(noise: Randomness, count: int, device: torch.device) -> Tensor:
+    """Return numbers uniform in [0, 1), float64 ``(count,)``."""
+    if isinstance(noise, CounterRNG):
+        return noise.uniform()[:count]
+    return torch.rand(count, generator=noise, dtype=torch.float64, device=device)
 
 
-def named_modules(denoiser: Denoiser, prior: Prior) -> nn.ModuleDict:
-    """Return the parts with weights under the names used in exports and checkpoints."""
-    return nn.ModuleDict({"denoiser": denoiser, "prior": prior})
+def _class_names(names: Sequence[str] | None, num_classes: int | None) -> tuple[str, ...] | None:
+    """Return the names of classes as a tuple. Raises UserError unless there is one for each class."""
+    if num_classes is not None:
+        require_number("num_classes", num_classes, 1, whole=True)
+    if names is None:
+        return None
+    ok = not isinstance(names, str) and len(names) == num_classes and all(isinstance(name, str) for name in names)
+    require(ok, f"class_names must be {num_classes or 'no'} names, one for each of num_classes, got {names!r:.100}")
+    return tuple(names)
 
 
 def build_model(recipe: Recipe, data_std: float = 0.5, weights: Mapping[str, Tensor] | None = None) -> Model:
     """Return an untrained model; arguments and errors are those of `build_denoiser`."""
     denoiser, prior = build_denoiser(recipe, data_std, weights)
-    return Model(denoiser, prior, build_sampler(recipe.parts["sampler"], denoiser), recipe)
-
-
-def build_denoiser(
-    recipe: Recipe, data_std: float = 0.5, weights: Mapping[str, Tensor] | None = None
-) -> tuple[Denoiser, Prior]:
-    """Return the parts of a model that have weights.
-
-    Args:
-        data_std: as in `Denoiser`.
-        weights: weights to be loaded later, named as in `Model.modules`: the network is compared with them before its
-            memory is allocated.
-
-    Raises: UserError for parts that do not fit together, MisfitError for weights of another network, OutOfMemoryError
-    for a network larger than the machine's memory.
-    """
-    parts = recipe.parts
-    process = build(parts["process"], Process, "process")
-    inputs = recipe.channels * (1 + process.context_channels)
-    kwargs = {"in_channels": inputs, "out_channels": recipe.channels, "num_classes": recipe.num_classes}
-    make = partial(build, parts["network"], nn.Module, "network", kwargs=kwargs)
-    if weights is not None:
-        require_fit(make, weights, "denoiser.network.")
-    with within_memory("this network"):
-        network = make()
-    trainable = any(parameter.requires_grad for parameter in network.parameters())
-    require(trainable, f"network: {type(network).__name__} has no weights to train")
-    target = build(parts["target"], Target, "target")
-    prior = build(parts["prior"], Prior, "prior", {"process": process})
-    prior.check(process)
-    return Denoiser(network, process, target, data_std), prior
-
-
-def build_sampler(settings: Any, denoiser: Denoiser) -> Sampler:
-    """Return the sampler that a config describes. Raises UserError if it does not fit the denoiser."""
-    sampler: Sampler = build(settings, Sampler, "sampler", {"denoiser": denoiser})
-    sampler.check(denoiser)
-    return sampler
+    return Model.of(denoiser, prior, build_sampler(recipe.parts["sampler"], denoiser), recipe)
 
 
 def with_sampler(model: Model, settings: Any) -> Model:
     """Return the model with the sampler that a config describes. Raises UserError if it does not fit the denoiser."""
     parts = {**model.recipe.parts, "sampler": plain(settings)}
     sampler = build_sampler(settings, model.denoiser)
-    return replace(model, sampler=sampler, recipe=replace(model.recipe, parts=parts))
+    return model.replaced(sampler=sampler, recipe=replace(model.recipe, parts=parts))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.networks.blocks import (
     Downsample,
@@ -47,7 +48,7 @@ class Stage(nn.Module):
         return out
 
 
-class UNet(nn.Module):
+class UNet(Describable, nn.Module):
     """U-Net of residual blocks with adaptive group norm and self-attention, for images of any size.
 
     The layout is ADM's (Dhariwal & Nichol 2021, "Diffusion models beat GANs on image synthesis"): every level holds
@@ -58,13 +59,16 @@ class UNet(nn.Module):
     result is cropped. All shapes are static: `torch.compile(fullgraph=True)` works, and nothing waits for the device.
 
     Args:
-        in_channels: channels of the input, at least 1.
-        out_channels: channels of the result, at least 1.
-        widths: channels at each level, finest first; at least one, each at least 4.
+        in_channels: channels of the input, at least 1. None leaves the network without layers until `complete` is
+            called, which `models.Model` does.
+        out_channels: channels of the result, at least 1; None as for `in_channels`.
+        widths: channels at each level, finest first; at least one, each at least 4. None for three levels of `width`,
+            twice and four times as many channels.
         blocks_per_level: residual blocks per level on the way down, at least 1.
         attention_levels: indices into `widths` of the levels with self-attention after every residual block; the
-            middle of the network always has it.
-        embedding_dim: width of the scale and label embedding; even, at least 4.
+            middle of the network always has it. None for the coarsest level.
+        embedding_dim: width of the scale and label embedding; even, at least 4. None for four times the channels of
+            the finest level.
         patch_size: side of the square of pixels that is folded into channels before the first convolution and
             unfolded after the last. 2 makes the network about four times cheaper.
         num_heads: number of attention heads. Give this or `head_dim`; without either there is one head.
@@ -75,6 +79,7 @@ class UNet(nn.Module):
         extra_decoder_block: ADM's extra block per level on the way up, which takes the results of the first and the
             resampling convolutions. Without it only residual blocks are concatenated, and the network is about a
             third cheaper.
+        width: channels at the finest level, at least 4; gives `widths` where that is None.
 
     Raises:
         UserError: if an argument is outside the ranges above.
@@ -82,20 +87,27 @@ class UNet(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        widths: Sequence[int],
-        blocks_per_level: int,
-        attention_levels: Sequence[int],
-        embedding_dim: int,
+        in_channels: int | None = None,
+        out_channels: int | None = None,
+        widths: Sequence[int] | None = None,
+        blocks_per_level: int = 1,
+        attention_levels: Sequence[int] | None = None,
+        embedding_dim: int | None = None,
         patch_size: int = 1,
         num_heads: int | None = None,
         head_dim: int | None = None,
         dropout: float = 0.0,
         num_classes: int | None = None,
         extra_decoder_block: bool = True,
+        width: int | None = None,
     ) -> None:
         super().__init__()
+        if widths is None:
+            width = 32 if width is None else width
+            require(is_whole(width, _MIN_WIDTH), f"width is {width!r}; give a whole number of at least {_MIN_WIDTH}")
+            widths = (width, 2 * width, 4 * width)
+        else:
+            require(width is None, f"widths is {widths!r} and width is {width!r}; give only one of them")
         counts = {
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -106,14 +118,15 @@ class UNet(nn.Module):
             "num_classes": num_classes,
         }
         for name, value in counts.items():
-            optional = value is None and name in ("num_heads", "head_dim", "num_classes")
+            optional = value is None and name not in ("blocks_per_level", "patch_size")
             require(optional or is_whole(value, 1), f"{name} is {value!r}; allowed are whole numbers from 1")
         require(
             isinstance(widths, Sequence) and len(widths) >= 1 and all(is_whole(w, _MIN_WIDTH) for w in widths),
             f"widths is {widths!r}; give a list of one or more whole numbers, each at least {_MIN_WIDTH}",
         )
         require(
-            isinstance(attention_levels, Sequence)
+            attention_levels is None
+            or isinstance(attention_levels, Sequence)
             and all(is_whole(level, 0) and level < len(widths) for level in attention_levels),
             f"attention_levels is {attention_levels!r}; give a list of indices into widths, 0 to {len(widths) - 1}",
         )
@@ -121,6 +134,8 @@ class UNet(nn.Module):
             num_heads is None or head_dim is None,
             f"num_heads is {num_heads} and head_dim is {head_dim}; give only one of them",
         )
+        both = f"in_channels is {in_channels} and out_channels is {out_channels}; give both, or leave both to the model"
+        require((in_channels is None) == (out_channels is None), both)
         require(0 <= dropout < 1, f"dropout is {dropout}; allowed is 0 <= dropout < 1")
 
         self.in_channels = in_channels
@@ -128,7 +143,34 @@ class UNet(nn.Module):
         self.num_classes = num_classes
         self.patch_size = patch_size
         self.multiple = patch_size * 2 ** (len(widths) - 1)
+        self.extra_decoder_block = extra_decoder_block
+        embedding_dim = 4 * widths[0] if embedding_dim is None else embedding_dim
+        attended = (len(widths) - 1,) if attention_levels is None else tuple(attention_levels)
+        self._layers = (tuple(widths), blocks_per_level, attended, embedding_dim)
+        self._heads = (num_heads, head_dim, dropout)
+        if in_channels is not None and out_channels is not None:
+            self._build(in_channels, out_channels)
 
+    def complete(self, in_channels: int, out_channels: int, num_classes: int | None = None) -> None:
+        """Make the layers of a network that was given no `in_channels` or `out_channels`.
+
+        Raises: UserError for other values than the network was given.
+        """
+        wanted = {"in_channels": in_channels, "out_channels": out_channels, "num_classes": num_classes}
+        complete = self.in_channels is not None and self.out_channels is not None
+        for name, value in wanted.items():
+            own = getattr(self, name)
+            differs = f"the network has {name}={own}, and {value} is needed here; leave {name} out of its arguments"
+            require(own == value or (own is None and not complete), differs)
+        if not complete:
+            self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
+            self._build(in_channels, out_channels)
+
+    def _build(self, in_channels: int, out_channels: int) -> None:
+        """Make all layers."""
+        widths, blocks_per_level, attention_levels, embedding_dim = self._layers
+        num_heads, head_dim, dropout = self._heads
+        num_classes, extra_decoder_block = self.num_classes, self.extra_decoder_block
         self.embed_scale = ScaleEmbedding(embedding_dim)
         self.embed_label: nn.Embedding | None = None
         if num_classes is not None:
@@ -145,8 +187,7 @@ class UNet(nn.Module):
             attended = heads(widths[level]) if level in attention_levels else None
             return Stage(inputs, widths[level], embedding_dim, dropout, attended)
 
-        self.extra_decoder_block = extra_decoder_block
-        area = patch_size**2
+        area = self.patch_size**2
         self.conv_in = nn.Conv2d(in_channels * area, widths[0], 3, padding=1)
         self.encoder = nn.ModuleList()
         current = widths[0]
@@ -193,6 +234,8 @@ class UNet(nn.Module):
             UserError: if a shape or type is wrong, or labels are given to a network without classes.
         """
         # Plain branches, not `require`: its message would be formatted at every call, and fix a dynamic shape.
+        if self.in_channels is None or self.out_channels is None:
+            raise UserError("the network has no layers yet; give in_channels and out_channels, or make a Model of it")
         if x.ndim != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
             raise UserError(
                 f"x has shape {tuple(x.shape)} and type {x.dtype}; allowed is floating point of shape "

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.priors.start import Start
 from dpm_scales.processes import Context, Process
@@ -19,7 +20,7 @@ STEERABLE = "those of heat, of blurring_constant, and of osmosis trained with pr
 """Models whose start shows an image, in words, for messages."""
 
 
-class Prior(nn.Module, ABC):
+class Prior(Describable, nn.Module, ABC):
     """The distribution of y_1 at scale 1, where sampling starts."""
 
     def check(self, process: Process) -> None:

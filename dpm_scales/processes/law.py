@@ -27,6 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.memory import require_memory
 from dpm_scales.operators import Decay, Operator, SpectralFunction, batch_view
@@ -56,7 +57,7 @@ class Gaussian:
         return self.mean + self.operator.to_pixels(self.operator.apply(self.std, noise))
 
 
-class Process(nn.Module):
+class Process(Describable, nn.Module):
     """The law of one forward process.
 
     Args:

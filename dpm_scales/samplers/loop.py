@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.denoisers import BaseDenoiser
+from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, is_whole, require, require_choice
 from dpm_scales.operators import Operator
 from dpm_scales.priors import Prior
@@ -78,7 +79,7 @@ class StepContext:
         return self.noise.normal(tuple(like.shape[1:]), like.dtype)
 
 
-class Sampler(ABC):
+class Sampler(Describable, ABC):
     """Base of all samplers: the loop over pairs of scales. A subclass defines `step`.
 
     Args:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, is_number, require, require_positive
 
 
@@ -33,7 +34,7 @@ def numbers_of(owner: object, name: str, values: Sequence[float]) -> list[float]
     return [float(value) for value in numbers]
 
 
-class Schedule(nn.Module, ABC):
+class Schedule(Describable, nn.Module, ABC):
     """A curve of t. `bind` is called once by the process that owns it; lists are checked and tabulated there."""
 
     knots: Tensor

@@ -50,4 +50,4 @@ def fit_to_data(model: Model, data: ImageDataModule) -> Model:
     target = {**recipe.parts["target"], **model.denoiser.resolve_auto(recipe.image_size)}
     if model.prior.max_images > 0:
         model.prior.fit(loaded(spread(model.prior.max_images)), process)
-    return replace(model, recipe=replace(recipe, parts={**recipe.parts, "target": target}))
+    return model.replaced(recipe=replace(recipe, parts={**recipe.parts, "target": target}))

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dpm_scales.denoisers import spread_evenly, uniform_scales
 from dpm_scales.distributed.fsdp import clip_norm, like_parameters
 from dpm_scales.distributed.lightning_private import batches_processed
 from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.images import to_range
 from dpm_scales.models.model import Model
 from dpm_scales.rng import CounterRNG
-from dpm_scales.training.scale_sampling import SCALE_SAMPLINGS, ImportanceScales, spread_evenly, uniform_scales
+from dpm_scales.training.scale_sampling import SCALE_SAMPLINGS, ImportanceScales
 from dpm_scales.weights import LossWeight
 
 DECAYS = ("cosine", "constant")
@@ -72,8 +73,7 @@ class DiffusionModule(pl.LightningModule):
         require(scale_sampling in SCALE_SAMPLINGS, f"unknown scale_sampling {scale_sampling!r}: {known}")
         if loss_weight is not None:
             loss_weight.check(model.denoiser.process, model.denoiser.target)
-        self.parts = model
-        self.model = model.modules()
+        self.model = model
         self.learning_rate, self.warmup_steps, self.decay = learning_rate, warmup_steps, decay
         self.betas, self.weight_decay = (betas[0], betas[1]), weight_decay
         self.seed = seed
@@ -87,6 +87,11 @@ class DiffusionModule(pl.LightningModule):
         self._band_sums = torch.zeros(2, BANDS, dtype=torch.float64)
         num_scales = model.denoiser.process.num_scales
         self._importance = ImportanceScales(num_scales) if scale_sampling == "importance" else None
+
+    @property
+    def parts(self) -> Model:
+        """The model that is trained."""
+        return self.model
 
     # --- training -----------------------------------------------------------------------------------------------------
 

@@ -138,7 +138,7 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     # an empty sampler, for its checks
     world_size = trainer.world_size
     ShuffledBatches(len(data.train_set), data.batch_size, 0, int, data.drop_last, 0, world_size, "data.")
-    module.parts = fit_to_data(model, data)
+    module.model = fit_to_data(model, data)
 
     with taken(run_dir) if trainer.is_global_zero else nullcontext():
         return _resume_and_fit(cfg, run_dir, overrides, trainer, module, data, average, stop, rescue)

@@ -19,22 +19,6 @@ WARMUP = 10  # observations of every bin before the density is used, as publishe
 FLOOR = 0.05  # share of the density that stays uniform: no loss is weighted by more than its inverse
 
 
-def spread_evenly(places: Tensor, count: int, offset: float) -> Tensor:
-    """Return numbers in [0, 1), each uniform and together evenly spread (VDM, App. I): ``(B,)`` float64.
-
-    Args:
-        places: ``(B,)`` int64, of this rank's images in the batch of all ranks.
-        count: images of that batch.
-        offset: uniform on [0, 1), the same on all ranks.
-    """
-    return (places.to(torch.float64) + offset) / count
-
-
-def uniform_scales(even: Tensor, num_scales: int) -> Tensor:
-    """Return scales k / num_scales, k uniform on 1..num_scales, from uniform numbers in [0, 1)."""
-    return (torch.floor(even * num_scales).clamp(max=num_scales - 1) + 1) / num_scales
-
-
 class ImportanceScales:
     """Draws scales by the second moments of their losses, on the device of `state`.
 

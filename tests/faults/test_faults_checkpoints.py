@@ -295,6 +295,6 @@ def test_a_damaged_export_offers_a_checkpoint(kept: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"model\.safetensors is damaged: .*; .*last\.ckpt \(step 9\) is whole"):
         load_model(run_dir)
     assert_equal(
-        dict(load_model(run_dir / "checkpoints" / "last.ckpt").modules().state_dict()),
-        dict(load_model(kept).modules().state_dict()),
+        dict(load_model(run_dir / "checkpoints" / "last.ckpt").state_dict()),
+        dict(load_model(kept).state_dict()),
     )

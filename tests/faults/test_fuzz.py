@@ -264,7 +264,7 @@ def test_configs_of_models(folder: Path) -> None:
 def test_checkpoints(tmp_path: Path) -> None:
     """As they are found, and with a checksum that fits, which everybody can write."""
     model = small_model("process.num_scales=9")
-    state = {f"model.{name}": value for name, value in model.modules().state_dict().items()}
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
     tree = {"recipe": model.recipe.to_dict(), "global_step": 3, "epoch": 0}
     path = tmp_path / "a.ckpt"
     write_checkpoint(path, {"state_dict": {"w": torch.zeros(3)}, **tree})

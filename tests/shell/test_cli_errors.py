@@ -383,7 +383,7 @@ def test_a_real_process_ends_with_one_line_and_status_2(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mistake", ["process.num_scales=0", "process=haet", "sede=1"])
 def test_tracebacks_on_request(mistake: str, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="UserError|Could not find 'process/haet'|Could not override 'sede'"):
+    with pytest.raises(Exception, match="num_scales must be|Could not find 'process/haet'|Could not override 'sede'"):
         call("train.py", mistake, cwd=tmp_path, environment={"HYDRA_FULL_ERROR": "1"})
 
 

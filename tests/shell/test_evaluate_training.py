@@ -177,7 +177,7 @@ def test_samples_and_features_stay_on_the_device() -> None:
     )
     network = Means()
     callback.sources = [network]
-    with pretended_gpu(model.modules(), network):
+    with pretended_gpu(model, network):
         (features,) = callback._features(model, module)
     assert features.shape == (9, 12)
     assert gathered[0].device.type == "cuda" and gathered[0].shape == (5, 12)

@@ -61,9 +61,9 @@ def test_export_holds_the_average_and_checkpoint_both(run: Path) -> None:
     raw = {k.removeprefix("model."): v for k, v in values["current_model_state"].items()}
     assert_equal(export, average)
     assert any(not torch.equal(raw[k], average[k]) for k in raw)
-    assert_equal(dict(load_model(run, weights="raw").modules().state_dict()), raw)
-    assert_equal(dict(load_model(run).modules().state_dict()), average)
-    assert_equal(dict(load_model(run / "checkpoints" / "last.ckpt").modules().state_dict()), average)
+    assert_equal(dict(load_model(run, weights="raw").state_dict()), raw)
+    assert_equal(dict(load_model(run).state_dict()), average)
+    assert_equal(dict(load_model(run / "checkpoints" / "last.ckpt").state_dict()), average)
 
 
 def test_every_place_gives_the_same_samples(run: Path) -> None:
@@ -104,7 +104,7 @@ def test_recipe_round_trip_with_labels(tmp_path: Path) -> None:
     save_model(tmp_path / "model", model)
     again = load_model(tmp_path / "model")
     assert again.recipe == recipe
-    assert_equal(dict(again.modules().state_dict()), dict(model.modules().state_dict()))
+    assert_equal(dict(again.state_dict()), dict(model.state_dict()))
 
 
 def test_another_sampler_is_checked_and_remembered(run: Path) -> None:

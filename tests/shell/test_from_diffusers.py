@@ -214,11 +214,11 @@ def test_old_names_and_half_precision_are_read(copied: Path) -> None:
         old[name] = value
     assert sum(".query." in name for name in old) > 2
     save_file(old, path)
-    for name, value in load_model(copied).modules().state_dict().items():
-        assert torch.equal(value, expected.modules().state_dict()[name])
+    for name, value in load_model(copied).state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name])
     save_file({name: value.half() for name, value in old.items()}, path)
-    for name, value in load_model(copied).modules().state_dict().items():
-        wanted = expected.modules().state_dict()[name]
+    for name, value in load_model(copied).state_dict().items():
+        wanted = expected.state_dict()[name]
         assert value.dtype == wanted.dtype
         torch.testing.assert_close(value, wanted, atol=2e-3, rtol=2e-3)
 

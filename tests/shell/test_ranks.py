@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpm_scales.denoisers import spread_evenly
 from dpm_scales.distributed.ranks import World, barrier, current_world, first_host, leave
 from dpm_scales.errors import UserError
 from dpm_scales.rng import CounterRNG, white_noise
-from dpm_scales.training.scale_sampling import spread_evenly
 from support.cluster_shell import job_step
 from support.shell import assert_equal, small_model
 

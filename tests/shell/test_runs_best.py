@@ -227,12 +227,12 @@ def test_raw_weights_are_those_of_the_last_step(trained: Path, tmp_path: Path) -
     source = trained / "runs" / "a"
     run(["export", str(source), f"out={tmp_path / 'raw'}", "weights=raw"])
     exported, raw = load_model(tmp_path / "raw"), load_model(source, weights="raw")
-    assert_equal(exported.modules().state_dict(), raw.modules().state_dict())
+    assert_equal(exported.state_dict(), raw.state_dict())
     stored = checkpoint(source)["current_model_state"]
     name = "denoiser.network." + next(iter(exported.denoiser.network.state_dict()))
-    assert torch.equal(exported.modules().state_dict()[name], stored[f"model.{name}"])
-    averaged = load_model(source).modules().state_dict()
-    assert any(not torch.equal(averaged[key], value) for key, value in exported.modules().state_dict().items())
+    assert torch.equal(exported.state_dict()[name], stored[f"model.{name}"])
+    averaged = load_model(source).state_dict()
+    assert any(not torch.equal(averaged[key], value) for key, value in exported.state_dict().items())
 
 
 def test_an_export_overwrites_nothing(trained: Path, tmp_path: Path) -> None:

@@ -9,15 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpm_scales.training.scale_sampling import (
-    BINS,
-    FLOOR,
-    MEMORY,
-    WARMUP,
-    ImportanceScales,
-    spread_evenly,
-    uniform_scales,
-)
+from dpm_scales.denoisers import spread_evenly, uniform_scales
+from dpm_scales.training.scale_sampling import BINS, FLOOR, MEMORY, WARMUP, ImportanceScales
 from support.oracles import close, float64, generator, pretended_gpu, refused
 from support.shell import FAST, assert_equal, attempt, checkpoint, column, train
 

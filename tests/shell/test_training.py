@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from dpm_scales.data import Digits, ImageDataModule
-from dpm_scales.denoisers import Denoiser
+from dpm_scales.denoisers import Denoiser, spread_evenly, uniform_scales
 from dpm_scales.errors import UserError
 from dpm_scales.images import load_image, make_grid, to_range, to_uint8
 from dpm_scales.rng import CounterRNG
@@ -24,7 +24,6 @@ from dpm_scales.training.callbacks import ORDER, check_order
 from dpm_scales.training.ema import EMA
 from dpm_scales.training.fit import fit_to_data
 from dpm_scales.training.module import BANDS, VALIDATION, DiffusionModule, step_seed
-from dpm_scales.training.scale_sampling import spread_evenly, uniform_scales
 from support.shell import FAST, attempt, call, checkpoint, column, composed, network_weights, small_model, table, train
 
 

@@ -1,0 +1,45 @@
+"""Hold the parts of a model together."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from torch import nn
+
+from dpm_scales.denoisers import Denoiser
+from dpm_scales.models.recipe import Recipe
+from dpm_scales.priors import Prior
+from dpm_scales.samplers import Sampler
+
+
+class Parts(nn.Module):
+    """The parts of a model and its recipe; state and parameters are those of denoiser and prior.
+
+    Attributes:
+        denoiser: network, process and target.
+        prior: where sampling starts.
+        sampler: used where none is given.
+        recipe: describes all of them.
+    """
+
+    denoiser: Denoiser
+    prior: Prior
+    sampler: Sampler
+    recipe: Recipe
+
+    @classmethod
+    def of(cls, denoiser: Denoiser, prior: Prior, sampler: Sampler, recipe: Recipe) -> Self:
+        """Return a model of parts that fit together and to the recipe."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        # in the order of their names in files
+        model.denoiser, model.prior = denoiser, prior
+        model.sampler, model.recipe = sampler, recipe
+        return model
+
+    def replaced(self, **parts: Any) -> Self:
+        """Return a model with some of the parts replaced; it shares the others."""
+        own = {name: getattr(self, name) for name in ("denoiser", "prior", "sampler", "recipe")}
+        model = type(self).of(**{**own, **parts})
+        model.training = self.training
+        return model
