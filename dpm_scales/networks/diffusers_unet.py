@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, is_number, is_whole, nearest, require
 
 #: arguments of UNet2DModel that follow from those of `DiffusersUNet`
@@ -38,7 +39,7 @@ def unet_arguments() -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.name not in OWN}
 
 
-class DiffusersUNet(nn.Module):
+class DiffusersUNet(Describable, nn.Module):
     """diffusers' `UNet2DModel` of the scale t.
 
     diffusers numbers the steps of a chain from 0, so step i is scale k = i + 1: the U-Net is given the time step

@@ -26,6 +26,16 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "ListedDissipationTimes": {"dissipation_times": range(1, 4)},
     "ConstantBeta": {"beta": 0.2, "steps": [1, 5, 9]},
     "UNet": {"in_channels": 2, "out_channels": 1, "width": 8, "num_classes": 3, "dropout": 0.1},
+    "DiffusersUNet": {
+        "in_channels": 1,
+        "out_channels": 1,
+        "unet": {
+            "block_out_channels": (32,),
+            "down_block_types": ("DownBlock2D",),
+            "up_block_types": ("UpBlock2D",),
+            "layers_per_block": 1,
+        },
+    },
     "Heun": {"steps": 3, "s_churn": 1.5, "s_max": 50.0},
     "OsmosisDiffusion": {"guidance_pattern": "smooth", "num_scales": 10},
     "Clean": {"preconditioning": "wiener", "clip": False},

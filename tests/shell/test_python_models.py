@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,11 @@ def test_every_config_is_an_object_that_describes_itself_as_the_config_does(name
         return
     if group == "network":
         settings |= {"in_channels": 1, "out_channels": 1}
-    made = build(settings, object, group)
-    found = describe(made)
+    with torch.device("meta") if group == "network" else nullcontext():  # adm has 300 M parameters
+        found = describe(build(settings, object, group))
+        assert describe(build(found, object, group)) == found
     # arguments that a config leaves to the class's default come last, here as there
     assert {key: found[key] for key in settings} == settings
-    assert describe(build(found, object, group)) == found
 
 
 def test_a_model_of_objects_is_that_of_the_command_line() -> None:
