@@ -14,7 +14,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from dpm_scales.errors import OutOfMemoryError, UserError, require, suggest
 from dpm_scales.memory import lacks_memory
 
-
 _OWN = f"{__name__.partition('.')[0]}."
 
 
@@ -238,7 +237,7 @@ def _require_arguments(found: Any, names: Iterable[str], what: str) -> None:
 def _no(kind: type, what: str) -> str:
     """Return the message for a `_target_` that makes something other than `kind`."""
     room = kind.__module__
-    while hasattr(sys.modules.get(parent := room.rpartition(".")[0]), kind.__name__):
+    while hasattr(sys.modules.get(parent := room.rpartition(".")[0]), kind.__name__) and f"{parent}." != _OWN:
         room = parent
     return f"{what} makes no {kind.__name__}; name a class derived from {room}.{kind.__name__}"
 

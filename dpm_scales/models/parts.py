@@ -34,8 +34,8 @@ def build_denoiser(
 
     Args:
         data_std: as in `Denoiser`.
-        weights: weights to be loaded later, named as in `Model.state_dict`: the network is compared with them before its
-            memory is allocated.
+        weights: weights to be loaded later, named as in `Model.state_dict`: the network is compared with them before
+            its memory is allocated.
 
     Raises: UserError for parts that do not fit together, MisfitError for weights of another network, OutOfMemoryError
     for a network larger than the machine's memory.
