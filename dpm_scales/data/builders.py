@@ -1,170 +1,45 @@
-"""One builder for each file in configs/data: the arguments of a source and of `ImageDataModule`, side by side.
+"""One builder for each source of images: its arguments and those of `ImageDataModule`, side by side.
 
-They keep the keys of a config flat (`data.root=DIR data.batch_size=32`). The configs give all values; the classes
-document the arguments and their defaults.
+They keep the keys of a config flat (`data.root=DIR data.batch_size=32`). The classes document the arguments and their
+defaults.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable
+from typing import Any, get_type_hints
 
+from dpm_scales.data.base import ImageSource
 from dpm_scales.data.datamodule import ImageDataModule
 from dpm_scales.data.downloads import TorchvisionSource
 from dpm_scales.data.folder import BSDS500, ImageFolder
 from dpm_scales.data.sources import ArraySource, Digits, Photos
 
 
-def digits_data(
-    *,
-    val_fraction: float,
-    split_seed: int,
-    batch_size: int,
-    num_workers: int,
-    seed: int,
-    pin_memory: bool | None,
-    drop_last: bool,
-) -> ImageDataModule:
-    """Return batches of `Digits`."""
-    source = Digits(
-        val_fraction=val_fraction,
-        split_seed=split_seed,
-    )
-    return ImageDataModule(source, batch_size, num_workers, seed, pin_memory, drop_last)
+def _batches_of(source: type[ImageSource], name: str) -> Callable[..., ImageDataModule]:
+    """Return the builder called `name`: of keyword arguments, those of `source` and those of `ImageDataModule`."""
+    own, others = (dict(inspect.signature(made).parameters) for made in (source, ImageDataModule))
+    del others["source"]
+    arguments = [p.replace(kind=p.KEYWORD_ONLY) for p in (own | others).values()]
+    signature = inspect.Signature(arguments, return_annotation=ImageDataModule)
+
+    def build(**settings: Any) -> ImageDataModule:
+        signature.bind(**settings)
+        images = source(**{key: value for key, value in settings.items() if key in own})
+        return ImageDataModule(images, **{key: value for key, value in settings.items() if key in others})
+
+    hints = get_type_hints(ImageDataModule.__init__) | get_type_hints(source.__init__)
+    build.__annotations__ = {p.name: hints[p.name] for p in arguments} | {"return": ImageDataModule}
+    build.__signature__ = signature  # type: ignore[attr-defined]
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"Return batches of `{source.__name__}`."
+    return build
 
 
-def photos_data(
-    *,
-    patch_size: int | Sequence[int],
-    stride: int,
-    val_photo: str,
-    random_flip: bool,
-    batch_size: int,
-    num_workers: int,
-    seed: int,
-    pin_memory: bool | None,
-    drop_last: bool,
-) -> ImageDataModule:
-    """Return batches of `Photos`."""
-    source = Photos(
-        patch_size=patch_size,
-        stride=stride,
-        val_photo=val_photo,
-        random_flip=random_flip,
-    )
-    return ImageDataModule(source, batch_size, num_workers, seed, pin_memory, drop_last)
-
-
-def folder_data(
-    *,
-    root: str,
-    channels: int,
-    image_size: int | Sequence[int] | None,
-    resize_mode: str,
-    random_crop: bool,
-    random_flip: bool,
-    rotate_portrait: bool,
-    split: str,
-    val_fraction: float,
-    split_seed: int,
-    labels: str,
-    on_error: str,
-    verify: str,
-    batch_size: int,
-    num_workers: int,
-    seed: int,
-    pin_memory: bool | None,
-    drop_last: bool,
-) -> ImageDataModule:
-    """Return batches of `ImageFolder`."""
-    source = ImageFolder(
-        root=root,
-        channels=channels,
-        image_size=image_size,
-        resize_mode=resize_mode,
-        random_crop=random_crop,
-        random_flip=random_flip,
-        rotate_portrait=rotate_portrait,
-        split=split,
-        val_fraction=val_fraction,
-        split_seed=split_seed,
-        labels=labels,
-        on_error=on_error,
-        verify=verify,
-    )
-    return ImageDataModule(source, batch_size, num_workers, seed, pin_memory, drop_last)
-
-
-def bsds500_data(
-    *,
-    root: str,
-    patch_size: int | Sequence[int] | None,
-    channels: int,
-    random_crop: bool,
-    random_flip: bool,
-    rotate_portrait: bool,
-    on_error: str,
-    batch_size: int,
-    num_workers: int,
-    seed: int,
-    pin_memory: bool | None,
-    drop_last: bool,
-) -> ImageDataModule:
-    """Return batches of `BSDS500`."""
-    source = BSDS500(
-        root=root,
-        patch_size=patch_size,
-        channels=channels,
-        random_crop=random_crop,
-        random_flip=random_flip,
-        rotate_portrait=rotate_portrait,
-        on_error=on_error,
-    )
-    return ImageDataModule(source, batch_size, num_workers, seed, pin_memory, drop_last)
-
-
-def torchvision_data(
-    *,
-    name: str,
-    root: str,
-    download: bool,
-    image_size: int | Sequence[int] | None,
-    pad_to: int | Sequence[int] | None,
-    random_flip: bool,
-    batch_size: int,
-    num_workers: int,
-    seed: int,
-    pin_memory: bool | None,
-    drop_last: bool,
-) -> ImageDataModule:
-    """Return batches of `TorchvisionSource`."""
-    source = TorchvisionSource(
-        name=name,
-        root=root,
-        download=download,
-        image_size=image_size,
-        pad_to=pad_to,
-        random_flip=random_flip,
-    )
-    return ImageDataModule(source, batch_size, num_workers, seed, pin_memory, drop_last)
-
-
-def array_data(
-    *,
-    path: str,
-    val_fraction: float,
-    split_seed: int,
-    random_flip: bool,
-    batch_size: int,
-    num_workers: int,
-    seed: int,
-    pin_memory: bool | None,
-    drop_last: bool,
-) -> ImageDataModule:
-    """Return batches of `ArraySource`."""
-    source = ArraySource(
-        path=path,
-        val_fraction=val_fraction,
-        split_seed=split_seed,
-        random_flip=random_flip,
-    )
-    return ImageDataModule(source, batch_size, num_workers, seed, pin_memory, drop_last)
+digits_data = _batches_of(Digits, "digits_data")
+photos_data = _batches_of(Photos, "photos_data")
+folder_data = _batches_of(ImageFolder, "folder_data")
+bsds500_data = _batches_of(BSDS500, "bsds500_data")
+torchvision_data = _batches_of(TorchvisionSource, "torchvision_data")
+array_data = _batches_of(ArraySource, "array_data")

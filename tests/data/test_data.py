@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import struct
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 from urllib.error import URLError
 
 import numpy as np
@@ -329,6 +330,25 @@ def test_every_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert isinstance(module, data.ImageDataModule)
     assert (module.channels, module.seed) in ((1, 0), (3, 0))
     assert all(side >= 4 for side in module.image_size)
+
+
+def test_builders_take_the_arguments_of_both_classes() -> None:
+    """By name, with the types and defaults of the classes; the settings reach the class that they belong to."""
+    own, others = inspect.signature(data.Photos).parameters, inspect.signature(data.ImageDataModule).parameters
+    found = inspect.signature(data.photos_data)
+    assert list(found.parameters) == [*own, *(name for name in others if name != "source")]
+    for name, parameter in found.parameters.items():
+        assert parameter.kind is parameter.KEYWORD_ONLY
+        assert parameter.default == (own.get(name) or others[name]).default
+    hints = get_type_hints(data.photos_data)
+    assert hints["stride"] is int and hints["return"] is data.ImageDataModule
+    module = data.photos_data(patch_size=64, val_photo="coffee", batch_size=3, seed=7, pin_memory=False)
+    assert module.image_size == (64, 64) and (module.batch_size, module.seed, module.num_workers) == (3, 7, 0)
+    alone = data.Photos(64, val_photo="coffee")
+    assert torch.equal(module.val_set.images, alone.val().images)
+    for wrong in ({}, {"batch_size": 3, "strides": 4}, {"batch_size": 3, "source": alone}):
+        with pytest.raises(TypeError, match="batch_size|strides|source"):
+            data.photos_data(**wrong)
 
 
 def test_labels_with_gaps_are_told(tmp_path: Path) -> None:
