@@ -9,6 +9,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from dpm_scales.cli import configs
 from dpm_scales.cli.arguments import ALIASES, config_dirs
@@ -43,21 +44,27 @@ def help_text(config_name: str, argv: Sequence[str]) -> str:
         "\n".join(["groups, GROUP=NAME:", *_groups(config_name, width)]),
         "\n".join(["options, KEY=VALUE:", *_lines([o for o in options if o.key not in groups], width)]),
     ]
-    for group, choice in _chosen(config_name, argv).items():
+    for group, choice in chosen(config_name, argv).items():
         path = configs.config_file(group, choice, config_dirs(argv))
         if path is None:
-            raise UserError(f"unknown {_name(group)} {choice!r}: {suggest(choice, configs.choices(group))}")
-        names = {key: alias for alias, key in ALIASES.get(config_name, {}).items()}
-        own = [replace(o, key=names.get(o.key, o.key)) for o in configs.chosen_options(group, path).values()]
-        lines = _lines([o for o in own if o.key != "task"], width)
+            raise UserError(f"unknown {group_name(group)} {choice!r}: {suggest(choice, configs.choices(group))}")
+        lines = _lines(typed_options(config_name, group, path), width)
         about = " ".join(configs.read_options(path)[0])
-        sections += ["\n".join([*textwrap.wrap(f"{_name(group)}={choice}: {about}", width), *lines])]
+        sections += ["\n".join([*textwrap.wrap(f"{group_name(group)}={choice}: {about}", width), *lines])]
     sweeps = config_name == "train"
     flags = [line for flag, text in FLAGS.items() if sweeps or "-m" not in flag for line in _row(flag, text, width)]
     return "\n\n".join([*sections, "\n".join(["flags:", *flags])])
 
 
-def _name(group: str) -> str:
+def typed_options(config_name: str, group: str, path: Path) -> list[Option]:
+    """Return the options of a chosen config, with the names under which they are typed."""
+    names = {key: alias for alias, key in ALIASES.get(config_name, {}).items()}
+    own = [replace(o, key=names.get(o.key, o.key)) for o in configs.chosen_options(group, path).values()]
+    return [option for option in own if option.key != "task"]
+
+
+def group_name(group: str) -> str:
+    """Return the name under which a config group is chosen."""
     return "task" if group in TASK_GROUPS else group
 
 
@@ -66,11 +73,11 @@ def _groups(config_name: str, width: int) -> Iterator[str]:
     outer = configs.groups(config_name)
     names = [*configs.all_groups(config_name), *(["experiment"] if "experiment" in outer else [])]
     for group in names:
-        text = f"{_name(group)}: {', '.join(configs.choices(group))}"
+        text = f"{group_name(group)}: {', '.join(configs.choices(group))}"
         yield from textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="      ")
 
 
-def _chosen(config_name: str, argv: Sequence[str]) -> dict[str, str]:
+def chosen(config_name: str, argv: Sequence[str]) -> dict[str, str]:
     """Return the choice in each group: from the command line, the chosen experiment, or the defaults."""
     typed = dict(a.lstrip("+").split("=", 1) for a in argv if "=" in a and not a.startswith(("-", "~")))
     found = {group: choice for group, choice in configs.groups(config_name).items()}

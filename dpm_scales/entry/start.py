@@ -14,6 +14,7 @@ from dpm_scales.entry.commands import COMMANDS
 from dpm_scales.errors import require, suggest
 
 HELP_FLAGS, VERSION_FLAGS = ("-h", "--help"), ("-V", "--version")
+COMPLETION_FLAGS = ("-sc", "--shell-completion")
 
 
 def start(name: str, form: str) -> None:
@@ -22,8 +23,13 @@ def start(name: str, form: str) -> None:
     Args:
         form: how the command was typed, a key of `program.FORMS`.
     """
-    from dpm_scales.cli.program import remember_form
+    from dpm_scales.cli.program import SCRIPT, remember_form
 
+    flag, *action = sys.argv[1:] or [""]
+    # Hydra installs the completion of `python SCRIPT`
+    if flag in COMPLETION_FLAGS and (form != SCRIPT or "".join(action).startswith("query=")):
+        _complete(action)
+        return
     remember_form(form)
     importlib.import_module(COMMANDS[name].module).main()
 
@@ -46,6 +52,9 @@ def dispatch(form: str) -> None:
         if word in VERSION_FLAGS:
             print(f"dpm-scales {__version__}")
             return
+        if word in COMPLETION_FLAGS:
+            _complete(rest)
+            return
         _require_command(word)
     sys.argv[1:] = rest
     start(word, form)
@@ -67,6 +76,17 @@ def overview() -> str:
             "dpm-scales COMMAND --help lists the options of a command; dpm-scales --version prints the version.",
         ]
     )
+
+
+def _complete(action: list[str]) -> None:
+    """Print what a shell needs to complete command lines."""
+    from dpm_scales.entry.completion import complete
+
+    with reported():
+        require(len(action) == 1, "-sc needs install=SHELL, uninstall=SHELL or query=SHELL; for example install=bash")
+        text = complete(action[0])
+        if text:
+            print(text)
 
 
 def _require_command(word: str) -> None:
