@@ -24,4 +24,5 @@ COMMANDS = {
     "evaluate": Command("dpm_scales.entry.evaluate", "compare samples of a model, or images, with real images"),
     "evolve": Command("dpm_scales.entry.evolve", "apply forward processes to real images, and compare them"),
     "runs": Command("dpm_scales.entry.runs", "list runs, name the best, copy a model out of its run"),
+    "init": Command("dpm_scales.entry.init", "write a project with a network and a process of your own"),
 }
