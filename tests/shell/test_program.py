@@ -53,6 +53,11 @@ def test_the_list_of_commands(
         assert callable(importlib.import_module(command.module).main)
 
 
+def test_the_page_lists_all_commands() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    assert [name for name in COMMANDS if f"\n| `dpm-scales {name}`" not in page] == []
+
+
 def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert typed(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"dpm-scales {__version__}\n"
