@@ -278,10 +278,6 @@ class Twin:
 NO_NOISE = NoiseTwin(lambda t: (1.0, 0.0), lambda k: (1.0, 0.0))
 
 
-def _constant_noise(std: float, num_scales: int) -> NoiseTwin:
-    return exploding(lambda k: std, num_scales)
-
-
 def _twins() -> list[Twin]:
     K = 8
     betas = [0.1, 0.0, 0.3, 0.05, 0.6, 0.2, 0.2, 0.9]
@@ -289,132 +285,67 @@ def _twins() -> list[Twin]:
     sigmas = [0.3, 0.3, 0.9, 1.0, 2.0, 2.2, 3.0, 5.0]
     times = [0.1, 1.0, 1.5, 1.5, 2.0, 5.0, 10.0, 30.0]
     linear = [math.sqrt(v) for v in np.linspace(0.01, 0.3, K)]
+    cosine, sigmoid = log_snr_curve(cosine_log_snr, K), log_snr_curve(sigmoid_log_snr, K)
+    shifted = log_snr_curve(lambda t: cosine_log_snr(t, -8, 6, 0.5), K)
+    rho_3, geometric = (lambda k: edm_knot(k, K, 0.05, 4.0, 3.0)), (lambda k: geometric_knot(k, K, 0.01, 5.0))
+    low, tenth = exploding(lambda k: 0.01, K), exploding(lambda k: 0.1, K)
+    log_4, log_3, by_sigma = log_blur(K, 0.5, 4.0), log_blur(K, 0.5, 3.0), listed_time([s**2 / 2 for s in sigmas])
+    by_time, sine_4, sine_20 = listed_time(times), sin_squared_blur(4.0), sin_squared_blur(20.0)
+    smooth, grid = "continuous", "discrete"  # spectra
     return [
         Twin("vp-constant", lambda: VP(K, ConstantBeta(0.1)), K, listed_beta([0.1] * K)),
         Twin("vp-linear", lambda: VP(K, LinearBeta(0.01, 0.3)), K, listed_beta(linear)),
         Twin("vp-listed", lambda: VP(K, ListedBeta(betas)), K, listed_beta(betas)),
-        Twin("vp-cosine", lambda: VP(K), K, log_snr_curve(cosine_log_snr, K)),
-        Twin(
-            "vp-cosine-shifted",
-            lambda: VP(K, CosineLogSNR(-8, 6, shift=0.5)),
-            K,
-            log_snr_curve(lambda t: cosine_log_snr(t, -8, 6, 0.5), K),
-        ),
-        Twin("vp-sigmoid", lambda: VP(K, SigmoidSignal()), K, log_snr_curve(sigmoid_log_snr, K)),
+        Twin("vp-cosine", lambda: VP(K), K, cosine),
+        Twin("vp-cosine-shifted", lambda: VP(K, CosineLogSNR(-8, 6, shift=0.5)), K, shifted),
+        Twin("vp-sigmoid", lambda: VP(K, SigmoidSignal()), K, sigmoid),
         Twin("ve-edm", lambda: VE(K), K, exploding(lambda k: edm_knot(k, K), K)),
-        Twin(
-            "ve-edm-rho-3",
-            lambda: VE(K, EDMNoise(0.05, 4.0, 3.0)),
-            K,
-            exploding(lambda k: edm_knot(k, K, 0.05, 4.0, 3.0), K),
-        ),
-        Twin(
-            "ve-geometric",
-            lambda: VE(K, GeometricNoise(0.01, 5.0)),
-            K,
-            exploding(lambda k: geometric_knot(k, K, 0.01, 5.0), K),
-        ),
+        Twin("ve-edm-rho-3", lambda: VE(K, EDMNoise(0.05, 4.0, 3.0)), K, exploding(rho_3, K)),
+        Twin("ve-geometric", lambda: VE(K, GeometricNoise(0.01, 5.0)), K, exploding(geometric, K)),
         Twin("ve-listed", lambda: VE(K, ListedNoise(gammas)), K, listed_noise(gammas)),
-        Twin(
-            "homogeneous-log",
-            lambda: Homogeneous(K, LogBlur(0.5, 4.0)),
-            K,
-            NO_NOISE,
-            log_blur(K, 0.5, 4.0),
-            "continuous",
-        ),
+        Twin("homogeneous-log", lambda: Homogeneous(K, LogBlur(0.5, 4.0)), K, NO_NOISE, log_4, smooth),
         Twin(
             "homogeneous-listed-discrete",
-            lambda: Homogeneous(K, ListedDissipationTimes(times), "discrete"),
-            K,
-            NO_NOISE,
-            listed_time(times),
-            "discrete",
+            lambda: Homogeneous(K, ListedDissipationTimes(times), grid),
+            *(K, NO_NOISE, by_time, grid),
         ),
-        Twin(
-            "inverse-heat",
-            lambda: InverseHeat(K, blur=LogBlur(0.5, 4.0)),
-            K,
-            _constant_noise(0.01, K),
-            log_blur(K, 0.5, 4.0),
-            "continuous",
-        ),
+        Twin("inverse-heat", lambda: InverseHeat(K, blur=LogBlur(0.5, 4.0)), K, low, log_4, smooth),
         Twin(
             "inverse-heat-0.1",
             lambda: InverseHeat(K, ConstantNoise(0.1), ListedBlurSigmas(sigmas)),
             K,
-            _constant_noise(0.1, K),
-            listed_time([s**2 / 2 for s in sigmas]),
-            "continuous",
+            tenth,
+            by_sigma,
+            smooth,
         ),
         Twin(
             "inverse-heat-discrete",
-            lambda: InverseHeat(K, ConstantNoise(0.1), LinearTimeBlur(12.0), "discrete"),
-            K,
-            _constant_noise(0.1, K),
-            lambda t: 12.0 * t,
-            "discrete",
+            lambda: InverseHeat(K, ConstantNoise(0.1), LinearTimeBlur(12.0), grid),
+            *(K, tenth, lambda t: 12.0 * t, grid),
         ),
-        Twin(
-            "blurring",
-            lambda: Blurring(K, blur=SinSquaredBlur(4.0)),
-            K,
-            log_snr_curve(cosine_log_snr, K),
-            sin_squared_blur(4.0),
-            "continuous",
-            0.001,
-        ),
-        Twin(
-            "blurring-default-blur",
-            lambda: Blurring(K),
-            K,
-            log_snr_curve(cosine_log_snr, K),
-            sin_squared_blur(20.0),
-            "continuous",
-            0.001,
-        ),
+        Twin("blurring", lambda: Blurring(K, blur=SinSquaredBlur(4.0)), K, cosine, sine_4, smooth, 0.001),
+        Twin("blurring-default-blur", lambda: Blurring(K), K, cosine, sine_20, smooth, 0.001),
         Twin(
             "blurring-listed-discrete",
-            lambda: Blurring(K, LinearBeta(0.01, 0.3), ListedBlurSigmas(sigmas), 0.2, "discrete"),
-            K,
-            listed_beta(linear),
-            listed_time([s**2 / 2 for s in sigmas]),
-            "discrete",
-            0.2,
+            lambda: Blurring(K, LinearBeta(0.01, 0.3), ListedBlurSigmas(sigmas), 0.2, grid),
+            *(K, listed_beta(linear), by_sigma, grid, 0.2),
         ),
         Twin(
             "blurring-no-floor",
             lambda: Blurring(K, SigmoidSignal(), LogBlur(0.5, 3.0), 0.0),
-            K,
-            log_snr_curve(sigmoid_log_snr, K),
-            log_blur(K, 0.5, 3.0),
-            "continuous",
+            *(K, sigmoid, log_3, smooth),
         ),
-        Twin(
-            "chain",
-            lambda: BlurringChain(K, blur=LogBlur(0.5, 4.0)),
-            K,
-            NO_NOISE,
-            log_blur(K, 0.5, 4.0),
-            "continuous",
-            chain_noise=0.1,
-        ),
+        Twin("chain", lambda: BlurringChain(K, blur=LogBlur(0.5, 4.0)), K, NO_NOISE, log_4, smooth, chain_noise=0.1),
         Twin(
             "chain-linear-discrete",
-            lambda: BlurringChain(K, 0.3, LinearTimeBlur(3.0), "discrete"),
-            K,
-            NO_NOISE,
-            lambda t: 3.0 * t,
-            "discrete",
+            lambda: BlurringChain(K, 0.3, LinearTimeBlur(3.0), grid),
+            *(K, NO_NOISE, lambda t: 3.0 * t, grid),
             chain_noise=0.3,
         ),
         Twin(
             "chain-listed",
             lambda: BlurringChain(K, 0.05, ListedDissipationTimes(times)),
-            K,
-            NO_NOISE,
-            listed_time(times),
-            "continuous",
+            *(K, NO_NOISE, by_time, smooth),
             chain_noise=0.05,
         ),
     ]
