@@ -23,6 +23,7 @@ COMMANDS = {
     "sample": Command("dpm_scales.entry.sample", "sample images from a model, or edit images with it"),
     "evaluate": Command("dpm_scales.entry.evaluate", "compare samples of a model, or images, with real images"),
     "evolve": Command("dpm_scales.entry.evolve", "apply forward processes to real images, and compare them"),
+    "push": Command("dpm_scales.entry.push", "upload a model to the Hugging Face Hub, with a page that describes it"),
     "runs": Command("dpm_scales.entry.runs", "list runs, name the best, copy a model out of its run"),
     "init": Command("dpm_scales.entry.init", "write a project with a network and a process of your own"),
 }

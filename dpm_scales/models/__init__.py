@@ -15,10 +15,17 @@ if TYPE_CHECKING:
     from dpm_scales.models.generate import draw
     from dpm_scales.models.io import load_model, save_model
     from dpm_scales.models.model import Model, Recipe, build_model
+    from dpm_scales.models.push import push_model
     from dpm_scales.models.to_diffusers import export_diffusers
 
-__all__ = ["Model", "Recipe", "build_model", "draw", "export_diffusers", "load_model", "save_model"]
-_PLACES = {"draw": "generate", "export_diffusers": "to_diffusers", "load_model": "io", "save_model": "io"}
+__all__ = ["Model", "Recipe", "build_model", "draw", "export_diffusers", "load_model", "push_model", "save_model"]
+_PLACES = {
+    "draw": "generate",
+    "export_diffusers": "to_diffusers",
+    "load_model": "io",
+    "push_model": "push",
+    "save_model": "io",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ without a network. What lies there is then checked like any folder.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ def hub() -> ModuleType:
     """Return the package huggingface_hub. Raises UserError if it is not installed."""
     try:
         import huggingface_hub
+        import huggingface_hub.errors  # loaded on demand otherwise
     except ImportError as error:
         raise UserError(
             f"models on the Hub need huggingface_hub ({error}): pip install 'dpm-scales[hub]', or download the model "
@@ -75,7 +77,7 @@ def fetch(place: str) -> Path:
     """
     repo, revision = parse_place(place)
     folder = _download(repo, revision, (*OWN_CONFIGS, *CONFIG_FILES), quiet=True)
-    if any((folder / name).is_file() for name in OWN_CONFIGS):
+    if _has_any(folder, OWN_CONFIGS):
         weights: Sequence[str] = OWN_WEIGHTS
     elif is_diffusers(folder):
         check_pipeline(folder)
@@ -85,18 +87,35 @@ def fetch(place: str) -> Path:
             f"{repo} is no dpm_scales model; it has {_listed(_names(repo, folder.name))}, where a model has "
             "config.yaml and model.safetensors, or the files of a diffusers pipeline"
         )
-    folder = _download(repo, folder.name, weights)
-    if not any((folder / name).is_file() for name in weights):
+    if not _has_any(folder, weights):  # a snapshot is of one commit, so what is there stays valid
+        folder = _download(repo, folder.name, weights)
+    if not _has_any(folder, weights):
         raise UserError(no_weights(repo, weights[0], _names(repo, folder.name)))
     return folder
+
+
+def _has_any(folder: Path, names: Iterable[str]) -> bool:
+    return any((folder / name).is_file() for name in names)
 
 
 def _download(repo: str, revision: str | None, names: Iterable[str], quiet: bool = False) -> Path:
     """Download those of the named files that a repository has, and return the folder of its snapshot in the cache."""
     package = hub()
-    with readable_errors(repo, revision):
-        more = {"tqdm_class": _silent_bar()} if quiet else {}
+    more = {"tqdm_class": _silent_bar()} if quiet else {}
+    with readable_errors(repo, revision), _without_warnings():
         return Path(package.snapshot_download(repo, revision=revision, allow_patterns=list(names), **more))
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence huggingface_hub's warnings in the body, for example that it finds none of the named files."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _silent_bar() -> type:
@@ -120,8 +139,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def readable_errors(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Replace the errors that huggingface_hub raises in the body by a UserError of one line."""
+def readable_errors(repo: str, revision: str | None = None, cached: bool = True) -> Iterator[None]:
+    """Replace the errors that huggingface_hub raises in the body by a UserError of one line.
+
+    Args:
+        cached: whether the cache could have served the body without a network.
+    """
     errors = hub().errors
     try:
         yield
@@ -139,17 +162,19 @@ def readable_errors(repo: str, revision: str | None = None) -> Iterator[None]:
             raise UserError(f"the Hub refuses access to {repo} (status {status}); {LOG_IN}") from error
         raise UserError(f"the Hub answers status {status} for {repo}; try again later") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
-        raise UserError(_unreachable(repo, error)) from error
+        raise UserError(_unreachable(error, repo if cached else None)) from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "requests"):
             raise
-        raise UserError(_unreachable(repo, error)) from error
+        raise UserError(_unreachable(error, repo if cached else None)) from error
 
 
-def _unreachable(repo: str, error: BaseException) -> str:
+def _unreachable(error: BaseException, wanted: str | None) -> str:
     cause = error.__cause__ or error
     reason = (str(cause).splitlines() or [""])[0].rstrip(".") or type(cause).__name__
+    missing = "" if wanted is None else f", and {wanted} is not whole in the cache"
+    other = "" if wanted is None else ", or give the folder of a model"
     return (
-        f"the Hub can't be reached ({type(cause).__name__}: {reason:.160}), and {repo} is not whole in the cache; "
-        "check the network and HF_HUB_OFFLINE, or give the folder of a model"
+        f"the Hub can't be reached ({type(cause).__name__}: {reason:.160}){missing}; check the network and "
+        f"HF_HUB_OFFLINE{other}"
     )

@@ -1,0 +1,236 @@
+"""Write the page of a model on the Hugging Face Hub: README.md, and figures of its schedule and of its samples."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dpm_scales.errors import UserError, printable, require
+from dpm_scales.models.model import Model
+from dpm_scales.models.trust import foreign_packages
+from dpm_scales.plots import figure, graded, legend, logarithmic
+from dpm_scales.processes import Process
+from dpm_scales.samplers.grids import tables_of
+from dpm_scales.storage import open_regular, write_bytes, write_text
+
+README, SCHEDULE, SAMPLES = "README.md", "schedule.png", "samples.png"
+POINTS, SHARES = 200, (0.0, 1 / 256, 1 / 64, 1 / 16, 1 / 4, 1.0)
+"""Scales of the plot, and eigenvalues as shares of the largest."""
+
+_LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
+_MAX_RESULT_BYTES = 2**20
+_TASK = "unconditional-image-generation"
+_LONGEST = 12  # values of a list in a table
+
+
+def write_card(
+    folder: Path, model: Model, repo: str, licence: str | None = None, run: Path | None = None, size: int | None = None
+) -> None:
+    """Write `README.md`, `schedule.png` and, of a run with sample grids, `samples.png` into a folder.
+
+    Args:
+        repo: name on the Hub, owner/name.
+        licence: the Hub's identifier of a licence, "mit"; None for no statement.
+        run: folder of the run that trained the model; its last sample grid and the figures in its result.json are
+            shown.
+        size: bytes of the model's file.
+
+    Raises: UserError for a licence that is no identifier, and for a damaged result.json.
+    """
+    ok = licence is None or _LICENCE.fullmatch(licence) is not None
+    require(ok, f"licence={licence!r}: give the Hub's identifier of a licence, for example mit, apache-2.0 or other")
+    results = {} if run is None else _results(run)
+    grids = [] if run is None else sorted((run / "samples").glob("step-*.png"))
+    plot_schedule(folder / SCHEDULE, model.denoiser.process)
+    if grids:
+        with open_regular(grids[-1]) as file:
+            write_bytes(folder / SAMPLES, file.read())
+    blocks = [
+        _front_matter(model, licence),
+        f"# {repo.partition('/')[2]}",
+        *([f"![samples of the model]({SAMPLES})"] if grids else []),
+        _summary(model, size),
+        _loading(model, repo),
+        _process(model.denoiser.process),
+        _parts(model),
+        *([_training(results)] if results else []),
+    ]
+    write_text(folder / README, "\n\n".join(blocks) + "\n")
+
+
+def plot_schedule(path: Path, process: Process) -> None:
+    """Draw the scale of the signal, lambda_t, and of the noise, gamma_t, against t, for frequencies from 0 up.
+
+    A process without blur has one curve of each.
+    """
+    device = tables_of(process)
+    t = torch.linspace(0, 1, POINTS + 1, dtype=torch.float64, device=device)[1:]
+    largest = process.operator().eigenvalues(64, 64, device).max()
+    one = process.blur is None or bool(largest == 0)
+    mu = largest * torch.tensor(SHARES[:1] if one else SHARES, dtype=torch.float64, device=device)
+    shape = (len(t), len(mu))
+    signal = process.signal_scale(t, mu)[:, 0].expand(shape).cpu()
+    noise = process.noise_scale(t, mu)[:, 0].expand(shape).cpu()
+    same = bool(torch.allclose(noise, noise[:, :1].expand(shape)))
+    t = t.cpu()
+    colours = graded(len(mu))
+    with figure(path, 7.2, 2.8, ncols=2) as (drawing, axes):
+        for j, value in enumerate(mu.tolist()):
+            label = None if one else f"$\\mu$ = {value:.3g}"
+            axes[0].plot(t, signal[:, j], color=colours[j], label=label)
+            if j == 0 or not same:
+                axes[1].plot(t, noise[:, j], color=colours[j])
+        axes[0].set(xlabel="scale t", title="signal $\\lambda_t$", ylim=(0, 1.05), xlim=(0, 1))
+        axes[1].set(xlabel="scale t", title="noise $\\gamma_t$", xlim=(0, 1))
+        if float(noise.max()) > 2:
+            logarithmic(axes[1])
+        else:
+            axes[1].set_ylim(0, 1.05 * max(float(noise.max()), 0.01))
+        if not one:
+            legend(drawing, axes[:1])
+
+
+# --- blocks of the page -----------------------------------------------------------------------------------------------
+
+
+def _front_matter(model: Model, licence: str | None) -> str:
+    values: dict[str, Any] = {"library_name": "dpm_scales", "pipeline_tag": _TASK}
+    values |= {} if licence is None else {"license": licence}
+    values["tags"] = ["dpm_scales", "diffusion", type(model.denoiser.process).__name__]
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
+
+
+def _summary(model: Model, size: int | None) -> str:
+    recipe, network = model.recipe, model.denoiser.network
+    (height, width), number = recipe.image_size, sum(p.numel() for p in network.parameters())
+    colour = {1: "grey", 3: "RGB"}.get(recipe.channels, f"{recipe.channels}-channel")
+    names = [_cell(name) for name in recipe.class_names or ()]
+    classes = ""
+    if recipe.num_classes is not None:
+        shown = f": {', '.join(names[:_LONGEST])}{', …' if len(names) > _LONGEST else ''}" if names else ""
+        classes = f" It takes labels of {recipe.num_classes} classes{shown}."
+    weight = "" if size is None else f", {size / 2**20:.1f} MiB"
+    return (
+        f"A generative model of {colour} images of {height}x{width} pixels (height x width), with the process "
+        f"`{type(model.denoiser.process).__name__}` and the network `{type(network).__name__}` of {number:,} "
+        f"parameters{weight}.{classes}"
+    )
+
+
+def _loading(model: Model, repo: str) -> str:
+    trusted = foreign_packages(*model.recipe.parts.values())
+    allow = f", allow={json.dumps(trusted)}" if trusted else ""
+    option = f" 'allow=[{','.join(trusted)}]'" if trusted else ""
+    warning = (
+        f"\n\nIts config names classes of {', '.join(trusted)}. They are imported only with `allow`; install the "
+        "packages, and look at them first."
+    )
+    return (
+        "## Use\n\n"
+        "```python\n"
+        "from dpm_scales.models import draw, load_model\n\n"
+        f'model = load_model("hf://{repo}"{allow})\n'
+        "images = next(draw(model, num_samples=16, seed=0))  # uint8 (16, C, H, W)\n"
+        "```\n\n"
+        "```sh\n"
+        f"dpm-scales sample model=hf://{repo}{option} num_samples=64 out=samples/hub\n"
+        "```" + (warning if trusted else "")
+    )
+
+
+def _process(process: Process) -> str:
+    """Return the process's law as formulas, with the description of its schedules."""
+    varies = type(process).log_noise_scale is not Process.log_noise_scale
+    noise = r"\gamma_t(L)" if varies else r"\gamma_t"
+    law = rf"y_t = \lambda_t(L)\, y_0 + {noise}\, \varepsilon, \qquad \varepsilon \sim \mathcal{{N}}(0, I)"
+    if process.blur is None:
+        scale = r"\lambda_t = a_t"
+    elif process.min_decay > 0:
+        scale = r"\lambda_t(\mu) = a_t \left((1 - d_{\min})\, e^{-\mu T(t)} + d_{\min}\right)"
+        scale += rf", \qquad d_{{\min}} = {process.min_decay:g}"
+    else:
+        scale = r"\lambda_t(\mu) = a_t\, e^{-\mu T(t)}"
+    scale += r", \qquad a_t^2 + \gamma_t^2 = 1" if process.variance_preserving else ""
+    low, high = process.value_range
+    lines = [
+        f"{_first_line(process)}",
+        f"$$ {law} $$",
+        f"$$ {scale} $$",
+        f"with t = k / {process.num_scales}, k = 0, …, {process.num_scales}, and pixels in [{low:g}, {high:g}].",
+        f"- operator L with eigenvalues μ, `{type(process.operator()).__name__}`: {_first_line(process.operator())}",
+        f"- noise, a and γ, `{type(process.noise).__name__}`: {_first_line(process.noise)}",
+    ]
+    if process.blur is not None:
+        lines.append(f"- blur, T in px², `{type(process.blur).__name__}`: {_first_line(process.blur)}")
+    head, items = lines[:4], lines[4:]
+    plot = f"![signal and noise against the scale t]({SCHEDULE})"
+    return "\n\n".join(["## Process", *head, "\n".join(items), plot])
+
+
+def _parts(model: Model) -> str:
+    rows = ["| part | class | settings |", "|---|---|---|"]
+    parts = {name: getattr(model.denoiser, name) for name in ("process", "target", "network")}
+    for name, part in {**parts, "prior": model.prior, "sampler": model.sampler}.items():
+        values = {key: value for key, value in model.recipe.parts[name].items() if not key.startswith("_")}
+        rows.append(f"| {name} | `{_cell(type(part).__name__)}` | {_settings(values)} |")
+    return "\n".join(["## Parts", "", *rows])
+
+
+def _settings(values: dict[str, Any]) -> str:
+    """Return the arguments of a part in a line; those of parts inside in braces, long lists shortened."""
+    found = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            inner = {**({"": value["_target_"].rpartition(".")[2]} if "_target_" in value else {}), **value}
+            text = "{" + _settings({name: v for name, v in inner.items() if name != "_target_"}) + "}"
+        elif isinstance(value, list) and len(value) > _LONGEST:
+            text = f"[{len(value)} values]"
+        else:
+            text = json.dumps(value, ensure_ascii=False)
+        found.append(_cell(f"{key}={text}" if key else text.strip('"')))
+    return ", ".join(found) or "–"
+
+
+def _training(results: dict[str, Any]) -> str:
+    rows = ["| figure | value |", "|---|---:|"]
+    for name, value in results.items():
+        rows.append(f"| {_cell(name)} | {value:,} |" if isinstance(value, int) else f"| {_cell(name)} | {value:.4g} |")
+    return "\n".join(["## Training", "", *rows])
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def _first_line(thing: object) -> str:
+    """Return the first paragraph of the docstring of a thing's class in one line; "" without one."""
+    text = inspect.getdoc(type(thing)) or ""
+    return printable(" ".join(text.split("\n\n")[0].split()))
+
+
+def _cell(text: object) -> str:
+    """Return text for a table's cell, in which no character ends the cell, the line or a block of code."""
+    return printable(" ".join(str(text).split())).replace("|", r"\|").replace("`", "'").replace("<", "&lt;")
+
+
+def _results(run: Path) -> dict[str, Any]:
+    """Return the numbers in a run's result.json; empty without that file."""
+    path = run / "result.json"
+    if not path.is_file():
+        return {}
+    try:
+        with open_regular(path) as file:
+            values = json.loads(file.read(_MAX_RESULT_BYTES + 1))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} is damaged ({error or type(error).__name__}); remove it, or push the model alone"
+        ) from error
+    require(isinstance(values, dict), f"{path} is damaged (it holds no object); remove it, or push the model alone")
+    return {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
