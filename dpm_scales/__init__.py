@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dpm_scales.images import make_grid, save_png
     from dpm_scales.models.io import load_model as load
     from dpm_scales.models.model import Model
-    from dpm_scales.networks import UNet
+    from dpm_scales.networks import DiffusersUNet, UNet
     from dpm_scales.priors import DataPrior, GaussianPrior, OsmosisPrior, Prior
     from dpm_scales.processes import (
         VE,
@@ -75,7 +75,7 @@ _PLACES = {
     "models.io": ("load",),
     "describe": ("configured",),
     "errors": ("UserError",),
-    "networks": ("UNet",),
+    "networks": ("DiffusersUNet", "UNet"),
     "processes": (
         *("VE", "VP", "Blurring", "BlurringChain", "Homogeneous", "InverseHeat", "InverseOsmosis"),
         *("OsmosisDiffusion", "OsmosisFilter", "Process"),
@@ -118,6 +118,7 @@ __all__ = [
     "CosineLogSNR",
     "DPMSolver",
     "DataPrior",
+    "DiffusersUNet",
     "Digits",
     "Dissipation",
     "EDMNoise",

@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> None:
         message=asked.options.get("message"),
         card="--keep-card" not in asked.flags,
     )
-    print(printable(f"{address}; load it with load_model('hf://{repo.removeprefix('hf://')}')"))
+    print(printable(f"{address}; load it with ds.load('hf://{repo.removeprefix('hf://')}')"))
 
 
 def _run_of(place: Path) -> Path | None:

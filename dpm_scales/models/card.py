@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from dpm_scales.errors import UserError, printable, require
-from dpm_scales.models.model import Model
+from dpm_scales.models.base import Parts
 from dpm_scales.models.trust import foreign_packages
 from dpm_scales.plots import figure, graded, legend, logarithmic
 from dpm_scales.processes import Process
@@ -30,7 +30,7 @@ _LONGEST = 12  # values of a list in a table
 
 
 def write_card(
-    folder: Path, model: Model, repo: str, licence: str | None = None, run: Path | None = None, size: int | None = None
+    folder: Path, model: Parts, repo: str, licence: str | None = None, run: Path | None = None, size: int | None = None
 ) -> None:
     """Write `README.md`, `schedule.png` and, of a run with sample grids, `samples.png` into a folder.
 
@@ -99,14 +99,14 @@ def plot_schedule(path: Path, process: Process) -> None:
 # --- blocks of the page -----------------------------------------------------------------------------------------------
 
 
-def _front_matter(model: Model, licence: str | None) -> str:
+def _front_matter(model: Parts, licence: str | None) -> str:
     values: dict[str, Any] = {"library_name": "dpm_scales", "pipeline_tag": _TASK}
     values |= {} if licence is None else {"license": licence}
     values["tags"] = ["dpm_scales", "diffusion", type(model.denoiser.process).__name__]
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 
-def _summary(model: Model, size: int | None) -> str:
+def _summary(model: Parts, size: int | None) -> str:
     recipe, network = model.recipe, model.denoiser.network
     (height, width), number = recipe.image_size, sum(p.numel() for p in network.parameters())
     colour = {1: "grey", 3: "RGB"}.get(recipe.channels, f"{recipe.channels}-channel")
@@ -123,7 +123,7 @@ def _summary(model: Model, size: int | None) -> str:
     )
 
 
-def _loading(model: Model, repo: str) -> str:
+def _loading(model: Parts, repo: str) -> str:
     trusted = foreign_packages(*model.recipe.parts.values())
     allow = f", allow={json.dumps(trusted)}" if trusted else ""
     option = f" 'allow=[{','.join(trusted)}]'" if trusted else ""
@@ -134,9 +134,9 @@ def _loading(model: Model, repo: str) -> str:
     return (
         "## Use\n\n"
         "```python\n"
-        "from dpm_scales.models import draw, load_model\n\n"
-        f'model = load_model("hf://{repo}"{allow})\n'
-        "images = next(draw(model, num_samples=16, seed=0))  # uint8 (16, C, H, W)\n"
+        "import dpm_scales as ds\n\n"
+        f'model = ds.load("hf://{repo}"{allow})\n'
+        "images = model.sample(16, seed=0)  # uint8 (16, C, H, W)\n"
         "```\n\n"
         "```sh\n"
         f"dpm-scales sample model=hf://{repo}{option} num_samples=64 out=samples/hub\n"
@@ -173,7 +173,7 @@ def _process(process: Process) -> str:
     return "\n\n".join(["## Process", *head, "\n".join(items), plot])
 
 
-def _parts(model: Model) -> str:
+def _parts(model: Parts) -> str:
     rows = ["| part | class | settings |", "|---|---|---|"]
     parts = {name: getattr(model.denoiser, name) for name in ("process", "target", "network")}
     for name, part in {**parts, "prior": model.prior, "sampler": model.sampler}.items():

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dpm_scales.errors import UserError, is_number, is_whole, require, suggest
-from dpm_scales.models.model import Recipe
+from dpm_scales.models.recipe import Recipe
 from dpm_scales.networks.diffusers_unet import unet_arguments
 from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.storage import open_regular

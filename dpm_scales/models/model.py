@@ -19,7 +19,9 @@ from dpm_scales.models.export import save_folder
 from dpm_scales.models.generate import draw, pick_labels, with_guidance
 from dpm_scales.models.instantiate import plain
 from dpm_scales.models.parts import build_denoiser, build_sampler, make_network, make_part
+from dpm_scales.models.push import push_model
 from dpm_scales.models.recipe import MAX_SIDE, PARTS, UNDESCRIBED, Recipe
+from dpm_scales.models.to_diffusers import export_diffusers
 from dpm_scales.networks import UNet
 from dpm_scales.priors import Prior
 from dpm_scales.processes import VP, Process
@@ -255,6 +257,23 @@ class Model(Parts):
         values, or if a weight is not finite.
         """
         save_folder(Path(folder), self)
+
+    def push(
+        self,
+        repo: str,
+        *,
+        private: bool | None = None,
+        licence: str | None = None,
+        run: str | Path | None = None,
+        message: str | None = None,
+        card: bool = True,
+    ) -> str:
+        """Upload the model to the Hugging Face Hub; arguments, result and errors are those of `push_model`."""
+        return push_model(self, repo, private=private, licence=licence, run=run, message=message, card=card)
+
+    def to_diffusers(self, folder: str | Path, kind: str | None = None) -> None:
+        """Write the model as a pipeline of diffusers; arguments and errors are those of `export_diffusers`."""
+        export_diffusers(self, folder, kind)
 
 
 def _uniform(noise: Randomness, count: int, device: torch.device) -> Tensor:

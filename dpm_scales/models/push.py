@@ -6,14 +6,14 @@ import tempfile
 from pathlib import Path
 
 from dpm_scales.errors import require
+from dpm_scales.models.base import Parts
 from dpm_scales.models.card import README, write_card
+from dpm_scales.models.export import WEIGHTS_FILE, save_model
 from dpm_scales.models.hub import LOG_IN, check_repository, hub, readable_errors
-from dpm_scales.models.io import save_model
-from dpm_scales.models.model import Model
 
 
 def push_model(
-    model: Model,
+    model: Parts,
     repo: str,
     *,
     private: bool | None = None,
@@ -44,7 +44,7 @@ def push_model(
     with tempfile.TemporaryDirectory() as beside:
         folder = Path(beside)
         save_model(folder, model)
-        write_card(folder, model, repo, licence, place, (folder / "model.safetensors").stat().st_size)
+        write_card(folder, model, repo, licence, place, (folder / WEIGHTS_FILE).stat().st_size)
         if not card:
             (folder / README).unlink()
         with readable_errors(repo, cached=False):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.errors import require, require_choice
-from dpm_scales.models.model import Model
+from dpm_scales.models.base import Parts
 from dpm_scales.models.weights_fit import not_finite
 from dpm_scales.networks import DiffusersUNet
 from dpm_scales.processes import Process
@@ -32,7 +32,7 @@ _NO = "can't be exported to diffusers"
 _CLOSE = 1e-6
 
 
-def export_diffusers(model: Model, folder: str | Path, kind: str | None = None) -> None:
+def export_diffusers(model: Parts, folder: str | Path, kind: str | None = None) -> None:
     """Write `model_index.json`, `unet/` and `scheduler/` into `folder`, each file atomically.
 
     Args:
@@ -76,7 +76,7 @@ def export_diffusers(model: Model, folder: str | Path, kind: str | None = None) 
     _write(Path(folder), pipeline, scheduler, options, _unet(network, model.recipe.image_size))
 
 
-def _prediction(model: Model) -> tuple[str, bool]:
+def _prediction(model: Parts) -> tuple[str, bool]:
     """Return diffusers' name of what the network predicts, and whether the estimate of the clean image is clipped."""
     target: Any = model.denoiser.target
     name = PREDICTIONS.get(type(target))
@@ -98,7 +98,7 @@ def _curves(process: Process) -> tuple[Tensor, Tensor]:
     return process.signal(t).log(zero).flatten().cpu(), process.noise_scale(t, zero).flatten().cpu()
 
 
-def _vp(model: Model, kind: str | None) -> tuple[str, str, dict[str, Any]]:
+def _vp(model: Parts, kind: str | None) -> tuple[str, str, dict[str, Any]]:
     """Return pipeline, scheduler and its options for a variance-preserving model."""
     process, sampler = model.denoiser.process, model.sampler
     require(
@@ -120,7 +120,7 @@ def _vp(model: Model, kind: str | None) -> tuple[str, str, dict[str, Any]]:
     return "DDPMPipeline", "DDPMScheduler", {**options, "variance_type": "fixed_large" if large else "fixed_small"}
 
 
-def _ve(model: Model, network: DiffusersUNet) -> tuple[str, str, dict[str, Any]]:
+def _ve(model: Parts, network: DiffusersUNet) -> tuple[str, str, dict[str, Any]]:
     """Return pipeline, scheduler and its options for a variance-exploding model."""
     process, (height, width) = model.denoiser.process, model.recipe.image_size
     name = type(process).__name__

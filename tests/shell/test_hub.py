@@ -203,7 +203,7 @@ def test_a_run_is_uploaded_with_its_page(hub: FakeHub, run: Path) -> None:
     page = held["README.md"].decode()
     front = yaml.safe_load(page.split("---")[1])
     assert front["license"] == "mit" and front["library_name"] == "dpm_scales" and "VP" in front["tags"]
-    for text in ('load_model("hf://me/digits")', r"\lambda_t = a_t", "| val/loss |", "8x8 pixels", "CosineLogSNR"):
+    for text in ('ds.load("hf://me/digits")', r"\lambda_t = a_t", "| val/loss |", "8x8 pixels", "CosineLogSNR"):
         assert text in page
     parameters = sum(p.numel() for p in load_model(run).denoiser.network.parameters())
     assert f"{parameters:,} parameters" in page
@@ -211,7 +211,7 @@ def test_a_run_is_uploaded_with_its_page(hub: FakeHub, run: Path) -> None:
 
 
 def test_the_code_of_the_page_runs(hub: FakeHub, run: Path) -> None:
-    push_model(load_model(run), "me/digits")
+    load_model(run).push("me/digits")
     page = hub.files("me/digits")["README.md"].decode()
     names: dict[str, Any] = {}
     exec(page.split("```python\n")[1].split("```")[0], names)
