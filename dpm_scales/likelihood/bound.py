@@ -75,8 +75,8 @@ def check_noise(process: Process, finest: Tensor) -> None:
     mu = process.operator().eigenvalues(64, 64, finest.device).flatten()
     require(
         process.has_noise() and bool(torch.isfinite(process.log_noise_scale(finest, mu)).all()),
-        f"{name} has no noise at scale t={float(finest):.4g}: what it makes of an image has no density, so there is no "
-        "likelihood; take a process with noise (heat for homogeneous, inverse_osmosis for osmosis)",
+        f"{name} has no noise at scale t={float(finest):.4g}: its images have no density, and no likelihood; "
+        "take a process with noise (heat for homogeneous, inverse_osmosis for osmosis)",
     )
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import judges, quality
-from benchmarks.judges import DigitsJudge, PhotosJudge, nearest_distances, read_samples
+from benchmarks.judged_images import read_samples
+from benchmarks.judges import DigitsJudge, PhotosJudge, nearest_distances
 from dpm_scales.metrics import FeatureNetwork, frechet_distance, kernel_distance
 
 Array = NDArray[Any]
