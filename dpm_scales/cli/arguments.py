@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dpm_scales.cli.stored import key_of, stored_config_dir, stored_config_flags, stored_overrides
+from dpm_scales.cli.plugins import (
+    active_plugins,
+    announcing,
+    class_choices,
+    config_folders,
+    plugin_names,
+    trusted_packages,
+)
+from dpm_scales.cli.stored import NEVER_STORED, key_of, stored_config_dir, stored_config_flags, stored_overrides
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.models.instantiate import CONFIGS
 from dpm_scales.models.trust import foreign_packages, trusted_names
@@ -46,7 +54,7 @@ PATHS = (
 )
 NEVER_EMPTY = (*PATHS, "logger.save_dir")
 #: options that take lists, which may be given without brackets
-LISTS = ("labels", "guidance_interval", "allow")
+LISTS = ("labels", "guidance_interval", "allow", "plugins")
 #: Hydra's names of options, by entry point, that would otherwise be read as a config group or that were renamed
 ALIASES = {
     "evolve": {"data": "folder", "processes.dpm": "processes.vp"},
@@ -117,7 +125,9 @@ def split_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
     return flags, options
 
 
-def tidy(argv: Iterable[str], aliases: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+def tidy(
+    argv: Iterable[str], aliases: Mapping[str, str] = MappingProxyType({}), announced: Collection[tuple[str, str]] = ()
+) -> list[str]:
     """Return the arguments in the form that Hydra's grammar expects.
 
     Flags come first. Paths are quoted where necessary, and lists are put in brackets unless they are swept over.
@@ -126,6 +136,7 @@ def tidy(argv: Iterable[str], aliases: Mapping[str, str] = MappingProxyType({}))
 
     Args:
         aliases: Hydra's names of some keys.
+        announced: choices (group, name) that are classes of plugins, whose options may be new keys.
 
     Raises: UserError for unknown flags and for empty paths.
     """
@@ -133,6 +144,7 @@ def tidy(argv: Iterable[str], aliases: Mapping[str, str] = MappingProxyType({}))
     sweep = is_multirun(flags)
     keys = [argument.partition("=")[0] for argument in given]
     classes = tuple(key.removesuffix("_target_") for key in keys if key.endswith("._target_") and key[0] not in "+~")
+    classes += tuple(f"{group.replace('/', '.')}." for group, name in announced if _may_choose(given, group, name))
     objects = tuple(f"{key_of(typed)}." for typed in given if _is_object(typed))
     options: list[str] = []
     for typed in given:
@@ -157,6 +169,12 @@ def tidy(argv: Iterable[str], aliases: Mapping[str, str] = MappingProxyType({}))
         else:
             options.append(argument)
     return flags + options
+
+
+def _may_choose(options: Iterable[str], group: str, name: str) -> bool:
+    """Return whether the options, or an experiment that they choose, may choose `name` in a group of configs."""
+    typed = dict(option.split("=", 1) for option in options if "=" in option)
+    return name in typed[group].split(",") if group in typed else "experiment" in typed
 
 
 def _is_object(option: str) -> bool:
@@ -247,7 +265,7 @@ def _require_configs(stored: list[str], run_dir: Path, flags: list[str]) -> None
     """
     given = config_dirs(flags)
     own = [flag.partition("=")[2] for flag in flags if flag.startswith("--config-path=")]
-    places = [*map(Path, own or [str(CONFIGS)]), *map(Path, given)]
+    places = [*map(Path, own or [str(CONFIGS)]), *map(Path, given), *config_folders()]
     for option in stored:
         override = OverridesParser.create().parse_override(option)
         group, value = override.key_or_group, override.value()
@@ -259,6 +277,11 @@ def _require_configs(stored: list[str], run_dir: Path, flags: list[str]) -> None
         for choice in choices:
             if any((place / group / f"{choice.removesuffix('.yaml')}.yaml").is_file() for place in places):
                 continue
+            if (group, choice) in class_choices():
+                continue
+            plugins = announcing(group, choice)
+            if plugins and stored_config_dir(run_dir) is None:
+                raise UserError(f"{run_dir} was trained with {option}, of a plugin; give plugins=[{plugins[0]}]")
             first = stored_config_dir(run_dir)
             if given:
                 seen = f", and --config-dir {shlex.quote(given[0])} holds no {group}/{choice}.yaml"
@@ -269,22 +292,46 @@ def _require_configs(stored: list[str], run_dir: Path, flags: list[str]) -> None
 
 
 def _allowed(options: list[str]) -> tuple[str, ...]:
-    """Return the packages in the last ``allow=…`` of the options."""
+    """Return the packages in the last ``allow=…`` of the options, and those of the active plugins."""
     typed = [option for option in options if option.startswith("allow=")][-1:]
-    return trusted_names([] if not typed else OverridesParser.create().parse_override(typed[0]).value())
+    named = trusted_names([] if not typed else OverridesParser.create().parse_override(typed[0]).value())
+    return (*named, *trusted_packages())
+
+
+def typed_plugins(options: Iterable[str]) -> tuple[str, ...]:
+    """Return the packages in the last ``plugins=…`` of the options, as `tidy` returns them.
+
+    Raises: UserError for other values than names, and for a sweep over them.
+    """
+    typed = [option for option in options if option.startswith("plugins=")][-1:]
+    if not typed:
+        return ()
+    override = OverridesParser.create().parse_override(typed[0])
+    value = typed[0].partition("=")[2]
+    require(not override.is_sweep_override(), f"plugins={value}: plugins are those of all runs, plugins=[{value}]")
+    return plugin_names(override.value())
 
 
 def trust_options() -> list[str]:
-    """Return ``allow=[…]`` if resuming the current job will need it, for the command that resumes it; else nothing."""
+    """Return ``plugins=[…]`` and ``allow=[…]`` as far as resuming the current job will need them, for the command."""
     packages = typed_packages(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    return [f"allow=[{','.join(packages)}]"] if packages else []
+    return trust_words(packages)
+
+
+def trust_words(packages: Iterable[str]) -> list[str]:
+    """Return ``plugins=[…]`` for the active plugins and ``allow=[…]`` for packages that are none of theirs."""
+    names = [plugin.name for plugin in active_plugins()]
+    others = sorted(set(packages) - set(trusted_packages()))
+    return [f"{key}=[{','.join(values)}]" for key, values in {"plugins": names, "allow": others}.items() if values]
 
 
 def typed_packages(overrides: Iterable[str]) -> list[str]:
     """Return the other packages whose classes are named in the options of a run, sorted alphabetically."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     plain = [one for one in parsed if not one.is_sweep_override() and not one.is_delete()]
-    named = [{one.key_or_group.rpartition(".")[2]: one.value()} for one in plain if one.key_or_group != "allow"]
+    named = [
+        {one.key_or_group.rpartition(".")[2]: one.value()} for one in plain if one.key_or_group not in NEVER_STORED
+    ]
     return foreign_packages(named)
 
 

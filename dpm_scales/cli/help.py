@@ -15,6 +15,7 @@ from dpm_scales.cli import configs
 from dpm_scales.cli.arguments import ALIASES, config_dirs
 from dpm_scales.cli.configs import Option
 from dpm_scales.cli.hints import TASK_GROUPS
+from dpm_scales.cli.plugins import announced_class, config_folders
 from dpm_scales.cli.program import program
 from dpm_scales.errors import UserError, suggest
 from dpm_scales.models.instantiate import CONFIGS
@@ -45,7 +46,13 @@ def help_text(config_name: str, argv: Sequence[str]) -> str:
         "\n".join(["options, KEY=VALUE:", *_lines([o for o in options if o.key not in groups], width)]),
     ]
     for group, choice in chosen(config_name, argv).items():
-        path = configs.config_file(group, choice, config_dirs(argv))
+        path = configs.config_file(group, choice, _places(argv))
+        target = announced_class(group, choice)
+        if path is None and target is not None:
+            sections.append(
+                f"{group_name(group)}={choice}: {target} of a plugin; its options are the constructor's arguments"
+            )
+            continue
         if path is None:
             raise UserError(f"unknown {group_name(group)} {choice!r}: {suggest(choice, configs.choices(group))}")
         lines = _lines(typed_options(config_name, group, path), width)
@@ -54,6 +61,11 @@ def help_text(config_name: str, argv: Sequence[str]) -> str:
     sweeps = config_name == "train"
     flags = [line for flag, text in FLAGS.items() if sweeps or "-m" not in flag for line in _row(flag, text, width)]
     return "\n\n".join([*sections, "\n".join(["flags:", *flags])])
+
+
+def _places(argv: Sequence[str]) -> list[str]:
+    """Return the folders of the user's configs and of the active plugins'."""
+    return [*config_dirs(argv), *map(str, config_folders())]
 
 
 def typed_options(config_name: str, group: str, path: Path) -> list[Option]:
@@ -81,7 +93,7 @@ def chosen(config_name: str, argv: Sequence[str]) -> dict[str, str]:
     """Return the choice in each group: from the command line, the chosen experiment, or the defaults."""
     typed = dict(a.lstrip("+").split("=", 1) for a in argv if "=" in a and not a.startswith(("-", "~")))
     found = {group: choice for group, choice in configs.groups(config_name).items()}
-    experiment = configs.config_file("experiment", typed.get("experiment", ""), config_dirs(argv))
+    experiment = configs.config_file("experiment", typed.get("experiment", ""), _places(argv))
     for group, choice in configs.defaults(experiment) if experiment else ():
         found[group.removeprefix("override ").lstrip("/")] = choice
     chosen: dict[str, str] = {}
@@ -90,7 +102,7 @@ def chosen(config_name: str, argv: Sequence[str]) -> dict[str, str]:
         if choice is None or group.startswith("override"):
             continue
         chosen[group] = choice
-        path = configs.config_file(group, choice, config_dirs(argv))
+        path = configs.config_file(group, choice, _places(argv))
         for inner, name in configs.defaults(path) if path else ():
             if inner and name is not None and not inner.startswith("override"):
                 chosen[f"{group}/{inner}"] = typed.get(f"{group}/{inner}", name)

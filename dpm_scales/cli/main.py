@@ -24,11 +24,13 @@ from dpm_scales.cli.arguments import (
     HELP_FLAGS,
     NEVER_EMPTY,
     tidy,
+    typed_plugins,
     with_stored_overrides,
 )
 from dpm_scales.cli.configs import switches
 from dpm_scales.cli.messages import TRACEBACK, causes, one_line
 from dpm_scales.cli.output import complain, fail, lasting_output, line_of
+from dpm_scales.cli.plugins import activate, apply_plugins, class_choices
 from dpm_scales.cli.stored import key_of
 from dpm_scales.cli.switches import check_switches
 from dpm_scales.errors import UserError, require
@@ -79,7 +81,10 @@ def main(entry: Callable[[], None], config_name: str) -> None:
     try:
         with lasting_output():
             _require_folder()
-            sys.argv[1:] = tidy(sys.argv[1:], ALIASES.get(config_name, {}))
+            aliases = ALIASES.get(config_name, {})
+            argv = tidy(sys.argv[1:], aliases)
+            activate(typed_plugins(argv))
+            sys.argv[1:] = tidy(argv, aliases, class_choices())
             if not set(HELP_FLAGS).isdisjoint(sys.argv[1:]):
                 from dpm_scales.cli.help import help_text
 
@@ -110,6 +115,7 @@ def _prepare(cfg: DictConfig) -> None:
     for key in NEVER_EMPTY:
         value = OmegaConf.select(cfg, key)
         require(not isinstance(value, str) or bool(value.strip()), f"{key} is empty; give it a value, or leave it out")
+    apply_plugins(cfg)
     declared = switches(HydraConfig.get().job.config_name)
     check_switches(plain(cfg), declared, built=False)
     with loading("torch"):

@@ -13,6 +13,7 @@ from yaml import MarkedYAMLError
 
 from dpm_scales.cli.arguments import UnknownFlagError
 from dpm_scales.cli.hints import TASK_GROUPS, mistaken_option, option_of_flag, unknown_option
+from dpm_scales.cli.plugins import announcing
 from dpm_scales.errors import UserError, suggest
 
 TRACEBACK = "HYDRA_FULL_ERROR"
@@ -49,7 +50,7 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
             name = str(link.missing_cfg_file or "").removesuffix(".yaml")
             group, _, choice = name.rpartition("/")
             group = "task" if group in TASK_GROUPS else group
-            return f"unknown {group or 'config'} {choice!r}: {suggest(choice, link.options)}"
+            return f"unknown {group or 'config'} {choice!r}: {suggest(choice, link.options)}{_of_plugins(name)}"
         if isinstance(link, OverrideParseException):
             return f"{link.override!r} is not an option: write KEY=VALUE, and quote values with spaces or brackets"
         if isinstance(link, MissingMandatoryValue):
@@ -79,6 +80,13 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
         if type(link).__name__ == "MisconfigurationException":  # of Lightning, which takes seconds to import
             return " ".join(str(link).split())
     return None
+
+
+def _of_plugins(name: str) -> str:
+    """Return the end of a line on an unknown config, GROUP/NAME: which installed packages announce it."""
+    group, _, choice = name.rpartition("/")
+    found = announcing(group, choice)
+    return f"; an installed package announces it: plugins=[{found[0]}]" if found else ""
 
 
 def _config_path(error: BaseException) -> str | None:

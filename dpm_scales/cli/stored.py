@@ -22,6 +22,8 @@ from dpm_scales.storage import open_regular, read_yaml
 _KEY = re.compile(r"[A-Za-z][\w/-]*(\.\w+)*")
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\w+(,[^{}$]*)?\}")
 _LONGEST_KEY = 200
+#: options that say whom the user trusts, which are typed each time
+NEVER_STORED = ("allow", "plugins")
 #: sections whose classes write files, and the names of their arguments for places to write to
 _WRITERS = ("logger", "trainer")
 _PLACE = re.compile(r"(.*_)?(dir|dirs|path|folder|root|file|files)")
@@ -110,7 +112,10 @@ def _check(text: str, file: Path, paths: Collection[str], allow: Collection[str]
     require(bool(_KEY.fullmatch(key)) and len(key) <= _LONGEST_KEY, f"{refused}, which is none")
     parts = re.split(r"[./]", key)
     require(parts[0] != "hydra", f"{refused}, and settings of Hydra are not a run's; {ADVICE}")
-    require(parts[0] != "allow", f"{refused}, and what is trusted is said on the command line alone; remove it there")
+    require(
+        parts[0] not in NEVER_STORED,
+        f"{refused}, and what is trusted is said on the command line alone; remove it there",
+    )
     names_class = parts[-1] == "_target_"
     hidden = any(part.startswith("_") for part in (parts[:-1] if names_class else parts))
     require(not hidden, f"{refused}, which a stored run may not; {ADVICE}")

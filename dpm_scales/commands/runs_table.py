@@ -28,7 +28,7 @@ UNLIMITED = 10_000
 STYLES = {"running": "green", "failed": "red", "damaged": "red", "interrupted": "yellow"}
 UNITS = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 #: options that change nothing about a run but its place
-UNSHOWN = ("run_dir", "resume", "allow")
+UNSHOWN = ("run_dir", "resume", "allow", "plugins")
 
 
 def show_groups(runs: Sequence[Run]) -> None:

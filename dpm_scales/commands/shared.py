@@ -41,8 +41,8 @@ Make = Callable[[Tensor, CounterRNG, "Tensor | None", OnStep], Tensor]
 
 
 SHARED_OPTIONS = (
-    *("task", "model", "allow", "weights", "out", "overwrite", "seed", "batch_size", "device", "size", "trajectory"),
-    *("sampler", "steps", "labels", "guidance", "guidance_interval", "guidance_variable"),
+    *("task", "model", "allow", "plugins", "weights", "out", "overwrite", "seed", "batch_size", "device", "size"),
+    *("trajectory", "sampler", "steps", "labels", "guidance", "guidance_interval", "guidance_variable"),
 )
 """Options of all tasks that the record stores elsewhere or that change no image; the rest belong to the task."""
 

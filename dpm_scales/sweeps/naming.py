@@ -18,7 +18,7 @@ from dpm_scales.tables import short_numbers
 RUNS, SWEEPS = Path("runs"), Path("sweeps")
 #: options that determine where or on what device to run, not the result; names omit them
 UNNAMED = (
-    *("run_dir", "resume", "allow", "trainer.devices", "trainer.num_nodes", "trainer.accelerator"),
+    *("run_dir", "resume", "allow", "plugins", "trainer.devices", "trainer.num_nodes", "trainer.accelerator"),
     *("trainer.enable_progress_bar", "hydra"),
 )
 LONGEST_NAME = 80  # characters, before the hash

@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
-from dpm_scales.cli.arguments import config_flags, trust_options
+from dpm_scales.cli.arguments import config_flags, trust_options, trust_words
 from dpm_scales.cli.program import command_line
 from dpm_scales.data import listed
 from dpm_scales.models.instantiate import plain
@@ -50,6 +50,7 @@ RULES = {
     "run_dir": Rule(APART, "selects the run"),
     "resume": Rule(APART, "selects the run, which must exist"),
     "allow": Rule(APART, "names the packages whose classes the run's files may use; never stored"),
+    "plugins": Rule(APART, "names installed packages whose announced classes and configs are used; never stored"),
     "check_resume": Rule(APART, "trains three separate runs"),
     "data": Rule(
         WARNED,
@@ -120,7 +121,7 @@ def trust_needed(loading: Sequence[str], resuming: Sequence[str]) -> str:
     packages = sorted({*loading, *resuming})
     if not packages:
         return ""
-    everything, model = (f"allow=[{','.join(names)}]" for names in (packages, loading))
+    everything, model = (" ".join(trust_words(names)) for names in (packages, loading))
     if not loading:
         who = f"whoever resumes it gives {everything}"
     elif len(packages) == len(loading):

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpm_scales.cli.arguments import config_dirs, config_flags
 from dpm_scales.cli.main import is_sweep
 from dpm_scales.cli.messages import one_line
-from dpm_scales.cli.stored import CONFIG_DIR_FILE, CONFIG_FLAGS, CONFIG_FLAGS_FILE, key_of, may_download
+from dpm_scales.cli.stored import CONFIG_DIR_FILE, CONFIG_FLAGS, CONFIG_FLAGS_FILE, NEVER_STORED, key_of, may_download
 from dpm_scales.errors import UserError, require
 from dpm_scales.models.instantiate import plain
 from dpm_scales.run_folders.files import FAILURE
@@ -65,7 +65,7 @@ def prepare(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, s
     with suppress(FileNotFoundError):
         (run_dir / FAILURE).unlink()
     config = OmegaConf.to_container(cfg, resolve=True)
-    kept = [override for override in overrides if key_of(override) != "allow"]  # trust is given by typing it
+    kept = [override for override in overrides if key_of(override) not in NEVER_STORED]  # trust is given by typing it
     texts = {"config.yaml": yaml.safe_dump(config, sort_keys=False), "overrides.yaml": yaml.safe_dump(kept)}
     for place in config_dirs(config_flags()):
         texts[CONFIG_DIR_FILE] = f"{place}\n"
