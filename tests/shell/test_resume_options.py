@@ -132,7 +132,8 @@ def test_every_rule_is_tried() -> None:
     tried = {TAKES: set(TAKEN), WARNED: set(WARNED_OF), REFUSED: set(REFUSED_ONES) | {"label_dropout"}}
     for kind, names in tried.items():
         assert names == {key for key, rule in RULES.items() if rule.kind == kind}, kind
-    assert {key for key, rule in RULES.items() if rule.kind == APART} == {"run_dir", "resume", "check_resume", "allow"}
+    apart = {"run_dir", "resume", "check_resume", "allow", "plugins"}
+    assert {key for key, rule in RULES.items() if rule.kind == APART} == apart
 
 
 def test_what_takes_effect_is_told_and_taken(run_dir: Path) -> None:
