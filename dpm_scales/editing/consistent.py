@@ -173,6 +173,5 @@ def _eigenvalues(process: Process, like: Tensor) -> Tensor:
     """Return mu of each DCT coefficient ``(H, W)``, in the discretisation of the process."""
     size = (like.shape[-2], like.shape[-1])
     mu = process.operator().eigenvalues(*size, like.device)
-    return (
-        mu if mu.shape == size else HEAT.eigenvalues(*size, like.device)
-    )  # L = 0 has a single eigenvalue
+    # L = 0 has a single eigenvalue
+    return mu if mu.shape == size else HEAT.eigenvalues(*size, like.device)

@@ -15,16 +15,19 @@ from dpm_scales.audit.corrections import corrections
 from dpm_scales.audit.findings import Verdict
 from dpm_scales.audit.lab import Lab
 from dpm_scales.errors import UserError
+from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator
 from dpm_scales.processes import (
     VE,
     VP,
     BlurringChain,
+    Context,
     Homogeneous,
     InverseHeat,
     OsmosisDiffusion,
     OsmosisFilter,
     Process,
 )
+from dpm_scales.rng import Randomness
 from dpm_scales.schedules import (
     ConstantBeta,
     ConstantNoise,
@@ -33,6 +36,7 @@ from dpm_scales.schedules import (
     ListedDissipationTimes,
     ListedNoise,
     LogBlur,
+    NoNoise,
 )
 from support.audit_helpers import Verdicts, by_name, photo, verdicts
 from support.reference import TWINS, Twin, dct_basis, eigenvalues
@@ -216,6 +220,32 @@ def test_mean_of_noisy_osmosis_stays_positive() -> None:
     """Where d_min > 0 a single transition sharpens; the marginal, a sum of positive parts, does not."""
     row = by_name(audit(OsmosisDiffusion(20, value_range=(0.0, 1.0)), photo(), samples=100), "positivity")
     assert row.verdict is Verdict.IN_EXPECTATION and row.measured >= -1e-5
+
+
+class OwnOsmosis(Process):
+    """The osmosis filter, written without the class of the package."""
+
+    tolerance = 1e-6
+
+    def __init__(self) -> None:
+        super().__init__(HeatOperator("discrete"), 8, NoNoise(), LogBlur(), value_range=(0.0, 1.0))
+        self.filter = OsmosisFilter(8)
+
+    def context(self, x_0: Tensor, generator: Randomness = None) -> Context:
+        return self.filter.context(x_0, generator)
+
+    def operator(self, context: Context = None) -> Operator:
+        return self._operator if context is None else OsmosisOperator(context, 200)
+
+    def steady_state(self, mean: Tensor, context: Context = None) -> Tensor:
+        flat = mean[..., None, None]
+        return flat if context is None else context / context.mean((-2, -1), keepdim=True) * flat
+
+
+def test_a_process_of_ones_own_is_osmosis_by_its_steady_state() -> None:
+    assert verdicts(audit(OwnOsmosis(), photo(), samples=100)) == verdicts(
+        audit(OsmosisFilter(8), photo(), samples=100)
+    )
 
 
 @pytest.mark.parametrize("process", [VP(20), InverseHeat(8), BlurringChain(8)], ids=["vp", "heat", "chain"])
