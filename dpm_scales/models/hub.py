@@ -148,6 +148,8 @@ def readable_errors(repo: str, revision: str | None = None, cached: bool = True)
     errors = hub().errors
     try:
         yield
+    except errors.HFValidationError as error:
+        raise UserError(f"{repo!r} is no name of a model on the Hub: {error}") from error
     except errors.GatedRepoError as error:
         raise UserError(f"{repo} is gated: ask for access at https://huggingface.co/{repo} and {LOG_IN}") from error
     except errors.RepositoryNotFoundError as error:

@@ -18,7 +18,7 @@ from dpm_scales.models.base import Parts
 from dpm_scales.models.export import save_folder
 from dpm_scales.models.generate import draw, pick_labels, with_guidance
 from dpm_scales.models.instantiate import plain
-from dpm_scales.models.parts import build_denoiser, build_sampler, make_network, make_part
+from dpm_scales.models.parts import build_denoiser, build_sampler, make_network, make_part, require_null_label
 from dpm_scales.models.push import push_model
 from dpm_scales.models.recipe import MAX_SIDE, PARTS, UNDESCRIBED, Recipe
 from dpm_scales.models.to_diffusers import export_diffusers
@@ -89,6 +89,7 @@ class Model(Parts):
         self.sampler = chosen
         settings = (law_settings, meaning_settings, net_settings, start_settings, chosen_settings)
         dropout = float(label_dropout) if num_classes else 0.0
+        require_null_label(net, dropout)
         self.recipe = Recipe(dict(zip(PARTS, settings, strict=True)), channels, size, num_classes, names, dropout)
 
     @property

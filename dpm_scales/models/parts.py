@@ -51,10 +51,20 @@ def build_denoiser(
         network = make()
     trainable = any(parameter.requires_grad for parameter in network.parameters())
     require(trainable, f"network: {type(network).__name__} has no weights to train")
+    require_null_label(network, recipe.label_dropout)
     target = build(parts["target"], Target, "target")
     prior = build(parts["prior"], Prior, "prior", {"process": process})
     prior.check(process)
     return Denoiser(network, process, target, data_std), prior
+
+
+def require_null_label(network: nn.Module, label_dropout: float) -> None:
+    """Raise UserError if labels are to be dropped from a network that has no index for "no label"."""
+    require(
+        label_dropout == 0 or getattr(network, "no_label", True),
+        f"network: {type(network).__name__} with no_label=false has no index for labels that are dropped; set "
+        "label_dropout=0, or no_label=true",
+    )
 
 
 def build_sampler(settings: Any, denoiser: Denoiser) -> Sampler:

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 
+import dpm_scales as ds
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.networks import DiffusersUNet
 from dpm_scales.processes import VE, VP, Blurring
@@ -94,6 +95,14 @@ def test_bad_inputs() -> None:
         network(torch.zeros(1, 2, 4, 5), t)
     with refused("labels are given to a network without classes"):
         network(torch.zeros(1, 2, 4, 4), t, torch.zeros(1, dtype=torch.int64))
+
+
+def test_dropped_labels_need_an_index() -> None:
+    network = ds.configured(DiffusersUNet, unet=UNET, no_label=False)
+    with refused("no_label=false", "label_dropout=0"):
+        ds.Model(network, image_size=8, channels=1, num_classes=3)
+    model = ds.Model(network, image_size=8, channels=1, num_classes=3, label_dropout=0.0)
+    assert model.sample(2, steps=2).shape == (2, 1, 8, 8)
 
 
 def test_everything_stays_on_the_device() -> None:

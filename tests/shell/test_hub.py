@@ -124,6 +124,8 @@ REFUSED = {
     "hf://you": ("names no model on the Hub", "hf://owner/name"),
     "hf://you/a/b": ("names no model on the Hub",),
     "hf://you/../etc": ("names no model on the Hub",),
+    "hf://you/..": ("'you/..' is no name",),
+    "hf://you--me/digits": ("'you--me/digits' is no name",),
     "hf://you/digits@": ("names no model on the Hub",),
     "hf://you/nothing": ("model you/nothing", "private", "hf auth login"),
     "hf://you/private": ("model you/private", "HF_TOKEN"),

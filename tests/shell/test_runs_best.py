@@ -143,9 +143,11 @@ WRONG = {
     ("best", "top=1", "top=2"): "top is given twice; give it once",
     ("best", "metric="): "metric is empty; give it a value, or leave it out",
     ("best", "direction=up"): "unknown direction 'up': allowed: higher, lower",
-    ("export",): "name a run and a new folder: python -m dpm_scales runs export RUN out=DIR [weights=averaged|raw]",
+    ("export",): "name a run and a new folder: python -m dpm_scales runs export RUN out=DIR [weights=averaged|raw] "
+    "[format=diffusers]",
     ("export", "no", "out=x"): "no model at no: no such file or folder",
     ("export", ".", "out=x"): "no model in .: neither model/model.safetensors nor checkpoints/last.ckpt",
+    ("export", ".", "out=x", "format=onnx"): "unknown format 'onnx': allowed: diffusers",
     ("export", ".", "out=x", "weights=ema"): "unknown weights 'ema': allowed: averaged, raw",
 }
 

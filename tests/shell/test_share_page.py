@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from dpm_scales.entry.start import console
 from dpm_scales.models.from_diffusers import SCHEDULERS
 from support.diffusers_folders import edit
 from support.fake_hub import FakeHub, push, serving
-from support.shell import FAST, ROOT, call, sample, train
+from support.shell import FAST, ROOT, call, files, sample, train
 
 PAGE = (ROOT / "docs" / "share.md").read_text()
 SMALL_UNET = (
@@ -74,10 +77,21 @@ def test_diffusers_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     exec(block("load it there"), names)
     images = names["pipeline"](batch_size=1, num_inference_steps=2, output_type="np").images
     assert images.shape == (1, 8, 8, 1)
+    written = files(tmp_path / "exported")
+    with mock.patch.object(
+        sys,
+        "argv",
+        [
+            "dpm-scales",
+            *re.findall(r"`dpm-scales (runs export .*?)`", PAGE)[0].replace("out=exported", "out=again").split(),
+        ],
+    ):
+        console()
+    assert files(tmp_path / "again") == written
     edit(tmp_path / "exported" / "unet" / "config.json", _diffusers_version="0.1.1")  # as old files have it
     options = [word for word in command("dpm-scales sample model=hf://google")[2:] if "=hf" not in word]
-    sample(tmp_path / "exported", tmp_path / "again", *(word for word in options if not word.startswith("out=")))
-    assert len([name for name in os.listdir(tmp_path / "again") if re.fullmatch(r"\d{6}\.png", name)]) == 16
+    sample(tmp_path / "exported", tmp_path / "drawn", *(word for word in options if not word.startswith("out=")))
+    assert len([name for name in os.listdir(tmp_path / "drawn") if re.fullmatch(r"\d{6}\.png", name)]) == 16
 
 
 def test_the_table_names_every_scheduler() -> None:
