@@ -27,8 +27,8 @@ SHORTEST_NAME, LONGEST_NAME = 16, 40  # characters of a run's name in a narrow a
 UNLIMITED = 10_000
 STYLES = {"running": "green", "failed": "red", "damaged": "red", "interrupted": "yellow"}
 UNITS = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-#: options that change nothing about a run but its place
-UNSHOWN = ("run_dir", "resume", "allow", "plugins")
+#: options that say where a run lies and what is trusted, or that have a column of their own
+UNSHOWN = ("run_dir", "resume", "allow", "plugins", "trainer.max_steps")
 
 
 def show_groups(runs: Sequence[Run]) -> None:
@@ -78,7 +78,7 @@ def table(runs: Sequence[Run], width: int, now: float) -> Group:
 def given_where_varied(runs: Sequence[Run]) -> dict[Path, dict[str, str]]:
     """Return for each folder the options in which the runs differ, with their values; empty where not given.
 
-    A value that was not given is that of the resolved options, where it is a plain one.
+    A value that was not given is that of the resolved options, where it is a plain one, or the name of its class.
     """
     keys = [key for key in dict.fromkeys(key for run in runs for key in run.overrides) if key not in UNSHOWN]
     values = {run.folder: {key: run.overrides.get(key, _resolved(run.config, key)) for key in keys} for run in runs}
@@ -90,6 +90,8 @@ def _resolved(config: dict[str, Any], key: str) -> str:
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        value = str(value.get("_target_", "")).rpartition(".")[2]
     return str(value) if isinstance(value, str | int | float | bool) else ""
 
 

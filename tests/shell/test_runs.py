@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from dpm_scales.commands.runs_table import table
 from dpm_scales.errors import UserError
 from dpm_scales.run_folders.find import find_runs
 from dpm_scales.run_folders.looking import lock_holder
+from dpm_scales.run_folders.state import STATES as STATE_NAMES
 from dpm_scales.run_folders.state import Run, read_run
 from dpm_scales.training.run_folder import only_run
 from support.shell import ROOT, SMALL, attempt, broken_off, call, train
@@ -292,11 +294,17 @@ def test_tables_fit_the_terminal(width: int, tmp_path: Path) -> None:
 
 
 def test_options_not_given_are_those_of_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    put(tmp_path / "a", "seed=3", "run_dir=a", seed=3)
-    put(tmp_path / "b", "run_dir=b", seed=0)
+    put(tmp_path / "a", "seed=3", "run_dir=a", "trainer.max_steps=5", seed=3, process={"_target_": "x.processes.VP"})
+    put(tmp_path / "b", "run_dir=b", "process=heat", seed=0)
     run([str(tmp_path)])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith((" a", " b"))]
-    assert [row[3] for row in rows] == ["3", "0"]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith((" run", " a", " b"))]
+    assert [row[3:5] for row in rows] == [["seed", "process"], ["3", "VP"], ["0", "heat"]]
+    assert "max_steps" not in rows[0]
+
+
+def test_the_page_explains_every_state() -> None:
+    page = (ROOT / "docs" / "runs.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \| \w", page, re.MULTILINE) == list(STATE_NAMES)
 
 
 def test_csv_has_a_column_for_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
