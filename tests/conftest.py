@@ -14,6 +14,7 @@ SECONDS = {
     "test_resume.py": 60,
     "test_sweeps.py": 55,
     "test_networks.py": 50,
+    "test_wheel.py": 35,
     "test_training.py": 30,
     "test_faults_kill.py": 25,
     "test_entry_points.py": 25,
@@ -25,7 +26,9 @@ SECONDS = {
     "test_health.py": 15,
     "test_audit.py": 15,
     "test_launchers.py": 14,
+    "test_own_configs.py": 12,
     "test_audit_command.py": 11,
+    "test_completion.py": 10,
     "test_faults_folders.py": 10,
     "test_security_folders.py": 10,
 }

@@ -153,6 +153,10 @@ def test_the_commands_of_the_wheel(programs: Path, tmp_path: Path) -> None:
     succeed(command, "sample", "model=run", "num_samples=2", "out=drawn", cwd=tmp_path)
     assert (tmp_path / "drawn" / "000001.png").is_file()
 
+    assert "run " in succeed(command, "runs", ".", cwd=tmp_path)
+    succeed(command, "init", "project", cwd=tmp_path)
+    assert (tmp_path / "project" / "pyproject.toml").is_file()
+
     photos(tmp_path / "photos", 2)
     study = ("data=photos", "out=study", "times=[1,10]", "features=null")
     succeed(command, "evolve", *study, cwd=tmp_path)
