@@ -12,10 +12,12 @@ class Command:
     Attributes:
         module: module with a function `main() -> None`, which reads its arguments from `sys.argv[1:]`.
         about: what the command does, in one line.
+        actions: words that may follow, offered by completion.
     """
 
     module: str
     about: str
+    actions: tuple[str, ...] = ()
 
 
 COMMANDS = {
@@ -24,6 +26,8 @@ COMMANDS = {
     "evaluate": Command("dpm_scales.entry.evaluate", "compare samples of a model, or images, with real images"),
     "evolve": Command("dpm_scales.entry.evolve", "apply forward processes to real images, and compare them"),
     "push": Command("dpm_scales.entry.push", "upload a model to the Hugging Face Hub, with a page that describes it"),
-    "runs": Command("dpm_scales.entry.runs", "list runs, name the best, copy a model out of its run"),
+    "runs": Command(
+        "dpm_scales.entry.runs", "list runs, name the best, copy a model out of its run", ("best", "export")
+    ),
     "init": Command("dpm_scales.entry.init", "write a project with a network and a process of your own"),
 }

@@ -89,4 +89,7 @@ def query(line: str) -> list[str]:
     if not words:
         return [f"{name} " for name in (*COMMANDS, "--help", "--version") if name.startswith(word)]
     name, *words = words
-    return candidates(name, words, word) if (CONFIGS / f"{name}.yaml").is_file() else []
+    if (CONFIGS / f"{name}.yaml").is_file():
+        return candidates(name, words, word)
+    actions = COMMANDS[name].actions if name in COMMANDS and not words else ()
+    return [f"{action} " for action in actions if action.startswith(word)]

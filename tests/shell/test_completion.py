@@ -94,6 +94,9 @@ CASES = {
     "evolve data": ["data="],
     "evolve task=sha": ["task=shadow "],
     "nonsense ": [],
+    "runs ": ["best ", "export "],
+    "runs best ": [],
+    "init ": [],
 }
 
 

@@ -132,10 +132,11 @@ def test_the_wheel_contains_the_package_its_configs_and_the_plugin(wheel: Path) 
     assert b"dpm-scales = dpm_scales.entry.start:console" in entry_points
 
 
-def test_the_commands_of_the_wheel(programs: Path, tmp_path: Path) -> None:
+def test_the_commands_of_the_wheel(wheel: Path, programs: Path, tmp_path: Path) -> None:
     """A run of the user's own config, resumed and sampled; a study; in a folder that holds nothing of the checkout."""
     command = programs / "dpm-scales"
     assert succeed(command, "--help", cwd=tmp_path).startswith("usage: dpm-scales COMMAND")
+    assert succeed(command, "--version", cwd=tmp_path) == f"dpm-scales {wheel.name.split('-')[1]}\n"
     assert succeed(command, "train", "--help", cwd=tmp_path).startswith("usage: dpm-scales train [GROUP=NAME")
 
     (tmp_path / "own" / "experiment").mkdir(parents=True)
