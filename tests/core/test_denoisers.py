@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.networks import UNet
 from dpm_scales.processes import VE, VP, Homogeneous, InverseHeat
-from dpm_scales.targets import Clean, NextScale, Noise, Scalings, Target, Velocity, moments
+from dpm_scales.targets import Clean, NextScale, Noise, Scalings, Velocity, moments
 from support.oracles import (
     BY_NAME,
     MEMBERS,
@@ -43,16 +43,8 @@ from support.oracles import (
     with_target,
 )
 from support.reference import TWINS, Array, Twin
+from support.targets import TARGETS
 
-TARGETS: dict[str, Callable[[], Target]] = {
-    "clean": lambda: Clean("scalar", clip=False),
-    "clean-wiener": lambda: Clean("wiener", clip=False),
-    "clean-plain": lambda: Clean(preconditioning="none", clip=False),
-    "noise": Noise,
-    "velocity": Velocity,
-    "finer": NextScale,
-    "finer-equal": lambda: NextScale(equal_weight=True),
-}
 OF_NOISE = ("noise", "velocity")
 
 # every process with every target that suits it

@@ -21,9 +21,7 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.likelihood import VariationalBound
 from dpm_scales.priors import GaussianPrior, auto_prior
 from dpm_scales.processes import (
-    VE,
     VP,
-    Blurring,
     Homogeneous,
     InverseHeat,
     InverseOsmosis,
@@ -32,7 +30,7 @@ from dpm_scales.processes import (
     Process,
 )
 from dpm_scales.rng import CounterRNG
-from dpm_scales.schedules import ConstantNoise, CosineLogSNR, EDMNoise, LinearTimeBlur, SinSquaredBlur
+from dpm_scales.schedules import SinSquaredBlur
 from dpm_scales.targets import Clean, NextScale, Noise
 from support.oracles import (
     NOISY,
@@ -55,7 +53,13 @@ from support.oracles import (
     refused,
     with_target,
 )
-from support.reference import Array, Twin, cosine_log_snr, edm_knot, exploding, log_snr_curve, sin_squared_blur
+from support.reference import (
+    Array,
+    Twin,
+    cosine_twin,
+    edm_twin,
+    linear_heat_twin,
+)
 
 # --- every term -------------------------------------------------------------------------------------------------------
 
@@ -171,25 +175,10 @@ def test_expected_bound_is_the_entropy_and_the_divergences_of_the_chain(twin: Tw
 
 # logSNR smooth down to t = 0, where the bound's gap is of first order
 GENTLE = [
-    Twin("vp", lambda: VP(400, CosineLogSNR(-6, 2)), 400, log_snr_curve(lambda t: cosine_log_snr(t, -6, 2), 400)),
-    Twin("ve", lambda: VE(400, EDMNoise(0.3, 3.0)), 400, exploding(lambda k: edm_knot(k, 400, 0.3, 3.0), 400)),
-    Twin(
-        "heat",
-        lambda: InverseHeat(400, ConstantNoise(0.5), LinearTimeBlur(0.3)),
-        400,
-        exploding(lambda k: 0.5, 400),
-        lambda t: 0.3 * t,
-        "continuous",
-    ),
-    Twin(
-        "blurring",
-        lambda: Blurring(400, CosineLogSNR(-6, 2), SinSquaredBlur(2.0), 0.05),
-        400,
-        log_snr_curve(lambda t: cosine_log_snr(t, -6, 2), 400),
-        sin_squared_blur(2.0),
-        "continuous",
-        0.05,
-    ),
+    cosine_twin(400, -6, 2),
+    edm_twin(400, 0.3, 3.0),
+    linear_heat_twin(400, 0.5, 0.3),
+    cosine_twin(400, -6, 2, blur_sigma=2.0),
 ]
 
 

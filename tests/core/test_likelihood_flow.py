@@ -16,9 +16,9 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.likelihood import FlowLikelihood, follow_flow, start_law
 from dpm_scales.operators import HeatOperator
 from dpm_scales.priors import GaussianPrior, OsmosisPrior
-from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, OsmosisDiffusion
+from dpm_scales.processes import VP, Homogeneous, InverseHeat, OsmosisDiffusion
 from dpm_scales.rng import CounterRNG
-from dpm_scales.schedules import ConstantNoise, CosineLogSNR, EDMNoise, LinearTimeBlur, SinSquaredBlur
+from dpm_scales.schedules import CosineLogSNR, SinSquaredBlur
 from dpm_scales.targets import Clean, NextScale, Noise, Velocity
 from support.oracles import (
     GaussianData,
@@ -36,46 +36,20 @@ from support.oracles import (
 )
 from support.osmosis_twins import white_matrix
 from support.reference import (
-    NO_NOISE,
     Array,
     Twin,
-    cosine_log_snr,
-    edm_knot,
-    exploding,
-    log_snr_curve,
-    sin_squared_blur,
+    cosine_twin,
+    edm_twin,
+    linear_chain_twin,
+    linear_heat_twin,
 )
 
 SMOOTH = [
-    Twin("vp", lambda: VP(100, CosineLogSNR(-8, 6)), 100, log_snr_curve(lambda t: cosine_log_snr(t, -8, 6), 100)),
-    Twin("ve", lambda: VE(100, EDMNoise(0.05, 4.0)), 100, exploding(lambda k: edm_knot(k, 100, 0.05, 4.0), 100)),
-    Twin(
-        "blurring",
-        lambda: Blurring(100, CosineLogSNR(-8, 6), SinSquaredBlur(2.0), 0.05),
-        100,
-        log_snr_curve(lambda t: cosine_log_snr(t, -8, 6), 100),
-        sin_squared_blur(2.0),
-        "continuous",
-        0.05,
-    ),
-    Twin(
-        "heat",
-        lambda: InverseHeat(100, ConstantNoise(0.2), LinearTimeBlur(0.4)),
-        100,
-        exploding(lambda k: 0.2, 100),
-        lambda t: 0.4 * t,
-        "continuous",
-    ),
-    # from k = 10 on: below, the noise of the chain grows from nothing within a step
-    Twin(
-        "chain",
-        lambda: BlurringChain(100, 0.1, LinearTimeBlur(0.4)),
-        100,
-        NO_NOISE,
-        lambda t: 0.4 * t,
-        "continuous",
-        chain_noise=0.1,
-    ),
+    cosine_twin(100, -8, 6),
+    edm_twin(100, 0.05, 4.0),
+    cosine_twin(100, -8, 6, blur_sigma=2.0),
+    linear_heat_twin(100, 0.2, 0.4),
+    linear_chain_twin(100, 0.4),  # from k = 10 on: below, the noise of the chain grows from nothing within a step
 ]
 
 

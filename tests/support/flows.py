@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from dpm_scales.processes import VE, VP, Blurring, BlurringChain, InverseHeat
 from dpm_scales.samplers import Sampler
-from dpm_scales.schedules import ConstantNoise, EDMNoise, LinearTimeBlur, SinSquaredBlur
 from support.oracles import (
     Data,
     GaussianData,
@@ -21,14 +19,12 @@ from support.oracles import (
     float64,
 )
 from support.reference import (
-    NO_NOISE,
     Array,
     Twin,
-    cosine_log_snr,
-    edm_knot,
-    exploding,
-    log_snr_curve,
-    sin_squared_blur,
+    cosine_twin,
+    edm_twin,
+    linear_chain_twin,
+    linear_heat_twin,
 )
 
 
@@ -48,39 +44,11 @@ def run(
 
 # gentle curves, without kinks between t = 0.95 and t = 0.25
 SMOOTH = [
-    Twin("vp", lambda: VP(1000), 1000, log_snr_curve(cosine_log_snr, 1000)),
-    Twin(
-        "ve",
-        lambda: VE(1000, EDMNoise(0.05, 4.0)),
-        1000,
-        exploding(lambda k: edm_knot(k, 1000, 0.05, 4.0), 1000),
-    ),
-    Twin(
-        "blurring",
-        lambda: Blurring(1000, blur=SinSquaredBlur(2.0), min_decay=0.05),
-        1000,
-        log_snr_curve(cosine_log_snr, 1000),
-        sin_squared_blur(2.0),
-        "continuous",
-        0.05,
-    ),
-    Twin(
-        "heat",
-        lambda: InverseHeat(200, ConstantNoise(0.5), LinearTimeBlur(0.3)),
-        200,
-        exploding(lambda k: 0.5, 200),
-        lambda t: 0.3 * t,
-        "continuous",
-    ),
-    Twin(
-        "chain",
-        lambda: BlurringChain(160, 0.1, LinearTimeBlur(0.3)),
-        160,
-        NO_NOISE,
-        lambda t: 0.3 * t,
-        "continuous",
-        chain_noise=0.1,
-    ),
+    cosine_twin(1000),
+    edm_twin(1000, 0.05, 4.0),
+    cosine_twin(1000, blur_sigma=2.0),
+    linear_heat_twin(200, 0.5, 0.3),
+    linear_chain_twin(160, 0.3),
 ]
 
 

@@ -352,3 +352,40 @@ def _twins() -> list[Twin]:
 
 
 TWINS = _twins()
+
+
+def cosine_twin(num_scales: int, low: float = -10.0, high: float = 10.0, blur_sigma: float | None = None) -> Twin:
+    """Return "vp", or "blurring" with sine-squared blur and a floor of 0.05."""
+    noise = log_snr_curve(lambda t: cosine_log_snr(t, low, high), num_scales)
+    if blur_sigma is None:
+        return Twin("vp", lambda: VP(num_scales, CosineLogSNR(low, high)), num_scales, noise)
+    return Twin(
+        "blurring",
+        lambda: Blurring(num_scales, CosineLogSNR(low, high), SinSquaredBlur(blur_sigma), 0.05),
+        *(num_scales, noise, sin_squared_blur(blur_sigma), "continuous", 0.05),
+    )
+
+
+def edm_twin(num_scales: int, low: float, high: float) -> Twin:
+    """Return "ve" with EDM's noise."""
+    noise = exploding(lambda k: edm_knot(k, num_scales, low, high), num_scales)
+    return Twin("ve", lambda: VE(num_scales, EDMNoise(low, high)), num_scales, noise)
+
+
+def linear_heat_twin(num_scales: int, std: float, time: float) -> Twin:
+    """Return "heat" with constant noise and time that passes evenly."""
+    return Twin(
+        "heat",
+        lambda: InverseHeat(num_scales, ConstantNoise(std), LinearTimeBlur(time)),
+        *(num_scales, exploding(lambda k: std, num_scales), lambda t: time * t, "continuous"),
+    )
+
+
+def linear_chain_twin(num_scales: int, time: float) -> Twin:
+    """Return "chain" with beta = 0.1 and time that passes evenly."""
+    return Twin(
+        "chain",
+        lambda: BlurringChain(num_scales, 0.1, LinearTimeBlur(time)),
+        *(num_scales, NO_NOISE, lambda t: time * t, "continuous"),
+        chain_noise=0.1,
+    )
