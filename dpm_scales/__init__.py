@@ -3,6 +3,7 @@
     import dpm_scales as ds
 
     model = ds.Model(ds.UNet(width=32), ds.Blurring(), image_size=32, channels=1)
+    ds.train(model, images, steps=2000)
     samples = model.sample(16, seed=0)
     model.save("digits")
     model = ds.load("digits")
@@ -16,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dpm_scales.api import Losses, train
     from dpm_scales.data import (
         BSDS500,
         ArraySource,
@@ -71,6 +73,7 @@ __version__ = "0.1.0"
 
 #: the module of each public name
 _PLACES = {
+    "api": ("Losses", "train"),
     "models.model": ("Model",),
     "models.io": ("load",),
     "describe": ("configured",),
@@ -140,6 +143,7 @@ __all__ = [
     "ListedNoise",
     "LogBlur",
     "LossWeight",
+    "Losses",
     "MinSNR",
     "Model",
     "NextScale",
@@ -163,6 +167,7 @@ __all__ = [
     "load",
     "make_grid",
     "save_png",
+    "train",
 ]
 
 

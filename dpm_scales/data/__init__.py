@@ -22,12 +22,14 @@ if TYPE_CHECKING:
         torchvision_data,
     )
     from dpm_scales.data.datamodule import ImageDataModule
+    from dpm_scales.data.given import GivenImages, given_data
 
 __all__ = [
     "BSDS500",
     "ArraySource",
     "Digits",
     "FileImages",
+    "GivenImages",
     "ImageDataModule",
     "ImageDataset",
     "ImageFolder",
@@ -40,6 +42,7 @@ __all__ = [
     "bsds500_data",
     "digits_data",
     "folder_data",
+    "given_data",
     "listed",
     "photos_data",
     "torchvision_data",
@@ -50,4 +53,5 @@ def __getattr__(name: str) -> Any:
     # the data module needs Lightning, which takes seconds to import
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{'datamodule' if name == 'ImageDataModule' else 'builders'}"), name)
+    places = {"ImageDataModule": "datamodule", "GivenImages": "given", "given_data": "given"}
+    return getattr(import_module(f"{__name__}.{places.get(name, 'builders')}"), name)

@@ -26,7 +26,12 @@ def save_model(folder: Path, model: Parts, state: dict[str, Tensor] | None = Non
     """
     reason = model.recipe.undescribed
     require(reason is None, f"the model can't be saved: {reason}")
-    state = model.state_dict() if state is None else state
+    save_weights(folder, model.state_dict() if state is None else state)
+    write_text(folder / CONFIG_FILE, yaml.safe_dump(model.recipe.to_dict(), sort_keys=False))
+
+
+def save_weights(folder: Path, state: dict[str, Tensor]) -> None:
+    """Write `model.safetensors` into `folder`. Raises UserError, and writes nothing, if a weight is not finite."""
     bad = not_finite(state)
     require(
         bad is None,
@@ -35,7 +40,6 @@ def save_model(folder: Path, model: Parts, state: dict[str, Tensor] | None = Non
     )
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     write_tensors(folder / WEIGHTS_FILE, tensors)
-    write_text(folder / CONFIG_FILE, yaml.safe_dump(model.recipe.to_dict(), sort_keys=False))
 
 
 def save_folder(folder: Path, model: Parts) -> None:

@@ -40,7 +40,8 @@ def build_denoiser(
     Raises: UserError for parts that do not fit together, MisfitError for weights of another network, OutOfMemoryError
     for a network larger than the machine's memory.
     """
-    parts = recipe.parts
+    parts, reason = recipe.parts, recipe.undescribed
+    require(reason is None, f"the model can't be rebuilt: {reason}")
     process = build(parts["process"], Process, "process")
     inputs = recipe.channels * (1 + process.context_channels)
     kwargs = {"in_channels": inputs, "out_channels": recipe.channels, "num_classes": recipe.num_classes}
@@ -137,7 +138,7 @@ def described(value: object) -> dict[str, Any]:
         return settings
     except DescriptionError as error:
         kind = value.kind if isinstance(value, Configured) else type(value)
-        return {"_target_": f"{kind.__module__}.{kind.__qualname__}", UNDESCRIBED: str(error)}
+        return {"class": f"{kind.__module__}.{kind.__qualname__}", UNDESCRIBED: str(error)}
 
 
 def make_network(

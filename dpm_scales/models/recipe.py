@@ -41,7 +41,8 @@ class Recipe:
     @property
     def undescribed(self) -> str | None:
         """Why the model can't be rebuilt from this recipe, in one line; None if it can."""
-        return next((part[UNDESCRIBED] for part in self.parts.values() if UNDESCRIBED in part), None)
+        found = (part for part in self.parts.values() if isinstance(part, dict) and UNDESCRIBED in part)
+        return next((str(part[UNDESCRIBED]) for part in found), None)
 
     def to_dict(self) -> dict[str, Any]:
         image = {"channels": self.channels, "height": self.image_size[0], "width": self.image_size[1]}
@@ -70,8 +71,6 @@ class Recipe:
         try:
             image, labels = values["image"], values["labels"]
             parts = {name: current_names(values[name]) for name in PARTS}
-            reasons = [part[UNDESCRIBED] for part in parts.values() if isinstance(part, dict) and UNDESCRIBED in part]
-            require(not reasons, f"{source} can't be loaded: {next(iter(reasons), None)}")
             size = (int(image["height"]), int(image["width"]))
             names = labels["class_names"] or None
             if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
@@ -81,8 +80,6 @@ class Recipe:
                 raise ValueError(f"label_dropout={dropout}")
             names = None if names is None else tuple(names)
             recipe = Recipe(parts, int(image["channels"]), size, labels["num_classes"], names, dropout)
-        except UserError:
-            raise
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{source}: the model's config is incomplete or damaged ({error!r})") from error
         sides = (recipe.channels, *recipe.image_size)

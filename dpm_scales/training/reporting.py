@@ -150,6 +150,10 @@ class MetricsFile(Logger):
         named = [(name, row[name]) for row in self._rows for name in row if name.startswith(prefix)]
         return {name: float(value) for name, value in named if value}
 
+    def column(self, name: str) -> dict[int, float]:
+        """Return the values of a column by step."""
+        return {int(row["step"]): float(row[name]) for row in self._rows if row.get(name)}
+
     def forget_from(self, step: int) -> None:
         """Drop the rows that a run resumed after `step` steps will write again; rows are numbered from 0."""
         self._rows = [row for row in self._rows if int(row["step"]) < step]

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
+from torch import Tensor
 
 from dpm_scales.cli.arguments import typed_packages
 from dpm_scales.data import ImageDataModule, ShuffledBatches, listed
 from dpm_scales.distributed.signals import StopTogether, requeue
 from dpm_scales.errors import UserError, require, require_number
+from dpm_scales.models.export import save_weights
 from dpm_scales.models.instantiate import build, check_kind, plain
 from dpm_scales.models.io import checkpoints, save_model
 from dpm_scales.models.model import PARTS, Model, Recipe, build_model
@@ -72,6 +75,21 @@ def _recipe(cfg: DictConfig, data: ImageDataModule) -> Recipe:
     return Recipe(parts, data.channels, data.image_size, classes, names or None, dropout)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A run that has taken all its steps.
+
+    Attributes:
+        result: what result.json holds: `overrides`, `steps`, `seconds`, and the last ``val/`` and ``eval/`` metrics.
+        model: with the recipe that follows from the training data; its weights are those of the last step.
+        state: EMA weights of the model; None on other ranks than the first, and for a run that was finished before.
+    """
+
+    result: dict[str, Any]
+    model: Model
+    state: dict[str, Tensor] | None
+
+
 def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
     """Train to the end, from the last checkpoint if there is one; return and save the result.
 
@@ -96,7 +114,21 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     data.prepare_data()
     recipe = _recipe(cfg, data)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    model = build_model(recipe)
+    return train_model(cfg, run_dir, overrides, build_model(recipe), data).result
+
+
+def train_model(
+    cfg: DictConfig, run_dir: Path, overrides: list[str], model: Model, data: ImageDataModule, again: str | None = None
+) -> Trained:
+    """Train a model on images, as `train` does with those that the config describes.
+
+    Args:
+        cfg, run_dir, overrides: as for `train`.
+        model: its denoiser and prior are trained and fitted in place.
+        data: prepared.
+        again: how to resume the run, for messages; None for the command line, which other ranks then repeat.
+    """
+    recipe = model.recipe
     optimizer = plain(cfg.optimizer)
     max_bad_steps = optimizer.pop("max_bad_steps", 20)
     module = DiffusionModule(
@@ -141,7 +173,7 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     module.model = fit_to_data(model, data)
 
     with taken(run_dir) if trainer.is_global_zero else nullcontext():
-        return _resume_and_fit(cfg, run_dir, overrides, trainer, module, data, average, stop, rescue)
+        return _resume_and_fit(cfg, run_dir, overrides, trainer, module, data, average, stop, rescue, again)
 
 
 def _resume_and_fit(
@@ -154,7 +186,8 @@ def _resume_and_fit(
     average: EMA,
     stop: StopTogether,
     rescue: Rescue,
-) -> dict[str, Any]:
+    again: str | None,
+) -> Trained:
     """Train from the folder's last checkpoint, if there is one; return and save the result."""
     model, main = module.parts, trainer.is_global_zero
     resume, steps, changed = None, 0, ""
@@ -174,7 +207,7 @@ def _resume_and_fit(
         if main:
             more = "raise trainer.max_steps or choose another run_dir"
             print(f"{run_dir} is finished ({finished['steps']} steps); {more}")
-        return finished
+        return Trained(finished, model, None)
 
     metrics = MetricsFile(run_dir / "metrics.csv")
     if main:
@@ -196,7 +229,7 @@ def _resume_and_fit(
     metrics.forget_from(steps)
     trainer.loggers = [metrics, *further_loggers(cfg, run_dir, main)]
     start = time.perf_counter()
-    with repeat_command(overrides, run_dir):
+    with repeat_command(overrides, run_dir) if again is None else nullcontext():
         try:
             shape = (data.batch_size, model.recipe.image_size, data.num_workers)
             told = told_in_one_line(*shape)
@@ -208,9 +241,9 @@ def _resume_and_fit(
             if not main:
                 raise SystemExit(0) from None  # any other status would make Lightning kill the other ranks
             saved = next(map(checkpoint_step, checkpoints(run_dir / "checkpoints")), 0)
-            again = f", from step {saved}" if saved != trainer.global_step else ""
-            command = resume_command(run_dir)
-            print(f"stopped at step {trainer.global_step}; resume with: {command}{again}", file=sys.stderr)
+            earlier = f", from step {saved}" if saved != trainer.global_step else ""
+            command = resume_command(run_dir) if again is None else again
+            print(f"stopped at step {trainer.global_step}; resume with: {command}{earlier}", file=sys.stderr)
             requeue(stop.received)
             raise SystemExit(128 + (stop.received or 15) if trainer.received_sigterm else 130) from None
         seconds = time.perf_counter() - start
@@ -225,7 +258,10 @@ def _resume_and_fit(
         if main:
 
             def finish(folder: Path) -> None:
-                save_model(folder / "model", model, state)
+                if model.recipe.undescribed is None:
+                    save_model(folder / "model", model, state)
+                else:
+                    save_weights(folder / "model", state)
                 write_text(folder / "result.json", json.dumps(result, indent=1))
 
             try:
@@ -235,7 +271,7 @@ def _resume_and_fit(
         for logger in trainer.loggers:
             if hasattr(logger, "experiment") and hasattr(logger.experiment, "finish"):
                 logger.experiment.finish()  # or the next run of a sweep would continue it
-        return result
+        return Trained(result, model, state if main else None)
 
 
 def _images(data: ImageDataModule) -> str:
