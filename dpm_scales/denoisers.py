@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_scales.describe import revise
+from dpm_scales.errors import UserError
 from dpm_scales.memory import require_memory
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context, Process
@@ -108,6 +109,9 @@ class Denoiser(TargetDenoiser):
         if features is not None:
             seen = torch.cat([seen, features], 1)
         output = self.network(seen, t.to(dtype), labels).to(dtype)
+        if output.shape != y_t.shape:  # which broadcasting might hide
+            name, found, wanted = type(self.network).__name__, tuple(output.shape), tuple(y_t.shape)
+            raise UserError(f"the network {name} returned {found} for images {wanted}; it must return their shape")
         return c.skip.to(dtype) * z + c.out.to(dtype) * output, c.weight.to(dtype)
 
     def predict(

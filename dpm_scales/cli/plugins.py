@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, entry_points
 from importlib.util import find_spec
@@ -241,16 +241,27 @@ def announcing(group: str, choice: str) -> list[str]:
     return sorted(found)
 
 
+def _class_of(option: str, name: Any, named: Mapping[tuple[str, str], dict[str, str]]) -> Any:
+    """Return the config of an announced metric or feature network; any other value unchanged.
+
+    Raises: UserError for a name that an installed package announces that is not switched on.
+    """
+    if not isinstance(name, str) or name in SHIPPED_VALUES[option]:
+        return name
+    if (option, name) not in named:
+        found = announcing(option, name)
+        require(not found, f"{option}: an installed package announces {name}: plugins=[{''.join(found[:1])}]")
+    return named.get((option, name), name)
+
+
 def apply_plugins(cfg: DictConfig) -> None:
     """Trust the packages of the plugins in a composed config, and replace names of metrics and features by classes.
 
     Raises: UserError as `find_plugins` does.
     """
     plugins = find_plugins(plugin_names(plain(cfg.get("plugins")) or []))
-    if not plugins:
-        return
     with open_dict(cfg):
-        if "allow" in cfg:
+        if plugins and "allow" in cfg:
             allowed = [cfg.allow] if isinstance(cfg.allow, str) else list(cfg.allow)
             cfg.allow = [*allowed, *(package for plugin in plugins for package in plugin.packages)]
         named = {key: {"_target_": target} for plugin in plugins for key, target in plugin.classes.items()}
@@ -258,7 +269,6 @@ def apply_plugins(cfg: DictConfig) -> None:
             if not OmegaConf.is_dict(section):
                 continue
             if isinstance(section.get("features"), str):
-                section["features"] = named.get(("features", section["features"]), section["features"])
+                section["features"] = _class_of("features", section["features"], named)
             if OmegaConf.is_list(section.get("measures")):
-                listed = section["measures"]
-                section["measures"] = [named.get(("measures", x), x) if isinstance(x, str) else x for x in listed]
+                section["measures"] = [_class_of("measures", one, named) for one in section["measures"]]

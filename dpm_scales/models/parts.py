@@ -16,6 +16,7 @@ from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.models.instantiate import CONFIGS, arguments_of, build, read_config, root_cause_line
 from dpm_scales.models.recipe import UNDESCRIBED, Recipe
 from dpm_scales.models.weights_fit import require_fit, within_memory
+from dpm_scales.networks import require_forward
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Process
 from dpm_scales.samplers import Sampler
@@ -53,6 +54,7 @@ def build_denoiser(
     trainable = any(parameter.requires_grad for parameter in network.parameters())
     require(trainable, f"network: {type(network).__name__} has no weights to train")
     require_null_label(network, recipe.label_dropout)
+    require_forward(network)
     target = build(parts["target"], Target, "target")
     prior = build(parts["prior"], Prior, "prior", {"process": process})
     prior.check(process)

@@ -1,8 +1,8 @@
 """Define which classes a file may name; this is the only allow-list.
 
 A command line may name any class of any package, a file may not. The config of a model and the recipe of a checkpoint
-may name classes of the core; the stored options of a run also those of `dpm_scales.data`; the data config of a run only
-the latter. Nothing else is imported unless the user trusts its package: `allow=[mynet]`.
+may name classes of the core; the stored options of a run also loss weights and those of `dpm_scales.data`; the data
+config of a run only the latter. Nothing else is imported unless the user trusts its package: `allow=[mynet]`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_NODES, MAX_DEPTH = 10**5, 50
 #: packages whose classes may be named by a model's config, by a run's data config, and by a run's stored options
 MODEL_ROOMS = ("processes", "schedules", "targets", "networks", "priors", "samplers")
 DATA_ROOMS = ("data",)
-OPTION_ROOMS = (*MODEL_ROOMS, *DATA_ROOMS)
+OPTION_ROOMS = (*MODEL_ROOMS, "weights", *DATA_ROOMS)
 #: classes of these packages that no file may name, and why
 HARMFUL = {"dpm_scales.data.TorchvisionSource": "could download to any place"}
 #: former names of classes in files of earlier versions, with their present names

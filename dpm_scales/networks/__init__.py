@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from dpm_scales.networks.base import Network, require_forward
 from dpm_scales.networks.diffusers_unet import DiffusersUNet
 from dpm_scales.networks.unet import UNet
 
-__all__ = ["DiffusersUNet", "UNet"]
+__all__ = ["DiffusersUNet", "Network", "UNet", "require_forward"]

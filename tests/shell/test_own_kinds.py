@@ -164,6 +164,43 @@ def test_a_class_replaced_by_its_name_drops_the_options_that_it_has_not(tmp_path
     }  # fmt: skip
 
 
+WRONG = """
+from torch import nn
+
+class Two(nn.Conv2d):
+    def __init__(self, in_channels, out_channels, num_classes): super().__init__(in_channels, out_channels, 1)
+    def forward(self, x, t): return super().forward(x)
+
+class Small(Two):
+    def forward(self, x, t, labels=None): return super().forward(x, t)[..., :1]
+"""
+
+
+def test_a_network_that_does_not_fit_ends_in_one_line(package: Path, tmp_path: Path) -> None:
+    """One that takes no labels, and one whose answer broadcasting would stretch."""
+    (package / "mynet" / "wrong.py").write_text(WRONG)
+    for name, line in {
+        "Two": "network: mynet.wrong.Two.forward takes (x, t); it must take (x, t, labels=None)",
+        "Small": "the network Small returned (16, 1, 8, 1) for images (16, 1, 8, 8); it must return their shape",
+    }.items():
+        given = (
+            *settings("network"),
+            f"network={{_target_: mynet.wrong.{name}}}",
+            "trainer.max_steps=1",
+            "run_dir=run",
+        )
+        outcome = call("train.py", *given, cwd=tmp_path)
+        assert outcome.status == 2 and line in outcome.err and outcome.err.count("\n") == 1, outcome.err
+
+
+def test_shipped_loss_weights_need_no_trust(tmp_path: Path) -> None:
+    given = ("weight={_target_: dpm_scales.weights.P2, gamma: 0.5}", "run_dir=run")
+    outcome = call("train.py", *settings("weight"), *given, "trainer.max_steps=1", cwd=tmp_path)
+    assert outcome.status == 0 and "allow" not in outcome.out, outcome.err
+    outcome = call("train.py", "run_dir=run", "trainer.max_steps=2", cwd=tmp_path)
+    assert outcome.status == 0, outcome.err
+
+
 @pytest.mark.parametrize(
     ("loading", "resuming", "end"),
     [

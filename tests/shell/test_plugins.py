@@ -104,6 +104,12 @@ def test_without_them_nothing_is_imported(run: Path, package: Path, tmp_path: Pa
     for name, arguments, end in (
         ("train.py", [f"run_dir={run}", "trainer.max_steps=3"], "of a plugin; give plugins=[my-net]"),
         ("train.py", [*DIT[:1], "run_dir=other"], "; an installed package announces it: plugins=[my-net]"),
+        (
+            "evaluate.py",
+            [f"model={run}", "reference=digits", "features=colours"],
+            "announces colours: plugins=[my-net]",
+        ),
+        ("evaluate.py", [f"model={run}", "reference=digits", "measures=[sharpness]"], "sharpness: plugins=[my-net]"),
         ("sample.py", [f"model={run}", "out=out"], "; if you trust it: allow=[mynet]"),
         ("evaluate.py", [f"model={run}", "reference=data"], "; if you trust it: allow=[mynet]"),
     ):
