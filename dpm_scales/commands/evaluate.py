@@ -18,11 +18,12 @@ from dpm_scales.evaluation.choices import choose_features, choose_metrics
 from dpm_scales.evaluation.generated import ModelSamples
 from dpm_scales.evaluation.likelihood import METHODS, check_classes, estimator
 from dpm_scales.evaluation.reference_cache import cache_folder
-from dpm_scales.evaluation.references import open_images
+from dpm_scales.evaluation.references import RUN_DATA, open_images
 from dpm_scales.memory import require_memory
 from dpm_scales.metrics import Metric
 from dpm_scales.metrics.figures import FEWEST_NEIGHBOURS, check_names, check_numbers, memory_needed, needs_network
 from dpm_scales.models.generate import pick_labels
+from dpm_scales.models.hub import is_on_hub
 from dpm_scales.models.instantiate import plain
 from dpm_scales.storage import check_writable
 
@@ -121,6 +122,10 @@ def _check(cfg: DictConfig) -> tuple[Metric, ...]:
     require(ok, f"likelihood={cfg.likelihood!r}: allowed is null, {', '.join(METHODS)}")
     ok = cfg.likelihood is None or cfg.model is not None
     require(ok, f"likelihood={cfg.likelihood} is that of images under a model: give model=, not samples=")
+    if is_on_hub(cfg.model):
+        for key in ("reference", "yardstick"):
+            said = f"{key}={RUN_DATA} is the data of a run, and {cfg.model} is on the Hub, without its run"
+            require(cfg[key] != RUN_DATA, f"{said}; name the data set or its folder: {key}=NAME_OR_DIR")
     if cfg.samples is not None:
         for key, usual in {"steps": None, "labels": None, "guidance": 1, "weights": "averaged"}.items():
             require(cfg[key] == usual, f"{key} is for sampling a model, and samples={cfg.samples} are there already")

@@ -24,6 +24,7 @@ POINTS, SHARES = 200, (0.0, 1 / 256, 1 / 64, 1 / 16, 1 / 4, 1.0)
 """Scales of the plot, and eigenvalues as shares of the largest."""
 
 _LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
+_DEFAULT = re.compile(r"(?: \(|(;) )default: [^()]*\)")
 _MAX_RESULT_BYTES = 2**20
 _TASK = "unconditional-image-generation"
 _LONGEST = 12  # values of a list in a table
@@ -146,31 +147,48 @@ def _loading(model: Parts, repo: str) -> str:
 
 def _process(process: Process) -> str:
     """Return the process's law as formulas, with the description of its schedules."""
-    varies = type(process).log_noise_scale is not Process.log_noise_scale
-    noise = r"\gamma_t(L)" if varies else r"\gamma_t"
+    own_noise = type(process).log_noise_scale is not Process.log_noise_scale
+    noise = r"\gamma_t(L)" if own_noise else r"\gamma_t"
     law = rf"y_t = \lambda_t(L)\, y_0 + {noise}\, \varepsilon, \qquad \varepsilon \sim \mathcal{{N}}(0, I)"
-    if process.blur is None:
-        scale = r"\lambda_t = a_t"
-    elif process.min_decay > 0:
-        scale = r"\lambda_t(\mu) = a_t \left((1 - d_{\min})\, e^{-\mu T(t)} + d_{\min}\right)"
-        scale += rf", \qquad d_{{\min}} = {process.min_decay:g}"
-    else:
-        scale = r"\lambda_t(\mu) = a_t\, e^{-\mu T(t)}"
-    scale += r", \qquad a_t^2 + \gamma_t^2 = 1" if process.variance_preserving else ""
+    keeps = bool((process.noise(torch.linspace(0, 1, 9, device=tables_of(process)).double())[0] == 0).all())
     low, high = process.value_range
-    lines = [
-        f"{_first_line(process)}",
-        f"$$ {law} $$",
-        f"$$ {scale} $$",
-        f"with t = k / {process.num_scales}, k = 0, …, {process.num_scales}, and pixels in [{low:g}, {high:g}].",
-        f"- operator L with eigenvalues μ, `{type(process.operator()).__name__}`: {_first_line(process.operator())}",
-        f"- noise, a and γ, `{type(process.noise).__name__}`: {_first_line(process.noise)}",
-    ]
+    operator = f"`{type(process.operator()).__name__}`, {_first_line(process.operator())}"
+    if process.has_context:
+        operator = "each sample has its own, by its context"
+    items = [f"- operator L with eigenvalues μ: {operator}"]
+    if not own_noise:
+        items.append(
+            f"- noise{'' if keeps else ', a and γ'}: `{type(process.noise).__name__}`, {_first_line(process.noise)}"
+        )
     if process.blur is not None:
-        lines.append(f"- blur, T in px², `{type(process.blur).__name__}`: {_first_line(process.blur)}")
-    head, items = lines[:4], lines[4:]
-    plot = f"![signal and noise against the scale t]({SCHEDULE})"
-    return "\n\n".join(["## Process", *head, "\n".join(items), plot])
+        items.append(f"- blur, T in px²: `{type(process.blur).__name__}`, {_first_line(process.blur)}")
+    blocks = [
+        "## Process",
+        _first_line(process),
+        f"$$ {law} $$",
+        f"$$ {_signal(process, keeps)} $$",
+        f"with t = k / {process.num_scales}, k = 0, …, {process.num_scales}, and pixels in [{low:g}, {high:g}].",
+        "\n".join(items),
+        f"![signal and noise against the scale t]({SCHEDULE})",
+    ]
+    return "\n\n".join(blocks)
+
+
+def _signal(process: Process, keeps: bool) -> str:
+    """Return lambda_t as a formula.
+
+    Args:
+        keeps: whether a_t = 1 at all scales.
+    """
+    if process.blur is None:
+        scale = r"\lambda_t = 1" if keeps else r"\lambda_t = a_t"
+    else:
+        decay = r"e^{-\mu T(t)}"
+        if process.min_decay > 0:
+            decay = rf"\left((1 - d) {decay} + d\right)"
+        scale = rf"\lambda_t(\mu) = {'' if keeps else 'a_t '}{decay}"
+        scale += rf", \qquad d = {process.min_decay:g}" if process.min_decay > 0 else ""
+    return scale + (r", \qquad a_t^2 + \gamma_t^2 = 1" if process.variance_preserving else "")
 
 
 def _parts(model: Parts) -> str:
@@ -209,8 +227,8 @@ def _training(results: dict[str, Any]) -> str:
 
 def _first_line(thing: object) -> str:
     """Return the first paragraph of the docstring of a thing's class in one line; "" without one."""
-    text = inspect.getdoc(type(thing)) or ""
-    return printable(" ".join(text.split("\n\n")[0].split()))
+    text = " ".join((inspect.getdoc(type(thing)) or "").split("\n\n")[0].split())
+    return printable(_DEFAULT.sub(lambda found: found[1] and ")", text))  # the model's own schedules are listed
 
 
 def _cell(text: object) -> str:

@@ -16,10 +16,11 @@ import torch
 import yaml
 from PIL import Image
 
+import dpm_scales as ds
 from dpm_scales.models import draw, load_model, save_model
-from dpm_scales.models.card import plot_schedule
+from dpm_scales.models.card import plot_schedule, write_card
 from dpm_scales.models.push import push_model
-from dpm_scales.processes import VE, Process
+from dpm_scales.processes import VE, VP, Blurring, BlurringChain, InverseHeat, OsmosisDiffusion, Process
 from support.diffusers_folders import write
 from support.fake_hub import FakeHub, push, serving
 from support.oracles import refused
@@ -115,6 +116,8 @@ def test_commands_take_it(hub: FakeHub, run: Path, tmp_path: Path) -> None:
     assert (ours / "000002.png").read_bytes() == (theirs / "000002.png").read_bytes()
     measured = (f"model={place}", "reference=digits", "num_samples=8", "num_reference=8", "features=efflite0")
     outcome = call("evaluate.py", *measured, f"out={tmp_path / 'judged'}", cwd=tmp_path)
+    told = call("evaluate.py", f"model={place}", "reference=data", cwd=tmp_path)
+    assert told.status == 2 and "hf://you/digits@main" in told.err and "reference=NAME_OR_DIR" in told.err
     assert outcome.status == 0 and "hf://you/digits" in (tmp_path / "judged" / "evaluation.json").read_text(), (
         outcome.err
     )
@@ -268,6 +271,27 @@ def test_without_a_token_or_a_network_nothing_is_uploaded(hub: FakeHub, run: Pat
     with refused("not finite"):
         push_model(model, "me/digits")
     assert "me/digits" not in hub.commits
+
+
+FORMULAS: dict[str, tuple[Process, tuple[str, ...]]] = {
+    "vp": (VP(20), (r"\lambda_t = a_t, \qquad a_t^2 + \gamma_t^2 = 1", "noise, a and γ: `CosineLogSNR`")),
+    "ve": (VE(20), (r"\lambda_t = 1 $$", "noise: `EDMNoise`", "L = 0, a = 1.")),
+    "heat": (InverseHeat(20), (r"\lambda_t(\mu) = e^{-\mu T(t)} $$", "blur, T in px²: `LogBlur`")),
+    "blurring": (Blurring(20), (r"a_t \left((1 - d) e^{-\mu T(t)} + d\right), \qquad d = 0.001",)),
+    "chain": (BlurringChain(20), (r"\gamma_t(L)\, \varepsilon", r"\lambda_t(\mu) = e^{-\mu T(t)}")),
+    "osmosis": (OsmosisDiffusion(20), ("each sample has its own, by its context", "k = 0, …, 20")),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_page_has_the_formulas_of_the_process(name: str, tmp_path: Path) -> None:
+    process, words = FORMULAS[name]
+    model = ds.Model(ds.UNet(width=8), process, image_size=8, channels=1)
+    write_card(tmp_path, model, "me/x")
+    page = (tmp_path / "README.md").read_text()
+    for text in words:
+        assert text in page, page
+    assert "default:" not in page and ("NoNoise" not in page.split("## Parts")[0])
 
 
 @pytest.mark.parametrize("process", [VE(20), *(twin.build() for twin in TWINS)], ids=lambda p: type(p).__name__)
