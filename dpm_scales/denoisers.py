@@ -60,6 +60,19 @@ class TargetDenoiser(BaseDenoiser):
         return self.target.predict_mean(self.process, operator, prediction, y_t, t, s)
 
 
+class WithoutNetwork(TargetDenoiser):
+    """A denoiser whose network predicts 0, to rehearse what its target does with a prediction."""
+
+    def __init__(self, denoiser: BaseDenoiser) -> None:
+        super().__init__()
+        self.process, self.target, self.spectrum = denoiser.process, denoiser.target, denoiser.spectrum
+
+    def predict(
+        self, operator: Operator, y_t: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None
+    ) -> Tensor:
+        return torch.zeros_like(y_t)
+
+
 class Denoiser(TargetDenoiser):
     """Network + process + target.
 

@@ -305,8 +305,6 @@ class Noise(_Mixed):
             f"the noise target divides by what a step leaves of each frequency, here by 1e-{blur / math.log(10):.0f}, "
             f"more than 1e-{math.log10(MAX_DIVISION):.0f} can be undone; use target=clean, more steps or less blur",
         )
-        step = Step(process, scales[1:], scales[:-1])
-        process.ensure_degree(lambda mu: torch.exp(-step.log_rho(mu)))
 
     def noise_errors(self, signal: Tensor, noise: Tensor) -> Tensor:
         return torch.ones_like(signal)
@@ -330,10 +328,6 @@ class Velocity(_Mixed):
     """v = lambda_t(L) eps - gamma_t(L) y_0 (Salimans & Ho 2022), for any operator; arguments as for `_Mixed`."""
 
     name = "velocity"
-
-    def check_scales(self, process: Process, scales: Tensor) -> None:
-        step = Step(process, scales[1:], scales[:-1])
-        process.ensure_degree(lambda mu: self._gain(step, mu), lambda mu: self._gain(step, mu) * step.signal_t(mu))
 
     def noise_errors(self, signal: Tensor, noise: Tensor) -> Tensor:
         return (signal / (signal**2 + noise**2)) ** 2

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import BaseDenoiser
+from dpm_scales.denoisers import BaseDenoiser, WithoutNetwork
 from dpm_scales.errors import is_whole, require, require_choice, require_number
 from dpm_scales.likelihood.decoder import check_decoder, decode
 from dpm_scales.likelihood.start import start_law
@@ -129,8 +129,13 @@ class VariationalBound:
         self.denoiser, self.prior, self.draws, self.num_bands = denoiser, prior, draws, num_bands
         self.decoder_std, self.levels = decoder_std, levels
         self._weight = _Weight(process, reverse, noise_ratio)
-        chain = Step(process, self.scales[1:-1], self.scales[:-2])
-        self._degree = process.degree_of(self._weight.function(chain)) if count > 1 else 0
+        key = (type(self), reverse, noise_ratio, type(denoiser.target), *self.scales.tolist())
+        with process.rehearsal(key, 1) as new:
+            if new and count > 1:
+                chain = Step(process, self.scales[1:-1], self.scales[:-2])
+                y = torch.zeros(count - 1, 1, 1, 1, dtype=torch.float64, device=self.scales.device)
+                WithoutNetwork(denoiser).predict_mean(y, chain.t, chain.s)
+                self._weight.divergence(process.operator(), chain, y, None)
 
     @torch.no_grad()
     def __call__(
@@ -149,7 +154,7 @@ class VariationalBound:
         """
         denoiser, process, weight = self.denoiser, self.denoiser.process, self._weight
         start, context = start_law(self.prior, process, x_0, noise)
-        operator = start.operator.at_degree(self._degree)
+        operator = start.operator
         bands = _band_matrix(x_0, self.num_bands) if self.num_bands else None
         scales = self.scales.to(x_0.device)
         y_0, size, count = operator.to_white(x_0), tuple(x_0.shape[1:]), len(scales) - 2

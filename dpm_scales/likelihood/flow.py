@@ -27,12 +27,11 @@ a variational dequantisation. Convention matters: numbers by uniform dequantisat
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import BaseDenoiser
+from dpm_scales.denoisers import BaseDenoiser, WithoutNetwork
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.likelihood.bound import Likelihood, OnStep, check_noise
 from dpm_scales.likelihood.decoder import check_decoder, decode
@@ -86,9 +85,15 @@ class FlowLikelihood:
         check_noise(process, torch.ones((), dtype=torch.float64, device=tables_of(process)) / process.num_scales)
         self.scales = flow_scales(process, steps, tables_of(process))
         denoiser.target.check_scales(process, self.scales)
+        with process.rehearsal((type(self), type(denoiser.target), *self.scales.tolist()), 1) as new:
+            if new:
+                step, absent = Step(process, self.scales[1:], self.scales[:-1]), WithoutNetwork(denoiser)
+                y = torch.zeros(steps, 1, 1, 1, dtype=torch.float64, device=self.scales.device)
+                absent.predict_mean(absent.predict_mean(y, step.t, step.s), step.s, step.s)
+                for factor in _factors(step):
+                    process.operator().apply(factor, y)
         self.denoiser, self.prior, self.probes = denoiser, prior, probes
         self.decoder_std, self.levels = decoder_std, levels
-        self._degree = process.degree_of(*_factors(Step(process, self.scales[1:], self.scales[:-1])))
 
     @torch.no_grad()
     def __call__(
@@ -100,8 +105,7 @@ class FlowLikelihood:
         """
         denoiser, process = self.denoiser, self.denoiser.process
         start, context = start_law(self.prior, process, x_0, noise)
-        operator = start.operator.at_degree(self._degree)
-        start, scales = replace(start, operator=operator), self.scales.to(x_0.device)
+        operator, scales = start.operator, self.scales.to(x_0.device)
         finest, white = scales[-1], noise.normal(tuple(x_0.shape[1:]), x_0.dtype)
         y = operator.combine(
             (process.signal(finest), operator.to_white(x_0)), (lambda mu: process.noise_scale(finest, mu), white)

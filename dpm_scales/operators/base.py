@@ -5,7 +5,8 @@ A process of this package is a self-adjoint operator L >= 0 and two curves of it
 
     PixelOperator     L = 0                       multiply by f(0)
     HeatOperator      L = -Laplacian              DCT, multiply by f(mu), inverse DCT
-    OsmosisOperator   L = -V^{-1/2} P V^{1/2}     Chebyshev expansion of f on the spectrum's bounds
+    StencilOperator   L from weights of edges     Chebyshev expansion of f on the spectrum's bounds
+    OsmosisOperator   L = -V^{-1/2} P V^{1/2}     the same
 
 `f` maps eigenvalues (a float64 tensor of any shape) to a tensor with optional leading batch dimensions ``(B, 1)``.
 Trailing dimensions of size one say that f does not depend on mu: the operator then only scales, without a transform.
@@ -15,14 +16,41 @@ Images are ``(B, C, H, W)``; ``x`` are pixels, ``y`` whitened coordinates (where
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 SpectralFunction = Callable[[Tensor], Tensor]
+
+Weights = Callable[[Tensor], Sequence[Tensor]]
+"""Several functions of mu that are computed together."""
+
+Term = tuple[SpectralFunction, Tensor] | tuple[Weights, Sequence[Tensor]]
+"""A function and the image it acts on, or a function that gives one weight for each of several images."""
+
+
+def values_of(f: SpectralFunction | Weights, mu: Tensor) -> list[Tensor]:
+    """Return f(mu) as a list: all weights of a function that gives several, else its one value."""
+    values = f(mu)
+    return [values] if isinstance(values, Tensor) else list(values)
+
+
+def images_of(term: Term) -> list[Tensor]:
+    """Return the images of a term, one for each weight of its function."""
+    return [term[1]] if isinstance(term[1], Tensor) else list(term[1])
+
+
+def single_terms(terms: Sequence[Term]) -> Iterator[tuple[SpectralFunction, Tensor]]:
+    """Yield the terms with one function for each image."""
+    for f, y in terms:
+        if isinstance(y, Tensor):
+            yield cast(SpectralFunction, f), y
+        else:
+            weights = cast(Weights, f)
+            yield from ((lambda mu, k=k, weights=weights: weights(mu)[k], one) for k, one in enumerate(y))
 
 
 def batch_view(value: Tensor, mu: Tensor) -> Tensor:
@@ -75,12 +103,16 @@ class Operator(ABC):
         """Return f_1(L) y, f_2(L) y, ..., at the price of one sweep where the operator expands its functions."""
         return [self.apply(f, y) for f in functions]
 
-    def combine(self, *terms: tuple[SpectralFunction, Tensor]) -> Tensor:
-        """Return sum_i f_i(L) y_i, at the price of one synthesis where the operator is diagonal."""
-        return torch.stack([self.apply(f, y) for f, y in terms]).sum(0)
+    def combine(self, *terms: Term) -> Tensor:
+        """Return sum_i f_i(L) y_i, at the price of one synthesis where the operator is diagonal.
+
+        Args:
+            terms: pairs ``(f, y)``, or ``(weights, [y_1, y_2, ...])`` with one function mu -> (f_1, f_2, ...) for all.
+        """
+        return torch.stack([self.apply(f, y) for f, y in single_terms(terms)]).sum(0)
 
     def at_degree(self, degree: int) -> Operator:
-        """Return the same operator with expansions of at least this degree, where it expands its functions."""
+        """Return the same operator with expansions of this degree, whatever their error, where it expands functions."""
         return self
 
     def to_white(self, x: Tensor) -> Tensor:
@@ -106,3 +138,11 @@ class PixelOperator(Operator):
 
     def apply(self, f: SpectralFunction, y: Tensor) -> Tensor:
         return f(self.eigenvalues(1, 1, y.device)).to(y.dtype) * y
+
+    def combine(self, *terms: Term) -> Tensor:
+        parts = []
+        for term in terms:
+            ys = images_of(term)
+            values = values_of(term[0], self.eigenvalues(1, 1, ys[0].device))
+            parts += [v.to(y.dtype) * y for v, y in zip(values, ys, strict=True)]
+        return torch.stack(parts).sum(0)

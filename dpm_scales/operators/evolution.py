@@ -18,8 +18,9 @@ from torch import Tensor
 
 from dpm_scales.errors import UserError, require, require_choice
 from dpm_scales.operators.chebyshev import Coefficients, expand, heat_coefficients
+from dpm_scales.operators.expanded import working_dtype
 from dpm_scales.operators.implicit import implicit_euler
-from dpm_scales.operators.osmosis import OsmosisOperator, working_dtype
+from dpm_scales.operators.osmosis import OsmosisOperator
 
 METHODS = ("chebyshev", "bicgstab", "cg")
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.errors import UserError, require, require_choice
-from dpm_scales.operators.base import Decay, Operator, SpectralFunction
+from dpm_scales.operators.base import Decay, Operator, SpectralFunction, Term, images_of, values_of
 
 SPECTRA = ("continuous", "discrete")
 
@@ -122,16 +122,19 @@ class HeatOperator(Operator):
             return values * y
         return self.synthesis(values * self.analysis(y))
 
-    def combine(self, *terms: tuple[SpectralFunction, Tensor]) -> Tensor:
-        mu = self.eigenvalues(terms[0][1].shape[-2], terms[0][1].shape[-1], terms[0][1].device)
+    def combine(self, *terms: Term) -> Tensor:
         coefficients: list[Tensor] = []
         pixels: list[Tensor] = []
-        for f, y in terms:
-            values = f(mu).to(y.dtype)
-            if values.shape[-2:] == (1, 1):
-                pixels.append(values * y)
-            else:
-                coefficients.append(values * self.analysis(y))
+        like = images_of(terms[0])[0]
+        mu = self.eigenvalues(like.shape[-2], like.shape[-1], like.device)
+        for term in terms:
+            ys = images_of(term)
+            for given, y in zip(values_of(term[0], mu), ys, strict=True):
+                values = given.to(y.dtype)
+                if values.shape[-2:] == (1, 1):
+                    pixels.append(values * y)
+                else:
+                    coefficients.append(values * self.analysis(y))
         if coefficients:
             pixels.append(self.synthesis(torch.stack(coefficients).sum(0)))
         return torch.stack(pixels).sum(0)

@@ -1,51 +1,50 @@
-r"""The osmosis operator L = -V^{-1/2} P V^{1/2} of a guidance image v, and its functional calculus.
+r"""The osmosis operator L = -V^{-1/2} P V^{1/2} of a guidance image v.
 
 With v normalised to mean one and y = V^{-1/2} x the osmosis filter dx/dt = P x becomes dy/dt = -L y, L symmetric, so
 every formula of a process holds as it stands: white noise is white in y, and has the standard deviation sqrt(v) in x.
-L has no transform that diagonalises it for all v; f(L) y is a Chebyshev expansion on [0, 8]. A constant v gives
-`HeatOperator("discrete")`.
-
-The eigenvector of L to the eigenvalue 0 is known, sqrt(v), so that component is f(0) exactly: f(0) = 1 keeps the mean
-intensity, whatever the degree.
+L has no transform that diagonalises it for all v; see `expanded` for f(L) y. A constant v gives
+`HeatOperator("discrete")`. The eigenvector to the eigenvalue 0 is sqrt(v).
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import UserError, is_whole, require
-from dpm_scales.operators.base import Operator, SpectralFunction
-from dpm_scales.operators.chebyshev import chebyshev_coefficients, chebyshev_nodes, collect, expand
-from dpm_scales.operators.heat import HeatOperator
+from dpm_scales.errors import UserError, require
+from dpm_scales.operators.degrees import Degrees
+from dpm_scales.operators.expanded import ExpandedOperator
 from dpm_scales.operators.stencil import Stencil, osmosis_stencil, white_stencil
 
 
-class OsmosisOperator(Operator):
+class OsmosisOperator(ExpandedOperator):
     """L for a batch of guidance images, one for each sample and channel.
 
     Args:
         guidance_image: v > 0, ``(B | 1, C | 1, H, W)`` or ``(C | 1, H, W)``, of any float dtype and scale. Sizes of
             one serve all samples or channels.
-        degree: K of the expansions. `chebyshev_degree` says what a function needs: 64 is enough for 1e-6 of a blur of
-            4 px, 256 of one of 20 px.
+        degree: K of all expansions, whatever their error; None for the degree that each function needs.
         validate: whether to look at the values of v, which waits for the device; None where they lie on the CPU.
+        degrees: how degrees are found, shared by the operators of a process; None for a tolerance of 1e-6.
 
     Raises: UserError for a wrong shape or dtype, a guidance image that requires gradients (they are not computed), or
     values that are not positive and finite.
     """
 
-    def __init__(self, guidance_image: Tensor, degree: int = 128, validate: bool | None = None) -> None:
+    def __init__(
+        self,
+        guidance_image: Tensor,
+        degree: int | None = None,
+        validate: bool | None = None,
+        degrees: Degrees | None = None,
+    ) -> None:
         guidance = check_guidance(guidance_image, validate)
-        require(is_whole(degree, 1), f"OsmosisOperator: degree must be a whole number >= 1, got {degree!r}")
-        self.degree = degree
+        super().__init__(degree, degrees)
         self.guidance = normalised(guidance)
         self._sqrt = self.guidance.sqrt()
-        self._stencils: dict[tuple[torch.dtype, bool], Stencil] = {}
+        self._drift: dict[torch.dtype, Stencil] = {}
 
     # --- the operator itself ------------------------------------------------------------------------------------------
 
@@ -60,18 +59,14 @@ class OsmosisOperator(Operator):
 
     def stencil(self, dtype: torch.dtype, white: bool = False) -> Stencil:
         """Return P, or L in whitened coordinates; weights are computed in float64."""
-        key = (dtype, white)
-        if key not in self._stencils:
-            build = white_stencil if white else osmosis_stencil
-            self._stencils[key] = build(self.guidance).to(dtype)
-        return self._stencils[key]
+        if white:
+            return self.symmetric_stencil(dtype)
+        if dtype not in self._drift:
+            self._drift[dtype] = osmosis_stencil(self.guidance).to(dtype)
+        return self._drift[dtype]
 
-    def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-        """Return the spectrum of the constant guidance image, a model of L's spectrum for power spectra and entropies.
-
-        Exact eigenvalues of other v need the dense matrix; [0, 8] bounds them all.
-        """
-        return HeatOperator("discrete").eigenvalues(height, width, device)
+    def _build(self) -> Stencil:
+        return white_stencil(self.guidance)
 
     # --- coordinates --------------------------------------------------------------------------------------------------
 
@@ -86,63 +81,6 @@ class OsmosisOperator(Operator):
     def log_volume(self) -> Tensor:
         """Return sum 1/2 ln v per image channel, v normalised to mean one: float64 ``(B | 1, C | 1)``, <= 0."""
         return 0.5 * self.guidance.log().sum((-2, -1))
-
-    def at_degree(self, degree: int) -> OsmosisOperator:
-        if degree <= self.degree:
-            return self
-        finer = copy.copy(self)
-        finer.degree = degree
-        return finer
-
-    # --- functional calculus ------------------------------------------------------------------------------------------
-
-    def apply(self, f: SpectralFunction, y: Tensor) -> Tensor:
-        return self.combine((f, y))
-
-    def apply_all(self, functions: Sequence[SpectralFunction], y: Tensor) -> list[Tensor]:
-        """Return f_1(L) y, f_2(L) y, ... at the price of one sweep and one multiplication each."""
-        self.check_images(y)
-        values = [f(self._mu(y.device)) for f in functions]
-        results = {i: v.to(y.dtype) * y for i, v in enumerate(values) if _is_constant(v)}
-        turning = [i for i in range(len(values)) if i not in results]
-        if turning:
-            dtype = working_dtype(y.dtype)
-            flat, mode = y.to(dtype).flatten(-2), self._mode(dtype)
-            coefficients = [self._coefficients(values[i], dtype) for i in turning]
-            dc = (flat * mode).sum(-1, keepdim=True)
-            expanded = expand(self.stencil(dtype, white=True), flat, coefficients)
-            for i, out in zip(turning, expanded, strict=True):
-                results[i] = _set_dc(out, mode, values[i][..., -1].to(dtype) * dc).view(y.shape).to(y.dtype)
-        return [results[i] for i in range(len(values))]
-
-    def combine(self, *terms: tuple[SpectralFunction, Tensor]) -> Tensor:
-        scaled: list[Tensor] = []
-        coefficients: list[Tensor] = []
-        flats: list[Tensor] = []
-        dc: list[Tensor] = []
-        first = terms[0][1]
-        dtype = working_dtype(first.dtype)
-        mode = self._mode(dtype)
-        for f, y in terms:
-            self.check_images(y)
-            values = f(self._mu(y.device))
-            if _is_constant(values):
-                scaled.append(values.to(y.dtype) * y)
-                continue
-            coefficients.append(self._coefficients(values, dtype))
-            flats.append(y.to(dtype).flatten(-2))
-            dc.append(values[..., -1].to(dtype) * (flats[-1] * mode).sum(-1, keepdim=True))
-        if flats:
-            out = collect(self.stencil(dtype, white=True), coefficients, flats)
-            scaled.append(_set_dc(out, mode, torch.stack(dc).sum(0)).view(first.shape).to(first.dtype))
-        return scaled[0] if len(scaled) == 1 else torch.stack(scaled).sum(0)
-
-    def _mu(self, device: torch.device) -> Tensor:
-        """Return Chebyshev nodes, then 0: ``(1, M + 1)``."""
-        return torch.nn.functional.pad(chebyshev_nodes(2 * (self.degree + 1), device), (0, 1))[None]
-
-    def _coefficients(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        return chebyshev_coefficients(values[..., :-1], self.degree).to(dtype)
 
     def _mode(self, dtype: torch.dtype) -> Tensor:
         """Return the normalised eigenvector to the eigenvalue 0, ``(B | 1, C | 1, N)``."""
@@ -181,20 +119,6 @@ def normalised(guidance: Tensor) -> Tensor:
     """Return v / mean(v) for each image channel, float64."""
     v = guidance.to(torch.float64)
     return v / v.mean((-2, -1), keepdim=True)
-
-
-def _set_dc(out: Tensor, mode: Tensor, dc: Tensor) -> Tensor:
-    """Return `out` with its component along the eigenvector to the eigenvalue 0 set to `dc`."""
-    return torch.addcmul(out, dc - (out * mode).sum(-1, keepdim=True), mode)
-
-
-def _is_constant(values: Tensor) -> bool:
-    return values.shape[-1] == 1
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the recursion: half precision is for storage, and would lose all digits in it."""
-    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _seen(value: object) -> str:

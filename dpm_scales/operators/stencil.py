@@ -244,6 +244,17 @@ def drift_stencil(right: Tensor, down: Tensor) -> Stencil:
     return _stencil(1 - right / 2, 1 + right / 2, 1 - down / 2, 1 + down / 2)
 
 
+def edge_stencil(right: Tensor, down: Tensor) -> Stencil:
+    """Return L with (L y)_i = sum_j w_ij (y_i - y_j), symmetric, in the number format of the weights.
+
+    Args:
+        right, down: weights of the edges to the right and to the lower neighbour, as for `drift_stencil`.
+    """
+    p = _stencil(right, right, down, down)
+    across, downwards = -p.from_right, -p.from_below
+    return Stencil(-p.diagonal, across, across, downwards, downwards, p.height, p.width)
+
+
 def osmosis_stencil(guidance_image: Tensor) -> Stencil:
     """Return P for the canonical drift of v > 0, ``(B | 1, C | 1, H, W)``, in the number format of v.
 

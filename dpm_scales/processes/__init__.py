@@ -1,5 +1,6 @@
 """Processes: the law of every forward process, and its members."""
 
+from dpm_scales.processes.expanded import ExpandedProcess, StencilProcess
 from dpm_scales.processes.law import MAX_MEAN_LEFT, Context, Gaussian, Process, Scale, as_scale
 from dpm_scales.processes.members import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat
 from dpm_scales.processes.osmosis import InverseOsmosis, Osmosis, OsmosisDiffusion, OsmosisFilter
@@ -12,6 +13,7 @@ __all__ = [
     "Blurring",
     "BlurringChain",
     "Context",
+    "ExpandedProcess",
     "Gaussian",
     "Homogeneous",
     "InverseHeat",
@@ -21,6 +23,7 @@ __all__ = [
     "OsmosisFilter",
     "Process",
     "Scale",
+    "StencilProcess",
     "Step",
     "as_scale",
 ]

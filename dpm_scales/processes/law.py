@@ -20,7 +20,8 @@ too); what depends on t and mu has shape ``mu.shape`` or ``(B, 1, *mu.shape)``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -161,14 +162,19 @@ class Process(Describable, nn.Module):
         return mean[..., None, None]
 
     def degree_of(self, *functions: SpectralFunction) -> int:
-        """Return the degree that an expansion of these functions needs; 0 where the operator is diagonal."""
+        """Return a degree for `Operator.at_degree` that is enough for these functions; 0 where nothing is expanded."""
         return 0
 
-    def ensure_degree(self, *functions: SpectralFunction) -> None:
-        """Announce functions of the operator that go beyond the law's own, before they are used.
+    def rehearsal(self, key: Hashable, calls: int) -> AbstractContextManager[bool]:
+        """Return a context in which functions of the operator without a context are learnt, see `operators.degrees`.
 
-        An operator that is not diagonal expands them, and the expansion must be long enough.
+        Args:
+            key: what is rehearsed, which is done once.
+            calls: number of functions of a kind that will come.
+
+        Yields: whether to do so: for an operator that expands its functions, and a new `key`.
         """
+        return nullcontext(False)
 
     # --- curves -------------------------------------------------------------------------------------------------------
 

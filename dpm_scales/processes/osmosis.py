@@ -24,13 +24,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from dpm_scales.errors import UserError, require
-from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator, SpectralFunction, chebyshev_degree
+from dpm_scales.operators import Operator, OsmosisOperator
+from dpm_scales.processes.expanded import ExpandedProcess
 from dpm_scales.processes.guidance_images import Guidance
-from dpm_scales.processes.law import Context, Process
+from dpm_scales.processes.law import Context
 from dpm_scales.rng import CounterRNG, Randomness, white_noise
 from dpm_scales.schedules import (
     BlurSchedule,
@@ -40,22 +40,16 @@ from dpm_scales.schedules import (
     NoiseSchedule,
     NoNoise,
     SinSquaredBlur,
-    require_positive,
 )
 
-STRIDES = (1, 4, 20, 100)
-"""Steps, in scales, whose functions the expansion is made for."""
 
-
-class Osmosis(Process):
+class Osmosis(ExpandedProcess):
     """A process of the osmosis operator; without a context it is that of constant guidance.
 
     Args:
         num_scales, noise, blur, min_decay, value_range: as for `Process`.
         guidance: how guidance images are drawn; members take its values as `guidance_*`.
-        tolerance: bound on the error of f(L), relative to the largest f, for means of the law and of samplers' steps;
-            the degree of the expansion follows from it. Standard deviations that vanish like a root at mu = 0, as the
-            posterior's under constant noise do, are met to about 1e-2 of the noise.
+        tolerance: as for `ExpandedProcess`.
 
     Raises: UserError as `Process` does, and for values out of range.
     """
@@ -70,25 +64,9 @@ class Osmosis(Process):
         guidance: Guidance,
         tolerance: float,
     ) -> None:
-        super().__init__(HeatOperator("discrete"), num_scales, noise, blur, min_decay, value_range)
-        require_positive(self, tolerance=tolerance)
+        super().__init__(num_scales, noise, blur, min_decay, value_range, tolerance)
         self.guidance = guidance.checked(self)
         self.context_channels = int(guidance.visible)
-        self.tolerance, self.degree = float(tolerance), 1
-        ts = torch.arange(self.num_scales + 1, dtype=torch.float64) / self.num_scales
-        self.ensure_degree(self.signal(ts))
-        for stride in STRIDES:
-            if stride <= self.num_scales:
-                step = self.step(ts[:-stride], ts[stride:])
-                self.ensure_degree(step.rho, step.posterior_coef_xt, step.posterior_coef_x0)
-
-    def ensure_degree(self, *functions: SpectralFunction) -> None:
-        """Raise the degree of the expansions to what `functions` need. Raises UserError where none is enough."""
-        self.degree = max(self.degree, self.degree_of(*functions))
-
-    def degree_of(self, *functions: SpectralFunction) -> int:
-        """Return the degree that `functions` need. Raises UserError where none is enough."""
-        return chebyshev_degree(functions, self.tolerance)
 
     def context(self, x_0: Tensor, generator: Randomness = None) -> Context:
         """Draw a guidance image around each image's mean intensity: ``(B, C, H, W)``."""
@@ -132,7 +110,7 @@ class Osmosis(Process):
         return (values - low) / (high - low)
 
     def operator(self, context: Context = None) -> Operator:
-        return self._operator if context is None else OsmosisOperator(context, self.degree, validate=False)
+        return self._operator if context is None else OsmosisOperator(context, validate=False, degrees=self.degrees)
 
     def context_features(self, context: Context) -> Context:
         """Return v - 1, with v of mean one; None if the network does not see it. Raises UserError without a context."""

@@ -54,9 +54,7 @@ class Churn:
             process.has_noise(),
             f"churn adds noise, and {type(process).__name__} has none; set sampler.s_churn=0",
         )
-        churned = self.scales(process, scales)
-        process.ensure_degree(Step(process, scales[:-1], churned).rho)
-        return churned
+        return self.scales(process, scales)
 
     def scales(self, process: Process, scales: Tensor) -> Tensor:
         """Return ``(steps,)``: t_hat >= t of every step along `scales`, ``(steps + 1,)``, descending."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import BaseDenoiser
+from dpm_scales.denoisers import BaseDenoiser, WithoutNetwork
 from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, is_whole, require, require_choice
 from dpm_scales.operators import Operator
@@ -132,6 +132,15 @@ class Sampler(Describable, ABC):
                 )
             require(self.grid == "uniform", "the finer-scale target needs sampler.grid=uniform")
         denoiser.target.check_scales(denoiser.process, scales)
+        self._rehearse(denoiser, scales)
+
+    def _rehearse(self, denoiser: BaseDenoiser, scales: Tensor) -> None:
+        """Take all steps without a network, where an operator expands its functions: devices then wait for none."""
+        key = (type(self), repr(vars(self)), type(denoiser.target), *scales.tolist())
+        with denoiser.process.rehearsal(key, len(scales)) as new:
+            if new:
+                y = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=scales.device)
+                self.reverse(WithoutNetwork(denoiser), y, CounterRNG(0, 1, device=scales.device), scales=scales)
 
     @torch.no_grad()
     def sample(

@@ -22,16 +22,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.errors import is_whole, require
-from dpm_scales.operators import SpectralFunction
 from dpm_scales.processes import Process, Step
-from dpm_scales.samplers.grids import tables_of
 from dpm_scales.samplers.loop import PastStep, StepContext
 from dpm_scales.samplers.one_step import DDIM
 
@@ -63,12 +60,6 @@ class DPMSolver(DDIM):
         self.order = order
         self.memory = order - 1
 
-    def check(self, denoiser: BaseDenoiser) -> None:
-        super().check(denoiser)
-        process = denoiser.process
-        for count in range(1, self.order):
-            _resolve(process, self.scales(process, tables_of(process)), count, end=False)
-
     def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
         used = list(move.past)[: min(self.order, move.left + 1) - 1]
         move.past.appendleft(PastStep(move.t, move.s, y, m))
@@ -96,12 +87,6 @@ class UniPC(DPMSolver):
         super().__init__(0.0, steps, grid, rho, order)
         self.memory = order
 
-    def check(self, denoiser: BaseDenoiser) -> None:
-        super().check(denoiser)
-        process = denoiser.process
-        for count in range(self.order):
-            _resolve(process, self.scales(process, tables_of(process)), count, end=True)
-
     def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
         return super().step(move, self.correct(move, y, m), m)
 
@@ -112,18 +97,20 @@ class UniPC(DPMSolver):
         last, *older = list(move.past)[: self.order]
         curves, again = move.curves, replace(move, t=last.t, s=move.t)
         polynomial = _Interpolation(move.process, last.t, move.t, [p.t for p in older], [p.s for p in older], end=True)
-        own, (*weights, ending) = polynomial.weights()
-        terms = [(own, last.m), *zip(weights, [p.m for p in older], strict=True)]
-        terms.append((lambda mu: ending(mu) * curves.rho(mu), m))
-        return DDIM.step(self, again, last.y, move.operator.combine(*terms))
+
+        def weights(mu: Tensor) -> list[Tensor]:
+            *before, ending = polynomial.weights(mu)
+            return [*before, ending * curves.rho(mu)]
+
+        return DDIM.step(self, again, last.y, move.operator.combine((weights, [last.m, *(p.m for p in older), m])))
 
 
 def _extrapolate(move: StepContext, m: Tensor, used: Sequence[PastStep]) -> Tensor:
     """Return m_s by the polynomial through the estimate at t and those of the steps `used`, the newest first."""
     if not used:
         return m
-    own, weights = _Interpolation(move.process, move.t, move.s, [p.t for p in used], [p.s for p in used]).weights()
-    return move.operator.combine((own, m), *zip(weights, [p.m for p in used], strict=True))
+    polynomial = _Interpolation(move.process, move.t, move.s, [p.t for p in used], [p.s for p in used])
+    return move.operator.combine((polynomial.weights, [m, *(p.m for p in used)]))
 
 
 @dataclass(frozen=True)
@@ -142,24 +129,13 @@ class _Interpolation:
     knots: Sequence[Tensor]
     kept: Sequence[Tensor]
     end: bool = False
-    _last: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)
 
-    def weights(self) -> tuple[SpectralFunction, list[SpectralFunction]]:
-        """Return the weight of lambda_s y_0-hat, and those of the other estimates as they are stored."""
-        shrink = [Step(self.process, self.s, kept).rho for kept in self.kept]
-
-        def of(k: int) -> SpectralFunction:
-            if k == len(shrink):
-                return lambda mu: self._at(mu)[k]
-            return lambda mu: self._at(mu)[k] / shrink[k](mu).clamp(min=1e-30)
-
-        return lambda mu: 1 - torch.stack(self._at(mu)).sum(0), [of(k) for k in range(len(shrink) + self.end)]
-
-    def _at(self, mu: Tensor) -> list[Tensor]:
-        """Return all c_k, computed once for all weights at one mu, or once in all where nothing depends on mu."""
-        if not self._last or (self._last[0][0] is not mu and self.process.blur is not None):
-            self._last[:] = [(mu, self._coefficients(mu))]
-        return self._last[0][1]
+    def weights(self, mu: Tensor) -> list[Tensor]:
+        """Return the weight of lambda_s y_0-hat, then those of the other estimates as they are stored."""
+        found = self._coefficients(mu)
+        shrink = [Step(self.process, self.s, kept).rho(mu).clamp(min=1e-30) for kept in self.kept]
+        stored = [c / r for c, r in zip(found, shrink, strict=False)]
+        return [1 - torch.stack(found).sum(0), *stored, *found[len(stored) :]]
 
     def _coefficients(self, mu: Tensor) -> list[Tensor]:
         """Return all c_k, with those of a lower order where an estimate cannot be used."""
@@ -223,13 +199,3 @@ def _lagrange(places: Sequence[Tensor], moments: Sequence[Tensor]) -> list[Tenso
                 value = value * (place - other)
         found.append(sum((a * b for a, b in zip(polynomial, moments, strict=False)), torch.zeros_like(place)) / value)
     return found
-
-
-def _resolve(process: Process, scales: Tensor, count: int, end: bool) -> None:
-    """Announce the weights of all steps that use `count` earlier estimates; the last step of a grid uses none."""
-    number = len(scales) - 2
-    if number > count:
-        at = [scales[count - k : number - k] for k in range(-1, count + 1)]  # s, t, and the scales before
-        s, t, *knots = at
-        own, weights = _Interpolation(process, t, s, knots, at[1:-1], end).weights()
-        process.ensure_degree(own, *weights)

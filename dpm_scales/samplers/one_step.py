@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.errors import UserError, require, require_choice, suggest
+from dpm_scales.operators import Term
 from dpm_scales.processes import Process, Step
 from dpm_scales.samplers.churn import Churn
 from dpm_scales.samplers.grids import tables_of
@@ -33,12 +34,13 @@ class DDIM(Sampler):
     def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
         step, square = move.curves, self.eta**2
 
-        def coef_xt(mu: Tensor) -> Tensor:
+        def weights(mu: Tensor) -> tuple[Tensor, Tensor]:
             # 1 - eta^2 tau with tau = 1 - exp(-2h), without cancellation where tau is nearly 1
             rest = (1 - square) + square * torch.exp(-2 * step.half_log_snr_gain(mu).clamp(min=0))
-            return step.noise_ratio(mu) * rest.sqrt()
+            coef_xt = step.noise_ratio(mu) * rest.sqrt()
+            return coef_xt, 1 - coef_xt * step.rho(mu)
 
-        terms = [(coef_xt, y), (lambda mu: 1 - coef_xt(mu) * step.rho(mu), m)]
+        terms: list[Term] = [(weights, [y, m])]
         if self.eta > 0:
             terms.append((lambda mu: self._noise_std(step, mu), move.white(y)))
         return move.operator.combine(*terms)
@@ -119,9 +121,6 @@ class Heun(DDIM):
         scales = self.scales(process, tables_of(process))
         if self.churn is not None:
             churned = self.churn.check(process, scales)
-            down = Step(process, scales[1:-1], churned[:-1])
-            if len(scales) > 2:
-                process.ensure_degree(down.rho, down.posterior_coef_xt, down.posterior_coef_x0)
             # the scales as they are visited: up to t_hat, which divides by nothing, and down to s
             scales = torch.stack([churned, scales[1:]], 1).flatten()
             denoiser.target.check_scales(process, scales)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dpm_scales.data.image_sets import NumberedImages
 from dpm_scales.errors import UserError
+from dpm_scales.operators import Degrees
 
 _CONTENT = ("_parameters", "_buffers", "_modules")
 _BOOKKEEPING = vars(nn.Module()).keys() - set(_CONTENT)
@@ -74,7 +75,8 @@ def describe(value: Any, where: str = "process", depth: int = 0) -> Any:
             "objects of them instead"
         )
     if isinstance(value, nn.Module):
-        held = {key: item for key, item in held.items() if key not in _BOOKKEEPING}
+        # degrees are remembered results, which follow from the rest
+        held = {k: item for k, item in held.items() if k not in _BOOKKEEPING and not isinstance(item, Degrees)}
     return [_named(type(value)), describe(held, where, depth + 1)]
 
 

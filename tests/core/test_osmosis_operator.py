@@ -285,7 +285,7 @@ def test_everything_stays_on_the_device_and_nothing_waits_for_it(per_sample: boo
 
 def test_the_pretended_gpu_notices_mixed_devices() -> None:
     with FakeTensorMode(), pytest.raises(Exception, match="device"):
-        OsmosisOperator(torch.rand(1, 1, 6, 9, device="cuda")).apply(torch.cos, torch.rand(1, 1, 6, 9))
+        OsmosisOperator(torch.rand(1, 1, 6, 9, device="cuda"), 8).apply(torch.cos, torch.rand(1, 1, 6, 9))
 
 
 @pytest.mark.gpu

@@ -306,6 +306,7 @@ def test_law_loss_and_sampler_stay_on_the_device(pair: Pair) -> None:
     prior = OsmosisPrior()
     prior.fit(images(7, 2, 5, 7, dtype=torch.float32), process)
     sampler = Ancestral(3) if pair.noisy else Cold(3)
+    sampler.check(denoiser)
     with pretended_gpu(denoiser, prior):
         x_0 = torch.rand(3, 2, 5, 7, device="cuda")
         t = torch.rand(3, device="cuda", dtype=torch.float64)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.editing import Consistent, Mask, context_of, encode, noised, restore
-from dpm_scales.likelihood import FlowLikelihood, VariationalBound, start_law
+from dpm_scales.likelihood import VariationalBound, start_law
 from dpm_scales.operators import Operator, PixelOperator, SpectralFunction
 from dpm_scales.priors import DataPrior, GaussianPrior, auto_prior
 from dpm_scales.processes import VP, Blurring, Context, InverseHeat, OsmosisDiffusion, Process
@@ -31,7 +31,6 @@ class Rotated(Operator):
 
     def __init__(self) -> None:
         self.basis = torch.linalg.qr(images(H * W, H * W, seed=7)).Q
-        self.degrees: list[int] = []
 
     def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
         mu = torch.linspace(0, 5, height * width, dtype=torch.float64, device=device)
@@ -41,17 +40,10 @@ class Rotated(Operator):
         values = f(self.eigenvalues(H, W)).expand(*y.shape[:2], H, W).flatten(-2)
         return ((y.to(torch.float64).flatten(-2) @ self.basis * values) @ self.basis.T).view(y.shape).to(y.dtype)
 
-    def at_degree(self, degree: int) -> Operator:
-        self.degrees.append(degree)
-        return self
-
 
 class RotatedDiffusion(Process):
     def __init__(self) -> None:
         super().__init__(Rotated(), K, CosineLogSNR(-8, 6), LinearTimeBlur(2.0), 0.01)
-
-    def degree_of(self, *functions: SpectralFunction) -> int:
-        return 77
 
 
 class Uneven(PixelOperator):
@@ -130,16 +122,6 @@ def test_steps_of_the_bound_are_those_of_the_operators_own_basis() -> None:
         weight = (snr_s - snr_t) / process.signal_scale(s, mu).flatten().numpy() ** 2
         close(found.steps[:, i].numpy(), 0.5 * (weight * d**2).sum(1), 1e-9, 1e-9)
     assert np.isfinite(found.total.numpy()).all()
-
-
-def test_likelihoods_ask_the_process_for_the_degree_of_their_functions() -> None:
-    process, x_0 = RotatedDiffusion(), images(2, 1, H, W)
-    operator = process.operator()
-    assert isinstance(operator, Rotated)
-    for make in (VariationalBound, FlowLikelihood):
-        operator.degrees.clear()
-        make(Wrong(process), GaussianPrior(), steps=3)(x_0, CounterRNG(4, 2))
-        assert operator.degrees[:1] == [77]
 
 
 def test_what_needs_the_cosine_basis_refuses_another() -> None:

@@ -96,7 +96,7 @@ def test_weights_solve_the_published_system_for_each_frequency(twin: Twin, count
     process, mu = twin.build(), torch.linspace(0.01, 0.4, 5, dtype=torch.float64)
     knots = float64([0.52, 0.5, 0.47, 0.45])[3 - count - 1 :]
     s, t, before = knots[-1], knots[-2], list(knots[:-2].flip(0))
-    own, weights = _Interpolation(process, t, s, before, [t, *before[:-1]], end).weights()
+    weights = _Interpolation(process, t, s, before, [t, *before[:-1]], end).weights
     half = process.log_snr(knots, mu[:, None])[:, 0].squeeze(-1) / 2
     half = half.expand(len(knots), len(mu)) if half.ndim == 2 else half[:, None].expand(-1, len(mu))
     signal = process.signal_scale(knots, mu[None]).reshape(len(knots), -1).expand(-1, len(mu))
@@ -106,10 +106,10 @@ def test_weights_solve_the_published_system_for_each_frequency(twin: Twin, count
         expected = plain_coefficients(places, h)
         kept = [t, *before[:-1]]
         shrink = [float(process.signal_scale(v, mu[j : j + 1]).flatten()[0] / signal[-1, j]) for v in kept]
-        actual = [float(w(mu[j : j + 1]).flatten()[0]) for w in weights]
+        own, *actual = (float(w.flatten()[0]) for w in weights(mu[j : j + 1]))
         close(actual[:count], expected[:count] / np.array(shrink), 1e-8, 2e-5)
         close(actual[count:], expected[count:], 1e-8, 2e-5)
-        close(float(own(mu[j : j + 1]).flatten()[0]), 1 - expected.sum(), 1e-8, 2e-5)
+        close(own, 1 - expected.sum(), 1e-8, 2e-5)
 
 
 def test_moments_are_integrals_at_any_step_length() -> None:
@@ -186,28 +186,24 @@ def test_a_frequency_that_is_blurred_away_takes_the_new_estimate_alone() -> None
     """exp(-mu T) underflows within a step: what the steps before said of it is not divided by that."""
     process, mu = InverseHeat(8), float64([[0.0, 19.0]])
     t = [float64(v) for v in (1.0, 0.875, 0.75, 0.625)]
-    own, weights = _Interpolation(process, t[2], t[3], [t[1], t[0]], [t[2], t[1]]).weights()
-    close(torch.stack([own(mu), *(w(mu) for w in weights)]).flatten(1).numpy(), [[1, 1], [0, 0], [0, 0]], 1e-12)
-    own, (ending,) = _Interpolation(process, t[2], t[3], [], [], end=True).weights()
-    close(own(mu).flatten().numpy(), [1.0, 0.5], 1e-12)
-    close(ending(mu).flatten().numpy(), [0.0, 0.5], 1e-12)
-
-
-def test_osmosis_is_expanded_far_enough_for_the_weights() -> None:
-    process = OsmosisDiffusion(40)
-    before = process.degree
-    UniPC(3, 10).check(Denoiser(TinyNetwork(2), process, Clean()))
-    assert process.degree > before
+    weights = _Interpolation(process, t[2], t[3], [t[1], t[0]], [t[2], t[1]]).weights(mu)
+    close(torch.stack(weights).flatten(1).numpy(), [[1, 1], [0, 0], [0, 0]], 1e-12)
+    own, ending = _Interpolation(process, t[2], t[3], [], [], end=True).weights(mu)
+    close(own.flatten().numpy(), [1.0, 0.5], 1e-12)
+    close(ending.flatten().numpy(), [0.0, 0.5], 1e-12)
 
 
 def test_unipc_stays_on_the_device_and_never_waits_for_it() -> None:
-    for process in (VP(8), Blurring(8)):
+    for process in (VP(8), Blurring(8), OsmosisDiffusion(8)):
         denoiser, sampler = Denoiser(TinyNetwork(2), process, Clean()), UniPC(2, None, "uniform")
         scales = sampler.scales(process)[-5:]
+        sampler.check(denoiser)
+        context = process.context(torch.zeros(4, 2, 6, 9))
         with pretended_gpu(denoiser):
             noise = CounterRNG(0, 4, device="cuda")
             y = torch.randn(4, 2, 6, 9, device="cuda")
-            assert sampler.reverse(denoiser, y, noise, scales=scales.to("cuda")).device.type == "cuda"
+            v = None if context is None else context.to("cuda")
+            assert sampler.reverse(denoiser, y, noise, v, scales=scales.to("cuda")).device.type == "cuda"
 
 
 def test_what_is_refused() -> None:

@@ -1,0 +1,255 @@
+r"""How far a function of L must be expanded: found from the function's own Chebyshev coefficients.
+
+Where the host sees the coefficients it takes as many of them as the tolerance asks for, for each sample by itself, so
+that what a sample gets does not depend on the batch it is in. Nobody has to announce a function.
+
+On another device the host would have to wait for the coefficients. It does, once for each function that is expanded,
+unless functions of that kind have been met in a *rehearsal*: the same work on the host, beforehand. Then the degree
+found there is taken, with nothing to wait for, and where it should not be enough after all the result is NaN.
+
+A function whose coefficients do not become small enough, as those of a root at mu = 0 do not (the standard deviation of
+a posterior under constant noise), is met to `ROUGH_ERROR` instead; one that does not allow that is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpm_scales.errors import require
+from dpm_scales.operators.base import SpectralFunction, Term, Weights, images_of, values_of
+from dpm_scales.operators.chebyshev import chebyshev_coefficients, chebyshev_nodes
+from dpm_scales.operators.heat import HeatOperator
+
+ROUGH_ERROR = 1e-2
+"""Bound on the error of functions that no expansion meets to the tolerance, relative to the largest value."""
+
+ROUGH_DEGREE = 256
+"""Least degree of their expansions."""
+
+_FIRST = 128  # number of nodes that are tried first
+_LAST = 8192
+_MARGIN = 10.0  # rehearsals ask for an error this much smaller, since other scales may follow
+
+
+@dataclass(frozen=True)
+class Series:
+    """An expanded function, float64.
+
+    Attributes:
+        at_zero: its value at mu = 0, ``(..., 1)``.
+        coefficients: ``(..., K + 1)``, or None for a function that does not depend on mu.
+        error: bound on what the expansion leaves out, relative to the largest value, where that has been looked at.
+    """
+
+    at_zero: Tensor
+    coefficients: Tensor | None
+    error: float = 0.0
+
+
+def fixed_series(f: SpectralFunction | Weights, degree: int, device: torch.device | str | None = None) -> list[Series]:
+    """Return the expansion of each weight of f to the given degree, whatever its error."""
+    return [
+        Series(values, None)
+        if values.shape[-1] == 1
+        else Series(values[..., -1:], chebyshev_coefficients(values[..., :-1], degree))
+        for values in values_of(f, _nodes(2 * (degree + 1), device))
+    ]
+
+
+def adapted_series(
+    f: SpectralFunction | Weights, tolerances: Sequence[float], device: torch.device | str | None = None
+) -> list[Series]:
+    """Return expansions of each weight of f within ``tolerance * max|f|`` on [0, 8], for each sample by itself.
+
+    The host looks at the coefficients, so on another device it waits for them.
+
+    Args:
+        tolerances: ascending; the first that an expansion of degree 4096 meets is taken, then `ROUGH_ERROR`.
+
+    Raises: UserError for a function that is not finite, or that no expansion of degree 4096 meets to `ROUGH_ERROR`.
+    """
+    number, found = _FIRST, None
+    while True:
+        values = values_of(f, _nodes(number, device))
+        found = [_Partial() for _ in values] if found is None else found
+        open_ = [part for part, v in zip(found, values, strict=True) if not part.add(v, tolerances, number == _LAST)]
+        if not open_:
+            return [part.series() for part in found]
+        number *= 2
+
+
+class _Partial:
+    """The expansion of one function, completed sample by sample as the number of nodes grows."""
+
+    def __init__(self) -> None:
+        self.at_zero: Tensor | None = None
+        self.coefficients: Tensor | None = None
+        self.done: Tensor | None = None
+        self.error = 0.0
+
+    def add(self, values: Tensor, tolerances: Sequence[float], last: bool) -> bool:
+        """Take the samples that these nodes resolve; return whether all samples are complete."""
+        if values.shape[-1] == 1:
+            self.at_zero = values
+            return True
+        if self.done is not None and bool(self.done.all()):
+            return True
+        self.at_zero, at_nodes = values[..., -1:], values[..., :-1]
+        require(bool(torch.isfinite(values).all()), "a function of the operator is not finite on its spectrum [0, 8]")
+        coefficients, half = chebyshev_coefficients(at_nodes, at_nodes.shape[-1] - 1), at_nodes.shape[-1] // 2
+        degree = _needed(coefficients, at_nodes, tolerances[0])
+        for tolerance in tolerances[1:] if last else ():
+            degree = torch.where(degree > half, _needed(coefficients, at_nodes, tolerance), degree)
+        self.error = max(self.error, tolerances[-1])
+        if last and bool((degree > half).any()):
+            rough = _needed(coefficients, at_nodes, ROUGH_ERROR).clamp(min=ROUGH_DEGREE)
+            degree, self.error = torch.where(degree > half, rough, degree), ROUGH_ERROR
+            require(
+                bool((degree <= half).all()),
+                f"a function of the operator changes too fast on its spectrum [0, 8]: no expansion of degree {half} is "
+                f"within {ROUGH_ERROR:g} of its largest value; take a smoother function of mu, or less blur",
+            )
+        resolved = degree <= half
+        order = torch.arange(half + 1, device=values.device)
+        new = torch.where(order <= degree, coefficients[..., : half + 1], 0.0)
+        if self.coefficients is None or self.done is None:
+            self.coefficients, self.done = new, resolved
+        else:
+            old = torch.nn.functional.pad(self.coefficients, (0, half + 1 - self.coefficients.shape[-1]))
+            self.coefficients, self.done = torch.where(self.done, old, new), self.done | resolved
+        return bool(self.done.all())
+
+    def series(self) -> Series:
+        """Return the expansion, without the coefficients that are 0 for all samples."""
+        assert self.at_zero is not None
+        if self.coefficients is None:
+            return Series(self.at_zero, None)
+        used = (self.coefficients.detach() != 0).flatten(0, -2).any(0).nonzero()
+        return Series(self.at_zero, self.coefficients[..., : 1 + (int(used[-1]) if len(used) else 0)], self.error)
+
+
+def _needed(coefficients: Tensor, values: Tensor, tolerance: float) -> Tensor:
+    """Return the least degree ``(..., 1)`` beyond which the coefficients add up to no more than `tolerance`."""
+    sizes = coefficients.detach().abs()
+    tails = sizes.flip(-1).cumsum(-1).flip(-1)  # tails[k] = |c_k| + |c_{k+1}| + ...
+    limit = tolerance * values.detach().abs().amax(-1, keepdim=True)
+    return ((tails > limit).sum(-1, keepdim=True) - 1).clamp(min=0)
+
+
+def _nodes(number: int, device: torch.device | str | None) -> Tensor:
+    """Return Chebyshev nodes, then 0: ``(1, number + 1)``."""
+    return torch.nn.functional.pad(chebyshev_nodes(number, device), (0, 1))[None]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a rehearsal found of one weight: the largest degree, and the error that its expansions may have."""
+
+    degree: int
+    error: float
+
+
+class Degrees:
+    """The expansions of a process's functions, with what rehearsals have found of their degrees.
+
+    Args:
+        tolerance: bound on the error of f(L), relative to the largest f.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self._stricter = [tolerance / _MARGIN, tolerance]
+        self._known: dict[Hashable, list[_Known]] = {}
+        #: names of what has been rehearsed
+        self.rehearsed: set[Hashable] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Degrees:
+        return self  # what is known of functions holds for a copy of the process too
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Degrees, (self.tolerance,)
+
+    def series(self, f: SpectralFunction | Weights, number: int, device: torch.device) -> list[Series]:
+        """Return the expansion of each weight of f, of which there are `number`."""
+        known = None if device.type == "cpu" else self._known.get((kind_of(f), number))
+        if known is None:
+            return adapted_series(f, [self.tolerance], device)
+        return _guarded_series(f, known, device)
+
+    def learn(self, *functions: SpectralFunction | Weights, device: torch.device | str | None = None) -> None:
+        """Find the degrees of functions of a kind, at the scales that they hold."""
+        for f in functions:
+            found = adapted_series(f, self._stricter, device)
+            new = [_Known(0 if s.coefficients is None else s.coefficients.shape[-1] - 1, s.error) for s in found]
+            old = self._known.setdefault((kind_of(f), len(new)), new)
+            both = [_Known(max(a.degree, b.degree), max(a.error, b.error)) for a, b in zip(new, old, strict=True)]
+            self._known[kind_of(f), len(new)] = both
+
+
+class RehearsedOperator(HeatOperator):
+    """Learns the degree of every function it is given, and leaves images as they are.
+
+    Args:
+        degrees: where they are kept.
+        calls: number of functions of a kind that will come; of more than 64 some are left out in the middle.
+    """
+
+    def __init__(self, degrees: Degrees, calls: int) -> None:
+        super().__init__("discrete")
+        self._degrees, self._calls = degrees, calls
+        self._count: Counter[Hashable] = Counter()
+
+    def apply(self, f: SpectralFunction, y: Tensor) -> Tensor:
+        return self.combine((f, y))
+
+    def combine(self, *terms: Term) -> Tensor:
+        for term in terms:
+            kind = kind_of(term[0])
+            number, stride = self._count[kind], -(-self._calls // 64)
+            self._count[kind] += 1
+            if number < 16 or number >= self._calls - 16 or number % stride == 0:
+                self._degrees.learn(term[0], device=images_of(term)[0].device)
+        return images_of(terms[0])[0]
+
+
+def _guarded_series(f: SpectralFunction | Weights, known: Sequence[_Known], device: torch.device) -> list[Series]:
+    """Return expansions to the degrees that are known, NaN where they leave out more than they may."""
+    largest = max(one.degree for one in known)
+    found = []
+    for values, one in zip(values_of(f, _nodes(2 * (largest + 1), device)), known, strict=True):
+        if values.shape[-1] == 1:
+            found.append(Series(values, None))
+            continue
+        all_ = chebyshev_coefficients(values[..., :-1], values.shape[-1] - 2)
+        left_out = all_[..., one.degree + 1 :].abs().sum(-1, keepdim=True)
+        fits = left_out <= one.error * values.abs().amax(-1, keepdim=True)
+        found.append(Series(values[..., -1:], torch.where(fits, all_[..., : one.degree + 1], torch.nan)))
+    return found
+
+
+def kind_of(f: Callable[..., Any], depth: int = 8) -> Hashable:
+    """Return what a function is, apart from the numbers it holds: its code, and that of the functions it calls."""
+    if isinstance(f, functools.partial):
+        return ("partial", kind_of(f.func, depth), *(kind_of(a, depth) for a in f.args if callable(a)))
+    if isinstance(f, types.MethodType):
+        return kind_of(f.__func__, depth)
+    if isinstance(f, types.FunctionType):
+        called = [cell.cell_contents for cell in f.__closure__ or () if _filled(cell)] if depth else []
+        functions = (types.FunctionType, types.MethodType, functools.partial)
+        return (f.__code__, *(kind_of(c, depth - 1) for c in called if isinstance(c, functions)))
+    return type(f).__qualname__, type(f).__module__
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a name that is assigned later
+        return False
