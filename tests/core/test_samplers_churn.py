@@ -26,7 +26,7 @@ from dpm_scales.samplers import (
     UniPC,
     uniform_grid,
 )
-from dpm_scales.schedules import ConstantNoise, LogBlur
+from dpm_scales.schedules import ConstantNoise, LogBlur, SinSquaredBlur
 from dpm_scales.targets import Clean, Noise
 from support.oracles import (
     NOISY,
@@ -234,7 +234,14 @@ def test_levels_between_which_steps_are_churned() -> None:
     assert torch.equal(starts > scales[:-1], (sigma >= 1) & (sigma <= 4))
 
 
-@pytest.mark.parametrize("process", [VP(3), InverseHeat(3, ConstantNoise(0.1), LogBlur(0.3, 4.0)), OsmosisDiffusion(3)])
+@pytest.mark.parametrize(
+    "process",
+    [
+        VP(3),
+        InverseHeat(3, ConstantNoise(0.1), LogBlur(0.3, 4.0)),
+        OsmosisDiffusion(3, blur=SinSquaredBlur(2.0), guidance_input=False),
+    ],
+)
 def test_churn_stays_on_the_device_and_never_waits_for_it(process: Process) -> None:
     denoiser, sampler = Denoiser(TinyNetwork(2), process, Clean()), Heun(None, "uniform", s_churn=3.0)
     scales = sampler.scales(process)

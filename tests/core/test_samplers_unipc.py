@@ -15,7 +15,7 @@ from dpm_scales.processes import VP, Blurring, InverseHeat, OsmosisDiffusion
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, DPMSolver, StepContext, UniPC
 from dpm_scales.samplers.multistep import _Interpolation, _moments
-from dpm_scales.schedules import LinearBeta
+from dpm_scales.schedules import LinearBeta, SinSquaredBlur
 from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.flows import SMOOTH, flow, run
 from support.oracles import (
@@ -194,7 +194,7 @@ def test_a_frequency_that_is_blurred_away_takes_the_new_estimate_alone() -> None
 
 
 def test_unipc_stays_on_the_device_and_never_waits_for_it() -> None:
-    for process in (VP(8), Blurring(8), OsmosisDiffusion(8)):
+    for process in (VP(8), Blurring(8), OsmosisDiffusion(8, blur=SinSquaredBlur(2.0), guidance_input=False)):
         denoiser, sampler = Denoiser(TinyNetwork(2), process, Clean()), UniPC(2, None, "uniform")
         scales = sampler.scales(process)[-5:]
         sampler.check(denoiser)
