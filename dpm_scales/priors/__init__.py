@@ -5,14 +5,16 @@
 are stored as the few DCT coefficients that are left of them, so an export samples without its training data.
 `OsmosisPrior`: the steady state of a guidance image around a training image's mean intensity, plus noise, for the
 osmosis processes. Only those intensities are stored, and what images guide with where the process asks for them.
+`ContextPrior`: the process's own noise, with contexts of training images, for any other process with a context.
 
-The last two can be steered: then sampling starts from images that a user chooses, if the start shows images at all.
+The last three can be steered: then sampling starts from images that a user chooses, if the start shows images at all.
 
 | prior | fits processes |
 |---|---|
 | GaussianPrior | those with noise, without a context, that leave at most 2 % of the mean at scale 1 if they blur |
 | DataPrior | those that blur in the DCT basis, without a context |
 | OsmosisPrior | those of osmosis |
+| ContextPrior | those with a context |
 
 Every other pair is refused when the model is built. `Prior.law` is the density of the start, for likelihoods.
 """
@@ -20,6 +22,7 @@ Every other pair is refused when the model is built. `Prior.law` is the density 
 from __future__ import annotations
 
 from dpm_scales.priors.base import Prior
+from dpm_scales.priors.context import ContextPrior
 from dpm_scales.priors.data import DataPrior
 from dpm_scales.priors.noise import GaussianPrior
 from dpm_scales.priors.osmosis import OsmosisPrior
@@ -27,6 +30,7 @@ from dpm_scales.priors.start import Mixture, Start
 from dpm_scales.processes import Process
 
 __all__ = [
+    "ContextPrior",
     "DataPrior",
     "GaussianPrior",
     "GuidancePrior",
@@ -40,7 +44,12 @@ __all__ = [
 
 def auto_prior(process: Process) -> Prior:
     """Return the prior that fits the process, see `Process.default_prior`."""
-    kinds: dict[str, type[Prior]] = {"gaussian": GaussianPrior, "data": DataPrior, "guidance": OsmosisPrior}
+    kinds: dict[str, type[Prior]] = {
+        "gaussian": GaussianPrior,
+        "data": DataPrior,
+        "guidance": OsmosisPrior,
+        "context": ContextPrior,
+    }
     return kinds[process.default_prior()]()
 
 

@@ -18,13 +18,13 @@ from dpm_scales.rng import CounterRNG
 class ContextPrior(FittedPrior):
     """y_1 = r gamma_1(L) eps, with the context of a random training image x, as `Process.context_from` draws it.
 
-    Where a process leaves more than 2 % of the mean intensity at scale 1, in units of its noise, lambda_1(L) y is added,
-    y the training image in whitened coordinates: the process's own law at scale 1 for this image.
+    Where a process leaves more than 2 % of the mean intensity at scale 1, in units of its noise, lambda_1(L) y_0 is
+    added, y_0 the training image in whitened coordinates: the process's own law at scale 1 for this image.
 
     The likelihood is one given the context (`Process.condition`), and known where sampling starts from noise.
 
     Args:
-        noise_ratio: r, the noise of the start over the process's own; None for 1.25 where the noise is constant, else 1.
+        noise_ratio: r, the noise of the start over the process's own; None for 1.25 under constant noise, else 1.
         max_images: how many training images to store, as they are.
     """
 

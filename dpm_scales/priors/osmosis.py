@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import require
 from dpm_scales.operators import Operator
 from dpm_scales.priors.base import STEERABLE, FittedPrior
 from dpm_scales.priors.guidance import Known, infer_guidance
@@ -123,9 +123,9 @@ class OsmosisPrior(FittedPrior):
 
 def as_osmosis(process: Process) -> Osmosis:
     """Return the process as one of osmosis. Raises UserError for any other."""
-    if not isinstance(process, Osmosis):
-        raise UserError(
-            f"OsmosisPrior starts from guidance images and needs an osmosis process, not {type(process).__name__}; "
-            "set prior=auto"
-        )
-    return process
+    require(
+        process.default_prior() == "guidance",
+        f"OsmosisPrior starts from guidance images and needs an osmosis process, not {type(process).__name__}; "
+        "set prior=auto",
+    )
+    return cast(Osmosis, process)

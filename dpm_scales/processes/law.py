@@ -217,23 +217,19 @@ class Process(Describable, nn.Module):
     # --- models -------------------------------------------------------------------------------------------------------
 
     def default_prior(self) -> str:
-        """Return the kind of prior that fits: "gaussian", "data" or "guidance", see `priors`.
+        """Return the kind of prior that fits: "gaussian", "data", "guidance" or "context", see `priors`.
 
-        "data" if the process blurs and leaves more than 2 % of the mean intensity at scale 1, in units of its noise.
-
-        Raises: UserError for a process with a context whose class names none.
+        "context" for a process with one; "data" if the process blurs and leaves more than 2 % of the mean intensity at
+        scale 1, in units of its noise.
         """
-        name = type(self).__name__
-        require(
-            not self.has_context,
-            f"{name} has a context for every sample, and no prior is known that draws it; give the model one that does",
-        )
+        if self.has_context:
+            return "context"
         return "gaussian" if self.blur is None or self.mean_left <= MAX_MEAN_LEFT else "data"
 
     @property
     def condition(self) -> str | None:
-        """Name of what the law of images is conditioned on, where the context is a function of the image; else None."""
-        return None
+        """Name of what likelihoods are conditioned on: the context, where the model has no law of it; else None."""
+        return "context" if self.has_context else None
 
     # --- laws ---------------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from dpm_scales.errors import UserError, require
 from dpm_scales.images import to_range, to_uint8
 from dpm_scales.metrics import FeatureNetwork, average_grey, image_variance, relative_entropy
 from dpm_scales.metrics.base import identity_of
-from dpm_scales.processes import Osmosis, Process
+from dpm_scales.processes import Process
 from dpm_scales.storage import guarded, make_folder, open_regular, read_text, write_bytes, write_text
 from dpm_scales.study.fingerprint import describe, describe_images, fingerprint
 
@@ -74,9 +74,8 @@ class Entry:
         generator = torch.Generator(images.device).manual_seed(seed)
         context = self.process.context(x_0, generator)
         path = self.process.trajectory(x_0, self.scales, generator, context)
-        if isinstance(self.process, Osmosis) and context is not None:
-            return path, self.process.steady_state(x_0.mean((-2, -1)), context)
-        return path, None
+        steady = self.process.steady_state(x_0.mean((-2, -1)), context)
+        return path, steady if steady.shape == x_0.shape else None
 
     def shown(self, x: Tensor) -> Tensor:
         """Return uint8 images to view and to extract features from.

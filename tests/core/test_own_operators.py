@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.editing import Consistent, Mask, context_of, encode, noised, restore
-from dpm_scales.likelihood import VariationalBound, start_law
-from dpm_scales.operators import Operator, PixelOperator, SpectralFunction
-from dpm_scales.priors import DataPrior, GaussianPrior, auto_prior
+from dpm_scales.likelihood import FlowLikelihood, VariationalBound, start_law
+from dpm_scales.operators import HeatOperator, Operator, PixelOperator, SpectralFunction, dct_matrix
+from dpm_scales.priors import ContextPrior, DataPrior, GaussianPrior, auto_prior
 from dpm_scales.processes import VP, Blurring, Context, InverseHeat, OsmosisDiffusion, Process
 from dpm_scales.rng import CounterRNG, Randomness, white_noise
 from dpm_scales.samplers import DDIM
@@ -42,8 +42,8 @@ class Rotated(Operator):
 
 
 class RotatedDiffusion(Process):
-    def __init__(self) -> None:
-        super().__init__(Rotated(), K, CosineLogSNR(-8, 6), LinearTimeBlur(2.0), 0.01)
+    def __init__(self, operator: Operator | None = None) -> None:
+        super().__init__(operator or Rotated(), K, CosineLogSNR(-8, 6), LinearTimeBlur(2.0), 0.01)
 
 
 class Uneven(PixelOperator):
@@ -124,6 +124,37 @@ def test_steps_of_the_bound_are_those_of_the_operators_own_basis() -> None:
     assert np.isfinite(found.total.numpy()).all()
 
 
+class Reordered(Rotated):
+    """The heat operator as a dense matrix with eigenvalues in another order, so that nothing takes its shortcuts."""
+
+    def __init__(self) -> None:
+        cosines = torch.kron(dct_matrix(H), dct_matrix(W))
+        self.basis = cosines.flip(0).T.contiguous()
+
+    def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+        # a process looks at the spectrum of 64 x 64 pixels when it is built
+        return HeatOperator().eigenvalues(height, width, device).flatten().flip(0).reshape(height, width)
+
+
+def test_likelihoods_and_encodings_of_a_dense_operator_are_those_of_the_transform() -> None:
+    """Bound, its draws, flow and inversion: the same numbers by the heat operator and by its matrix."""
+    blurring, x_0 = Blurring(K, CosineLogSNR(-8, 6), LinearTimeBlur(2.0), 0.01), images(2, 2, H, W)
+    dense = RotatedDiffusion(Reordered())
+    found: list[list[Tensor]] = []
+    for process in (blurring, dense):
+        denoiser, prior = Wrong(process), GaussianPrior()
+        scales = DDIM(0.0, K).scales(process)
+        made = [
+            VariationalBound(denoiser, prior, levels=None),
+            VariationalBound(denoiser, prior, reverse="dissipation", draws=2),
+            FlowLikelihood(denoiser, prior, steps=4),
+        ]
+        totals = [likelihood(x_0, CounterRNG(4, 2)) for likelihood in made]
+        found.append([*(t.total for t in totals), *(t.steps for t in totals), encode(denoiser, x_0, scales)])
+    for ours, theirs in zip(*found, strict=True):
+        close(ours.numpy(), theirs.numpy(), 1e-8)
+
+
 def test_what_needs_the_cosine_basis_refuses_another() -> None:
     """DataPrior, degraded images, and in `edit=deblur` the scale that is as blurred as the image."""
     process, x_0 = RotatedDiffusion(), images(2, 1, H, W)
@@ -174,11 +205,10 @@ class Contextual(Wrong):
         return super().predict_mean(y_t, t, s, context, labels)
 
 
-def test_a_context_that_no_prior_draws_is_refused() -> None:
+def test_priors_without_a_context_refuse_one() -> None:
     process, x_0 = UnevenNoise(), images(2, 1, H, W)
     assert process.has_context and not Blurring(4).has_context
-    with refused("UnevenNoise", "no prior is known"):
-        auto_prior(process)
+    assert isinstance(auto_prior(process), ContextPrior)
     for start in (GaussianPrior(), DataPrior()):
         with refused("draws no context", "UnevenNoise"):
             start.check(process)
