@@ -16,6 +16,7 @@ SECONDS = {
     "test_networks.py": 50,
     "test_wheel.py": 35,
     "test_training.py": 30,
+    "test_init.py": 30,
     "test_faults_kill.py": 25,
     "test_entry_points.py": 25,
     "test_from_diffusers.py": 25,

@@ -10,6 +10,7 @@ from typing import Any
 
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.models.seals import checkpoint_step
+from dpm_scales.models.trust import walk_config
 from dpm_scales.storage import read_text, read_yaml
 
 #: the error that ended the latest training in the folder; removed when training starts again
@@ -61,6 +62,8 @@ def stored_config(run_dir: Path) -> dict[str, Any]:
         return {}
     config = read_yaml(file)
     require(isinstance(config, dict), f"{file} is damaged (no options); the run writes it anew when it is resumed")
+    for _ in walk_config(config, str(file)):  # refuses aliases that would expand to more than memory holds
+        pass
     return dict(config)
 
 

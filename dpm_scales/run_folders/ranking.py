@@ -56,6 +56,7 @@ def laws(runs: Sequence[Run]) -> int:
 
 
 def _law(config: dict[str, Any]) -> list[Any]:
+    """Return the options that determine what a loss measures, of a config that is not too large to compare."""
     data = config.get("data")
     images = {key: value for key, value in data.items() if key not in SAME_IMAGES} if isinstance(data, dict) else data
     return [config.get("process"), config.get("target"), images]

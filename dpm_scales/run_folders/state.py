@@ -38,6 +38,7 @@ Result = TypeVar("Result")
 STATES = ("finished", "running", "interrupted", "failed", "new", "damaged")
 #: the lowest validation loss of a run, beside the last one
 BEST = "val/best_loss"
+MOST_OPTIONS = MOST_METRICS = 1000
 _SHOWN = re.compile(r"(train|val|eval)/[!-~]+")
 #: files whose change is a change of the run
 _WRITTEN = ("metrics.csv", "result.json", "checkpoints/last.ckpt", "config.yaml", "overrides.yaml")
@@ -112,6 +113,9 @@ def read_run(folder: Path) -> Run:
     result: dict[str, Any] = attempt(lambda: _result(folder, run.max_steps), {})
     overrides = attempt(lambda: _overrides(folder), None)
     given = result.get("overrides", []) if overrides is None else overrides
+    if len(given) > MOST_OPTIONS:
+        reasons.append(f"{folder / 'overrides.yaml'} has {len(given)} options, more than any run")
+        given = []
     run.overrides = {key_of(option): option.partition("=")[2] for option in given}
     run.steps = max(logged, run.resumes_from or 0, result.get("steps", 0))
     run.metrics |= {name: value for name, value in _numbers(result).items() if _SHOWN.fullmatch(name)}
@@ -175,6 +179,7 @@ def _add_metrics(run: Run) -> int:
     if not file.is_file():
         return 0
     columns, rows = read_metrics(file, MAX_METRICS_BYTES)
+    require(len(columns) <= MOST_METRICS, f"{file} has {len(columns)} columns, more than any run")
     for place, name in enumerate(columns):
         last = next((row[place] for row in reversed(rows) if row[place]), None)
         if last is not None and _SHOWN.fullmatch(name):

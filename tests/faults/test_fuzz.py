@@ -29,6 +29,7 @@ from safetensors.torch import save
 
 from dpm_scales import data, images
 from dpm_scales.cli.arguments import with_stored_overrides
+from dpm_scales.commands.runs import run as list_runs
 from dpm_scales.data.files import ZipStore, inspect_images, open_store
 from dpm_scales.errors import UserError
 from dpm_scales.models.checksums import read_checkpoint, read_tensors, write_checkpoint
@@ -37,7 +38,7 @@ from dpm_scales.training import load_model, save_model
 from support.shell import small_model
 
 MINUTES = float(os.environ.get("DPM_SCALES_FUZZ_MINUTES", "0"))
-TARGETS = 9
+TARGETS = 10
 EXAMPLES = 40
 """Of one round; a round is all there is unless minutes are given."""
 
@@ -365,3 +366,35 @@ def test_options_of_runs(tmp_path: Path) -> None:
 
     sample = yaml.safe_dump(["data=folder", "process.blur={_target_:dpm_scales.schedules.LogBlur}"]).encode()
     fuzz(st.lists(overrides | VALUES, max_size=4) | VALUES | damaged([sample]), check)
+
+
+@pytest.mark.slow
+def test_lists_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run with one file damaged, in a table, as CSV and as JSON."""
+    texts = {
+        "result.json": '{"overrides": ["seed=1"], "steps": 6, "seconds": 1.5, "val/loss": 0.25}',
+        "metrics.csv": "step,epoch,train/loss,val/loss,eval/fid\n0,0,1.5,,\n5,0,1.25,0.25,30\n",
+        "config.yaml": "trainer: {max_steps: 6}\nprocess: {_target_: dpm_scales.processes.VP}\nseed: 1\n",
+        "overrides.yaml": "- seed=1\n- process=vp\n",
+        "failure.txt": "an error\n",
+        "evaluation.json": '{"format": "dpm_scales evaluation", "figures": {"FID": {"value": 3}}, "fake": {}}',
+    }
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name, text in texts.items():
+            (tmp_path / folder / name).write_text(text)
+    names = st.sampled_from(sorted(texts))
+
+    def check(case: tuple[str, bytes]) -> None:
+        name, content = case
+        (tmp_path / "a" / name).write_bytes(content)
+        try:
+            for arguments in ([], ["--csv"], ["--json"]):
+                list_runs([str(tmp_path), *arguments])
+            returns_or_tells(lambda: list_runs(["best", str(tmp_path)]))
+        finally:
+            (tmp_path / "a" / name).write_text(texts[name])
+        out, err = capsys.readouterr()
+        assert "\x1b" not in out + err and "\u202e" not in out + err
+
+    fuzz(names.flatmap(lambda name: st.tuples(st.just(name), damaged([texts[name].encode()]))), check)

@@ -173,6 +173,9 @@ def sparse(file: Path) -> None:
         out.truncate(2**34)
 
 
+#: as text it would have 10^9 words
+ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
+ALIASES += "process: {_target_: *a8}\n"
 DAMAGE = {
     "result cut": lambda f: (f / "result.json").write_text('{"overrides": ['),
     "result deep": lambda f: (f / "result.json").write_text("[" * 10**5),
@@ -190,6 +193,8 @@ DAMAGE = {
     "config object": lambda f: (f / "config.yaml").write_text("!!python/object/apply:os.system [touch made]"),
     "config deep": lambda f: (f / "config.yaml").write_text("[" * 10**6),
     "config huge": lambda f: sparse(f / "config.yaml"),
+    "config aliases": lambda f: (f / "config.yaml").write_text(ALIASES),
+    "many options": lambda f: (f / "overrides.yaml").write_text("".join(f"- a{i}=1\n" for i in range(10**4))),
     "overrides": lambda f: (f / "overrides.yaml").write_text("{a: 1}"),
     "failure pipe": lambda f: os.mkfifo(f / "failure.txt"),
     "lock link": lambda f: (f / ".lock").symlink_to("/dev/tty"),
@@ -210,7 +215,8 @@ def test_a_damaged_run_is_listed_with_a_reason(
     assert whole["state"] == "interrupted" and damaged["state"] == "damaged"
     assert damaged["reason"].startswith(("runs/x/", "'runs/x/")) and len(damaged["reason"]) < 400
     assert not (tmp_path / "made").exists()
-    run(["runs"])
+    for arguments in (["runs", "--csv"], ["runs"]):
+        run(arguments)
     out = capsys.readouterr().out
     assert f"x: {damaged['reason']}" in out and "2 runs, 1 interrupted, 1 damaged" in out
 
