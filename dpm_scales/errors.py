@@ -128,7 +128,10 @@ def require_number(
 
 def is_number(value: object) -> bool:
     """Return whether `value` is a finite real number, of Python or NumPy; True and False are not."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 def require_positive(owner: object, **values: float) -> None:
