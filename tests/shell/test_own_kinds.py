@@ -15,9 +15,11 @@ import torch
 
 from dpm_scales.errors import UserError
 from dpm_scales.models import Model, load_model
+from dpm_scales.operators import heat_blur
+from dpm_scales.rng import CounterRNG
 from dpm_scales.training.resuming import trust_needed
 from support.own_package import command, forget, imported, installed
-from support.shell import SMALL, call, column, composed, drawn, files, sample
+from support.shell import SMALL, call, column, composed, drawn, files, sample, small_model
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,47 @@ def test_a_class_replaced_by_its_name_drops_the_options_that_it_has_not(tmp_path
     assert process == {
         "_target_": "mynet.processes.SlightBlur", "num_scales": 20, "noise": {"_target_": "mynet.schedules.Sine"}
     }  # fmt: skip
+
+
+def test_the_parts_are_what_they_claim() -> None:
+    """Against closed forms and the shipped twins, on rectangles, in float64."""
+    from mynet import networks, priors, processes, samplers, targets
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 6, 10, generator=generator, dtype=torch.float64) * 2 - 1
+    t, s = torch.tensor([0.25, 0.9], dtype=torch.float64), torch.tensor([0.1, 0.5], dtype=torch.float64)
+    flow = processes.RectifiedFlow(20)
+    torch.testing.assert_close(flow.marginal(x, t).mean, (1 - 0.999 * t)[:, None, None, None] * x)
+    torch.testing.assert_close(flow.noise_scale(t, torch.zeros((), dtype=torch.float64)).flatten(), t)
+
+    blur = processes.SlightBlur(20)
+    signal = blur.noise(t)[0].exp()[:, None, None, None]
+    expected = signal * (0.01 * x + 0.99 * heat_blur(x, 0.5 * (2 * t) ** 2))  # min_decay
+    torch.testing.assert_close(blur.marginal(x, t).mean, expected, atol=1e-9, rtol=0)
+
+    target, operator = targets.Degradation(), blur.operator()
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    y_t = blur.perturb(operator.to_white(x), t, noise, operator)
+    ideal = target.regression_target(blur, operator, x, operator.to_pixels(y_t), noise, t)
+    found = target.predict_mean(blur, operator, ideal, y_t, t, s)
+    torch.testing.assert_close(found, operator.apply(blur.signal(s), operator.to_white(x)), atol=1e-9, rtol=0)
+
+    start = priors.WideNoise(1.5).sample(flow, CounterRNG(0, 500), (1, 8, 8), torch.float64)[0]
+    assert abs(float(start.std()) - 1.5) < 4 * 1.5 / (2 * start.numel()) ** 0.5
+
+    model = small_model("sampler=ddim", "sampler.steps=5")
+    drawn_by = [
+        sampler.sample(model.denoiser, model.prior, CounterRNG(3, 4), (1, 8, 8))
+        for sampler in (model.sampler, samplers.Straight(steps=5))
+    ]
+    torch.testing.assert_close(drawn_by[0], drawn_by[1], atol=1e-5, rtol=0)
+
+    network = networks.DiT(3, 2, 5, width=16, depth=2, heads=2, patch=2).double()
+    labels = (torch.tensor([0, 5]), torch.tensor([1, 5]))
+    outputs = [network(x, scales, own) for scales in (t, s) for own in labels]
+    assert all(output.shape == (2, 2, 6, 10) for output in outputs)
+    assert not torch.allclose(outputs[0], outputs[2]) and not torch.allclose(outputs[0][0], outputs[1][0])
+    torch.testing.assert_close(outputs[0][1], outputs[1][1])  # the same label beside another
 
 
 WRONG = """
