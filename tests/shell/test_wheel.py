@@ -122,11 +122,11 @@ def test_the_wheel_contains_the_package_its_configs_and_the_plugin(wheel: Path) 
     expected = {
         **{f"dpm_scales/configs/{name}": data for name, data in files(CONFIGS).items() if name.endswith(".yaml")},
         **{
-            f"dpm_scales/{name}": data for name, data in files(ROOT / "dpm_scales").items() if "__pycache__" not in name
+            f"{package}/{name}": data
+            for package in ("dpm_scales", "hydra_plugins")
+            for name, data in files(ROOT / package).items()
+            if "__pycache__" not in name
         },
-        "hydra_plugins/dpm_scales_study/__init__.py": (
-            ROOT / "hydra_plugins" / "dpm_scales_study" / "__init__.py"
-        ).read_bytes(),
     }
     assert contents == expected
     assert b"dpm-scales = dpm_scales.entry.start:console" in entry_points
