@@ -173,7 +173,7 @@ def _line(file: Path) -> str:
 def _add_metrics(run: Run) -> int:
     """Add the last values of a run's `metrics.csv` and its lowest validation loss; return the number of steps logged.
 
-    Rows are numbered from 0.
+    Rows are numbered from 0; one with the learning rate alone is that of a step which has begun.
     """
     file = run.folder / "metrics.csv"
     if not file.is_file():
@@ -191,7 +191,8 @@ def _add_metrics(run: Run) -> int:
         finite = [pair for pair in losses if math.isfinite(pair[0])]
         if finite:
             run.metrics[BEST], run.best_step = min(finite)
-    return max((int(row[step]) + 1 for row in rows), default=0)
+    measured = [place for place, name in enumerate(columns) if _SHOWN.fullmatch(name)]
+    return max((int(row[step]) + 1 for row in rows if any(row[place] for place in measured)), default=0)
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -25,6 +25,7 @@ from dpm_scales.run_folders.find import find_runs
 from dpm_scales.run_folders.looking import lock_holder
 from dpm_scales.run_folders.state import STATES as STATE_NAMES
 from dpm_scales.run_folders.state import Run, read_run
+from dpm_scales.training.module import DiffusionModule
 from dpm_scales.training.run_folder import only_run
 from support.shell import ROOT, SMALL, attempt, broken_off, call, train
 
@@ -144,6 +145,17 @@ def test_a_resumed_run_forgets_its_failure(trained: Path, tmp_path: Path) -> Non
     assert (tmp_path / "run" / "failure.txt").read_text() == "ZeroDivisionError()\n"
     train(tmp_path / "run", "trainer.max_steps=2")
     assert read_run(tmp_path / "run").state == "finished" and not (tmp_path / "run" / "failure.txt").exists()
+
+
+def test_the_line_of_a_failure_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: DiffusionModule, *args: Any) -> None:
+        raise UserError("the loss\nis not finite")
+
+    monkeypatch.setattr(DiffusionModule, "training_step", fail)
+    outcome = attempt(tmp_path / "run")
+    assert outcome.status == 2 and outcome.err.strip() == "error: the loss is not finite"
+    found = read_run(tmp_path / "run")
+    assert (found.state, found.reason, found.steps) == ("failed", "the loss is not finite", 0)
 
 
 def test_a_refused_option_is_no_failure(trained: Path) -> None:
