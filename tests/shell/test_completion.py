@@ -132,7 +132,7 @@ def test_unknown_actions(action: str, tmp_path: Path) -> None:
 
 
 def in_bash(script: str, line: str, folder: Path, function: str, cwd: Path) -> list[str]:
-    """Evaluate a completion script in a bash, press the tabulator after `line`, and return what it offers."""
+    """Evaluate a completion script in bash, and return what the Tab key offers after `line`."""
     program = folder / "dpm-scales"
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m dpm_scales "$@"\n')
     program.chmod(0o755)
