@@ -83,7 +83,7 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
     names = sorted(allowed)
     close = nearest(name, names)
     hint = f"did you mean {close!r}? " if close is not None else ""
-    return f"{hint}allowed: {', '.join(names)}"
+    return f"{hint}allowed: {', '.join(names) or 'none'}"
 
 
 def require(condition: bool, message: str) -> None:

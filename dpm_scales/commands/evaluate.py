@@ -14,7 +14,7 @@ from dpm_scales.commands.shared import choose_model
 from dpm_scales.data.image_sets import ImageSet
 from dpm_scales.distributed.ranks import leave, meet, own_device
 from dpm_scales.errors import UserError, require, require_number
-from dpm_scales.evaluation.choices import choose_features, choose_metrics
+from dpm_scales.evaluation.choices import choose_features, choose_metrics, rehearse
 from dpm_scales.evaluation.generated import ModelSamples
 from dpm_scales.evaluation.likelihood import METHODS, check_classes, estimator
 from dpm_scales.evaluation.reference_cache import cache_folder
@@ -77,6 +77,7 @@ def plan(cfg: DictConfig) -> Question:
         f"features of {len(real)} real images and num_samples={len(fake)} samples",
         "lower num_samples, num_reference or manifold_images, or take measures=[frechet]",
     )
+    rehearse(metrics, network, real)
     out = None if cfg.out is None else Path(str(cfg.out))
     if out is not None and world.is_main:
         check_writable(out)

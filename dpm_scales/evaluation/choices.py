@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpm_scales.errors import require
+from dpm_scales.data.image_sets import ImageSet
+from dpm_scales.errors import UserError, require
 from dpm_scales.metrics import FeatureNetwork, ImageMetric, Metric, pick_features
 from dpm_scales.metrics.base import Extractor, check_attributes
 from dpm_scales.metrics.features import FEATURES
-from dpm_scales.metrics.figures import METRICS, check_measures, metric_of
+from dpm_scales.metrics.figures import METRICS, check_measures, compare, extractors, gather_all, metric_of
 from dpm_scales.models.instantiate import build, plain
 
 
@@ -70,6 +73,39 @@ def choose_features(
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != "_target_"}
+
+
+def rehearse(
+    metrics: Sequence[Metric], network: FeatureNetwork | None, pictures: ImageSet, key: str = "measures"
+) -> None:
+    """Try metrics from outside this package on the first images of a reference, before any work is done.
+
+    Errors in the numbers alone are left to the measurement, as few images may not have any.
+
+    Raises: UserError for features of another shape or that are not finite, another result than a `Measure` for each
+        name, and a mistake in the code.
+    """
+    own = [metric for metric in metrics if described(metric) is not None]
+    if not own:
+        return
+    fewest = max(metric.fewest for metric in own)
+    images = next(iter(pictures.batches(2 * fewest)))
+    sources = extractors([*own, *(metric for metric in metrics if not isinstance(metric, ImageMetric))], network)
+    try:
+        halves = [gather_all(sources, [half]) for half in images.chunk(2)]
+        for metric in own:
+            used = metric if isinstance(metric, ImageMetric) else network
+            index = next(index for index, source in enumerate(sources) if source is used)
+            if len(images) >= 2 * metric.fewest:
+                compare([halves[0][index]], [halves[1][index]], network, [metric])
+    except UserError:
+        raise
+    except (AttributeError, ImportError, LookupError, NameError, TypeError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        raise UserError(f"{key}: a metric fails on the first images of the reference ({where}): {error!r}") from error
+    except (ArithmeticError, ValueError):
+        return
 
 
 def described(chosen: Extractor | Metric) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dpm_scales.data import ImageDataModule
 from dpm_scales.distributed.fsdp import is_sharded
 from dpm_scales.errors import OutOfMemoryError, require, require_number
-from dpm_scales.evaluation.choices import choose_features, choose_metrics
+from dpm_scales.evaluation.choices import choose_features, choose_metrics, rehearse
 from dpm_scales.evaluation.reference_cache import cache_folder, reference_features
 from dpm_scales.evaluation.references import data_images
 from dpm_scales.images import make_class_grid, make_grid, save_png, to_uint8
@@ -65,6 +65,7 @@ class PeriodicEvaluation(Callback):
             self.network = None
             if needs_network(self.metrics):
                 self.network = choose_features(settings.features, settings.inception, key="evaluation.features")
+            rehearse(self.metrics, self.network, self.reference, "evaluation.measures")
         self.sources = extractors(self.metrics, self.network)
         check_names(self.metrics, self.network)
         self._known: list[FeatureSet] | None = None

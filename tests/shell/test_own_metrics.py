@@ -235,6 +235,12 @@ class Nans(Whole):
 
 class Idle(Metric):
     name = "idle"
+
+class Typo(Numbers):
+    def compare(self, real, fake, track): return [Measure(real.mean, "lower")]
+
+class Divides(Numbers):
+    def compare(self, real, fake, track): return [Measure(1 / (real.number // 9), "lower")]
 """
 LINES = {
     "features={_target_: mynet.bad.Bare}": "mynet.bad.Bare: name must be a word of letters, digits, '_', '-' and '.'",
@@ -244,23 +250,35 @@ LINES = {
     "features={_target_: mynet.bad.Numbers}": "features._target_=mynet.bad.Numbers makes no FeatureNetwork; name "
     "a class derived from dpm_scales.metrics.FeatureNetwork",
     "features={_target_: mynet.bad.Missing}": "features._target_=mynet.bad.Missing: there is no such class",
-    "features={_target_: mynet.features.Colours, cell: 2}": "unknown option features.cell",
+    "features={_target_: mynet.features.Colours, cell: 2}": "unknown option 'features.cell': did you mean 'features.cells'?",
     f"{COLOURS} inception=x.pt": "inception=x.pt is for features=inception, and features is mynet.features.Colours",
     "measures=[{_target_: mynet.bad.Numbers}]": "mynet.bad.Numbers.compare must return a Measure for each of numbers, "
     "got [1.0]",
     "measures=[{_target_: mynet.bad.Many}]": "numbers needs 99 images or more in each set, got 30 and 20; give more, "
     "or leave numbers out of measures",
     "measures=[{_target_: mynet.bad.Spaced}]": "mynet.bad.Spaced: name must be a word",
-    "measures=[{_target_: mynet.bad.Whole}]": "mynet.bad.Whole.describe returned torch.uint8 (30, 1) for 30 images; it "
+    "measures=[{_target_: mynet.bad.Whole}]": "mynet.bad.Whole.describe returned torch.uint8 (2, 1) for 2 images; it "
     "must return floats",
     "measures=[{_target_: mynet.bad.Nans}]": "whole describes an image by numbers that are not finite",
     "measures=[{_target_: mynet.bad.Idle}]": "measures[0]._target_=mynet.bad.Idle is an abstract class",
     "measures=[{_target_: mynet.features.Colours}]": "measures[0]._target_=mynet.features.Colours makes no Metric",
-    "measures=[{_target_: mynet.metrics.Sharpness, radius: 1}]": "measures[0]: Sharpness() takes no arguments",
+    "measures=[{_target_: mynet.metrics.Sharpness, radius: 1}]": "unknown option 'measures[0].radius': allowed: none",
     "measures=[{_target_: mynet.metrics.Sharpness},{_target_: mynet.metrics.Sharpness}]": "measures: two of them are "
     "called sharpness; leave one out, or give it another name",
+    "measures=[{_target_: mynet.bad.Typo}]": "measures: a metric fails on the first images of the reference (bad.py, "
+    "line 37): AttributeError(\"'FeatureSet' object has no attribute 'mean'\")",
     "measures=[3]": "unknown measure 3",
 }
+
+
+def test_a_metric_is_tried_before_training(package: Path, place: Path) -> None:
+    """A mistake in its code ends the command before there is a run; numbers of a few images alone do not."""
+    (package / "mynet" / "bad.py").write_text(BAD)
+    given = (*SMALL, *EVALUATION, "evaluation.features={_target_: mynet.features.Colours}", "run_dir=run")
+    outcome = call("train.py", *given, "evaluation.measures=[{_target_: mynet.bad.Typo}]", cwd=place)
+    assert outcome.status == 2 and "evaluation.measures: a metric fails on the first images" in outcome.err
+    assert not (place / "run").exists()
+    assert result(place, COLOURS, "measures=[{_target_: mynet.bad.Divides}]")["figures"]["numbers"]["value"] == 1 / 3
 
 
 @pytest.mark.parametrize("options", LINES)
