@@ -48,6 +48,10 @@ KINDS = {
     "straight path": Kind(
         ("process={_target_: mynet.processes.RectifiedFlow, num_scales: 20}",), lambda m: m.denoiser.process
     ),
+    "operator": Kind(
+        ("process={_target_: mynet.diffusion.EdgeStopping, num_scales: 8}",), lambda m: m.denoiser.process
+    ),
+    "torus": Kind(("process={_target_: mynet.operators.Torus, num_scales: 8}",), lambda m: m.denoiser.process),
     "noise": Kind(("process.noise={_target_: mynet.schedules.Sine}",), lambda m: m.denoiser.process.noise),
     "blur": Kind(
         ("process=blurring", "process.num_scales=20", "process.blur={_target_: mynet.schedules.SteadyBlur}"),

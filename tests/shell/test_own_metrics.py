@@ -134,7 +134,7 @@ def test_the_reference_is_described_once(place: Path, cache: Path, monkeypatch: 
     describe = metrics.Sharpness.describe
     monkeypatch.setattr(metrics.Sharpness, "describe", lambda self, x: seen.append(len(x)) or describe(self, x))
     second = result(place, COLOURS, OWN)
-    assert sum(seen) == 20  # the samples alone
+    assert sum(seen) == 20 + 4  # the samples, and the images that it is tried on
     assert first["figures"] == second["figures"] == result(place, COLOURS, OWN, "cache=false")["figures"]
 
 
@@ -250,7 +250,8 @@ LINES = {
     "features={_target_: mynet.bad.Numbers}": "features._target_=mynet.bad.Numbers makes no FeatureNetwork; name "
     "a class derived from dpm_scales.metrics.FeatureNetwork",
     "features={_target_: mynet.bad.Missing}": "features._target_=mynet.bad.Missing: there is no such class",
-    "features={_target_: mynet.features.Colours, cell: 2}": "unknown option 'features.cell': did you mean 'features.cells'?",
+    "features={_target_: mynet.features.Colours, cell: 2}": "unknown option 'features.cell': did you mean "
+    "'features.cells'?",
     f"{COLOURS} inception=x.pt": "inception=x.pt is for features=inception, and features is mynet.features.Colours",
     "measures=[{_target_: mynet.bad.Numbers}]": "mynet.bad.Numbers.compare must return a Measure for each of numbers, "
     "got [1.0]",
