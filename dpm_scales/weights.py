@@ -55,7 +55,12 @@ class LossWeight(Describable, ABC):
 
     @abstractmethod
     def of_noise(self, snr: Tensor, variance: Tensor) -> Tensor:
-        """Return w from SNR > 0 and the data's variance."""
+        """Return w > 0 of the shape of `snr`.
+
+        Args:
+            snr: signal-to-noise ratios lambda^2 / gamma^2 > 0, float64 ``(B, 1, h, w)``, of the eigenvalues.
+            variance: of the data, ``()``, in squared units of the process's value range.
+        """
 
     def __call__(
         self,

@@ -260,6 +260,7 @@ def apply_plugins(cfg: DictConfig) -> None:
     Raises: UserError as `find_plugins` does.
     """
     plugins = find_plugins(plugin_names(plain(cfg.get("plugins")) or []))
+    _active.plugins = plugins  # also in a process that a launcher starts with a composed config
     with open_dict(cfg):
         if plugins and "allow" in cfg:
             allowed = [cfg.allow] if isinstance(cfg.allow, str) else list(cfg.allow)

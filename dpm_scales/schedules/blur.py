@@ -14,10 +14,11 @@ from dpm_scales.schedules.base import Schedule, numbers_of, require_ordered
 
 
 class BlurSchedule(Schedule):
-    """``forward(t) -> T(t)``: dissipation time in px^2 (blur_sigma^2 / 2), float64, non-decreasing, 0 at t = 0."""
+    """Dissipation time T(t) in px^2 (blur_sigma^2 / 2), non-decreasing, 0 at t = 0."""
 
     @abstractmethod
-    def forward(self, t: Tensor) -> Tensor: ...
+    def forward(self, t: Tensor) -> Tensor:
+        """Return T(t) in px^2, float64, of the shape of the scales t in [0, 1]."""
 
 
 class LogBlur(BlurSchedule):

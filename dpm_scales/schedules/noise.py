@@ -15,13 +15,14 @@ from dpm_scales.schedules.base import Schedule, numbers_of, require_ordered
 
 
 class NoiseSchedule(Schedule):
-    """Signal and noise of the eigenvalue 0: ``forward(t) -> (log a_t, log gamma_t)``, float64, the shape of t.
+    """Signal and noise of the eigenvalue 0.
 
     Scale 0 is the image: a_0 = 1 and gamma_0 = 0, log gamma_0 = -inf.
     """
 
     @abstractmethod
-    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log a_t and log gamma_t, float64, of the shape of the scales t in [0, 1]; a_t does not increase."""
 
 
 class _LogSNR(NoiseSchedule):
