@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -91,13 +92,13 @@ def train(
     """
     require(isinstance(model, Model), f"model must be a Model, got {type(model).__name__}")
     require_number("steps", steps, 1, MOST_STEPS, whole=True)
-    silence_lightning()
     data_settings, given = _data_settings(model, images, labels, dict(options.pop("data", {})))
     choices, values = _split(options)
     values += [("trainer.max_steps", steps), ("trainer.enable_progress_bar", bool(progress))]
     cfg, overrides = _config(model, data_settings, choices, values)
     temporary = tempfile.TemporaryDirectory() if run_dir is None else nullcontext(str(run_dir))
-    with temporary as place, torch.random.fork_rng(devices=[]):
+    with temporary as place, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        silence_lightning()
         folder = Path(place)
         cfg.run_dir = str(folder)
         check_keys(cfg)

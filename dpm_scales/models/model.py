@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser, spread_evenly, uniform_scales
 from dpm_scales.describe import Configured
-from dpm_scales.errors import is_whole, require, require_number
+from dpm_scales.errors import UserError, is_whole, require, require_number
 from dpm_scales.images import size_pair, to_range
 from dpm_scales.models.base import Parts
 from dpm_scales.models.export import save_folder
 from dpm_scales.models.generate import draw, pick_labels, with_guidance
-from dpm_scales.models.instantiate import plain
+from dpm_scales.models.instantiate import plain, root_cause_line
 from dpm_scales.models.parts import build_denoiser, build_sampler, make_network, make_part, require_null_label
 from dpm_scales.models.push import push_model
 from dpm_scales.models.recipe import MAX_SIDE, PARTS, UNDESCRIBED, Recipe
@@ -136,7 +136,7 @@ class Model(Parts):
         chosen = self if sampler is None and steps is None else self.with_sampler(sampler, steps)
         chosen = with_guidance(chosen, guidance, guidance_interval, guidance_variable)
         numbers = pick_labels(self, labels, num_samples)
-        place = self.device if device is None else torch.device(device)
+        place = self.device if device is None else _existing(device)
         shape = None if size is None else size_pair(size, "size")
         training = self.training
         total = -(-num_samples // batch_size) if is_whole(batch_size, 1) else 0
@@ -184,8 +184,8 @@ class Model(Parts):
             x_0: images ``(B, C, H, W)``, uint8, or floating point in the process's value range.
             t: scales in (0, 1], ``(B,)`` or one number; None draws them, uniformly and spread evenly over the batch.
             labels: ``(B,)`` integers, for a conditional model, which drops some of them in training mode.
-            generator: of scales and noise, on the device of the images; a number is a seed, with the same noise on
-                every device; None for torch's own generator.
+            generator: of scales and noise, on the model's device; a number is a seed, with the same noise on every
+                device; None for torch's own generator.
             loss_weight: weight of each scale; None for the target's own.
 
         Raises: UserError for images or labels of another type or shape, or out of range where that is on the CPU.
@@ -275,6 +275,14 @@ class Model(Parts):
     def to_diffusers(self, folder: str | Path, kind: str | None = None) -> None:
         """Write the model as a pipeline of diffusers; arguments and errors are those of `export_diffusers`."""
         export_diffusers(self, folder, kind)
+
+
+def _existing(device: torch.device | str) -> torch.device:
+    """Return the device. Raises UserError if this machine has none of that name."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={str(device)!r} is not to be had here ({root_cause_line(error)})") from error
 
 
 def _uniform(noise: Randomness, count: int, device: torch.device) -> Tensor:

@@ -82,7 +82,7 @@ class Trained:
     Attributes:
         result: what result.json holds: `overrides`, `steps`, `seconds`, and the last ``val/`` and ``eval/`` metrics.
         model: with the recipe that follows from the training data; its weights are those of the last step.
-        state: EMA weights of the model; None on other ranks than the first, and for a run that was finished before.
+        state: EMA weights of the model; None for a run that was finished before, and on other ranks of a command.
     """
 
     result: dict[str, Any]
@@ -254,7 +254,7 @@ def _resume_and_fit(
             **metrics.last("val/"),
             **metrics.last("eval/"),
         }
-        state = average.averaged(keep=main)
+        state = average.averaged(keep=main or again is not None)
         if main:
 
             def finish(folder: Path) -> None:
@@ -271,7 +271,7 @@ def _resume_and_fit(
         for logger in trainer.loggers:
             if hasattr(logger, "experiment") and hasattr(logger.experiment, "finish"):
                 logger.experiment.finish()  # or the next run of a sweep would continue it
-        return Trained(result, model, state if main else None)
+        return Trained(result, model, state or None)
 
 
 def _images(data: ImageDataModule) -> str:

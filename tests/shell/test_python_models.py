@@ -295,6 +295,9 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "steps": (lambda: small().sample(1, steps=2000), "steps=2000 exceeds"),
     "labels": (lambda: small().sample(1, labels=3), "trained without"),
     "number": (lambda: small().sample(0), "num_samples must be a whole number >= 1"),
+    "device": (lambda: small().sample(1, device="cuda:99"), "device='cuda:99' is not to be had here"),
+    "no device": (lambda: small().sample(1, device="gpu"), "device='gpu' is not to be had here"),
+    "seed": (lambda: small().sample(1, seed=-1), "seed must be a whole number from 0"),
     "batch": (lambda: small().sample(1, batch_size=0), "batch_size must be a whole number >= 1"),
     "other channels": (lambda: ds.Model(ds.UNet(3, 3), image_size=8, channels=1), "in_channels=3, and 1 is needed"),
     "halves": (

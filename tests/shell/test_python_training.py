@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,19 @@ from torch.utils.data import Dataset
 
 import dpm_scales as ds
 from dpm_scales.data import GivenImages
-from support.shell import assert_equal, broken_off, call, checkpoint, files, photos, sample, settings, table, train
+from support.shell import (
+    ROOT,
+    assert_equal,
+    broken_off,
+    call,
+    checkpoint,
+    files,
+    photos,
+    sample,
+    settings,
+    table,
+    train,
+)
 
 NETWORK: dict[str, Any] = {
     **{"widths": [8, 8], "embedding_dim": 16, "attention_levels": [], "num_heads": 2},
@@ -311,3 +326,24 @@ def test_stopping_is_a_keyboard_interrupt(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("dpm_scales.training.module.DiffusionModule.training_step", stop)
     with pytest.raises(KeyboardInterrupt, match=r"resume with ds.train\(model, images, run_dir="):
         ds.train(small(), images_of(), 2, tmp_path / "run", **SMALL)
+
+
+RANKS = """
+import hashlib, os, sys, torch, dpm_scales as ds
+torch.manual_seed(int(os.environ["RANK"]))
+model = ds.Model(ds.UNet(width=8), image_size=8, channels=1)
+images = torch.arange(64 * 64).reshape(64, 1, 8, 8).remainder(251).to(torch.uint8)
+ds.train(model, images, 3, "run", data={"batch_size": 8}, progress=False, trainer={"accelerator": "cpu"})
+print("digest", hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state_dict().values())).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_all_ranks_get_the_same_weights(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(RANKS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launcher, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    digests = [line for line in done.stdout.splitlines() if line.startswith("digest")]
+    assert len(digests) == 2 and digests[0] == digests[1]

@@ -196,3 +196,10 @@ def test_an_editable_installation_uses_the_checkout(checkout: Path, tmp_path: Pa
         "print([c.__name__ for c in Plugins.instance().discover(Sweeper)])"
     )
     assert "StudySweeper" in succeed(bin_folder / "python", "-c", code, cwd=tmp_path)
+
+
+def test_the_wheel_trains_and_samples_from_python(programs: Path, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "examples" / "six_lines.py", tmp_path)
+    succeed(programs / "python", "-c", "import six_lines; six_lines.main(steps=2)", cwd=tmp_path)
+    assert files(tmp_path / "digits").keys() == {"model.safetensors", "config.yaml"}
+    assert Image.open(tmp_path / "digits.png").size == (265, 265)
