@@ -16,7 +16,8 @@ from __future__ import annotations
 import functools
 import types
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +193,16 @@ class Degrees:
             old = self._known.setdefault((kind_of(f), len(new)), new)
             both = [_Known(max(a.degree, b.degree), max(a.error, b.error)) for a, b in zip(new, old, strict=True)]
             self._known[kind_of(f), len(new)] = both
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Forget what was learnt within if it is broken off: a degree holds for all the scales that are to come."""
+        before = dict(self._known)
+        try:
+            yield
+        except BaseException:
+            self._known = before
+            raise
 
 
 class RehearsedOperator(HeatOperator):

@@ -7,7 +7,7 @@ A process of one's own is a subclass of `StencilProcess` with two methods: `cont
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -53,15 +53,15 @@ class ExpandedProcess(Process, ABC):
         self.degrees = Degrees(self.tolerance)
         ts = torch.arange(self.num_scales + 1, dtype=torch.float64) / self.num_scales
         #: degree that is enough for the law's own means
-        self.degree = chebyshev_degree(self._means(ts, len(ts)), self.tolerance)
-        self.degrees.learn(*self._means(ts, REHEARSED))
+        self.degree = chebyshev_degree(self._means(ts, len(ts), STRIDES), self.tolerance)
+        self.degrees.learn(*self._means(ts, REHEARSED, {*STRIDES, num_scales // 4, num_scales // 2, num_scales}))
 
-    def _means(self, ts: Tensor, number: int) -> list[SpectralFunction]:
-        """Return the factors of the law's means, for steps of different lengths, at no more than `number` scales."""
+    def _means(self, ts: Tensor, number: int, strides: Collection[int]) -> list[SpectralFunction]:
+        """Return the factors of the law's means, for steps of these lengths, at no more than `number` scales."""
         pick = torch.linspace(0, len(ts) - 1, min(len(ts), number)).round().long()
         functions: list[SpectralFunction] = [self.signal(ts[pick])]
-        for stride in STRIDES:
-            if stride <= self.num_scales:
+        for stride in strides:
+            if 1 <= stride <= self.num_scales:
                 finer = pick[pick < len(ts) - stride]
                 step = self.step(ts[finer], ts[finer + stride])
                 functions += [step.rho, step.posterior_coef_xt, step.posterior_coef_x0]
@@ -83,7 +83,8 @@ class ExpandedProcess(Process, ABC):
             return
         own, self._operator = self._operator, RehearsedOperator(self.degrees, calls)
         try:
-            yield True
+            with self.degrees.all_or_nothing():
+                yield True
             self.degrees.rehearsed.add(key)
         finally:
             self._operator = own

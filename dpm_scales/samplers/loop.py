@@ -135,12 +135,20 @@ class Sampler(Describable, ABC):
         self._rehearse(denoiser, scales)
 
     def _rehearse(self, denoiser: BaseDenoiser, scales: Tensor) -> None:
-        """Take all steps without a network, where an operator expands its functions: devices then wait for none."""
+        """Take all steps without a network, where an operator expands its functions: devices then wait for none.
+
+        A sampler of one's own that needs a real image or its context is not rehearsed.
+        """
         key = (type(self), repr(vars(self)), type(denoiser.target), *scales.tolist())
-        with denoiser.process.rehearsal(key, len(scales)) as new:
-            if new:
-                y = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=scales.device)
-                self.reverse(WithoutNetwork(denoiser), y, CounterRNG(0, 1, device=scales.device), scales=scales)
+        try:
+            with denoiser.process.rehearsal(key, len(scales)) as new:
+                if new:
+                    y = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=scales.device)
+                    self.reverse(WithoutNetwork(denoiser), y, CounterRNG(0, 1, device=scales.device), scales=scales)
+        except UserError:
+            raise
+        except Exception:  # whatever a sampler's own code raises; its functions are then waited for
+            return
 
     @torch.no_grad()
     def sample(

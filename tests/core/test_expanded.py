@@ -319,6 +319,25 @@ def test_a_checked_sampler_never_waits_for_the_device(number: int) -> None:
         assert out.device.type == "cuda" and denoiser.loss(y, scales[:4], context=v[:, :1]).device.type == "cuda"
 
 
+class Choosy(Own):
+    """A sampler that looks at the context, which a rehearsal lacks, after its first step."""
+
+    def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
+        y = super().step(move, y, m)
+        assert move.context is not None
+        return y
+
+
+def test_a_rehearsal_that_breaks_off_has_learnt_nothing() -> None:
+    process = SMALL[0]()
+    before = dict(process.degrees._known)
+    Choosy(4).check(Denoiser(Blind(), process, Clean()))
+    assert process.degrees._known == before and not process.degrees.rehearsed
+    Own(4).check(Denoiser(Blind(), process, Clean()))
+    assert len(process.degrees._known) > len(before)
+    assert type(process.operator()) is HeatOperator
+
+
 def test_an_unknown_function_waits_for_the_device() -> None:
     with pretended_gpu(), pytest.raises(Exception, match="_local_scalar_dense|data-dependent"):
         op = StencilOperator(torch.rand(1, 1, 6, 8, device="cuda"), torch.rand(1, 1, 5, 9, device="cuda"))
