@@ -18,7 +18,7 @@ from dpm_scales.models.base import Parts
 from dpm_scales.models.export import save_folder
 from dpm_scales.models.generate import draw, pick_labels, with_guidance
 from dpm_scales.models.instantiate import plain, root_cause_line
-from dpm_scales.models.parts import build_denoiser, build_sampler, make_network, make_part, require_null_label
+from dpm_scales.models.parts import build_denoiser, build_sampler, make_network, make_part
 from dpm_scales.models.push import push_model
 from dpm_scales.models.recipe import MAX_SIDE, PARTS, UNDESCRIBED, Recipe
 from dpm_scales.models.to_diffusers import export_diffusers
@@ -79,7 +79,8 @@ class Model(Parts):
         require(label_dropout < 1, "label_dropout=1 leaves no label to learn from; choose less")
         law, law_settings = make_part(VP() if process is None else process, Process, "process")
         inputs = channels * (1 + law.context_channels)
-        net, net_settings = make_network(UNet() if network is None else network, inputs, channels, size, num_classes)
+        dropout, given = float(label_dropout) if num_classes else 0.0, UNet() if network is None else network
+        net, net_settings = make_network(given, inputs, channels, size, num_classes, dropout)
         meaning, meaning_settings = make_part(target, Target, "target")
         start, start_settings = make_part(prior, Prior, "prior", {"process": law})
         start.check(law)
@@ -88,8 +89,6 @@ class Model(Parts):
         chosen.check(self.denoiser)
         self.sampler = chosen
         settings = (law_settings, meaning_settings, net_settings, start_settings, chosen_settings)
-        dropout = float(label_dropout) if num_classes else 0.0
-        require_null_label(net, dropout)
         self.recipe = Recipe(dict(zip(PARTS, settings, strict=True)), channels, size, num_classes, names, dropout)
 
     @property

@@ -51,18 +51,20 @@ def build_denoiser(
         require_fit(make, weights, "denoiser.network.")
     with within_memory("this network"):
         network = make()
-    trainable = any(parameter.requires_grad for parameter in network.parameters())
-    require(trainable, f"network: {type(network).__name__} has no weights to train")
-    require_null_label(network, recipe.label_dropout)
-    require_forward(network)
+    check_network(network, recipe.label_dropout)
     target = build(parts["target"], Target, "target")
     prior = build(parts["prior"], Prior, "prior", {"process": process})
     prior.check(process)
     return Denoiser(network, process, target, data_std), prior
 
 
-def require_null_label(network: nn.Module, label_dropout: float) -> None:
-    """Raise UserError if labels are to be dropped from a network that has no index for "no label"."""
+def check_network(network: nn.Module, label_dropout: float) -> None:
+    """Raise UserError for a network without weights, or of another `forward`; and if labels are to be dropped from one
+    that has no index for "no label".
+    """
+    trainable = any(parameter.requires_grad for parameter in network.parameters())
+    require(trainable, f"network: {type(network).__name__} has no weights to train")
+    require_forward(network)
     require(
         label_dropout == 0 or getattr(network, "no_label", True),
         f"network: {type(network).__name__} with no_label=false has no index for labels that are dropped; set "
@@ -144,7 +146,12 @@ def described(value: object) -> dict[str, Any]:
 
 
 def make_network(
-    value: nn.Module | Configured, inputs: int, channels: int, size: tuple[int, int], num_classes: int | None
+    value: nn.Module | Configured,
+    inputs: int,
+    channels: int,
+    size: tuple[int, int],
+    num_classes: int | None,
+    label_dropout: float,
 ) -> tuple[nn.Module, Any]:
     """Return a network that fits a model's images, and its config without `CHANNELS`.
 
@@ -171,7 +178,7 @@ def make_network(
     for key, needed in arguments.items():
         own = getattr(network, key, needed)
         require(own == needed, f"network: {name} has {key}={own}, and this model needs {key}={needed}")
-    require(any(p.requires_grad for p in network.parameters()), f"network: {name} has no weights to train")
+    check_network(network, label_dropout)
     _try(network, (inputs, *size), channels, num_classes)
     return network, {key: value for key, value in settings.items() if key not in CHANNELS}
 

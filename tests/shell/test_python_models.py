@@ -42,6 +42,13 @@ class Own(nn.Module):
         return self.layers(x)  # type: ignore[no-any-return]
 
 
+class Unlabelled(Own):
+    """A network that takes no labels."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+        return self.layers(x)  # type: ignore[no-any-return]
+
+
 class Halving(nn.Module):
     """A network for sizes that two halves, and for three channels."""
 
@@ -306,6 +313,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     ),
     "one channel": (lambda: ds.Model(Halving(), image_size=8, channels=1), "Halving can't be called with"),
     "no weights": (lambda: ds.Model(nn.Identity(), image_size=8), "Identity has no weights to train"),
+    "forward": (lambda: ds.Model(Unlabelled(3, 3, None, 4), image_size=8), r"it must take \(x, t, labels=None\)"),
     "taken": (lambda: ds.Model(ds.configured(Halving), image_size=8), "Halving takes no argument in_channels"),
     "needed": (lambda: ds.Model(ds.configured(Own), image_size=8), "Own can't be made: .*missing .*'width'"),
     "floats": (lambda: small().loss(UINT8 + 0.5 + 200), "values from 200.5 to 200.5; give uint8, 0 to 255, or floats"),
