@@ -11,6 +11,7 @@ torch.set_num_threads(1)
 #: seconds of the longest files, as measured on two cores; only their order counts, and other files keep theirs
 SECONDS = {
     "test_distributed.py": 95,
+    "test_local_ranks.py": 90,
     "test_resume.py": 60,
     "test_sweeps.py": 55,
     "test_networks.py": 50,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -29,7 +28,7 @@ from dpm_scales.cli.arguments import (
 )
 from dpm_scales.cli.configs import switches
 from dpm_scales.cli.messages import TRACEBACK, causes, one_line
-from dpm_scales.cli.output import complain, fail, lasting_output, line_of
+from dpm_scales.cli.output import complain, fail, lasting_output, one_line_warnings
 from dpm_scales.cli.plugins import activate, apply_plugins, class_choices
 from dpm_scales.cli.stored import key_of
 from dpm_scales.cli.switches import check_switches
@@ -77,7 +76,7 @@ def main(entry: Callable[[], None], config_name: str) -> None:
     os.environ.setdefault(WISH, os.environ.get(TRACEBACK, "0"))  # inherited by child processes
     os.environ[TRACEBACK] = "1"
     os.environ.setdefault("OC_CAUSE", "0")  # else OmegaConf repeats its message under a debugger
-    warnings.formatwarning = lambda message, *_args, **_kwargs: line_of(f"warning: {message}") + "\n"
+    one_line_warnings()
     try:
         with lasting_output():
             _require_folder()

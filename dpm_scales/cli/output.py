@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -106,6 +107,11 @@ def reported() -> Iterator[None]:
 def line_of(text: str) -> str:
     """Return the text as one line that is safe to print, whatever file names and keys it contains."""
     return printable(" ".join(text.split()))
+
+
+def one_line_warnings() -> None:
+    """Print each warning of this process as one line, without its place in the code."""
+    warnings.formatwarning = lambda message, *_args, **_kwargs: line_of(f"warning: {message}") + "\n"
 
 
 def complain(text: str) -> None:

@@ -15,17 +15,11 @@ from pathlib import Path
 
 from torch import distributed
 
+from dpm_scales.distributed.launch import AGAIN, LostProcessError
 from dpm_scales.errors import UserError
 from dpm_scales.training.run_folder import only_run
 
-AGAIN = "the same command resumes the run from its last checkpoint"
 _LOST = re.compile(r"gloo|nccl|connection (reset|closed|refused)|broken pipe", re.IGNORECASE)
-
-
-class LostProcessError(UserError):
-    """Another rank of the run has died: not the user's mistake."""
-
-    status = 1
 
 
 @contextmanager

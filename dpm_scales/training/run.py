@@ -16,11 +16,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dpm_scales.cli.arguments import typed_packages
+from dpm_scales.cli.output import one_line_warnings, reported
 from dpm_scales.data import ImageDataModule, ShuffledBatches, listed
+from dpm_scales.distributed.launch import LocalRanks, LostProcessError
 from dpm_scales.distributed.signals import StopTogether, requeue
 from dpm_scales.errors import UserError, require, require_number
 from dpm_scales.models.export import save_weights
@@ -57,8 +59,11 @@ from dpm_scales.training.settings import (
     check_objective,
     check_same_model,
 )
-from dpm_scales.training.trainer import make_trainer, repeat_command, silence_lightning
+from dpm_scales.training.trainer import make_trainer, ranks_to_start, silence_lightning
 from dpm_scales.weights import LossWeight
+
+REPORT_DELAY = 3
+"""Seconds after which a rank reports an error: rank 0 would report the same one first, and end this rank."""
 
 
 def _recipe(cfg: DictConfig, data: ImageDataModule) -> Recipe:
@@ -110,15 +115,40 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
     silence_lightning()
     check_keys(cfg)
     check_numbers(cfg)
+    with LocalRanks(ranks_to_start(cfg, run_dir)) as ranks:
+        return _build_and_fit(cfg, run_dir, overrides, ranks)
+
+
+def _train_further_rank(settings: dict[str, Any], run_dir: Path, overrides: list[str]) -> None:
+    """Train as a rank that rank 0 has started; an error that rank 0 does not have too is printed in one line."""
+    silence_lightning()
+    one_line_warnings()
+    with reported():
+        try:
+            _build_and_fit(OmegaConf.create(settings), run_dir, overrides, LocalRanks(1))
+        except UserError as error:
+            if not isinstance(error, LostProcessError):
+                time.sleep(REPORT_DELAY)
+            raise
+
+
+def _build_and_fit(cfg: DictConfig, run_dir: Path, overrides: list[str], ranks: LocalRanks) -> dict[str, Any]:
+    """Build everything that a run needs, and train; see `train`."""
     data: ImageDataModule = build(trusted_data(cfg, run_dir), ImageDataModule, "data")
     data.prepare_data()
     recipe = _recipe(cfg, data)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    return train_model(cfg, run_dir, overrides, build_model(recipe), data).result
+    return train_model(cfg, run_dir, overrides, build_model(recipe), data, ranks=ranks).result
 
 
 def train_model(
-    cfg: DictConfig, run_dir: Path, overrides: list[str], model: Model, data: ImageDataModule, again: str | None = None
+    cfg: DictConfig,
+    run_dir: Path,
+    overrides: list[str],
+    model: Model,
+    data: ImageDataModule,
+    again: str | None = None,
+    ranks: LocalRanks | None = None,
 ) -> Trained:
     """Train a model on images, as `train` does with those that the config describes.
 
@@ -126,7 +156,8 @@ def train_model(
         cfg, run_dir, overrides: as for `train`.
         model: its denoiser and prior are trained and fitted in place.
         data: prepared.
-        again: how to resume the run, for messages; None for the command line, which other ranks then repeat.
+        again: how to resume the run, for messages; None for the command line.
+        ranks: starts the other ranks, which build the same from the config; None if there are none to start.
     """
     recipe = model.recipe
     optimizer = plain(cfg.optimizer)
@@ -173,7 +204,9 @@ def train_model(
     module.model = fit_to_data(model, data)
 
     with taken(run_dir) if trainer.is_global_zero else nullcontext():
-        return _resume_and_fit(cfg, run_dir, overrides, trainer, module, data, average, stop, rescue, again)
+        return _resume_and_fit(
+            cfg, run_dir, overrides, trainer, module, data, average, stop, rescue, again, ranks or LocalRanks(1)
+        )
 
 
 def _resume_and_fit(
@@ -187,6 +220,7 @@ def _resume_and_fit(
     stop: StopTogether,
     rescue: Rescue,
     again: str | None,
+    ranks: LocalRanks,
 ) -> Trained:
     """Train from the folder's last checkpoint, if there is one; return and save the result."""
     model, main = module.parts, trainer.is_global_zero
@@ -229,7 +263,9 @@ def _resume_and_fit(
     metrics.forget_from(steps)
     trainer.loggers = [metrics, *further_loggers(cfg, run_dir, main)]
     start = time.perf_counter()
-    with repeat_command(overrides, run_dir) if again is None else nullcontext():
+    # further ranks download nothing to a place that this one may not
+    settings = {**plain(cfg), "data": trusted_data(cfg, run_dir)}
+    with ranks.others(_train_further_rank, settings, run_dir, overrides):
         try:
             shape = (data.batch_size, model.recipe.image_size, data.num_workers)
             told = told_in_one_line(*shape)
@@ -239,7 +275,7 @@ def _resume_and_fit(
         except SystemExit:
             # how Lightning ends after Ctrl-C or a signal of SIGNALS
             if not main:
-                raise SystemExit(0) from None  # any other status would make Lightning kill the other ranks
+                raise SystemExit(0) from None  # the first rank has the run's status
             saved = next(map(checkpoint_step, checkpoints(run_dir / "checkpoints")), 0)
             earlier = f", from step {saved}" if saved != trainer.global_step else ""
             command = resume_command(run_dir) if again is None else again

@@ -1,28 +1,21 @@
-"""Build Lightning's trainer for a run: environment, strategy, precision, log interval, further ranks."""
+"""Build Lightning's trainer for a run: environment, strategy, precision, log interval, number of ranks."""
 
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
-from dpm_scales.cli.arguments import config_flags, tidy
-from dpm_scales.cli.program import child_environment
 from dpm_scales.distributed.fsdp import FSDP, ShardedStrategy
-from dpm_scales.distributed.ranks import meet
+from dpm_scales.distributed.ranks import current_world, meet
+from dpm_scales.errors import require
 from dpm_scales.models.instantiate import build
 from dpm_scales.training.checkpoints import AtomicCheckpointIO
 from dpm_scales.training.run_folder import Rescue
@@ -38,14 +31,30 @@ def follow_environment(cfg: DictConfig) -> ClusterEnvironment:
     world = meet()
     if world.world_size == 1:
         return LightningEnvironment()
-    cfg.trainer.devices, cfg.trainer.num_nodes = world.local_world_size, world.num_nodes
+    if str(cfg.trainer.devices).count(",") + 1 != world.local_world_size:  # else a list of GPUs
+        cfg.trainer.devices = world.local_world_size
+    cfg.trainer.num_nodes = world.num_nodes
     if cfg.trainer.strategy == "auto":
         cfg.trainer.strategy = "ddp"
     return TorchElasticEnvironment()
 
 
-#: variables that `child_environment` sets
-PATHS = ("PYTHONPATH", "PYTHONSAFEPATH")
+def ranks_to_start(cfg: DictConfig, run_dir: Path) -> int:
+    """Return the number of ranks of a run that this process has to start, itself included; 1 if it is one of several.
+
+    Raises: UserError if ranks on other machines would be needed.
+    """
+    options = cfg.trainer
+    if current_world().world_size > 1 or (options.devices == 1 and options.num_nodes == 1):
+        return 1
+    trainer = make_trainer(cfg, run_dir, [], Rescue(run_dir))
+    require(
+        trainer.num_nodes == 1,
+        f"trainer.num_nodes={trainer.num_nodes}: start the command on every machine, with torchrun or srun",
+    )
+    return trainer.num_devices
+
+
 #: least number of rows in metrics.csv, however short the run
 LOGGED_AT_LEAST = 20
 
@@ -93,28 +102,3 @@ def silence_lightning() -> None:
         ".*returned a view tensor.*",  # FSDP's; nothing is done in place with what a network returns
     ):
         warnings.filterwarnings("ignore", message)
-
-
-@contextmanager
-def repeat_command(overrides: list[str], run_dir: Path) -> Iterator[None]:
-    """Make the ranks that Lightning starts for further devices train this run, also within a sweep.
-
-    Lightning repeats this process's command line, which is therefore set to this run's. Afterwards the ranks' process
-    group and environment variables are removed, so that the next run of a sweep does not join them.
-    """
-    argv, environment = sys.argv, dict(os.environ)
-    options = tidy([*config_flags(), *(o for o in overrides if not o.startswith("run_dir=")), f"run_dir={run_dir}"])
-    program = sys.modules["__main__"]  # may be joblib's, or submitit's
-    spec = getattr(program, "__spec__", None)
-    sys.argv, program.__spec__ = [argv[0], "train", *options], find_spec("dpm_scales.__main__")
-    os.environ.update(child_environment())
-    try:
-        yield
-    finally:
-        sys.argv, program.__spec__ = argv, spec
-        if "LOCAL_RANK" not in environment and "LOCAL_RANK" in os.environ and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        os.environ.update({name: environment[name] for name in PATHS if name in environment})
-        for name in (*PATHS, "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            if name in os.environ and name not in environment:
-                del os.environ[name]

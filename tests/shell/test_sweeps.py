@@ -331,7 +331,7 @@ def test_no_table_holds_a_formula(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sweep_of_runs_with_two_processes_each(tmp_path: Path) -> None:
-    """Every process repeats the command line: that of its run, or it would start the sweep anew."""
+    """The second process does that run alone, and the next run of the sweep starts another."""
     two = ("seed=1,2", "trainer=ddp", "trainer.devices=2", "trainer.max_steps=3", "checkpoint.every_n_steps=2")
     (outcome,) = Forked([{}], "-m", *SMALL, *two, "run_dir=sweep", cwd=tmp_path).finish()
     assert outcome.status == 0, outcome.err
