@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Self
 
 from torch import nn
 
 from dpm_scales.denoisers import Denoiser
+from dpm_scales.errors import require
+from dpm_scales.models.parts import described
 from dpm_scales.models.recipe import Recipe
 from dpm_scales.priors import Prior
 from dpm_scales.samplers import Sampler
@@ -18,14 +21,27 @@ class Parts(nn.Module):
     Attributes:
         denoiser: network, process and target.
         prior: where sampling starts.
-        sampler: used where none is given.
+        sampler: used where none is given; another one can be assigned, if it fits.
         recipe: describes all of them.
     """
 
     denoiser: Denoiser
     prior: Prior
-    sampler: Sampler
     recipe: Recipe
+    _sampler: Sampler
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler."""
+        return self._sampler
+
+    @sampler.setter
+    def sampler(self, sampler: Sampler) -> None:
+        if "recipe" in self.__dict__:
+            require(isinstance(sampler, Sampler), f"sampler must be a Sampler, got {sampler!r:.100}; see with_sampler")
+            sampler.check(self.denoiser)
+            self.recipe = replace(self.recipe, parts={**self.recipe.parts, "sampler": described(sampler)})
+        self._sampler = sampler
 
     @classmethod
     def of(cls, denoiser: Denoiser, prior: Prior, sampler: Sampler, recipe: Recipe) -> Self:

@@ -164,6 +164,22 @@ def test_samples_are_those_of_the_command_line(name: str, tmp_path: Path) -> Non
     assert files(tmp_path / "again") == files(tmp_path / "model")
 
 
+def test_an_assigned_sampler_is_checked_and_saved(tmp_path: Path) -> None:
+    model = small()
+    model.sampler = ds.DDIM(steps=4)
+    model.save(tmp_path / "model")
+    loaded = ds.load(tmp_path / "model")
+    assert isinstance(loaded.sampler, ds.DDIM) and loaded.sampler.steps == 4
+    assert torch.equal(loaded.sample(2), model.sample(2))
+    for wrong, message in (
+        (ds.DDIM(steps=2000), "steps=2000 exceeds"),
+        ("ddim", "sampler must be a Sampler, got 'ddim'"),
+    ):
+        with pytest.raises(ds.UserError, match=message):
+            model.sampler = wrong  # type: ignore[assignment]
+    assert model.sampler.steps == 4
+
+
 def test_load_is_load_model_and_there_is_one_model_class(tmp_path: Path) -> None:
     assert ds.load is load_model
     assert type(build_model(small().recipe)) is ds.Model
