@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from dpm_scales.describe import revise
 from dpm_scales.errors import UserError
 from dpm_scales.memory import require_memory
+from dpm_scales.moments import moments
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context, Process
 from dpm_scales.rng import Randomness, white_noise
 from dpm_scales.spectrum import DataSpectrum
-from dpm_scales.targets import Target, moments
+from dpm_scales.targets import Target
 from dpm_scales.weights import LossWeight
 
 
@@ -100,7 +101,8 @@ class Denoiser(TargetDenoiser):
         num_bytes = 56 * process.operator().eigenvalues(8, 8).numel() * process.num_scales
         require_memory(num_bytes, f"num_scales={process.num_scales}", "lower num_scales")
         scales = torch.arange(1, process.num_scales + 1, dtype=torch.float64) / process.num_scales
-        wiener = self.target.scalings(moments(process, process.operator(), scales, white, (8, 8))).filter
+        basis = self.target.basis(process.operator())
+        wiener = self.target.scalings(moments(process, basis, scales, white, (8, 8))).filter
         return 0 if wiener is None else process.degree_of(wiener)
 
     def resolve_auto(self, size: tuple[int, int]) -> dict[str, str]:
@@ -115,8 +117,9 @@ class Denoiser(TargetDenoiser):
     ) -> tuple[Tensor, Tensor]:
         """Return prediction and loss weight; t is ``(B,)``."""
         size, dtype = (y_t.shape[-2], y_t.shape[-1]), y_t.dtype
-        c = self.target.scalings(moments(self.process, operator, t, self.spectrum, size))
-        z = operator.to_pixels(y_t if c.filter is None else operator.at_degree(self._degree).apply(c.filter, y_t))
+        basis = self.target.basis(operator)
+        c = self.target.scalings(moments(self.process, basis, t, self.spectrum, size))
+        z = operator.to_pixels(y_t if c.filter is None else basis.at_degree(self._degree).apply(c.filter, y_t))
         seen = c.inner.to(dtype) * z
         features = self.process.context_features(context)
         if features is not None:

@@ -14,6 +14,7 @@ scalars of t,
 | Clean, "none" | x_0 | lambda_s(L) x_0-hat | 0 | 1 | 1 |
 | Noise | eps | (y_t - gamma_t eps-hat) / rho | 0 | 1 | 1 |
 | Velocity | lam_t eps - gam_t y_0 | lam_s (lam_t y_t - gam_t v-hat) / (lam_t^2 + gam_t^2) | 0 | 1 | 1 |
+| Flow | lam' y_0 + gam' eps | lam_s (gam' y_t - gam_t v-hat) / (lam_t gam' - lam' gam_t) | 0 | sqrt(F) | 1 / F |
 | NextScale | m_s - x_t at s = t - 1/K | x_t + the answer | 0 | sqrt(R) | 1 / R or 1 |
 
 The network sees c_in z and the prediction starts from c_skip z, with z = w(L) y_t in pixels. Mostly w = 1, z = x_t and
@@ -22,7 +23,8 @@ c_in = 1 / sqrt(V); "wiener" takes for z the Wiener estimate of x_0, all that li
     w = lambda_t P / (lambda_t^2 P + gamma_t^2),    c_in = 1 / sqrt(Z)
 
 P(mu) is the variance of the data at each frequency, measured (`spectrum`). Averages over the spectrum: V = Var(x_t),
-S = Cov(x_0, x_t), D = Var(x_0 - c_skip z), Z = Var(z), R = Var(m_s - x_t). Where lambda and gamma do not depend on mu,
+S = Cov(x_0, x_t), D = Var(x_0 - c_skip z), Z = Var(z), R = Var(m_s - x_t), F = Var(v).
+Where lambda and gamma do not depend on mu,
 "wiener" and "scalar" are one, and exactly EDM's (Karras et al. 2022, Table 1), for any a_t:
 c_skip w = a s^2 / (a^2 s^2 + gamma^2), c_out = gamma s / sqrt(a^2 s^2 + gamma^2), c_in w = 1 / sqrt(V).
 
@@ -37,7 +39,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -45,113 +47,32 @@ from torch import Tensor
 
 from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, require, require_choice
-from dpm_scales.operators import Operator, SpectralFunction
+from dpm_scales.moments import Moments, Scalings, moments, plain_scalings, steepest_blur
+from dpm_scales.operators import Operator, spectral_of
 from dpm_scales.processes import Process, Step
 from dpm_scales.spectrum import DataSpectrum
 
-# Least second moment, in units of Var(x_0): a scale may equal the image (the first of a list), and 0 / 0 is undefined.
-_SMALLEST = 1e-12
-# Noise variance of a deterministic process, in units of Var(x_0): sharpening by more than 50 amplifies rounding errors.
-_ROUNDING = 1e-4
 #: a step that blurs a frequency by more than this leaves nothing of it to divide by
 MAX_DIVISION = 1e6
 #: samples of osmosis diffusion on photos, where the gain is 1.35, lie under grain without
 WORTHWHILE = 1.25
-PRECONDITIONINGS = ("auto", "scalar", "wiener", "none")
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Second moments of scale t for data of a spectrum: ``(B, 1, 1, 1)`` or ``()``, in squared pixel units."""
-
-    wiener: SpectralFunction  # w
-    estimate: Tensor  # Z
-    wiener_residual: Tensor  # D for w
-    cross: Tensor  # S
-    residual: Tensor  # D for w = 1
-    total: Tensor  # V
-    step: Tensor  # R
-    constant_noise: bool
-
-
-def wiener_error(signal: Tensor, power: Tensor, noise: Tensor) -> Tensor:
-    """Return P gamma^2 / (lambda^2 P + gamma^2), the error variance of the Wiener estimate of x_0.
-
-    Args:
-        signal, power, noise: lambda_t, P and gamma_t^2 of each eigenvalue.
-    """
-    return power * noise / (signal**2 * power + noise)
-
-
-def visible_noise(process: Process, t: Tensor, mu: Tensor, spectrum: DataSpectrum) -> Tensor:
-    """Return gamma_t^2, or the variance of rounding errors where there is no noise."""
-    noise = process.noise_scale(t, mu) ** 2
-    return torch.where(noise > 0, noise, _ROUNDING * spectrum.variance)
-
-
-def moments(process: Process, operator: Operator, t: Tensor, spectrum: DataSpectrum, size: tuple[int, int]) -> Moments:
-    """Return the moments at scales t ``(B,)`` for images of `size` (H, W)."""
-    finer = (t - 1 / process.num_scales).clamp(min=0)
-    smallest = _SMALLEST * spectrum.variance
-
-    def parts(mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return process.signal_scale(t, mu), spectrum.on(mu), visible_noise(process, t, mu, spectrum)
-
-    def wiener(mu: Tensor) -> Tensor:
-        signal, power, noise = parts(mu)
-        return signal * power / (signal**2 * power + noise)
-
-    def mean(values: Tensor) -> Tensor:
-        return values.expand(*values.shape[:-2], *mu.shape).mean((-2, -1), keepdim=True)
-
-    mu = operator.eigenvalues(*size, t.device)
-    signal, power, noise = parts(mu)
-    true_noise = process.noise_scale(t, mu) ** 2
-    sharpened = signal**2 * power + noise
-    total = torch.maximum(mean(signal**2 * power + true_noise), smallest)
-    cross = mean(signal * power)
-    error = (1 - cross / total * signal) ** 2 * power + (cross / total) ** 2 * true_noise
-    step = (process.signal_scale(finer, mu) - signal) ** 2 * power + true_noise
-    return Moments(
-        wiener=wiener,
-        estimate=torch.maximum(mean((signal * power) ** 2 / sharpened), smallest),
-        wiener_residual=torch.maximum(mean(wiener_error(signal, power, noise)), smallest),
-        cross=cross,
-        residual=torch.maximum(mean(error), smallest),
-        total=total,
-        step=torch.maximum(mean(step), smallest),
-        constant_noise=process.has_constant_noise(),
-    )
-
-
-def steepest_blur(process: Process, scales: Tensor) -> float:
-    """Return the log of the largest factor by which a step between `scales` (descending) blurs beyond the mean."""
-    largest = process.operator().eigenvalues(64, 64, scales.device).max()
-    mu = largest * torch.linspace(0, 1, 24, dtype=torch.float64, device=scales.device) ** 3
-    log_rho = Step(process, scales[1:], scales[:-1]).log_rho(mu)
-    return float((log_rho[..., :1] - log_rho).max())
-
-
-@dataclass(frozen=True)
-class Scalings:
-    """c_skip, c_out, c_in and the loss weight, ``(B, 1, 1, 1)``; and w, None for 1."""
-
-    skip: Tensor
-    out: Tensor
-    inner: Tensor
-    weight: Tensor
-    filter: SpectralFunction | None = None
-
-
-def _plain(m: Moments, scale_input: bool = True) -> Scalings:
-    one = torch.ones_like(m.total)
-    return Scalings(torch.zeros_like(one), one, m.total.rsqrt() if scale_input else one, one)
+PRECONDITIONINGS = ("auto", "scalar", "wiener", "spectral", "none")
 
 
 def _require_noise(process: Process, target: str) -> None:
     require(
         process.has_noise(),
         f"the {target} target needs noise, and {type(process).__name__} has none; use target=clean or finer",
+    )
+
+
+def _check_division(process: Process, scales: Tensor, target: str) -> None:
+    """Raise UserError if a step between `scales` (descending) leaves too little of a frequency to divide by."""
+    blur = steepest_blur(process, scales)
+    require(
+        blur <= math.log(MAX_DIVISION),
+        f"the {target} target divides by what a step leaves of each frequency, here by 1e-{blur / math.log(10):.0f}, "
+        f"more than 1e-{math.log10(MAX_DIVISION):.0f} can be undone; use target=clean, more steps or less blur",
     )
 
 
@@ -168,8 +89,12 @@ class Target(Describable, ABC):
         """Resolve "auto" arguments by the data's spectrum, for images of `size` (H, W); return them by name."""
         return {}
 
+    def basis(self, operator: Operator) -> Operator:
+        """Return the operator on whose eigenvalues the moments are taken, and by which the filter w acts."""
+        return operator
+
     def scalings(self, m: Moments) -> Scalings:
-        return _plain(m)
+        return plain_scalings(m)
 
     def noise_errors(self, signal: Tensor, noise: Tensor) -> Tensor:
         """Return the squared error of eps for a unit squared error of the prediction, from lambda_t and gamma_t.
@@ -180,6 +105,10 @@ class Target(Describable, ABC):
             f"a loss weight by the signal-to-noise ratio speaks of the clean image, and the {type(self).__name__} "
             "target of another; use target=clean, noise or velocity, or weight=target"
         )
+
+    def noise_errors_at(self, process: Process, t: Tensor, mu: Tensor) -> Tensor:
+        """Return `noise_errors` at scales t ``(B,)`` and eigenvalues mu."""
+        return self.noise_errors(process.signal_scale(t, mu).clamp(min=1e-100), process.noise_scale(t, mu))
 
     @abstractmethod
     def regression_target(
@@ -198,7 +127,8 @@ class Clean(Target):
     """The clean image x_0, in pixels.
 
     Args:
-        preconditioning: "scalar" (EDM's), "wiener", "none", or "auto", see `resolve_auto`.
+        preconditioning: "scalar" (EDM's), "wiener", "spectral", "none", or "auto", see `resolve_auto`. "spectral" is
+            "wiener" in the DCT where the operator has no spectrum of its own, as that of VP and VE.
         clip: clip the estimate to the process's value range while sampling.
         scale_input: divide the network's input by its standard deviation; False only with preconditioning "none".
 
@@ -229,10 +159,13 @@ class Clean(Target):
             self.preconditioning = "wiener" if m.constant_noise or bool(gain > WORTHWHILE) else "scalar"
         return {"preconditioning": self.preconditioning}
 
+    def basis(self, operator: Operator) -> Operator:
+        return spectral_of(operator) if self.preconditioning == "spectral" else operator
+
     def scalings(self, m: Moments) -> Scalings:
         if self.preconditioning == "none":
-            return _plain(m, self.scale_input)
-        if self.preconditioning == "wiener" or (self.preconditioning == "auto" and m.constant_noise):
+            return plain_scalings(m, self.scale_input)
+        if self.preconditioning in ("wiener", "spectral") or (self.preconditioning == "auto" and m.constant_noise):
             one, residual = torch.ones_like(m.total), m.wiener_residual
             return Scalings(one, residual.sqrt(), m.estimate.rsqrt(), 1 / residual, m.wiener)
         return Scalings(m.cross / m.total, m.residual.sqrt(), m.total.rsqrt(), 1 / m.residual)
@@ -276,7 +209,7 @@ class _Mixed(Target):
         )
 
     def scalings(self, m: Moments) -> Scalings:
-        return _plain(m, self.scale_input)
+        return plain_scalings(m, self.scale_input)
 
     def predict_mean(
         self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
@@ -299,12 +232,7 @@ class Noise(_Mixed):
     name = "noise"
 
     def check_scales(self, process: Process, scales: Tensor) -> None:
-        blur = steepest_blur(process, scales)
-        require(
-            blur <= math.log(MAX_DIVISION),
-            f"the noise target divides by what a step leaves of each frequency, here by 1e-{blur / math.log(10):.0f}, "
-            f"more than 1e-{math.log10(MAX_DIVISION):.0f} can be undone; use target=clean, more steps or less blur",
-        )
+        _check_division(process, scales, "noise")
 
     def noise_errors(self, signal: Tensor, noise: Tensor) -> Tensor:
         return torch.ones_like(signal)
@@ -351,6 +279,62 @@ class Velocity(_Mixed):
     @staticmethod
     def _gain(step: Step, mu: Tensor) -> Tensor:
         return step.signal_s(mu) / (step.signal_t(mu) ** 2 + step.noise_t(mu) ** 2)
+
+
+class Flow(_Mixed):
+    """v = d y_t / dt = lambda'_t(L) y_0 + gamma'_t(L) eps, the velocity of flow matching (Lipman et al. 2023).
+
+    With D = lambda gamma' - lambda' gamma > 0: y_0 = (gamma' y - gamma v) / D. For `Rectified` without blur that is
+    v = eps - x_0 and D = 1. The output is scaled by the standard deviation of v, a constant for `Rectified`.
+    Arguments are those of `_Mixed`.
+    """
+
+    name = "flow"
+
+    def check(self, process: Process) -> None:
+        super().check(process)
+        t = torch.arange(1, process.num_scales + 1, dtype=torch.float64) / process.num_scales
+        mu = torch.linspace(0, 1, 24, dtype=torch.float64) ** 3 * process.operator().largest
+        still = ~(self._speed(process, t, mu) > 0)
+        require(
+            not bool(still.any()),
+            f"the flow target divides by the speed at which signal turns into noise, and {type(process).__name__} has "
+            "frequencies that stand still at some scale; use target=clean",
+        )
+
+    def check_scales(self, process: Process, scales: Tensor) -> None:
+        _check_division(process, scales, "flow")
+
+    def scalings(self, m: Moments) -> Scalings:
+        variance = m.flow()
+        return replace(plain_scalings(m, self.scale_input), out=variance.sqrt(), weight=1 / variance)
+
+    def regression_target(
+        self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor
+    ) -> Tensor:
+        return operator.combine(
+            (lambda mu: process.rates(t, mu)[0], operator.to_white(x_0)), (lambda mu: process.rates(t, mu)[1], noise)
+        )
+
+    def _mean(
+        self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
+    ) -> Tensor:
+        def gain(mu: Tensor) -> Tensor:
+            return process.signal_scale(s, mu) / self._speed(process, t, mu)
+
+        return operator.combine(
+            (lambda mu: gain(mu) * process.rates(t, mu)[1], y_t),
+            (lambda mu: -gain(mu) * process.noise_scale(t, mu), prediction),
+        )
+
+    def noise_errors_at(self, process: Process, t: Tensor, mu: Tensor) -> Tensor:
+        return (process.signal_scale(t, mu).clamp(min=1e-100) / self._speed(process, t, mu)) ** 2
+
+    @staticmethod
+    def _speed(process: Process, t: Tensor, mu: Tensor) -> Tensor:
+        """Return D."""
+        signal_rate, noise_rate = process.rates(t, mu)
+        return process.signal_scale(t, mu) * noise_rate - signal_rate * process.noise_scale(t, mu)
 
 
 class NextScale(Target):

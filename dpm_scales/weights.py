@@ -7,6 +7,7 @@ are fixed multiples of each other. With SNR = lambda^2 / gamma^2 and the weight 
 |---|---|---|---|---|
 | MinSNR | min(1, gamma / SNR) | min(SNR, gamma) | min(SNR, gamma) / (SNR + 1) | Hang et al. 2023, Sect. 3.4 |
 | P2 | (k + SNR)^-gamma | SNR (k + SNR)^-gamma | ... | Choi et al. 2022, Eq. (8) |
+| FlowLoss | (D / lambda)^2, D = lambda gamma' - lambda' gamma | (D / gamma)^2 | ... | Li & He 2025 |
 | EDM | 1 + 1 / (s^2 SNR) | SNR + 1 / s^2 | ... | Karras et al. 2022, Table 1 |
 
 s is the data's standard deviation. For any process v = lambda eps - gamma y_0, and a unit squared error of v is
@@ -32,6 +33,7 @@ from dpm_scales.schedules import require_finite, require_positive
 from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Target
 
+_FAINT = 1e-100  # least signal, which is divided by
 _LARGEST = 1e12  # beyond it float32 gradients overflow in the optimiser
 
 
@@ -52,6 +54,11 @@ class LossWeight(Describable, ABC):
             f"{type(self).__name__} weights errors of the {type(target).__name__} target by up to {largest:.0e} under "
             f"the blur of {type(process).__name__}; use target=clean or another weight",
         )
+
+    def of_curves(self, process: Process, t: Tensor, mu: Tensor, variance: Tensor) -> Tensor:
+        """Return w at scales t ``(B,)`` and eigenvalues mu, ``(B, 1, *mu.shape)`` or with trailing sizes of one."""
+        signal, noise = process.signal_scale(t, mu).clamp(min=_FAINT), process.noise_scale(t, mu)
+        return self.of_noise((signal / noise) ** 2, variance)
 
     @abstractmethod
     def of_noise(self, snr: Tensor, variance: Tensor) -> Tensor:
@@ -78,8 +85,7 @@ class LossWeight(Describable, ABC):
             size: (H, W) of the images.
         """
         mu = operator.eigenvalues(*size, t.device)
-        signal, noise = process.signal_scale(t, mu).clamp(min=1e-100), process.noise_scale(t, mu)
-        weight = self.of_noise((signal / noise) ** 2, spectrum.variance) * target.noise_errors(signal, noise)
+        weight = self.of_curves(process, t, mu, spectrum.variance) * target.noise_errors_at(process, t, mu)
         power = spectrum.on(mu)
         weight = weight.expand(*weight.shape[:-2], *mu.shape)
         return (weight * power).sum((-2, -1), keepdim=True) / power.sum()
@@ -126,3 +132,26 @@ class EDM(LossWeight):
 
     def of_noise(self, snr: Tensor, variance: Tensor) -> Tensor:
         return 1 + 1 / (variance * snr)
+
+
+class FlowLoss(LossWeight):
+    """The squared error of the flow's velocity, for any target (Li & He 2025, JiT: a network that predicts the image).
+
+    With D = lambda gamma' - lambda' gamma an error of x_0 is D / gamma times as large in v: 1 / t for `Rectified`.
+
+    Args:
+        max_weight: largest weight of the error of x_0, > 0; published (1 / 0.05)^2 = 400.
+    """
+
+    def __init__(self, max_weight: float = 400.0) -> None:
+        require_positive(self, max_weight=max_weight)
+        self.max_weight = float(max_weight)
+
+    def of_curves(self, process: Process, t: Tensor, mu: Tensor, variance: Tensor) -> Tensor:
+        signal, noise = process.signal_scale(t, mu).clamp(min=_FAINT), process.noise_scale(t, mu)
+        signal_rate, noise_rate = process.rates(t, mu)
+        speed = signal * noise_rate - signal_rate * noise
+        return ((speed / noise) ** 2).clamp(max=self.max_weight) * (noise / signal) ** 2
+
+    def of_noise(self, snr: Tensor, variance: Tensor) -> Tensor:
+        raise NotImplementedError("the flow's loss depends on the speed of the curves too")

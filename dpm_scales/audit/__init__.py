@@ -59,10 +59,24 @@ def audit(process: Process, images: Tensor, seed: int = 0, samples: int = 1000) 
         samples: number of random paths, at least 100.
 
     Returns: findings of the forward direction in the paper's order, then of the reverse direction.
-    Raises: UserError for images that are not a uint8 batch or have fewer than 2 x 2 pixels.
+    Raises: UserError for images that are not a uint8 batch or have fewer than 2 x 2 pixels, and for a process of which
+    some frequencies have noise and others none, so that it has no densities to compare.
     """
+    _require_density(process)
     fits = images.ndim == 4 and images.dtype == torch.uint8 and len(images) > 0 and min(images.shape[-2:]) >= 2
     require(fits, f"audit: images must be uint8 (B, C, H, W) of 2 x 2 pixels or more, got {tuple(images.shape)}")
     require(samples >= 100, f"audit: samples must be at least 100, got {samples}")
     lab = Lab(process, images, seed, samples)
     return [check(lab) for check in CHECKS]
+
+
+def _require_density(process: Process) -> None:
+    """Raise UserError if at some scale some frequencies have noise and others have none."""
+    mu = process.operator().eigenvalues(8, 8).flatten()
+    t = torch.linspace(1 / process.num_scales, 1, 100, dtype=torch.float64)
+    silent = torch.isneginf(process.log_noise_scale(t, mu))
+    require(
+        bool((silent.all(-1) | ~silent.any(-1)).all()),
+        f"audit: the clock of {type(process).__name__} leaves frequencies without noise until they start, so its "
+        "images have no density to check; set process.clock.spread=0, or leave the clock out",
+    )

@@ -218,7 +218,7 @@ def entropy_condition(lab: Lab) -> Measured:
     # as matrices between the rungs: does the covariance grow in every direction?
     gaps, wanted = [], []
     for (s, t), early, late in zip(lab.steps, lab.chain, lab.chain[1:], strict=False):
-        scale = float(late.covariance.diagonal().max())
+        scale = float(late.covariance.diagonal().max()) or 1.0  # a clock may not have started
         gaps.append(float(eigen(late.covariance - early.covariance)[0].min()) / scale)
         i, j = round(s * lab.process.num_scales), round(t * lab.process.num_scales)
         wanted.append(float((lab.noise[j] ** 2 - lab.noise[i] ** 2).min()) / scale)

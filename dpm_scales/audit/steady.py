@@ -56,7 +56,7 @@ def _scheduled_blur(lab: Lab) -> Measured:
     left = root(float(eigen(moved @ moved.T)[0].max()))
     gamma = root(float(law.covariance.diagonal().mean()))
     drawn, error, note = _drawn_spread(lab)
-    wanted = float(lab.noise[-1, 0])
+    wanted = root(float((lab.noise[-1] ** 2).mean()))  # of all frequencies: noise may have a colour
     fits = abs(gamma / wanted - 1) <= lab.noise_tolerance and left <= LEFT * gamma
     return Measured(
         Verdict.CORRECTED,

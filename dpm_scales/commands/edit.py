@@ -46,7 +46,6 @@ from dpm_scales.editing import (
 from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.images import LEVELS, make_grid, psnr, save_gif, to_uint8
 from dpm_scales.models.instantiate import plain
-from dpm_scales.operators import batch_view
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, OnStep, Sampler
 
@@ -261,7 +260,7 @@ def _from_blur(setup: Setup, observed: Tensor, noise_std: float) -> tuple[Abstra
 
     def make(numbers: Tensor, noise: CounterRNG, labels: Tensor | None, on_step: OnStep) -> Tensor:
         x, t = setup.floats(observed[numbers]), scales[0]
-        signal = torch.exp(batch_view(process.signal(t).log_scale, x[0])).to(x.dtype)
+        signal = process.signal_scale(t, torch.zeros_like(t)).to(x.dtype)
         white, operator = noise.normal(tuple(x.shape[1:]), x.dtype), process.operator()
         # the image already contains noise
         missing = operator.apply(lambda mu: (process.noise_scale(t, mu) ** 2 - noise_std**2).clamp(min=0).sqrt(), white)

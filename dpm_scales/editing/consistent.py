@@ -26,11 +26,12 @@ from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.editing.degradations import HEAT, Degradation
 from dpm_scales.editing.latents import context_of, noised
 from dpm_scales.errors import UserError, is_whole, require, require_choice
+from dpm_scales.moments import visible_noise, wiener_error
 from dpm_scales.operators import SpectralFunction
 from dpm_scales.processes import Context, Process
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import OnStep, Sampler, StepContext
-from dpm_scales.targets import NextScale, visible_noise, wiener_error
+from dpm_scales.targets import NextScale
 
 COVARIANCES = ("spectrum", "white")
 

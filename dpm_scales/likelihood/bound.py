@@ -32,12 +32,12 @@ from dpm_scales.denoisers import BaseDenoiser, WithoutNetwork
 from dpm_scales.errors import is_whole, require, require_choice, require_number
 from dpm_scales.likelihood.decoder import check_decoder, decode
 from dpm_scales.likelihood.start import start_law
+from dpm_scales.moments import wiener_error
 from dpm_scales.operators import HeatOperator, Operator, SpectralFunction
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Process, Step
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers.grids import tables_of, uniform_grid
-from dpm_scales.targets import wiener_error
 
 REVERSE = ("ancestral", "dissipation")
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.errors import require_number
+from dpm_scales.moments import moments
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context
-from dpm_scales.targets import moments
 
 
 def negative_log_likelihood(

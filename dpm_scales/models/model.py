@@ -78,6 +78,7 @@ class Model(Parts):
         require_number("label_dropout", label_dropout, 0, 1)
         require(label_dropout < 1, "label_dropout=1 leaves no label to learn from; choose less")
         law, law_settings = make_part(VP() if process is None else process, Process, "process")
+        law.bind_size(size)
         inputs = channels * (1 + law.context_channels)
         dropout, given = float(label_dropout) if num_classes else 0.0, UNet() if network is None else network
         net, net_settings = make_network(given, inputs, channels, size, num_classes, dropout)

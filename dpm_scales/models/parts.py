@@ -44,6 +44,7 @@ def build_denoiser(
     parts, reason = recipe.parts, recipe.undescribed
     require(reason is None, f"the model can't be rebuilt: {reason}")
     process = build(parts["process"], Process, "process")
+    process.bind_size(recipe.image_size)
     inputs = recipe.channels * (1 + process.context_channels)
     kwargs = {"in_channels": inputs, "out_channels": recipe.channels, "num_classes": recipe.num_classes}
     make = partial(build, parts["network"], nn.Module, "network", kwargs=kwargs)

@@ -1,11 +1,20 @@
 """Operators: the functional calculus f(L) on which every process is built."""
 
-from dpm_scales.operators.base import Decay, Operator, PixelOperator, SpectralFunction, Term, Weights, batch_view
+from dpm_scales.operators.base import (
+    Decay,
+    LogCurve,
+    Operator,
+    PixelOperator,
+    SpectralFunction,
+    Term,
+    Weights,
+    batch_view,
+)
 from dpm_scales.operators.chebyshev import chebyshev_degree
 from dpm_scales.operators.degrees import Degrees
 from dpm_scales.operators.evolution import evolve
 from dpm_scales.operators.expanded import ExpandedOperator, StencilOperator
-from dpm_scales.operators.heat import HeatOperator, dct_matrix, heat_blur
+from dpm_scales.operators.heat import HeatOperator, dct_matrix, heat_blur, spectral_of
 from dpm_scales.operators.implicit import ImplicitEvolution, implicit_euler, steady_state
 from dpm_scales.operators.osmosis import OsmosisOperator
 from dpm_scales.operators.stencil import canonical_drift, drift_stencil
@@ -16,6 +25,7 @@ __all__ = [
     "ExpandedOperator",
     "HeatOperator",
     "ImplicitEvolution",
+    "LogCurve",
     "Operator",
     "OsmosisOperator",
     "PixelOperator",
@@ -31,5 +41,6 @@ __all__ = [
     "evolve",
     "heat_blur",
     "implicit_euler",
+    "spectral_of",
     "steady_state",
 ]

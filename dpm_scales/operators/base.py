@@ -85,11 +85,26 @@ class Decay:
         return torch.exp(self.log(mu))
 
 
+@dataclass(frozen=True)
+class LogCurve:
+    """A positive spectral function given by its logarithm."""
+
+    log: SpectralFunction
+
+    def __call__(self, mu: Tensor) -> Tensor:
+        return torch.exp(self.log(mu))
+
+
 class Operator(ABC):
     """A self-adjoint operator L >= 0 on images, diagonal or not, with its functional calculus."""
 
     #: whether L is diagonal in the DCT-II, with `eigenvalues` in the order of its coefficients (or one for all of them)
     is_diagonal: ClassVar[bool] = False
+
+    @property
+    def largest(self) -> float:
+        """A bound of the eigenvalues for images of any size, in 1/px^2; 0 where L = 0."""
+        return 0.0
 
     @abstractmethod
     def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:

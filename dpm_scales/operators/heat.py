@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.errors import UserError, require, require_choice
-from dpm_scales.operators.base import Decay, Operator, SpectralFunction, Term, images_of, values_of
+from dpm_scales.operators.base import Decay, Operator, PixelOperator, SpectralFunction, Term, images_of, values_of
 
 SPECTRA = ("continuous", "discrete")
 
@@ -96,6 +96,10 @@ class HeatOperator(Operator):
         _check_spectrum(spectrum)
         self.spectrum = spectrum
 
+    @property
+    def largest(self) -> float:
+        return 2 * math.pi**2 if self.spectrum == "continuous" else 8.0
+
     def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
         rows = _axis_eigenvalues(height, self.spectrum, device)
         columns = _axis_eigenvalues(width, self.spectrum, device)
@@ -156,6 +160,11 @@ class HeatOperator(Operator):
         columns = dct_matrix(width, x.device).to(x.dtype)
         rows = columns if height == width else dct_matrix(height, x.device).to(x.dtype)
         return rows, columns
+
+
+def spectral_of(operator: Operator) -> Operator:
+    """Return the operator, or that of the DCT where it has a single eigenvalue: the same functions of it, resolved."""
+    return HeatOperator() if isinstance(operator, PixelOperator) else operator
 
 
 def _check_spectrum(spectrum: str) -> None:

@@ -2,7 +2,7 @@
 
 from dpm_scales.processes.expanded import ExpandedProcess, StencilProcess
 from dpm_scales.processes.law import MAX_MEAN_LEFT, Context, Gaussian, Process, Scale, as_scale
-from dpm_scales.processes.members import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat
+from dpm_scales.processes.members import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Spectral, Warm
 from dpm_scales.processes.osmosis import InverseOsmosis, Osmosis, OsmosisDiffusion, OsmosisFilter
 from dpm_scales.processes.steps import Step
 
@@ -23,7 +23,9 @@ __all__ = [
     "OsmosisFilter",
     "Process",
     "Scale",
+    "Spectral",
     "StencilProcess",
     "Step",
+    "Warm",
     "as_scale",
 ]

@@ -55,14 +55,14 @@ class Chain:
             ),
         )
 
-    def check_variance_preserving(self, log_signal: Tensor, schedule: str) -> None:
+    def check_variance_preserving(self, log_signal: Tensor, log_noise: Tensor, schedule: str) -> None:
         """Raise UserError unless a^2 + gamma^2 = 1 at every scale but 0.
 
         Args:
-            log_signal: log a ``(K + 1,)``.
+            log_signal, log_noise: log a and log gamma of the schedule, ``(K + 1,)``.
             schedule: the noise schedule's class, for the message.
         """
-        total = torch.exp(2 * log_signal) + self.variance[:, 0]
+        total = torch.exp(2 * log_signal) + torch.exp(2 * log_noise)
         worst = int((total[1:] - 1).abs().argmax()) + 1
         require(
             abs(float(total[worst]) - 1) < 1e-6,

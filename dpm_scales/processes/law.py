@@ -31,14 +31,17 @@ from torch import Tensor, nn
 from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.memory import require_memory
-from dpm_scales.operators import Decay, Operator, SpectralFunction, batch_view
+from dpm_scales.operators import Decay, LogCurve, Operator, SpectralFunction, batch_view
 from dpm_scales.processes.checks import Chain
 from dpm_scales.processes.steps import Step
 from dpm_scales.rng import CounterRNG, Randomness, white_noise
-from dpm_scales.schedules import BlurSchedule, NoiseSchedule, is_number
+from dpm_scales.schedules import BlurSchedule, Clock, Color, NoiseSchedule, is_number
 
 MAX_MEAN_LEFT = 0.02
 """Largest lambda_1 / gamma_1 of the mean intensity (mu = 0) for which sampling starts from noise alone."""
+
+DEFAULT_SIZE = (64, 64)
+"""(H, W) of the spectrum that a colour's energy refers to until the process is bound to the images' size."""
 
 Context = Tensor | None
 Scale = Tensor | float
@@ -66,6 +69,8 @@ class Process(Describable, nn.Module):
         num_scales: number K of steps of the chain; t = k / K.
         noise: schedule of (a_t, gamma_t).
         blur: schedule of T(t), or None for no diffusion.
+        color: spectrum of the noise, or None for white noise.
+        clock: the time of each eigenvalue, or None for the same time.
         min_decay: Hoogeboom & Salimans' d_min, the factor that the highest frequencies keep.
         value_range: the pixel values that 0 and 255 are mapped to.
 
@@ -92,6 +97,8 @@ class Process(Describable, nn.Module):
         blur: BlurSchedule | None = None,
         min_decay: float = 0.0,
         value_range: Sequence[float] = (-1.0, 1.0),
+        color: Color | None = None,
+        clock: Clock | None = None,
     ) -> None:
         super().__init__()
         ok = is_whole(num_scales, 1)
@@ -106,9 +113,19 @@ class Process(Describable, nn.Module):
         for key, ok, got in (
             ("noise", isinstance(noise, NoiseSchedule), noise),
             ("blur", blur is None or isinstance(blur, BlurSchedule), blur),
+            ("color", color is None or isinstance(color, Color), color),
+            ("clock", clock is None or isinstance(clock, Clock), clock),
         ):
             require(ok, f"{type(self).__name__}: {key}={got!r} is no {key} schedule; see dpm_scales.schedules")
-        self._operator = operator
+        for key, curve in (("color", color), ("clock", clock)):
+            ok = curve is None or operator.largest > 0
+            require(ok, f"{type(self).__name__}: a {key} needs an operator with a spectrum, and {operator!r} has none")
+        require(
+            blur is None or blur.is_gaussian or min_decay > 0,
+            f"{type(self).__name__}: {type(blur).__name__} removes frequencies at once; set min_decay to what is left "
+            "of them, for example 0.01",
+        )
+        self._operator, self._largest = operator, operator.largest
         # what `_check_consistency` takes at its peak; all tables together take less
         num_bytes = num_scales * (80 + 40 * len(self._probes()))
         require_memory(num_bytes, f"{type(self).__name__}: num_scales={num_scales}", "lower num_scales")
@@ -117,14 +134,37 @@ class Process(Describable, nn.Module):
         self.value_range: tuple[float, float] = (float(values[0]), float(values[1]))
         self.noise = noise
         self.blur = blur
+        self.color = color
+        self.clock = clock
         noise.bind(num_scales)
         if blur is not None:
             blur.bind(num_scales)
-        first, last = self.log_noise_scale(1 / num_scales, _zero()), self.log_noise_scale(1.0, _zero())
+        self.bind_size(DEFAULT_SIZE)
+
+    def bind_size(self, size: tuple[int, int]) -> None:
+        """Take the size (H, W) of the images, to which the energy of a colour refers; other processes ignore it.
+
+        Raises: UserError for a colour that vanishes or overflows at some frequency, and for curves of which no Markov
+        chain exists.
+        """
+        if self.color is not None:
+            self.color.bind_spectrum(self._operator.eigenvalues(*size, self.color.spectrum.device))
+        self._look_at_ends()
+        self._check_consistency()
+
+    def fit_color(self, power: SpectralFunction) -> None:
+        """Take the power P(mu) of the training images, where the noise has their colour."""
+        if self.color is not None:
+            self.color.fit(power)
+            self._look_at_ends()
+
+    def _look_at_ends(self) -> None:
+        """Note what the curves are like at the first and the last scale."""
+        zero = torch.zeros(1, dtype=torch.float64, device=self._scale(0.0).device)
+        first, last = self.log_noise_scale(1 / self.num_scales, zero), self.log_noise_scale(1.0, zero)
         self._constant = bool(torch.isclose(first, last, rtol=0, atol=1e-9).all())
         self._noisy = bool((last > -math.inf).all())
-        self._mean_left = float((0.5 * self.log_snr(1.0, _zero())).exp())
-        self._check_consistency()
+        self._mean_left = float((0.5 * self.log_snr(1.0, zero)).exp())
 
     # --- context and operator -----------------------------------------------------------------------------------------
 
@@ -140,7 +180,13 @@ class Process(Describable, nn.Module):
     @property
     def is_heat_blur(self) -> bool:
         """Whether the means are images blurred by the heat equation: diagonal in the DCT basis, without a context."""
-        return self.blur is not None and not self.has_context and self._operator.is_diagonal
+        gaussian = self.blur is not None and self.blur.is_gaussian and self.clock is None
+        return gaussian and not self.has_context and self._operator.is_diagonal
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether all eigenvalues gain the same logSNR from scale to scale, as where only white noise is added."""
+        return self.blur is None and self.clock is None and (self.color is None or self.color.is_fixed)
 
     def context_from(self, x: Tensor, noise: CounterRNG) -> Context:
         """Draw the context of given images ``(B, C, H, W)`` in pixels, by the number of each.
@@ -178,16 +224,46 @@ class Process(Describable, nn.Module):
 
     # --- curves -------------------------------------------------------------------------------------------------------
 
-    def signal(self, t: Scale) -> Decay:
+    def signal(self, t: Scale) -> Decay | LogCurve:
         """Return lambda_t as a spectral function."""
         t = self._scale(t)
+        if self.clock is not None or not (self.blur is None or self.blur.is_gaussian):
+            return LogCurve(lambda mu: self._log_signal(t, mu))
         log_scale, _ = self.noise(t)
         return Decay(log_scale, None if self.blur is None else self.blur(t), self.min_decay)
 
+    def _log_signal(self, t: Tensor, mu: Tensor) -> Tensor:
+        """Return log lambda_t(mu) where it is no `Decay`."""
+        time = self._time(t, mu)
+        log_scale, _ = self.noise(time)
+        if self.blur is None:
+            return log_scale
+        left = self.min_decay + (1 - self.min_decay) * torch.exp(self.blur.log_factor(time, mu))
+        return log_scale + torch.log(left)
+
+    def _time(self, t: Tensor, mu: Tensor) -> Tensor:
+        """Return the time of each eigenvalue; without a clock t, with trailing dimensions of size one."""
+        time = batch_view(t, mu)
+        return time if self.clock is None else self.clock(time, mu, self._largest)
+
     def log_noise_scale(self, t: Scale, mu: Tensor) -> Tensor:
         """Return log gamma_t(mu), -inf without noise. Trailing dimensions of size one: the same for every mu."""
-        _, log_noise = self.noise(as_scale(t, mu))
-        return batch_view(log_noise, mu)
+        t = as_scale(t, mu)
+        _, log_noise = self.noise(self._time(t, mu))
+        return log_noise if self.color is None else log_noise + self.color.log(batch_view(t, mu), mu)
+
+    def rates(self, t: Scale, mu: Tensor) -> tuple[Tensor, Tensor]:
+        """Return d lambda_t(mu) / dt and d gamma_t(mu) / dt for t > 0, float64, in the shapes of the curves.
+
+        Derivatives from the left, since curves have knots: lists at each scale, others at the first.
+        """
+        t = as_scale(t, mu) * (1 - 1e-9)
+
+        def curves(t: Tensor) -> tuple[Tensor, Tensor]:
+            return self.signal_scale(t, mu), self.noise_scale(t, mu)
+
+        rates: tuple[Tensor, Tensor] = torch.func.jvp(curves, (t,), (torch.ones_like(t),))[1]
+        return rates
 
     def signal_scale(self, t: Scale, mu: Tensor) -> Tensor:
         """Return lambda_t(mu), float64 (VDM: alpha_t, DDPM: sqrt of alpha-bar)."""
@@ -333,19 +409,16 @@ class Process(Describable, nn.Module):
         """Raise UserError unless every step of the chain exists and the class's promises hold."""
         ts, mu = torch.arange(self.num_scales + 1, dtype=torch.float64) / self.num_scales, self._probes()
         shape = (len(ts), len(mu))
+        ts, mu = ts.to(self._scale(0.0).device), mu.to(self._scale(0.0).device)
         log_signal = self.signal(ts).log(mu)[:, 0].expand(shape)
         chain = Chain(type(self).__name__, mu, log_signal, (self.noise_scale(ts, mu)[:, 0] ** 2).expand(shape))
         chain.check_image()
         chain.check_transitions()
         if self.variance_preserving:
-            chain.check_variance_preserving(self.noise(ts)[0], type(self.noise).__name__)
+            log_signal, log_noise = self.noise(ts)
+            chain.check_variance_preserving(log_signal, log_noise, type(self.noise).__name__)
         if self.lyapunov:
             chain.check_lyapunov()
-
-
-def _zero() -> Tensor:
-    """Return the eigenvalue 0, of the mean intensity."""
-    return torch.zeros(1, dtype=torch.float64)
 
 
 def as_scale(t: Scale, like: Tensor | None = None) -> Tensor:

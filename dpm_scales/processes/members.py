@@ -9,7 +9,12 @@ Members differ in their operator and schedules alone:
 | Homogeneous | exp(-mu T) | 0 |
 | InverseHeat | exp(-mu T) | constant |
 | Blurring (marginal form) | a_t ((1 - d_min) exp(-mu T) + d_min) | sqrt(1 - a_t^2) |
+| Spectral | any a_t, blur and clock | any noise, colour and clock |
+| Warm | exp(-mu (b sigma_t)^2 / 2) | sigma_t |
 | BlurringChain, Eq. (36) | prod exp(-mu dT) | gamma_k^2 = exp(-2 mu dT) gamma_{k-1}^2 + beta_k^2 |
+
+The noise of VP, VE, Blurring, InverseHeat and Spectral may have a colour, their eigenvalues a clock; VP and VE are then
+processes of the heat operator that does not blur.
 """
 
 from __future__ import annotations
@@ -21,19 +26,28 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dpm_scales.operators import HeatOperator, PixelOperator
+from dpm_scales.operators import HeatOperator, Operator, PixelOperator
 from dpm_scales.processes.law import Process, Scale, as_scale
 from dpm_scales.schedules import (
     BlurSchedule,
+    Clock,
+    Color,
     ConstantNoise,
     CosineLogSNR,
     EDMNoise,
     LogBlur,
+    NoiseBlur,
     NoiseSchedule,
     NoNoise,
+    Rectified,
     SinSquaredBlur,
     require_positive,
 )
+
+
+def _plain(color: Color | None, clock: Clock | None) -> Operator:
+    """Return L = 0, or the heat operator where frequencies differ by their noise or their time."""
+    return PixelOperator() if color is None and clock is None else HeatOperator()
 
 
 class VP(Process):
@@ -46,10 +60,11 @@ class VP(Process):
         num_scales: int = 1000,
         noise: NoiseSchedule | None = None,
         value_range: Sequence[float] = (-1.0, 1.0),
+        color: Color | None = None,
+        clock: Clock | None = None,
     ) -> None:
-        super().__init__(
-            PixelOperator(), num_scales, CosineLogSNR() if noise is None else noise, value_range=value_range
-        )
+        noise = CosineLogSNR() if noise is None else noise
+        super().__init__(_plain(color, clock), num_scales, noise, value_range=value_range, color=color, clock=clock)
 
 
 class VE(Process):
@@ -60,8 +75,11 @@ class VE(Process):
         num_scales: int = 1000,
         noise: NoiseSchedule | None = None,
         value_range: Sequence[float] = (-1.0, 1.0),
+        color: Color | None = None,
+        clock: Clock | None = None,
     ) -> None:
-        super().__init__(PixelOperator(), num_scales, EDMNoise() if noise is None else noise, value_range=value_range)
+        noise = EDMNoise() if noise is None else noise
+        super().__init__(_plain(color, clock), num_scales, noise, value_range=value_range, color=color, clock=clock)
 
 
 class Homogeneous(Process):
@@ -92,6 +110,8 @@ class InverseHeat(Process):
         blur: BlurSchedule | None = None,
         spectrum: str = "continuous",
         value_range: Sequence[float] = (0.0, 1.0),
+        color: Color | None = None,
+        clock: Clock | None = None,
     ) -> None:
         super().__init__(
             HeatOperator(spectrum),
@@ -99,6 +119,8 @@ class InverseHeat(Process):
             ConstantNoise() if noise is None else noise,
             LogBlur() if blur is None else blur,
             value_range=value_range,
+            color=color,
+            clock=clock,
         )
 
 
@@ -115,6 +137,8 @@ class Blurring(Process):
         min_decay: float = 0.001,
         spectrum: str = "continuous",
         value_range: Sequence[float] = (-1.0, 1.0),
+        color: Color | None = None,
+        clock: Clock | None = None,
     ) -> None:
         super().__init__(
             HeatOperator(spectrum),
@@ -123,7 +147,62 @@ class Blurring(Process):
             SinSquaredBlur() if blur is None else blur,
             min_decay,
             value_range,
+            color,
+            clock,
         )
+
+
+class Spectral(Process):
+    """Any curves on the heat operator: signal and noise, blur, colour of the noise, and clock, each by itself.
+
+    Flow matching (`Rectified`), HDFM (`Rectified` and `FlowBlur`), EqualSNR (`DataPower`), SAGD (`PowerLaw`), Flicker
+    (`Kernel`), low-pass flow (`LowPass`), GUD (`SpectralClock`) and scale-space diffusion (`CutOff`) are configs of it.
+
+    Args:
+        num_scales, noise, blur, min_decay, value_range, color, clock: as for `Process`.
+        spectrum: of the heat operator, "continuous" or "discrete".
+
+    Raises: UserError as `Process` does.
+    """
+
+    def __init__(
+        self,
+        num_scales: int = 1000,
+        noise: NoiseSchedule | None = None,
+        blur: BlurSchedule | None = None,
+        color: Color | None = None,
+        clock: Clock | None = None,
+        min_decay: float = 0.0,
+        spectrum: str = "continuous",
+        value_range: Sequence[float] = (-1.0, 1.0),
+    ) -> None:
+        noise = Rectified() if noise is None else noise
+        super().__init__(HeatOperator(spectrum), num_scales, noise, blur, min_decay, value_range, color, clock)
+
+
+class Warm(Process):
+    """Blur in proportion to the noise: blur_sigma = b gamma_t px (Warm Diffusion, arXiv 2511.16904).
+
+    Args:
+        blur_ratio: b >= 0 px per unit of noise; 0 is VE, published 0.5 to 2.
+        num_scales, noise, value_range, color: as for `Process`; `noise` by default EDM's levels.
+        spectrum: of the heat operator, "continuous" or "discrete".
+
+    Raises: UserError as `Process` does.
+    """
+
+    def __init__(
+        self,
+        num_scales: int = 1000,
+        noise: NoiseSchedule | None = None,
+        blur_ratio: float = 0.5,
+        spectrum: str = "continuous",
+        value_range: Sequence[float] = (-1.0, 1.0),
+        color: Color | None = None,
+    ) -> None:
+        noise = EDMNoise() if noise is None else noise
+        blur = NoiseBlur(noise, blur_ratio)
+        super().__init__(HeatOperator(spectrum), num_scales, noise, blur, 0.0, value_range, color)
 
 
 class BlurringChain(Process):

@@ -8,13 +8,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dpm_scales.operators import Decay
+from dpm_scales.operators import Decay, LogCurve
+from dpm_scales.schedules import Clock
 
 
 class Curves(Protocol):
     """The curves of a process, see `Process`."""
 
-    def signal(self, t: Tensor) -> Decay:
+    @property
+    def clock(self) -> Clock | None:
+        """The time of each eigenvalue, or None for the same time."""
+
+    def signal(self, t: Tensor) -> Decay | LogCurve:
         """Return lambda_t as a spectral function."""
 
     def noise_scale(self, t: Tensor, mu: Tensor) -> Tensor:
@@ -86,6 +91,10 @@ class Step:
         return torch.exp(self._log_noise_ratio(mu))
 
     def _log_noise_ratio(self, mu: Tensor) -> Tensor:
-        """Return log(gamma_s / gamma_t); -inf where scale s has no noise, and by convention where neither has."""
+        """Return log(gamma_s / gamma_t); -inf where scale s has no noise, and by convention where neither has.
+
+        Where a clock has not started at either scale, y is the image already and stays: the ratio is 1.
+        """
         log_s, log_t = self.process.log_noise_scale(self.s, mu), self.process.log_noise_scale(self.t, mu)
-        return torch.where(torch.isneginf(log_s), log_s, log_s - log_t)
+        ratio = torch.where(torch.isneginf(log_s), log_s, log_s - log_t)
+        return ratio if self.process.clock is None else torch.where(torch.isneginf(log_t), 0.0, ratio)

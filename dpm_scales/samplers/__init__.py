@@ -63,6 +63,6 @@ def auto_sampler(denoiser: BaseDenoiser, steps: int | None = None) -> Sampler:
         return Dissipation(steps=1 if steps is None else steps)
     if isinstance(denoiser.target, NextScale):
         return Ancestral(steps)
-    if process.blur is None:
+    if process.is_scalar:
         return Heun(steps=min(18, process.num_scales) if steps is None else steps)
     return DPMSolver(1.0, min(50, process.num_scales) if steps is None else steps, "uniform")

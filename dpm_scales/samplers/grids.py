@@ -10,6 +10,9 @@ from torch import Tensor
 from dpm_scales.errors import UserError
 from dpm_scales.processes import Process
 
+NO_SIGNAL = 1e6
+"""gamma / lambda above which a scale shows nothing of the image: grids by noise level have no use for it."""
+
 GRIDS = ("uniform", "quadratic", "karras", "logsnr")
 
 
@@ -60,15 +63,20 @@ def _progress(like: Tensor, steps: int) -> Tensor:
 
 
 def noise_level(process: Process, t: Tensor) -> Tensor:
-    """Return gamma / lambda of the eigenvalue 0, in the shape of t."""
+    """Return gamma / lambda of the eigenvalue 0, of the schedule where noise is coloured or clocked; shaped as t."""
+    if process.color is not None or process.clock is not None:
+        log_signal, log_noise = process.noise(t)
+        return torch.exp(log_noise - log_signal)
     mu = torch.zeros((), dtype=torch.float64, device=t.device)
     return torch.exp(-0.5 * process.log_snr(t, mu)).reshape(t.shape)
 
 
 def _ends(process: Process, name: str) -> tuple[Tensor, Tensor]:
-    """Return gamma / lambda at k = 1 and at t = 1."""
+    """Return gamma / lambda at k = 1 and at t = 1, or the scale before where no signal is left at t = 1."""
     ends = torch.tensor([1 / process.num_scales, 1.0], dtype=torch.float64, device=tables_of(process))
     smallest, largest = noise_level(process, ends)
+    if bool(largest > NO_SIGNAL):
+        largest = noise_level(process, ends[1:] - ends[0])[0]
     if not bool(largest > smallest * (1 + 1e-6)) or not bool(torch.isfinite(largest)):
         raise UserError(
             f"the {name} grid needs noise that grows with t, and that of {type(process).__name__} does not; "

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.errors import UserError, require, require_choice, suggest
+from dpm_scales.moments import steepest_blur
 from dpm_scales.operators import Term
 from dpm_scales.processes import Process, Step
 from dpm_scales.samplers.churn import Churn
 from dpm_scales.samplers.grids import tables_of
 from dpm_scales.samplers.loop import Sampler, StepContext
 from dpm_scales.schedules import is_number
-from dpm_scales.targets import MAX_DIVISION, steepest_blur
+from dpm_scales.targets import MAX_DIVISION
 
 
 class DDIM(Sampler):
@@ -83,7 +84,7 @@ class Heun(DDIM):
       spans many nats, as at the high frequencies of a blur;
     - variable=None: "noise" where nothing blurs, else "logsnr".
 
-    Where scale s has no noise, w = 0 in "noise", as in EDM's last step.
+    Where scale s has no noise, w = 0 in "noise", as in EDM's last step; so it has where scale t is pure noise.
 
     Churn (`Churn`; Karras et al. 2022, Algorithm 2) adds noise before each step, so that errors of earlier steps are
     forgotten.
@@ -133,7 +134,7 @@ class Heun(DDIM):
             )
 
     def _in_noise(self, process: Process) -> bool:
-        return self.variable == "noise" or (self.variable is None and process.blur is None)
+        return self.variable == "noise" or (self.variable is None and process.is_scalar)
 
     def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
         first = super().step(move, y, m)
@@ -142,7 +143,8 @@ class Heun(DDIM):
         def weight(mu: Tensor) -> Tensor:
             h = step.half_log_snr_gain(mu)
             if in_noise:
-                return torch.where(torch.isinf(h), 0.0, torch.expm1(h) / 2)
+                # a step from pure noise: what its start estimates says nothing of the line between the two
+                return torch.where(h > math.log(MAX_DIVISION), 0.0, torch.expm1(h) / 2)
             safe = h.clamp(min=1e-8)
             return torch.where(h > 1e-4, 1 + torch.expm1(-safe) / safe, h / 2)
 

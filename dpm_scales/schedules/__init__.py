@@ -14,6 +14,10 @@ a consistent Markov chain too.
 | ConstantNoise, NoNoise | a = 1, gamma the same at every scale but 0 | Rissanen et al. 2023 |
 | LogBlur, LinearTimeBlur, ListedBlurSigmas, ListedDissipationTimes | T(t) in px^2 | Rissanen et al. 2023 |
 | SinSquaredBlur | blur_sigma = max sin^2(pi t / 2) | Hoogeboom & Salimans 2023 |
+| Rectified | a_t = 1 - t, gamma_t = t | Lipman et al. 2023; Liu et al. 2023 |
+| FlowBlur, NoiseBlur, CutOff | T = ln(1 / (1 - t)) / 2; blur_sigma = b gamma_t; an ideal low-pass | `blur` |
+| White, PowerLaw, DataPower, Kernel, LowPass, ListedColor | the noise's spectrum w_t(mu) | `color` |
+| SpectralClock | t_mu, each frequency at a time of its own | GUD |
 
 beta_k here is the paper's: a standard deviation (its square is DDPM's beta).
 """
@@ -24,12 +28,17 @@ from dpm_scales.errors import is_number, require_finite, require_positive
 from dpm_scales.schedules.base import Schedule
 from dpm_scales.schedules.blur import (
     BlurSchedule,
+    CutOff,
+    FlowBlur,
     LinearTimeBlur,
     ListedBlurSigmas,
     ListedDissipationTimes,
     LogBlur,
+    NoiseBlur,
     SinSquaredBlur,
 )
+from dpm_scales.schedules.clock import Clock, SpectralClock
+from dpm_scales.schedules.color import Color, DataPower, Kernel, ListedColor, LowPass, PowerLaw, White
 from dpm_scales.schedules.noise import (
     ConstantBeta,
     ConstantNoise,
@@ -41,28 +50,42 @@ from dpm_scales.schedules.noise import (
     ListedNoise,
     NoiseSchedule,
     NoNoise,
+    Rectified,
     SigmoidSignal,
 )
 
 __all__ = [
     "BlurSchedule",
+    "Clock",
+    "Color",
     "ConstantBeta",
     "ConstantNoise",
     "CosineLogSNR",
+    "CutOff",
+    "DataPower",
     "EDMNoise",
+    "FlowBlur",
     "GeometricNoise",
+    "Kernel",
     "LinearBeta",
     "LinearTimeBlur",
     "ListedBeta",
     "ListedBlurSigmas",
+    "ListedColor",
     "ListedDissipationTimes",
     "ListedNoise",
     "LogBlur",
+    "LowPass",
     "NoNoise",
+    "NoiseBlur",
     "NoiseSchedule",
+    "PowerLaw",
+    "Rectified",
     "Schedule",
     "SigmoidSignal",
     "SinSquaredBlur",
+    "SpectralClock",
+    "White",
     "is_number",
     "require_finite",
     "require_positive",

@@ -9,16 +9,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import require, require_positive
+from dpm_scales.errors import is_number, require, require_positive
 from dpm_scales.schedules.base import Schedule, numbers_of, require_ordered
+from dpm_scales.schedules.noise import NoiseSchedule
 
 
 class BlurSchedule(Schedule):
     """Dissipation time T(t) in px^2 (blur_sigma^2 / 2), non-decreasing, 0 at t = 0."""
 
+    #: the blur is exp(-mu T), of a Gaussian; otherwise `log_factor` says what it is
+    is_gaussian: bool = True
+
     @abstractmethod
     def forward(self, t: Tensor) -> Tensor:
         """Return T(t) in px^2, float64, of the shape of the scales t in [0, 1]."""
+
+    def log_factor(self, t: Tensor, mu: Tensor) -> Tensor:
+        """Return the log of what is left of each eigenvalue, before d_min, float64.
+
+        Args:
+            t: scales that broadcast against mu, ``(1, ...)`` or ``(B, 1, ...)``.
+        """
+        return -mu * self(t)
 
 
 class LogBlur(BlurSchedule):
@@ -55,6 +67,74 @@ class LinearTimeBlur(BlurSchedule):
 
     def forward(self, t: Tensor) -> Tensor:
         return self.dissipation_time_max * t.to(torch.float64)
+
+
+class FlowBlur(BlurSchedule):
+    """T(t) = ln(1 / (1 - t)) / 2 px^2, so that (1 - t) exp(-mu T) = (1 - t)^(1 + mu / 2) (HDFM, arXiv 2605.19371).
+
+    Args:
+        signal_min: 1 - t at the end, as `Rectified` has it; 1e-4 is a blur sigma of 3.03 px.
+    """
+
+    def __init__(self, signal_min: float = 1e-4) -> None:
+        super().__init__()
+        ok = is_number(signal_min) and 0 < signal_min < 1
+        require(ok, f"FlowBlur: signal_min must lie in (0, 1), got {signal_min!r}")
+        self.signal_min = float(signal_min)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return -0.5 * torch.log1p(-(1 - self.signal_min) * t.to(torch.float64))
+
+
+class NoiseBlur(BlurSchedule):
+    """blur_sigma(t) = ratio gamma_t, in proportion to the noise (Warm Diffusion, arXiv 2511.16904).
+
+    Args:
+        noise: the process's noise schedule; `Warm` hands it over.
+        ratio: b >= 0 px per unit of noise, the blur-to-noise ratio.
+    """
+
+    def __init__(self, noise: NoiseSchedule, ratio: float = 0.5) -> None:
+        super().__init__()
+        ok = is_number(ratio) and ratio >= 0
+        require(ok, f"NoiseBlur: ratio must be a number >= 0, got {ratio!r}")
+        self.noise, self.ratio = noise, float(ratio)
+
+    def bind(self, num_scales: int) -> None:
+        super().bind(num_scales)
+        self.noise.bind(num_scales)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return 0.5 * self.ratio**2 * torch.exp(2 * self.noise(t)[1])
+
+
+class CutOff(BlurSchedule):
+    """An ideal low-pass: frequencies above a cut-off that falls with t keep d_min alone (arXiv 2603.08709).
+
+    The cut-off is omega_c(t) = sqrt(2) pi 2^(-levels t), from the highest frequency of the grid down by `levels`
+    octaves. T(t) is that of the Gaussian that halves omega_c.
+
+    Args:
+        levels: octaves lost at t = 1, > 0.
+    """
+
+    is_gaussian = False
+
+    def __init__(self, levels: float = 2.0) -> None:
+        super().__init__()
+        require_positive(self, levels=levels)
+        self.levels = float(levels)
+
+    def cut_off(self, t: Tensor) -> Tensor:
+        """Return mu_c(t) in 1/px^2."""
+        return 2 * math.pi**2 * torch.exp2(-2 * self.levels * t.to(torch.float64))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return torch.where(t > 0, math.log(2) / self.cut_off(t), 0.0)
+
+    def log_factor(self, t: Tensor, mu: Tensor) -> Tensor:
+        gone = mu > self.cut_off(t) * (1 + 1e-12)
+        return torch.zeros_like(gone, dtype=torch.float64).masked_fill(gone, -math.inf)
 
 
 class _ListedBlur(BlurSchedule):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpm_scales.errors import UserError, require, require_finite, require_positive
+from dpm_scales.errors import UserError, is_number, require, require_finite, require_positive
 from dpm_scales.schedules.base import Schedule, numbers_of, require_ordered
 
 
@@ -144,6 +144,27 @@ class LinearBeta(ListedBeta):
         variances = torch.linspace(self.ddpm_beta_min, self.ddpm_beta_max, num_scales, dtype=torch.float64)
         self.betas = variances.sqrt().tolist()
         super().bind(num_scales)
+
+
+class Rectified(NoiseSchedule):
+    """Flow matching's straight path: a_t = 1 - t, gamma_t = t (Lipman et al. 2023; Liu et al. 2023).
+
+    a_t is 1 - (1 - signal_min) t: logSNR stays finite at t = 1, where y_1 is the noise to within `signal_min` of the
+    image, far below float32's resolution by default.
+
+    Args:
+        signal_min: a_1, in (0, 1); 1e-4 for paths that end before pure noise, as HDFM's (arXiv 2605.19371).
+    """
+
+    def __init__(self, signal_min: float = 1e-12) -> None:
+        super().__init__()
+        ok = is_number(signal_min) and 0 < signal_min < 1
+        require(ok, f"Rectified: signal_min must lie in (0, 1), got {signal_min!r}")
+        self.signal_min = float(signal_min)
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.to(torch.float64)
+        return torch.log1p(-(1 - self.signal_min) * t), torch.log(t)
 
 
 class _Exploding(NoiseSchedule):

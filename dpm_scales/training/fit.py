@@ -46,6 +46,7 @@ def fit_to_data(model: Model, data: ImageDataModule) -> Model:
             yield process.operator(context).to_white(x - process.steady_state(mean, context)), mean
 
     spectrum.fit(white_batches())
+    process.fit_color(spectrum)
     recipe = model.recipe
     target = {**recipe.parts["target"], **model.denoiser.resolve_auto(recipe.image_size)}
     if model.prior.max_images > 0:

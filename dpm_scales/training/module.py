@@ -18,7 +18,7 @@ from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.images import to_range
 from dpm_scales.models.model import Model
 from dpm_scales.rng import CounterRNG
-from dpm_scales.training.scale_sampling import SCALE_SAMPLINGS, ImportanceScales
+from dpm_scales.training.scale_sampling import SCALE_SAMPLINGS, DensityScales, ImportanceScales, check_density
 from dpm_scales.weights import LossWeight
 
 DECAYS = ("cosine", "constant")
@@ -40,7 +40,9 @@ class DiffusionModule(pl.LightningModule):
         warmup_steps: optimiser steps of linear warm-up.
         decay: "cosine" to zero at the trainer's max_steps, or "constant".
         betas, weight_decay: of AdamW.
-        scale_sampling: "uniform", or "importance": scales whose loss varies more are drawn more often, weighted less.
+        scale_sampling: "uniform", a published density, or "importance": scales whose loss varies more are drawn more
+            often, weighted less; see `training.scale_sampling`.
+        scale_mean, scale_std: of the normal densities; None for the published ones.
         loss_weight: weight of each scale in the training loss; None for the target's own, which validation always uses.
         seed: of scales and noise, which are functions of (seed, batch number, image): a resumed run draws the same, and
             so does any number of ranks. Dropout differs between ranks.
@@ -61,6 +63,8 @@ class DiffusionModule(pl.LightningModule):
         compile_network: bool = False,
         scale_sampling: str = "uniform",
         loss_weight: LossWeight | None = None,
+        scale_mean: float | None = None,
+        scale_std: float | None = None,
     ) -> None:
         super().__init__()
         require_number("optimizer.learning_rate", learning_rate, 0)
@@ -86,7 +90,13 @@ class DiffusionModule(pl.LightningModule):
         self.bad_steps = torch.zeros(3)
         self._band_sums = torch.zeros(2, BANDS, dtype=torch.float64)
         num_scales = model.denoiser.process.num_scales
+        check_density(scale_sampling, scale_mean, scale_std)
         self._importance = ImportanceScales(num_scales) if scale_sampling == "importance" else None
+        self._density = (
+            None
+            if scale_sampling in ("uniform", "importance")
+            else DensityScales(scale_sampling, model.denoiser.process, scale_mean, scale_std)
+        )
 
     @property
     def parts(self) -> Model:
@@ -125,7 +135,8 @@ class DiffusionModule(pl.LightningModule):
         """Return the training loss, ``()``, at scales drawn from uniform numbers `even` ``(B,)``."""
         denoiser, weight = self.parts.denoiser, self.loss_weight
         if self._importance is None:
-            t = uniform_scales(even, denoiser.process.num_scales)
+            drawn = self._density
+            t = uniform_scales(even, denoiser.process.num_scales) if drawn is None else drawn.draw(even)
             return denoiser.loss(x_0, t, labels, noise, loss_weight=weight).mean()
         t, importance = self._importance.draw(even)
         losses = denoiser.loss(x_0, t, labels, noise, loss_weight=weight)

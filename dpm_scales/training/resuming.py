@@ -72,6 +72,8 @@ RULES = {
     "sampler": Rule(TAKES, "for sample grids, metrics of samples, and the export"),
     "weight": Rule(TAKES, "`train/loss` is not comparable before and after; `val/loss` is"),
     "scale_sampling": Rule(TAKES, "`importance` starts from a uniform density"),
+    "scale_mean": Rule(TAKES),
+    "scale_std": Rule(TAKES),
     "seed": Rule(
         WARNED,
         "scales, noise (also of validation) and sample grids are drawn from the new seed; the weights and the order of "

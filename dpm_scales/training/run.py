@@ -167,6 +167,8 @@ def train_model(
         seed=cfg.seed,
         compile_network=bool(cfg.compile),
         scale_sampling=cfg.scale_sampling,
+        scale_mean=cfg.scale_mean,
+        scale_std=cfg.scale_std,
         loss_weight=None if cfg.weight.get("_target_") is None else build(cfg.weight, LossWeight, "weight"),
         **optimizer,
     )

@@ -1,22 +1,93 @@
-r"""Draw the scales of a training step: uniformly, or more often where the loss varies more.
+r"""Draw the scales of a training step: uniformly, by a published density, or more often where the loss varies more.
 
-The expected loss is the mean of L_k over the scales k = 1..K. Scales drawn with probabilities p_k, each loss weighted
-by 1 / (K p_k), have the same mean and, for p_k ~ sqrt(E[L_k^2]), the least variance (Nichol & Dhariwal 2021, Eq. (18)).
-E[L_k^2] is measured while training, over the last observations of a bin of neighbouring scales.
+| `scale_sampling` | density | source |
+|---|---|---|
+| uniform | uniform in t, spread evenly over the batch | VDM |
+| logit_normal | logit(t) normal, by default with mean 0 and std 1 | Esser et al. 2024 (SD 3) |
+| log_normal | ln(gamma / lambda) normal, by default with mean -1.2 and std 1.2 | Karras et al. 2022 (EDM) |
+| logsnr | uniform in logSNR | Kingma et al. 2021 |
+| importance | by the measured second moments of the losses | Nichol & Dhariwal 2021 |
+
+The published densities change the expected loss, as their authors intend: scales drawn more often weigh more.
+
+Importance: the expected loss is the mean of L_k over the scales k = 1..K. Scales drawn with probabilities p_k, each
+loss weighted by 1 / (K p_k), have the same mean and, for p_k ~ sqrt(E[L_k^2]), the least variance (Nichol & Dhariwal
+2021, Eq. (18)). E[L_k^2] is measured while training, over the last observations of a bin of neighbouring scales.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import require
+from dpm_scales.errors import require, require_number
+from dpm_scales.processes import Process
+from dpm_scales.samplers.grids import NO_SIGNAL, noise_level, tables_of
 
-SCALE_SAMPLINGS = ("uniform", "importance")
+NORMALS = {"logit_normal": (0.0, 1.0), "log_normal": (-1.2, 1.2)}
+"""Densities with parameters, and their published mean and standard deviation."""
+SCALE_SAMPLINGS = ("uniform", *NORMALS, "logsnr", "importance")
 BINS = 64
 MEMORY = 200  # observations in the running mean of a bin
 WARMUP = 10  # observations of every bin before the density is used, as published
 FLOOR = 0.05  # share of the density that stays uniform: no loss is weighted by more than its inverse
+
+
+class DensityScales:
+    """Draws scales k / num_scales by a published density, from the table of its quantiles.
+
+    Args:
+        kind: "logit_normal", "log_normal" or "logsnr".
+        process: its noise schedule's levels gamma / lambda are those of the last two; those of colour and blur count
+            at the mean intensity alone.
+        mean, std: of the normal densities; None for the published ones.
+
+    Raises: UserError for parameters that the density does not have or that are out of range, and for a process whose
+    noise does not grow with t.
+    """
+
+    def __init__(self, kind: str, process: Process, mean: float | None = None, std: float | None = None) -> None:
+        check_density(kind, mean, std)
+        published = NORMALS.get(kind, (0.0, 1.0))
+        self.mean, self.std = (p if own is None else float(own) for own, p in zip((mean, std), published, strict=True))
+        self.kind, self.num_scales = kind, process.num_scales
+        t = torch.arange(1, self.num_scales + 1, dtype=torch.float64, device=tables_of(process)) / self.num_scales
+        if kind == "logit_normal":
+            self.edges = torch.logit(t)
+            return
+        level = noise_level(process, t).log()
+        require(
+            self.num_scales > 1 and bool((level.diff() > 0).all()),
+            f"scale_sampling={kind} needs noise that grows with t, and that of {type(process).__name__} does not; use "
+            "uniform, logit_normal or importance",
+        )
+        if float(level[-1]) > math.log(NO_SIGNAL):  # as grids by noise level have it
+            level[-1] = 2 * level[-2] - level[-3] if self.num_scales > 2 else level[-2] + 1
+        self.edges = level
+
+    def draw(self, even: Tensor) -> Tensor:
+        """Return scales ``(B,)`` float64 from uniform numbers in [0, 1)."""
+        edges = self.edges.to(even.device)
+        if self.kind == "logsnr":
+            wanted = torch.lerp(edges[0], edges[-1], even)
+        else:
+            wanted = self.mean + self.std * torch.special.ndtri(even.clamp(1e-12, 1 - 1e-12))
+        k = torch.searchsorted(edges, wanted).clamp(max=self.num_scales - 1) + 1
+        return k.to(torch.float64) / self.num_scales
+
+
+def check_density(kind: str, mean: float | None, std: float | None) -> None:
+    """Raise UserError unless `kind` has these parameters."""
+    for name, value in (("scale_mean", mean), ("scale_std", std)):
+        if value is not None:
+            has = kind in NORMALS
+            require(
+                has, f"{name} is a parameter of scale_sampling={' and '.join(NORMALS)}, not of {kind}; leave it out"
+            )
+            require_number(name, value, -100 if name == "scale_mean" else 0, 100)
+    require(std is None or std > 0, f"scale_std must be > 0, got {std}")
 
 
 class ImportanceScales:

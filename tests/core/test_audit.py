@@ -39,6 +39,7 @@ from dpm_scales.schedules import (
     NoNoise,
 )
 from support.audit_helpers import Verdicts, by_name, photo, verdicts
+from support.oracles import refused
 from support.reference import TWINS, Twin, dct_basis, eigenvalues
 from support.shell import CONFIGS, composed
 
@@ -74,7 +75,17 @@ EXPECTED = {
     "osmosis": ("EEE-E --- -C- ELEE", "--EV--- -LE"),
     "inverse_osmosis": ("ELC-L ECC -CC MLMM", "LCLVECL -LM"),
     "osmosis_diffusion": ("ELC-L ECC -CC VL--", "LCLEEEL -LV"),
+    "rectified": ("ELC-L ECC -CC VL--", "LLLVECL -LV"),
+    "hdfm": ("ELC-L ECC -CC VL--", "LLLVECL -LV"),
+    "warm": ("ELC-L ECC -CC ML--", "LCLEEEL -LM"),
+    "equal_snr": ("ELCLL ECC -CC VL--", "LLLEEEL -LV"),
+    "power_law": ("ELC-L ECC -CC VL--", "LCLEEEL -LV"),
+    "flicker": ("ELC-L ECC -CC VL--", "LCLEEEL -LV"),
+    "low_pass_flow": ("ELC-L ECC -CC VL--", "LLLVECL -LV"),
+    "cut_off": ("ELC-L ECC -CC VL--", "LLLEEEL -LV"),
 }
+#: refused: frequencies whose clock has not started have no density
+UNCHECKED = ["clocked"]
 
 
 def shipped(name: str) -> Process:
@@ -93,13 +104,19 @@ def read(forward: str, reverse: str) -> Verdicts:
 
 
 def test_the_table_has_every_shipped_process() -> None:
-    assert sorted(EXPECTED) == sorted(path.stem for path in (CONFIGS / "process").glob("*.yaml"))
+    assert sorted([*EXPECTED, *UNCHECKED]) == sorted(path.stem for path in (CONFIGS / "process").glob("*.yaml"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_shipped_processes(name: str) -> None:
     assert verdicts(audit(shipped(name), photo(), samples=400)) == read(*EXPECTED[name])
+
+
+@pytest.mark.parametrize("name", UNCHECKED)
+def test_frequencies_without_noise_are_refused(name: str) -> None:
+    with refused("clock", "without noise", "spread=0"):
+        audit(shipped(name), photo())
 
 
 @pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.name)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
+from dpm_scales.moments import Scalings, moments
 from dpm_scales.networks import UNet
 from dpm_scales.processes import VE, VP, Homogeneous, InverseHeat
-from dpm_scales.targets import Clean, NextScale, Noise, Scalings, Velocity, moments
+from dpm_scales.targets import Clean, NextScale, Noise, Velocity
 from support.oracles import (
     BY_NAME,
     MEMBERS,

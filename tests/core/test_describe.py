@@ -16,6 +16,7 @@ import dpm_scales as ds
 from dpm_scales import networks, priors, processes, samplers, schedules, targets, weights
 from dpm_scales.describe import Describable, DescriptionError, configured, describe
 from dpm_scales.models.instantiate import build
+from dpm_scales.moments import moments
 from dpm_scales.spectrum import DataSpectrum
 
 #: arguments of classes that can't be made without, or whose defaults would leave something out
@@ -36,6 +37,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
             "layers_per_block": 1,
         },
     },
+    "ListedColor": {"weights": [1.0, 2.0], "frequencies": [0.0, 0.4]},
+    "NoiseBlur": {"noise": schedules.EDMNoise(0.1, 3.0)},
     "Heun": {"steps": 3, "s_churn": 1.5, "s_max": 50.0},
     "OsmosisDiffusion": {"guidance_pattern": "smooth", "num_scales": 10},
     "Clean": {"preconditioning": "wiener", "clip": False},
@@ -66,10 +69,15 @@ def values_of(made: Any) -> list[torch.Tensor]:
     if isinstance(made, samplers.Sampler):
         return [made.scales(processes.VP(num_scales=60))]
     if isinstance(made, targets.Target):
-        c = made.scalings(targets.moments(ds.VP(), ds.VP().operator(), t, DataSpectrum(), (8, 8)))
+        c = made.scalings(moments(ds.VP(), ds.VP().operator(), t, DataSpectrum(), (8, 8)))
         return [c.skip, c.out, c.inner, c.weight]
     if isinstance(made, weights.LossWeight):
-        return [made.of_noise(mu + 1, torch.tensor(0.3))]
+        return [made.of_curves(processes.VP(), t, mu, torch.tensor(0.3))]
+    if isinstance(made, schedules.Clock):
+        return [made(t[:, None, None], mu, 8.0)]
+    if isinstance(made, schedules.Color):
+        made.bind_spectrum(mu)
+        return [made.log(t[:, None, None], mu)]
     assert isinstance(made, nn.Module)
     return list(made.state_dict().values())
 
@@ -124,7 +132,9 @@ def test_later_changes_of_a_list_do_not_reach_it() -> None:
 def test_a_wrong_call_fails_as_without_recording() -> None:
     with pytest.raises(TypeError, match="VP.*unexpected keyword argument 'colour'"):
         ds.VP(colour=1)  # type: ignore[call-arg]
-    assert list(inspect.signature(ds.VP).parameters) == ["num_scales", "noise", "value_range"]
+    assert list(inspect.signature(ds.VP).parameters) == [
+        *("num_scales", "noise", "value_range", "color", "clock"),
+    ]
 
 
 class Kept(nn.Module):

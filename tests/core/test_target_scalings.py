@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpm_scales.moments import moments
 from dpm_scales.processes import VE, VP, Homogeneous, Process
 from dpm_scales.schedules import ListedBeta, ListedDissipationTimes, LogBlur
 from dpm_scales.spectrum import DataSpectrum
-from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity, moments
+from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.oracles import BY_NAME, H, W, close, curves, float64, generator, images, noised, over, refused
 from support.reference import TWINS, Array, Twin
 from support.targets import TARGETS, dense, vectors

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from dpm_scales.moments import steepest_blur
 from dpm_scales.processes import VE, VP, Homogeneous, InverseHeat, InverseOsmosis, OsmosisDiffusion, Process
 from dpm_scales.schedules import ConstantNoise, LinearTimeBlur, ListedDissipationTimes, LogBlur
-from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity, steepest_blur
+from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.oracles import (
     BY_NAME,
     NOISY,

@@ -23,7 +23,7 @@ from dpm_scales.data import ImageDataModule
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.distributed.fsdp import ShardedStrategy
 from dpm_scales.priors import GaussianPrior, Prior
-from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Process
+from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Process, Spectral, Warm
 from dpm_scales.samplers import Sampler
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule
 from dpm_scales.targets import Clean, Target
@@ -33,6 +33,7 @@ from dpm_scales.weights import LossWeight
 from support.configs import choices, raw
 from support.shell import CONFIGS, composed, photos
 
+CURVES = ("process/noise", "process/blur", "process/color", "process/clock")
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("experiment", "hydra"))
 
 
@@ -131,7 +132,7 @@ def test_all_groups_are_known() -> None:
     groups = {"data", "process", "target", "weight", "prior", "network", "sampler", "trainer", "logger", "task", "edit"}
     assert set(GROUPS) == groups
     inner = {path.relative_to(CONFIGS).parent.as_posix() for path in CONFIGS.rglob("*.yaml")}
-    assert inner == {".", *GROUPS, "experiment", "process/noise", "process/blur", "hydra/launcher", "hydra/sweeper"}
+    assert inner == {".", *GROUPS, "experiment", *CURVES, "hydra/launcher", "hydra/sweeper"}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.relative_to(CONFIGS).as_posix())
@@ -140,7 +141,7 @@ def test_keys_are_constructor_arguments(path: Path) -> None:
         assert given(config) <= accepted(config), config["_target_"]
 
 
-@pytest.mark.parametrize("group", ["process", "process/noise", "process/blur", "target", "weight", "prior", "sampler"])
+@pytest.mark.parametrize("group", ["process", *CURVES, "target", "weight", "prior", "sampler"])
 def test_files_hold_every_argument(group: str) -> None:
     """So that any can be overridden without `+`, and `config.yaml` tells all that a run depended on."""
     late = {"prior": {"process"}, "sampler": {"denoiser"}}.get(group, set())
@@ -163,6 +164,8 @@ CLASSES: dict[str, type[Process]] = {
     "blurring": Blurring,
     "blurring_constant": InverseHeat,
     "blurring_chain": BlurringChain,
+    "warm": Warm,
+    "rectified": Spectral,
 }
 
 
@@ -196,7 +199,9 @@ LISTS = {
 @pytest.mark.parametrize("name", choices("process/noise"))
 def test_noise_schedules(name: str) -> None:
     """Each as a choice on the command line, under a process that it fits."""
-    process = {"edm": "ve", "geometric": "ve", "listed": "ve", "constant": "heat"}.get(name, "vp")
+    process = {"edm": "ve", "geometric": "ve", "listed": "ve", "constant": "heat"}.get(
+        name, "rectified" if "rectified" in name else "vp"
+    )
     extra = [LISTS[name]] if name in LISTS else []
     config = composed(f"process={process}", f"process/noise={name}", "process.num_scales=3", *extra).process
     built = instantiate(config)
@@ -206,9 +211,22 @@ def test_noise_schedules(name: str) -> None:
 @pytest.mark.parametrize("name", choices("process/blur"))
 def test_blur_schedules(name: str) -> None:
     extra = [LISTS[name]] if name in LISTS else []
-    config = composed("process=heat", f"process/blur={name}", "process.num_scales=3", *extra).process
+    config = composed("process=blurring", f"process/blur={name}", "process.num_scales=3", *extra).process
     built = instantiate(config)
     assert isinstance(built.blur, BlurSchedule) and type(built.blur) is get_class(config.blur._target_)
+
+
+@pytest.mark.parametrize("name", choices("process/color"))
+def test_colors(name: str) -> None:
+    for process in ("vp", "ve", "blurring", "heat", "rectified", "inverse_osmosis"):
+        config = composed(f"process={process}", f"process/color={name}", "process.num_scales=3").process
+        assert type(instantiate(config).color) is get_class(config.color._target_)
+
+
+@pytest.mark.parametrize("name", choices("process/clock"))
+def test_clocks(name: str) -> None:
+    config = composed("process=vp", f"process/clock={name}", "process.num_scales=3").process
+    assert type(instantiate(config).clock) is get_class(config.clock._target_)
 
 
 @pytest.mark.parametrize("name", choices("target"))

@@ -29,6 +29,15 @@ PROCESSES = [
     "osmosis_diffusion",
     "inverse_osmosis",
     "osmosis",
+    "rectified",
+    "hdfm",
+    "warm",
+    "equal_snr",
+    "power_law",
+    "flicker",
+    "low_pass_flow",
+    "clocked",
+    "cut_off",
 ]
 
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 
 from dpm_scales.denoisers import spread_evenly, uniform_scales
-from dpm_scales.training.scale_sampling import BINS, FLOOR, MEMORY, WARMUP, ImportanceScales
+from dpm_scales.processes import VE, VP, InverseHeat, Process, Spectral
+from dpm_scales.training.scale_sampling import (
+    BINS,
+    FLOOR,
+    MEMORY,
+    WARMUP,
+    DensityScales,
+    ImportanceScales,
+    check_density,
+)
 from support.oracles import close, float64, generator, pretended_gpu, refused
 from support.shell import FAST, assert_equal, attempt, checkpoint, column, train
 
@@ -161,3 +172,85 @@ def test_resumed_run_has_the_same_density_and_bits(tmp_path: Path) -> None:
 def test_unknown_way_of_sampling_is_refused(tmp_path: Path) -> None:
     outcome = attempt(tmp_path / "run", "scale_sampling=important")
     assert outcome.status == 2 and "did you mean 'importance'" in outcome.err
+
+
+# --- published densities ----------------------------------------------------------------------------------------------
+
+
+def shares(kind: str, process: Process, **parameters: float) -> np.ndarray:
+    """The share of each scale among 200 000 evenly spread numbers."""
+    even = spread_evenly(torch.arange(200_000), 200_000, 0.5)
+    k = (DensityScales(kind, process, **parameters).draw(even) * process.num_scales).round().long()
+    return (torch.bincount(k, minlength=process.num_scales + 1)[1:] / 200_000).numpy()
+
+
+@pytest.mark.parametrize("mean, std", [(None, None), (-0.5, 0.6)])
+def test_logit_normal_scales_have_its_distribution_function(mean: float | None, std: float | None) -> None:
+    process = VP(40)
+    parameters = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
+    t = np.arange(1, 41) / 40
+    with np.errstate(divide="ignore"):
+        logit = np.log(t) - np.log1p(-t)
+    edges = scipy.stats.norm.cdf((logit - (mean or 0.0)) / (std or 1.0))
+    close(shares("logit_normal", process, **parameters), np.diff([0.0, *edges]), 2e-5, 0)
+
+
+def test_log_normal_scales_have_its_distribution_function_in_the_noise_level() -> None:
+    process = VE(40)
+    level = process.noise_scale(torch.arange(1, 41) / 40, torch.zeros(1)).flatten().log().numpy()
+    edges = scipy.stats.norm.cdf((level + 1.2) / 1.2)
+    edges[-1] = 1.0
+    close(shares("log_normal", process), np.diff([0.0, *edges]), 2e-5, 0)
+
+
+@pytest.mark.parametrize("make", [lambda: VP(40), lambda: Spectral(40)])
+def test_logsnr_scales_are_uniform_in_it(make: Callable[[], Process]) -> None:
+    process = make()
+    level = -0.5 * process.log_snr(torch.arange(1, 41) / 40, torch.zeros(1)).flatten().numpy()
+    found = shares("logsnr", process)
+    inner = np.diff(level)[:-1]
+    close(found[1:-1] / found[1:-1].sum(), inner / inner.sum(), 2e-4, 0)
+    if isinstance(process, Spectral):
+        assert found[-1] < 0.2  # pure noise at t = 1 counts no more than its neighbours
+
+
+@pytest.mark.parametrize("kind", ["logit_normal", "log_normal", "logsnr"])
+def test_scales_of_a_density_are_those_of_any_number_of_ranks(kind: str) -> None:
+    scales, whole = DensityScales(kind, VP(30)), torch.arange(12)
+    together = scales.draw(spread_evenly(whole, 12, 0.3))
+    apart = torch.cat([scales.draw(spread_evenly(part, 12, 0.3)) for part in (whole[::2], whole[1::2])])
+    close(apart, torch.cat([together[::2], together[1::2]]), 0, 0)
+    assert set((together * 30).round().tolist()) <= set(range(1, 31)) and len(set(together.tolist())) > 3
+    assert float(scales.draw(float64([0.0]))) >= 1 / 30
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("logit_normal", {"std": 0.0}, ("scale_std", "> 0")),
+        ("logit_normal", {"std": float("nan")}, ("scale_std",)),
+        ("logit_normal", {"mean": 1e9}, ("scale_mean",)),
+        ("logsnr", {"std": 1.0}, ("scale_std", "not of logsnr")),
+        ("uniform", {"mean": 1.0}, ("scale_mean", "not of uniform")),
+    ],
+)
+def test_bad_parameters_of_a_density_are_refused(kind: str, options: dict[str, float], words: tuple[str, ...]) -> None:
+    with refused(*words):
+        check_density(kind, options.get("mean"), options.get("std"))
+
+
+def test_a_density_of_noise_levels_needs_noise_that_grows() -> None:
+    for kind in ("log_normal", "logsnr"):
+        with refused(kind, "InverseHeat", "uniform"):
+            DensityScales(kind, InverseHeat(20))
+    assert DensityScales("logit_normal", InverseHeat(20)).draw(float64([0.5])).shape == (1,)
+
+
+def test_a_run_with_a_density_resumes_exactly(tmp_path: Path) -> None:
+    options = ("scale_sampling=logit_normal", "scale_std=0.7", *FAST)
+    whole = train(tmp_path / "whole", *options)
+    train(tmp_path / "part", *options, "trainer.max_steps=3")
+    part = train(tmp_path / "part", *options)
+    assert_equal(checkpoint(whole)["state_dict"], checkpoint(part)["state_dict"])
+    other = train(tmp_path / "other", *FAST)
+    assert column(other, "train/loss") != column(whole, "train/loss")

@@ -1,0 +1,294 @@
+r"""Colours: the spectrum of the noise, w_t(mu) in gamma_t(mu) = gamma_t w_t(mu).
+
+Energy and shape are independent. With `energy="unit"` w is divided by the root of its mean square over the spectrum of
+an image, so that a pixel has as much noise as with white noise at the same t; `energy="published"` leaves w as the
+formula gives it. The spectrum is that of the size that the process is bound to (`Process.bind_size`), which is the size
+of the training images; before that, that of 64 x 64 pixels.
+
+| class | w(mu), r = sqrt(mu) / 2 pi cycles per pixel | source |
+|---|---|---|
+| White | 1 | |
+| PowerLaw | (r + offset)^exponent | SAGD, arXiv 2510.09660 |
+| DataPower | P(mu)^exponent, P the power of the training images | EqualSNR, arXiv 2505.11278 |
+| Kernel | the root of the cosine series of (d + 1)^-decay, d in px, clipped at 0 | Flicker-DDPM, arXiv 2606.03393 |
+| LowPass | exp(-mu time (1 - t)) | Low-Pass Flow Matching, arXiv 2606.02177 |
+| ListedColor | any numbers, log-linear between the frequencies listed | |
+
+A colour that does not change with t leaves the law that of white noise: w(L)^-1 y obeys the white process, with the
+data w(L)^-1 y_0.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpm_scales.describe import Describable
+from dpm_scales.errors import is_number, is_whole, require, require_choice, require_finite, require_positive
+from dpm_scales.schedules.base import numbers_of
+
+ENERGIES = ("unit", "published")
+MAX_CONTRAST = 1e6
+"""Largest ratio of w between two frequencies: beyond it one of them has no noise in float32."""
+
+Power = Callable[[Tensor], Tensor]
+
+
+def frequency(mu: Tensor) -> Tensor:
+    """Return the radial frequency sqrt(mu) / (2 pi) in cycles per pixel."""
+    return mu.clamp(min=0).sqrt() / (2 * math.pi)
+
+
+class Color(Describable, nn.Module, ABC):
+    """The spectrum of noise. A subclass defines `log_shape`.
+
+    Args:
+        energy: "unit" for a mean of w^2 of 1 over the spectrum of an image, "published" for the formula's own.
+    """
+
+    #: w is the same at every t > 0
+    is_fixed: bool = True
+    #: w is measured from training images, see `fit`
+    learns: bool = False
+    spectrum: Tensor
+    fixed_energy: Tensor
+
+    def __init__(self, energy: str = "unit") -> None:
+        super().__init__()
+        require_choice("energy", energy, ENERGIES, type(self).__name__)
+        self.energy = energy
+        self.register_buffer("spectrum", torch.zeros(1, dtype=torch.float64), persistent=False)
+        self.register_buffer("fixed_energy", torch.zeros((), dtype=torch.float64), persistent=False)
+
+    @abstractmethod
+    def log_shape(self, t: Tensor, mu: Tensor) -> Tensor:
+        """Return log w_t(mu) up to the energy's factor, float64.
+
+        Args:
+            t: scales that broadcast against mu, ``(1, ...)`` or ``(B, 1, ...)``; a fixed colour ignores them.
+            mu: eigenvalues in 1/px^2.
+        """
+
+    def log(self, t: Tensor, mu: Tensor) -> Tensor:
+        """Return log w_t(mu), float64; arguments as for `log_shape`."""
+        shape = self.log_shape(t, mu)
+        if self.energy == "published":
+            return shape
+        return shape - (self.fixed_energy if self.is_fixed else self.log_energy(t, mu.ndim))
+
+    def log_energy(self, t: Tensor, ndim: int) -> Tensor:
+        """Return half the log of the mean of w_t^2 over the spectrum of an image, with `ndim` dimensions of size one.
+
+        Args:
+            t: as for `log_shape`.
+            ndim: number of dimensions of mu.
+        """
+        flat = t.reshape(-1, 1)
+        log_square = torch.atleast_2d(2 * self.log_shape(flat, self.spectrum))
+        log_square = log_square.expand(len(log_square), len(self.spectrum))
+        log_mean = 0.5 * (torch.logsumexp(log_square, -1) - math.log(len(self.spectrum)))
+        ones = (1,) * ndim
+        return log_mean.reshape(-1, 1, *ones) if log_mean.numel() > 1 else log_mean.reshape(ones)
+
+    def bind_spectrum(self, mu: Tensor) -> None:
+        """Take the eigenvalues of the images, of any shape, as the spectrum that `energy` refers to.
+
+        Raises: UserError for a colour that vanishes or overflows there.
+        """
+        self.spectrum = mu.flatten().to(torch.float64)
+        self._measure()
+        ends = torch.linspace(0, 1, 9, dtype=torch.float64, device=mu.device)[1:]
+        shape = torch.stack([self.log_shape(t.reshape(1), self.spectrum).expand(self.spectrum.shape) for t in ends])
+        finite, name = bool(torch.isfinite(shape).all()), type(self).__name__
+        require(finite, f"{name}: the colour of the noise is zero or infinite at some frequency; lower its exponent")
+        contrast = float((shape.amax(1) - shape.amin(1)).max())
+        require(
+            contrast <= math.log(MAX_CONTRAST),
+            f"{name}: the noise of one frequency is 1e{contrast / math.log(10):.0f} times that of another, at most "
+            f"1e{math.log10(MAX_CONTRAST):.0f} is allowed; lower the colour's exponent",
+        )
+
+    def _measure(self) -> None:
+        """Compute the energy of a fixed colour, once for all t."""
+        if self.is_fixed:
+            self.fixed_energy = self.log_energy(torch.ones_like(self.spectrum[:1]), 0)
+
+    def fit(self, power: Power) -> None:  # noqa: B027 - most colours are formulas
+        """Take the data's power P(mu), where the colour `learns`."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Color:
+        """Follow a model to its device, but stay float64 when it is cast."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            self._buffers[name] = buffer.to(self.spectrum.device)
+        return self
+
+
+class White(Color):
+    """White noise: w = 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def log_shape(self, t: Tensor, mu: Tensor) -> Tensor:
+        return torch.zeros_like(mu[(slice(0, 1),) * mu.ndim])
+
+
+class PowerLaw(Color):
+    """w = (r + offset)^exponent, r in cycles per pixel (SAGD, arXiv 2510.09660).
+
+    Args:
+        exponent: positive for more noise at high frequencies.
+        offset: > 0, in cycles per pixel; keeps the mean intensity's noise finite.
+    """
+
+    def __init__(self, exponent: float = 0.5, offset: float = 0.05, energy: str = "unit") -> None:
+        super().__init__(energy)
+        require_finite(self, exponent=exponent)
+        require_positive(self, offset=offset)
+        self.exponent, self.offset = float(exponent), float(offset)
+
+    def log_shape(self, t: Tensor, mu: Tensor) -> Tensor:
+        return self.exponent * torch.log(frequency(mu) + self.offset)
+
+
+class DataPower(Color):
+    """w = P(mu)^exponent, P the power of the training images; at 1/2 all frequencies have the same SNR (EqualSNR).
+
+    White until `fit`, which training calls before its first step; the curve is stored with the model's weights.
+
+    Args:
+        exponent: 0.5 for equal SNR (arXiv 2505.11278).
+    """
+
+    learns = True
+    KNOTS = 48
+    LOWEST, HIGHEST = math.log(1e-5), math.log(20.0)
+    log_power: Tensor
+
+    def __init__(self, exponent: float = 0.5, energy: str = "unit") -> None:
+        super().__init__(energy)
+        require_finite(self, exponent=exponent)
+        self.exponent = float(exponent)
+        self.register_buffer("log_power", torch.zeros(self.KNOTS + 1, dtype=torch.float64))
+
+    @torch.no_grad()
+    def fit(self, power: Power) -> None:
+        device = self.log_power.device
+        knots = torch.linspace(self.LOWEST, self.HIGHEST, self.KNOTS, dtype=torch.float64, device=device)
+        mu = torch.cat([torch.zeros_like(knots[:1]), knots.exp()])
+        self.log_power.copy_(power(mu).log())
+        self.bind_spectrum(self.spectrum)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._measure()
+
+    def log_shape(self, t: Tensor, mu: Tensor) -> Tensor:
+        place = (mu.clamp(min=1e-30).log() - self.LOWEST) * ((self.KNOTS - 1) / (self.HIGHEST - self.LOWEST))
+        place = place.clamp(0, self.KNOTS - 1)
+        below = place.clamp(max=self.KNOTS - 2).floor()
+        values, index = self.log_power.to(torch.float64), below.long() + 1
+        curve = torch.lerp(values[index], values[index + 1], place - below)
+        return self.exponent * torch.where(mu > 0, curve, values[0])
+
+
+class Kernel(Color):
+    """Noise whose covariance at the distance d px is close to (d + 1)^-decay (Flicker-DDPM, arXiv 2606.03393).
+
+    w^2 is the cosine series of that kernel along an axis, S_k = sum over dx, dy of C(d) cos(pi k dx / N) with |dx|,
+    |dy| <= N = `extent`, the ends counted half, clipped at a small positive number; linear in sqrt(mu) between the
+    frequencies pi k / N. A function of mu alone, so noise of the same radial frequency has the same power in every
+    direction, and the covariance is the kernel's up to the grid's anisotropy.
+
+    Args:
+        decay: eta > 0; published 0.20.
+        extent: N, largest distance of the series in px; the published series has that of the image.
+    """
+
+    FLOOR = 1e-6
+    """Least power, in units of that of the mean intensity."""
+    log_series: Tensor
+
+    def __init__(self, decay: float = 0.2, extent: int = 32, energy: str = "unit") -> None:
+        super().__init__(energy)
+        require_positive(self, decay=decay)
+        ok = is_whole(extent, 2) and extent <= 512
+        require(ok, f"Kernel: extent must be a whole number from 2 to 512, got {extent!r}")
+        self.decay, self.extent = float(decay), extent
+        d = torch.arange(extent + 1, dtype=torch.float64)
+        kernel = (torch.hypot(d[:, None], d[None, :]) + 1) ** -self.decay
+        twice = 1.0 + ((d > 0) & (d < extent)).to(d.dtype)  # both signs, the ends half
+        series = torch.cos(math.pi / extent * d[:, None] * d) @ (twice * (kernel @ twice))
+        self.register_buffer("log_series", series.clamp(min=self.FLOOR * series[0]).log(), persistent=False)
+
+    def log_shape(self, t: Tensor, mu: Tensor) -> Tensor:
+        place = (mu.clamp(min=0).sqrt() * (self.extent / math.pi)).clamp(max=self.extent)
+        below = place.clamp(max=self.extent - 1).floor()
+        series, index = self.log_series.exp(), below.long()
+        return 0.5 * torch.lerp(series[index], series[index + 1], place - below).log()
+
+
+class LowPass(Color):
+    """w_t = exp(-mu time (1 - t)): noise that loses its high frequencies towards the image, white at t = 1.
+
+    Args:
+        time: dissipation time at t = 0 in px^2, > 0 (arXiv 2606.02177 leaves the kernel open; a Gaussian is taken).
+    """
+
+    is_fixed = False
+
+    def __init__(self, time: float = 0.25, energy: str = "published") -> None:
+        super().__init__(energy)
+        require_positive(self, time=time)
+        self.time = float(time)
+
+    def log_shape(self, t: Tensor, mu: Tensor) -> Tensor:
+        return -mu * (self.time * (1 - t.to(torch.float64)))
+
+
+class ListedColor(Color):
+    """w at listed frequencies, log-linear between them and constant beyond.
+
+    Args:
+        weights: w > 0, at least two.
+        frequencies: radial frequencies in cycles per pixel, ascending, one for each weight; None for evenly spaced
+            ones from 0 to 0.5.
+    """
+
+    knots: Tensor
+    values: Tensor
+
+    def __init__(
+        self, weights: Sequence[float], frequencies: Sequence[float] | None = None, energy: str = "unit"
+    ) -> None:
+        super().__init__(energy)
+        listed = numbers_of(self, "weights", weights)
+        require(len(listed) > 1, "ListedColor: weights needs two or more entries")
+        for k, value in enumerate(listed, start=1):
+            ok = is_number(value) and value > 0
+            require(ok, f"ListedColor: weights: entry {k} is {value:g}; without noise a frequency has no law, so w > 0")
+        if frequencies is None:
+            places = [0.5 * k / (len(listed) - 1) for k in range(len(listed))]
+        else:
+            places = numbers_of(self, "frequencies", frequencies)
+        require(
+            len(places) == len(listed),
+            f"ListedColor: {len(listed)} weights and {len(places)} frequencies; give one frequency for each weight",
+        )
+        ascending = all(a < b for a, b in zip(places, places[1:], strict=False))
+        require(ascending, f"ListedColor: frequencies must ascend, got {places}")
+        self.register_buffer("knots", torch.tensor(places, dtype=torch.float64), persistent=False)
+        self.register_buffer("values", torch.tensor(listed, dtype=torch.float64).log(), persistent=False)
+
+    def log_shape(self, t: Tensor, mu: Tensor) -> Tensor:
+        r = frequency(mu).clamp(self.knots[0], self.knots[-1])
+        index = torch.searchsorted(self.knots, r, right=True).clamp(1, len(self.knots) - 1)
+        low, high = self.knots[index - 1], self.knots[index]
+        return torch.lerp(self.values[index - 1], self.values[index], (r - low) / (high - low))
