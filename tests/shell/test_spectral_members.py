@@ -1,0 +1,62 @@
+"""Spectral members through the commands: training, sampling, likelihood, editing, and one line for what can't be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dpm_scales.images import load_image
+from support.shell import FAST, attempt, files, sample, train
+
+SHORT = ("process.num_scales=4", "sampler.steps=null", *FAST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("process=rectified", "target=flow", "scale_sampling=logit_normal"),
+        ("process=rectified", "target=clean", "weight=flow", "process/color=listed", "process.color.weights=[1,2,3]"),
+        ("process=vp", "process/color=spectrum", "target.preconditioning=spectral"),
+        ("process=osmosis_diffusion", "process/color=low_pass", "target=velocity"),
+        ("process=clocked", "process.clock.spread=3"),
+    ],
+    ids=lambda options: options[0].removeprefix("process=") + "-" + options[1].partition("=")[2],
+)
+def test_members_go_the_whole_way(options: tuple[str, ...], tmp_path: Path) -> None:
+    run_dir = train(tmp_path / "run", *options, *SHORT, "trainer.max_steps=2")
+    once, again = (
+        sample(run_dir, tmp_path / name, "num_samples=2", "sampler=dpmpp", "sampler.steps=3") for name in "ab"
+    )
+    assert files(once)["000000.png"] == files(again)["000000.png"]
+    assert load_image(once / "000000.png").shape == (1, 8, 8)
+    ancestral = sample(run_dir, tmp_path / "c", "num_samples=2", "sampler=ancestral")
+    assert files(ancestral)["000000.png"] != files(once)["000000.png"]
+    ends = (f"start={once}/000000.png", f"end={once}/000001.png")
+    edited = sample(run_dir, tmp_path / "d", "task=interpolate", *ends, "frames=3", "steps=3")
+    assert len(list(edited.glob("0*.png"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("process=vp", "process/color=power_law", "process.color.exponent=80"), ("PowerLaw", "exponent")),
+        (("process=vp", "process/color=listed", "process.color.weights=[1]"), ("weights", "two or more")),
+        (("process=vp", "process/color=listed", "process.color.frequencies=[0.1]"), ("2 weights", "1 frequencies")),
+        (("process=vp", "process/color=pink"), ("process/color", "pink")),
+        (("process=clocked", "process.clock.spread=-1"), ("spread", ">= 0")),
+        (("process=clocked", "target=flow"), ("flow", "stand still")),
+        (("process=heat", "target=flow"), ("flow", "stand still")),
+        (("process=heat", "scale_sampling=logsnr"), ("logsnr", "noise that grows")),
+        (("scale_sampling=logit_normal", "scale_std=0"), ("scale_std", "> 0")),
+        (("scale_mean=1",), ("scale_mean", "uniform")),
+        (("process=cut_off", "process.min_decay=0"), ("CutOff", "min_decay")),
+        (("process=warm", "process.blur_ratio=-1"), ("ratio", ">= 0")),
+    ],
+)
+def test_what_can_not_be_is_one_line(options: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
+    outcome = attempt(tmp_path / "run", *options)
+    assert outcome.status == 2 and outcome.err.count("\n") == 1, outcome.err
+    assert all(word in outcome.err for word in words), outcome.err
+    assert not (tmp_path / "run").exists()
