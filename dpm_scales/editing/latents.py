@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.denoisers import BaseDenoiser
-from dpm_scales.errors import UserError
+from dpm_scales.errors import UserError, require
 from dpm_scales.processes import Context, Process, Step
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import OnStep, Sampler
@@ -79,8 +79,15 @@ def encode(
         scales: descending to 0, as samplers take them.
         refine: fixed-point steps at each scale; 0 is the usual, explicit inversion.
         on_step: called with the index of each finished step, counted as a sampler does, and the image there (pixels).
+
+    Raises: UserError for a clock, under which a frequency without noise forgets where it came from.
     """
     process = denoiser.process
+    require(
+        process.clock is None,
+        f"the probability flow of {type(process).__name__} can't be followed upwards, since its clock leaves "
+        "frequencies without noise until they start; use through=noise, or a model without a clock",
+    )
     operator = process.operator(context)
     y_0 = y = operator.to_white(x)
     for i in range(len(scales) - 1, 0, -1):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpm_scales.images import load_image
-from support.shell import FAST, attempt, files, sample, train
+from support.shell import FAST, attempt, call, files, sample, train
 
 SHORT = ("process.num_scales=4", "sampler.steps=null", *FAST)
 
@@ -34,7 +34,15 @@ def test_members_go_the_whole_way(options: tuple[str, ...], tmp_path: Path) -> N
     ancestral = sample(run_dir, tmp_path / "c", "num_samples=2", "sampler=ancestral")
     assert files(ancestral)["000000.png"] != files(once)["000000.png"]
     ends = (f"start={once}/000000.png", f"end={once}/000001.png")
-    edited = sample(run_dir, tmp_path / "d", "task=interpolate", *ends, "frames=3", "steps=3")
+    task = (f"model={run_dir}", "task=interpolate", *ends, "frames=3", f"out={tmp_path / 'd'}")
+    if "process=clocked" in options:
+        outcome = call("sample.py", *task, "steps=3", cwd=tmp_path)
+        assert outcome.status == 2 and "clock" in outcome.err and "through=noise" in outcome.err
+        task = (*task, "through=noise")
+    else:
+        task = (*task, "steps=3")
+    assert call("sample.py", *task, cwd=tmp_path).status == 0
+    edited = tmp_path / "d"
     assert len(list(edited.glob("0*.png"))) == 3
 
 
