@@ -166,7 +166,8 @@ class Lab:
     @property
     def scales_grey(self) -> bool:
         """Return whether noise replaces the signal at all eigenvalues, including that of the average grey value."""
-        return bool(self.log_signal[-1, 0] < -1e-6) and bool(self.noise[-1, 0] > 0)
+        last = self.log_signal[-1, 0]
+        return bool(last < -1e-6) and bool(last < self.noise[-1, 0].log())
 
     # --- laws as matrices ---------------------------------------------------------------------------------------------
 

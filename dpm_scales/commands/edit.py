@@ -299,7 +299,11 @@ def _resampling(setup: Setup) -> Sampler:
         repeats = 0 if setup.process.has_constant_noise() else RESAMPLE
     require_number("resample", repeats, 0, 1000, whole=True)
     sampler = _random_sampler(setup, repeats)
-    return Resampling(sampler, repeats) if repeats > 0 else sampler
+    if repeats == 0:
+        return sampler
+    resampling = Resampling(sampler, repeats)
+    resampling.check(setup.denoiser)
+    return resampling
 
 
 def _finish(setup: Setup, sharp: Tensor | None, seen: Tensor, results: list[Tensor], note: str) -> None:

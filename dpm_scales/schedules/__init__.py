@@ -16,7 +16,7 @@ a consistent Markov chain too.
 | SinSquaredBlur | blur_sigma = max sin^2(pi t / 2) | Hoogeboom & Salimans 2023 |
 | Rectified | a_t = 1 - t, gamma_t = t | Lipman et al. 2023; Liu et al. 2023 |
 | FlowBlur, NoiseBlur, CutOff | T = ln(1 / (1 - t)) / 2; blur_sigma = b gamma_t; an ideal low-pass | `blur` |
-| White, PowerLaw, DataPower, Kernel, LowPass, ListedColor | the noise's spectrum w_t(mu) | `color` |
+| WhiteColor, PowerLaw, DataPower, KernelColor, LowPass, ListedColor | the noise's spectrum w_t(mu) | `color` |
 | SpectralClock | t_mu, each frequency at a time of its own | GUD |
 
 beta_k here is the paper's: a standard deviation (its square is DDPM's beta).
@@ -38,7 +38,7 @@ from dpm_scales.schedules.blur import (
     SinSquaredBlur,
 )
 from dpm_scales.schedules.clock import Clock, SpectralClock
-from dpm_scales.schedules.color import Color, DataPower, Kernel, ListedColor, LowPass, PowerLaw, White
+from dpm_scales.schedules.color import Color, DataPower, KernelColor, ListedColor, LowPass, PowerLaw, WhiteColor
 from dpm_scales.schedules.noise import (
     ConstantBeta,
     ConstantNoise,
@@ -66,7 +66,7 @@ __all__ = [
     "EDMNoise",
     "FlowBlur",
     "GeometricNoise",
-    "Kernel",
+    "KernelColor",
     "LinearBeta",
     "LinearTimeBlur",
     "ListedBeta",
@@ -85,7 +85,7 @@ __all__ = [
     "SigmoidSignal",
     "SinSquaredBlur",
     "SpectralClock",
-    "White",
+    "WhiteColor",
     "is_number",
     "require_finite",
     "require_positive",

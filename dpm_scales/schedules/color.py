@@ -7,10 +7,10 @@ of the training images; before that, that of 64 x 64 pixels.
 
 | class | w(mu), r = sqrt(mu) / 2 pi cycles per pixel | source |
 |---|---|---|
-| White | 1 | |
+| WhiteColor | 1 | |
 | PowerLaw | (r + offset)^exponent | SAGD, arXiv 2510.09660 |
 | DataPower | P(mu)^exponent, P the power of the training images | EqualSNR, arXiv 2505.11278 |
-| Kernel | the root of the cosine series of (d + 1)^-decay, d in px, clipped at 0 | Flicker-DDPM, arXiv 2606.03393 |
+| KernelColor | the root of the cosine series of (d + 1)^-decay, d in px, clipped at 0 | Flicker-DDPM, arXiv 2606.03393 |
 | LowPass | exp(-mu time (1 - t)) | Low-Pass Flow Matching, arXiv 2606.02177 |
 | ListedColor | any numbers, log-linear between the frequencies listed | |
 
@@ -130,8 +130,8 @@ class Color(Describable, nn.Module, ABC):
         return self
 
 
-class White(Color):
-    """White noise: w = 1."""
+class WhiteColor(Color):
+    """WhiteColor noise: w = 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class PowerLaw(Color):
 class DataPower(Color):
     """w = P(mu)^exponent, P the power of the training images; at 1/2 all frequencies have the same SNR (EqualSNR).
 
-    White until `fit`, which training calls before its first step; the curve is stored with the model's weights.
+    WhiteColor until `fit`, which training calls before its first step; the curve is stored with the model's weights.
 
     Args:
         exponent: 0.5 for equal SNR (arXiv 2505.11278).
@@ -199,7 +199,7 @@ class DataPower(Color):
         return self.exponent * torch.where(mu > 0, curve, values[0])
 
 
-class Kernel(Color):
+class KernelColor(Color):
     """Noise whose covariance at the distance d px is close to (d + 1)^-decay (Flicker-DDPM, arXiv 2606.03393).
 
     w^2 is the cosine series of that kernel along an axis, S_k = sum over dx, dy of C(d) cos(pi k dx / N) with |dx|,
@@ -220,7 +220,7 @@ class Kernel(Color):
         super().__init__(energy)
         require_positive(self, decay=decay)
         ok = is_whole(extent, 2) and extent <= 512
-        require(ok, f"Kernel: extent must be a whole number from 2 to 512, got {extent!r}")
+        require(ok, f"KernelColor: extent must be a whole number from 2 to 512, got {extent!r}")
         self.decay, self.extent = float(decay), extent
         d = torch.arange(extent + 1, dtype=torch.float64)
         kernel = (torch.hypot(d[:, None], d[None, :]) + 1) ** -self.decay

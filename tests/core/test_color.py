@@ -22,14 +22,14 @@ from dpm_scales.schedules import (
     CosineLogSNR,
     DataPower,
     EDMNoise,
-    Kernel,
+    KernelColor,
     LinearTimeBlur,
     ListedColor,
     LowPass,
     PowerLaw,
     Rectified,
     SinSquaredBlur,
-    White,
+    WhiteColor,
 )
 from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Clean
@@ -51,7 +51,7 @@ COLORS: dict[str, Callable[[], Color]] = {
     "power-law": lambda: PowerLaw(0.5),
     "power-law-published": lambda: PowerLaw(-0.3, 0.02, "published"),
     "data": data_power,
-    "kernel": lambda: Kernel(0.4, 8),
+    "kernel": lambda: KernelColor(0.4, 8),
     "listed": lambda: ListedColor([1.0, 0.2, 3.0], [0.0, 0.2, 0.6]),
 }
 LAWS: dict[str, Callable[[Color | None], Process]] = {
@@ -191,7 +191,7 @@ def test_a_pixel_has_the_energy_of_white_noise(name: str) -> None:
 
 def test_the_kernels_spectrum_is_that_of_an_explicit_covariance_matrix() -> None:
     decay, extent = 0.3, 12
-    color = Kernel(decay, extent, "published")
+    color = KernelColor(decay, extent, "published")
     # the covariance on the torus to which reflections extend an image, its eigenvalues by a plain FFT
     lags = np.minimum(np.arange(2 * extent), 2 * extent - np.arange(2 * extent))
     covariance = (np.hypot(lags[:, None], lags[None, :]) + 1) ** -decay
@@ -202,7 +202,7 @@ def test_the_kernels_spectrum_is_that_of_an_explicit_covariance_matrix() -> None
 
 
 def test_noise_of_a_kernel_is_correlated_like_it() -> None:
-    side, process = 32, Spectral(4, CosineLogSNR(), color=Kernel(0.5, 16))
+    side, process = 32, Spectral(4, CosineLogSNR(), color=KernelColor(0.5, 16))
     process.bind_size((side, side))
     mu = torch.from_numpy(eigenvalues(side, side))
     basis = np.kron(dct_basis(side), dct_basis(side))
@@ -216,7 +216,7 @@ def test_noise_of_a_kernel_is_correlated_like_it() -> None:
 
 
 def test_white_is_no_color() -> None:
-    colored, plain = VP(K, color=White()), VP(K)
+    colored, plain = VP(K, color=WhiteColor()), VP(K)
     mu = HeatOperator().eigenvalues(*SIZE)
     close(colored.noise_scale(T, mu), plain.noise_scale(T, mu).expand(3, 1, 1, 1), 0, 0)
 
@@ -285,8 +285,8 @@ def test_low_pass_noise_is_white_at_the_end_and_smooth_before() -> None:
         (lambda: ListedColor([1.0, 2.0], [0.1]), ("2 weights", "1 frequencies")),
         (lambda: ListedColor([1.0, 2.0], [0.3, 0.1]), ("ascend",)),
         (lambda: ListedColor("white"), ("weights", "list of numbers")),  # type: ignore[arg-type]
-        (lambda: Kernel(-1.0), ("Kernel", "decay", "positive")),
-        (lambda: Kernel(0.2, 0), ("Kernel", "extent", "whole number")),
+        (lambda: KernelColor(-1.0), ("KernelColor", "decay", "positive")),
+        (lambda: KernelColor(0.2, 0), ("KernelColor", "extent", "whole number")),
         (lambda: LowPass(0.0), ("LowPass", "time", "positive")),
         (lambda: VE(K, color="pink"), ("color='pink'", "no color schedule")),  # type: ignore[arg-type]
     ],

@@ -375,6 +375,8 @@ def test_what_can_t_be_conditioned() -> None:
 
 def test_nothing_waits_for_the_device() -> None:
     denoiser = osmosis()
+    for repeats in (0, 1):  # which takes the steps on the host first
+        Resampling(Ancestral(), repeats).check(denoiser)
     with pretended_gpu(denoiser):
         mask = torch.ones(4, 2, dtype=torch.bool, device="cuda")
         scales = torch.linspace(1, 0, 3, dtype=torch.float64, device="cuda")

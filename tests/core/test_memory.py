@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra.errors import InstantiationException
 
 from dpm_scales import memory
 from dpm_scales.data import Digits, ImageDataModule
@@ -92,10 +91,8 @@ def test_errors_that_tell_of_memory() -> None:
 @pytest.mark.parametrize("process", ["vp", "ve", "heat", "blurring", "blurring_chain", "osmosis_diffusion"])
 def test_scales_are_counted_before_their_tables_are_made(process: str, number: int) -> None:
     config = composed(f"process={process}", f"process.num_scales={number}").process
-    with pytest.raises(InstantiationException) as caught:
+    with pytest.raises(OutOfMemoryError, match=f"num_scales={number} would take"):
         build(config, Process, "process")
-    told = caught.value.__cause__
-    assert isinstance(told, OutOfMemoryError) and f"num_scales={number} would take" in str(told)
 
 
 @pytest.mark.parametrize("number", [10**8, 10**12])

@@ -139,7 +139,7 @@ def test_memory_is_that_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("n", "m", "k", "message"),
     [
-        (6, 5, 5, "manifolds needs 6 images or more in each set, got 6 and 5"),
+        (6, 5, 5, "nearest neighbours need 6 images or more in each set, got 6 and 5"),
         (1, 9, 1, "need 4 images or more in each set, got 1 and 9"),
         (9, 9, 0, "density_neighbours must be a whole number >= 1, got 0"),
     ],
