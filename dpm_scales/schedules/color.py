@@ -10,7 +10,7 @@ of the training images; before that, that of 64 x 64 pixels.
 | WhiteColor | 1 | |
 | PowerLaw | (r + offset)^exponent | SAGD, arXiv 2510.09660 |
 | DataPower | P(mu)^exponent, P the power of the training images | EqualSNR, arXiv 2505.11278 |
-| KernelColor | the root of the cosine series of (d + 1)^-decay, d in px, clipped at 0 | Flicker-DDPM, arXiv 2606.03393 |
+| KernelColor | root of the cosine series of (d + 1)^-decay, d in px, clipped at 0 | Flicker-DDPM, arXiv 2606.03393 |
 | LowPass | exp(-mu time (1 - t)) | Low-Pass Flow Matching, arXiv 2606.02177 |
 | ListedColor | any numbers, log-linear between the frequencies listed | |
 
@@ -161,7 +161,7 @@ class PowerLaw(Color):
 class DataPower(Color):
     """w = P(mu)^exponent, P the power of the training images; at 1/2 all frequencies have the same SNR (EqualSNR).
 
-    WhiteColor until `fit`, which training calls before its first step; the curve is stored with the model's weights.
+    White until `fit`, which training calls before its first step; the curve is stored with the model's weights.
 
     Args:
         exponent: 0.5 for equal SNR (arXiv 2505.11278).

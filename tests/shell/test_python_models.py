@@ -75,11 +75,16 @@ LISTS = {
     "process/noise=constant": ["process=heat"],
     "process/noise=edm": ["process=ve"],
     "process/noise=geometric": ["process=ve"],
+    "process/noise=rectified": ["process=rectified"],
+    "process/noise=rectified_open": ["process=rectified"],
+    "process/blur=cut_off": ["process=blurring"],
 }
 NAMES = [
     *chosen("process"),
     *chosen("process/noise"),
     *chosen("process/blur"),
+    *chosen("process/color"),
+    *chosen("process/clock"),
     *chosen("target"),
     *chosen("network"),
     *(name for group in ("prior", "sampler", "weight") for name in chosen(group)),
