@@ -337,6 +337,13 @@ def _unipc(settings: _Settings) -> dict[str, Any]:
 def _ve(settings: _Settings) -> dict[str, Any]:
     low, high = settings.number("sigma_min", 0.01), settings.number("sigma_max", 1348.0)
     require(0 < low <= high, f"{settings.source}: sigma_min={low:g}, sigma_max={high:g} are no noise levels")
+    corrections = settings.values.get("correct_steps", 1)
+    if corrections != 0:
+        warnings.warn(
+            f"{settings.source}: correct_steps={corrections!r:.100} is left out: samplers here take the predictor's "
+            "steps, without Langevin corrections",
+            stacklevel=2,
+        )
     noise = {"_target_": "dpm_scales.schedules.GeometricNoise", "noise_min": low, "noise_max": high}
     process = {"_target_": "dpm_scales.processes.VE", "num_scales": settings.steps, "noise": noise}
     target = {"_target_": "dpm_scales.targets.Noise", "clip": False, "scale_input": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,12 @@ def test_score_sde_ve_pipeline_step_by_step(tmp_path: Path) -> None:
         time_embedding_type="fourier", center_input_sample=True, sample_size=8, in_channels=3, out_channels=3
     )
     write(tmp_path / "p", scheduler, network, "ScoreSdeVePipeline")
-    model = load_model(tmp_path / "p")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = load_model(tmp_path / "p")
+    write(tmp_path / "corrected", diffusers.ScoreSdeVeScheduler(12, correct_steps=2), network, "ScoreSdeVePipeline")
+    with pytest.warns(UserWarning, match="correct_steps=2 is left out: samplers here take the predictor's steps"):
+        load_model(tmp_path / "corrected")
     process = model.denoiser.process
     assert process.value_range == (0.0, 1.0)
     levels = torch.from_numpy(0.01 * (50.0 / 0.01) ** (torch.arange(12).numpy() / 11))
