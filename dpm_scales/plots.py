@@ -48,6 +48,18 @@ SHIPPED: dict[str, tuple[str, str]] = {
 
 FURTHER = ("#3100CE", "#6D86FF", "#3D6D49", "#6DDB86", "#552424", "#3D496D", "#F3B6C2")
 """Colours of all other processes."""
+SPECTRAL: dict[str, tuple[str, str]] = {
+    "rectified": (FURTHER[0], "h"),
+    "hdfm": (FURTHER[1], "p"),
+    "warm": (FURTHER[2], "d"),
+    "equal_snr": (FURTHER[3], "8"),
+    "power_law": (FURTHER[4], "H"),
+    "flicker": (FURTHER[5], "1"),
+    "low_pass_flow": (FURTHER[6], "2"),
+    "clocked": (FURTHER[0], "3"),
+    "cut_off": (FURTHER[3], "4"),
+}
+"""Colour and marker of the spectral members; every eye tells few more than 17 colours apart, so two are shared."""
 
 TITLE_SIZE, ROW_PADDING = 14, 4
 """Size of the letters and of the gaps between images in `titled_row`, in pixels."""
@@ -100,14 +112,15 @@ class Look:
 def looks(names: Sequence[str]) -> dict[str, Look]:
     """Return the look of each process of a study, by name.
 
-    Those in `SHIPPED` are fixed. Any other name has a colour among `FURTHER` that depends only on its letters, or the
-    next free one if another name has that colour; so pass all names of a study at once. "NAME, second draw" has the
-    colour of NAME, dotted.
+    Those in `SHIPPED` and `SPECTRAL` are fixed. Any other name has a colour among `FURTHER` that depends only on its
+    letters, or the next free one if another name has that colour; so pass all names of a study at once. "NAME, second
+    draw" has the colour of NAME, dotted.
     """
-    markers = [marker for _, marker in SHIPPED.values()]
-    found = {name: Look(*look, DASHES[i % len(DASHES)], i % 2 == 0) for i, (name, look) in enumerate(SHIPPED.items())}
-    taken: set[int] = set()
-    for name in sorted({_process_of(name) for name in names} - SHIPPED.keys()):
+    markers, shipped = [marker for _, marker in SHIPPED.values()], {**SHIPPED, **SPECTRAL}
+    found = {name: Look(*look, DASHES[i % len(DASHES)], i % 2 == 0) for i, (name, look) in enumerate(shipped.items())}
+    drawn = {_process_of(name) for name in names}
+    taken = {FURTHER.index(colour) for name, (colour, _) in SPECTRAL.items() if name in drawn}
+    for name in sorted(drawn - shipped.keys()):
         start = hashlib.sha256(name.encode()).digest()[0]
         order = [(start + k) % len(FURTHER) for k in range(len(FURTHER))]
         place = next((k for k in order if k not in taken), order[0])

@@ -18,7 +18,7 @@ from dpm_scales.operators.degrees import RehearsedOperator
 from dpm_scales.operators.expanded import TOLERANCE
 from dpm_scales.processes.law import Context, Process
 from dpm_scales.rng import Randomness
-from dpm_scales.schedules import BlurSchedule, Clock, Color, NoiseSchedule, require_positive
+from dpm_scales.schedules import BlurSchedule, Color, NoiseSchedule, require_positive
 
 STRIDES = (1, 4, 20, 100)
 """Steps, in scales, whose functions are looked at when a process is built."""
@@ -31,7 +31,8 @@ class ExpandedProcess(Process, ABC):
     """A process with a context and an expanded operator; without a context it is diffusion with weights of one.
 
     Args:
-        num_scales, noise, blur, min_decay, value_range, color, clock: as for `Process`.
+        num_scales, noise, blur, min_decay, value_range, color: as for `Process`. There is no clock: it is no smooth
+            function of mu, which an expansion needs.
         tolerance: bound on the error of f(L), relative to the largest f. Functions that vanish like a root at mu = 0,
             as the posterior's standard deviation under constant noise does, are met to 1e-2.
 
@@ -47,9 +48,8 @@ class ExpandedProcess(Process, ABC):
         value_range: Sequence[float] = (-1.0, 1.0),
         tolerance: float = TOLERANCE,
         color: Color | None = None,
-        clock: Clock | None = None,
     ) -> None:
-        super().__init__(HeatOperator("discrete"), num_scales, noise, blur, min_decay, value_range, color, clock)
+        super().__init__(HeatOperator("discrete"), num_scales, noise, blur, min_decay, value_range, color)
         require_positive(self, tolerance=tolerance)
         self.tolerance = float(tolerance)
         self.degrees = Degrees(self.tolerance)

@@ -238,8 +238,10 @@ class Process(Describable, nn.Module):
         log_scale, _ = self.noise(time)
         if self.blur is None:
             return log_scale
-        left = self.min_decay + (1 - self.min_decay) * torch.exp(self.blur.log_factor(time, mu))
-        return log_scale + torch.log(left)
+        log_left = self.blur.log_factor(time, mu)
+        if self.min_decay > 0:
+            log_left = torch.log(self.min_decay + (1 - self.min_decay) * torch.exp(log_left))
+        return log_scale + log_left
 
     def _time(self, t: Tensor, mu: Tensor) -> Tensor:
         """Return the time of each eigenvalue; without a clock t, with trailing dimensions of size one."""

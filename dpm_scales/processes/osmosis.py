@@ -34,7 +34,6 @@ from dpm_scales.processes.law import Context
 from dpm_scales.rng import CounterRNG, Randomness, white_noise
 from dpm_scales.schedules import (
     BlurSchedule,
-    Clock,
     Color,
     ConstantNoise,
     CosineLogSNR,
@@ -49,7 +48,7 @@ class Osmosis(ExpandedProcess):
     """A process of the osmosis operator; without a context it is that of constant guidance.
 
     Args:
-        num_scales, noise, blur, min_decay, value_range, color, clock: as for `Process`.
+        num_scales, noise, blur, min_decay, value_range, color: as for `Process`.
         guidance: how guidance images are drawn; members take its values as `guidance_*`.
         tolerance: as for `ExpandedProcess`.
 
@@ -66,9 +65,8 @@ class Osmosis(ExpandedProcess):
         guidance: Guidance,
         tolerance: float,
         color: Color | None = None,
-        clock: Clock | None = None,
     ) -> None:
-        super().__init__(num_scales, noise, blur, min_decay, value_range, tolerance, color, clock)
+        super().__init__(num_scales, noise, blur, min_decay, value_range, tolerance, color)
         self.guidance = guidance.checked(self)
         self.context_channels = int(guidance.visible)
 
@@ -175,13 +173,12 @@ class InverseOsmosis(Osmosis):
         tolerance: float = 1e-6,
         value_range: Sequence[float] = (0.0, 1.0),
         color: Color | None = None,
-        clock: Clock | None = None,
     ) -> None:
         noise, blur = ConstantNoise() if noise is None else noise, LogBlur() if blur is None else blur
         guidance = Guidance(
             guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_image, guidance_input
         )
-        super().__init__(num_scales, noise, blur, 0.0, value_range, guidance, tolerance, color, clock)
+        super().__init__(num_scales, noise, blur, 0.0, value_range, guidance, tolerance, color)
 
 
 class OsmosisDiffusion(Osmosis):
@@ -208,10 +205,9 @@ class OsmosisDiffusion(Osmosis):
         tolerance: float = 1e-6,
         value_range: Sequence[float] = (-1.0, 1.0),
         color: Color | None = None,
-        clock: Clock | None = None,
     ) -> None:
         noise, blur = CosineLogSNR() if noise is None else noise, SinSquaredBlur() if blur is None else blur
         guidance = Guidance(
             guidance_noise, guidance_min, guidance_pattern, guidance_blur_sigma, guidance_image, guidance_input
         )
-        super().__init__(num_scales, noise, blur, min_decay, value_range, guidance, tolerance, color, clock)
+        super().__init__(num_scales, noise, blur, min_decay, value_range, guidance, tolerance, color)

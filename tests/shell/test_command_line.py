@@ -105,7 +105,7 @@ def test_help_has_the_groups_of_its_command_alone() -> None:
         text = help_of(name).partition("groups, GROUP=NAME:\n")[2].partition("\n\n")[0]
         return [line.split(":")[0].strip() for line in text.splitlines() if ":" in line]
 
-    inner = ["process/blur", "process/noise"]
+    inner = ["process/blur", "process/clock", "process/color", "process/noise"]
     assert groups("sample") == ["sampler", "task"]
     assert groups("evaluate") == ["sampler"]
     assert groups("evolve") == ["task", "process", *inner]
@@ -150,7 +150,7 @@ HINTS = {
         "unknown option 'process.blur.blur_sigmas': it belongs to process/blur=listed_sigmas"
     ),
     "train.py process.min_decay=0": (
-        "unknown option 'process.min_decay': it belongs to process=blurring and process=osmosis_diffusion"
+        "unknown option 'process.min_decay': it belongs to process=blurring and process=clocked and "
     ),
     "train.py data.root=x": "unknown option 'data.root': it belongs to data=bsds500 and data=celeba and",
     "train.py process/noise=edm process.noise.noise_mx=3": "unknown option 'process.noise.noise_mx': did you mean",

@@ -68,7 +68,7 @@ CASES = {
     "": ["train ", "sample ", "evaluate ", "evolve ", "--help ", "--version "],
     "tr": ["train "],
     "train proc": ["process.", "process/", "process="],
-    "train process/": ["process/blur=", "process/noise="],
+    "train process/": ["process/blur=", "process/clock=", "process/color=", "process/noise="],
     "train process=heat process.blur.blur_sigma_mi": ["process.blur.blur_sigma_min="],
     "train experiment=digits_heat process.blur.blur_sigma_mi": ["process.blur.blur_sigma_min="],
     "train process.blur": [],

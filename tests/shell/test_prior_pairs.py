@@ -19,11 +19,14 @@ from support.oracles import generator, images, refused
 from support.shell import CONFIGS, attempt, small_model
 
 PROCESSES = sorted(path.stem for path in (CONFIGS / "process").glob("*.yaml"))
+SPECTRAL = [
+    *("clocked", "cut_off", "equal_snr", "flicker", "hdfm", "low_pass_flow", "power_law", "rectified", "warm"),
+]
 OSMOSIS = ["inverse_osmosis", "osmosis", "osmosis_diffusion"]
 PRIORS = {"gaussian": GaussianPrior, "data": DataPrior, "guidance": OsmosisPrior}
 FITS = {
-    "gaussian": {"vp", "ve", "blurring"},
-    "data": {"blurring", "blurring_chain", "blurring_constant", "heat", "homogeneous"},
+    "gaussian": {"vp", "ve", "blurring", *SPECTRAL},
+    "data": {"blurring", "blurring_chain", "blurring_constant", "heat", "homogeneous", "hdfm", "warm"},
     "guidance": set(OSMOSIS),
 }
 WHY = {"gaussian": "GaussianPrior", "data": "DataPrior", "guidance": "OsmosisPrior"}
@@ -32,7 +35,7 @@ PAIRS = [(process, prior) for process in PROCESSES for prior in PRIORS]
 
 
 def test_every_process_has_a_prior_that_fits() -> None:
-    assert set().union(*FITS.values()) == set(PROCESSES) and len(PROCESSES) == 10
+    assert set().union(*FITS.values()) == set(PROCESSES) and len(PROCESSES) == 19
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -142,7 +142,12 @@ def test_fewer_images_than_features_are_told(study: tuple[Path, dict[str, ModelS
 
 
 def test_every_shipped_process_has_a_look() -> None:
-    assert {path.stem for path in (CONFIGS / "process").glob("*.yaml")} == plots.SHIPPED.keys()
+    fixed = {**plots.SHIPPED, **plots.SPECTRAL}
+    assert {path.stem for path in (CONFIGS / "process").glob("*.yaml")} == fixed.keys()
+    assert len(set(fixed.values())) == len({marker for _, marker in fixed.values()}) == len(fixed)
+    assert {colour for colour, _ in plots.SPECTRAL.values()} <= set(plots.FURTHER)
+    own, member = plots.looks(["mine", "rectified"]).values()
+    assert own.colour != member.colour
     marks = {(colour, marker) for colour, marker in plots.SHIPPED.values()}
     assert len(marks) == len({c for c, _ in marks}) == len({m for _, m in marks}) == len(plots.SHIPPED)
 

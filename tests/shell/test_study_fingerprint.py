@@ -27,6 +27,7 @@ SCALES = 6
 PROCESSES = sorted(path.stem for path in (CONFIGS / "process").glob("*.yaml"))
 #: schedules that another process takes than the one whose default they replace
 NOISE_OF = {"edm": "ve", "geometric": "ve", "listed": "ve", "constant": "heat"}
+NOISE_OF |= {"rectified": "rectified", "rectified_open": "rectified"}
 BLURRED = "heat"
 LISTS = {"noise_scales": [0.1 * k for k in range(1, 7)], "betas": [0.1] * 6}
 LISTS |= {"blur_sigmas": [0.5 * k for k in range(1, 7)], "dissipation_times": [1.0 * k for k in range(1, 7)]}
@@ -37,6 +38,10 @@ WORDS = {
     "steps": [1, 2, 3, 5, 8, 13],
     "value_range": [-0.5, 1.5],
     "num_scales": SCALES + 1,
+    "extent": 16,
+    "blur": {"_target_": "dpm_scales.schedules.FlowBlur"},
+    "color": {"_target_": "dpm_scales.schedules.PowerLaw"},
+    "clock": {"_target_": "dpm_scales.schedules.SpectralClock"},
 }
 
 
@@ -46,6 +51,7 @@ def configs() -> dict[str, dict[str, Any]]:
     for kind in ("noise", "blur"):
         for path in sorted((CONFIGS / "process" / kind).glob("*.yaml")):
             owner = NOISE_OF.get(path.stem, "vp") if kind == "noise" else BLURRED
+            owner = "blurring" if path.stem == "cut_off" else owner
             chosen[f"{owner} {path.stem}"] = [f"process={owner}", f"process/{kind}={path.stem}"]
     found = {}
     for name, overrides in chosen.items():
@@ -60,6 +66,10 @@ def configs() -> dict[str, dict[str, Any]]:
 
 def other(key: str, value: Any) -> Any:
     """Another value that the option `key` may have."""
+    if key == "min_decay":
+        return 0.9 * value or 0.05
+    if key == "energy":
+        return "published" if value == "unit" else "unit"
     if key in WORDS:
         return WORDS[key]
     if isinstance(value, bool):
@@ -74,7 +84,10 @@ def changes(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[st
             for where, changed in changes(value, f"{path}{key}."):
                 yield where, {**node, key: changed}
         elif key != "_target_":
-            yield f"{path}{key}", {**node, key: other(key, value)}
+            changed = {**node, key: other(key, value)}
+            if key == "energy" and node["_target_"].endswith("LowPass"):  # its unit energy would let the noise fall
+                changed["time"] = 1e-3
+            yield f"{path}{key}", changed
 
 
 def arguments(node: dict[str, Any], path: str = "") -> Iterator[str]:
