@@ -9,7 +9,6 @@ log mu, and once more at mu = 0, the mean intensity. Until it is measured, data 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 from dpm_scales.errors import require
 from dpm_scales.operators import HeatOperator
 from dpm_scales.schedules import is_number
+from dpm_scales.schedules.base import HIGHEST, LOWEST, on_log_knots
 
 KNOTS = 25
-LOWEST, HIGHEST = math.log(1e-5), math.log(20.0)
-"""From the lowest frequency of a side of 1000 px to the highest of any image."""
 
 _SMALLEST = 1e-6
 """Least power in units of white data: below it 8-bit images are rounded."""
@@ -53,13 +51,7 @@ class DataSpectrum(nn.Module):
 
     def forward(self, mu: Tensor) -> Tensor:
         """Return P(mu), float64, of the shape of mu."""
-        place = (mu.clamp(min=1e-30).log() - LOWEST) * ((KNOTS - 1) / (HIGHEST - LOWEST))
-        below = place.clamp(0, KNOTS - 2).floor()
-        part = (place - below).clamp(0, 1)
-        factors = self.log_factor.to(torch.float64)
-        index = below.long()
-        curve = torch.lerp(factors[1:][index], factors[1:][index + 1], part)
-        return self.variance * torch.exp(torch.where(mu > 0, curve, factors[0]))
+        return self.variance * torch.exp(on_log_knots(self.log_factor.to(torch.float64), mu))
 
     def on(self, mu: Tensor) -> Tensor:
         """Return P at an operator's eigenvalues; the data's variance if there is a single one, for all frequencies."""

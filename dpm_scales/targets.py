@@ -295,7 +295,7 @@ class Flow(_Mixed):
         super().check(process)
         t = torch.arange(1, process.num_scales + 1, dtype=torch.float64) / process.num_scales
         mu = torch.linspace(0, 1, 24, dtype=torch.float64) ** 3 * process.operator().largest
-        still = ~(self._speed(process, t, mu) > 0)
+        still = ~(process.flow_speed(t, mu, process.rates(t, mu)) > 0)
         require(
             not bool(still.any()),
             f"the flow target divides by the speed at which signal turns into noise, and {type(process).__name__} has "
@@ -312,29 +312,21 @@ class Flow(_Mixed):
     def regression_target(
         self, process: Process, operator: Operator, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor
     ) -> Tensor:
-        return operator.combine(
-            (lambda mu: process.rates(t, mu)[0], operator.to_white(x_0)), (lambda mu: process.rates(t, mu)[1], noise)
-        )
+        return operator.combine((lambda mu: process.rates(t, mu), [operator.to_white(x_0), noise]))
 
     def _mean(
         self, process: Process, operator: Operator, prediction: Tensor, y_t: Tensor, t: Tensor, s: Tensor
     ) -> Tensor:
-        def gain(mu: Tensor) -> Tensor:
-            return process.signal_scale(s, mu) / self._speed(process, t, mu)
+        def weights(mu: Tensor) -> tuple[Tensor, Tensor]:
+            rates = process.rates(t, mu)
+            gain = process.signal_scale(s, mu) / process.flow_speed(t, mu, rates)
+            return gain * rates[1], -gain * process.noise_scale(t, mu)
 
-        return operator.combine(
-            (lambda mu: gain(mu) * process.rates(t, mu)[1], y_t),
-            (lambda mu: -gain(mu) * process.noise_scale(t, mu), prediction),
-        )
+        return operator.combine((weights, [y_t, prediction]))
 
     def noise_errors_at(self, process: Process, t: Tensor, mu: Tensor) -> Tensor:
-        return (process.signal_scale(t, mu).clamp(min=1e-100) / self._speed(process, t, mu)) ** 2
-
-    @staticmethod
-    def _speed(process: Process, t: Tensor, mu: Tensor) -> Tensor:
-        """Return D."""
-        signal_rate, noise_rate = process.rates(t, mu)
-        return process.signal_scale(t, mu) * noise_rate - signal_rate * process.noise_scale(t, mu)
+        speed = process.flow_speed(t, mu, process.rates(t, mu))
+        return (process.signal_scale(t, mu).clamp(min=1e-100) / speed) ** 2
 
 
 class NextScale(Target):

@@ -149,8 +149,7 @@ class FlowLoss(LossWeight):
 
     def of_curves(self, process: Process, t: Tensor, mu: Tensor, variance: Tensor) -> Tensor:
         signal, noise = process.signal_scale(t, mu).clamp(min=_FAINT), process.noise_scale(t, mu)
-        signal_rate, noise_rate = process.rates(t, mu)
-        speed = signal * noise_rate - signal_rate * noise
+        speed = process.flow_speed(t, mu, process.rates(t, mu))
         return ((speed / noise) ** 2).clamp(max=self.max_weight) * (noise / signal) ** 2
 
     def of_noise(self, snr: Tensor, variance: Tensor) -> Tensor:

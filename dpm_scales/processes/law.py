@@ -139,7 +139,10 @@ class Process(Describable, nn.Module):
         noise.bind(num_scales)
         if blur is not None:
             blur.bind(num_scales)
-        self.bind_size(DEFAULT_SIZE)
+        if color is None:
+            self._check_curves()
+        else:
+            self.bind_size(DEFAULT_SIZE)
 
     def bind_size(self, size: tuple[int, int]) -> None:
         """Take the size (H, W) of the images, to which the energy of a colour refers; other processes ignore it.
@@ -149,6 +152,10 @@ class Process(Describable, nn.Module):
         """
         if self.color is not None:
             self.color.bind_spectrum(self._operator.eigenvalues(*size, self.color.spectrum.device))
+            self._check_curves()
+
+    def _check_curves(self) -> None:
+        """Note what the curves are like at the first and the last scale, and check them."""
         self._look_at_ends()
         self._check_consistency()
 
@@ -266,6 +273,11 @@ class Process(Describable, nn.Module):
 
         rates: tuple[Tensor, Tensor] = torch.func.jvp(curves, (t,), (torch.ones_like(t),))[1]
         return rates
+
+    def flow_speed(self, t: Scale, mu: Tensor, rates: tuple[Tensor, Tensor]) -> Tensor:
+        """Return D = lambda gamma' - lambda' gamma, the speed at which signal turns into noise, from the `rates`."""
+        signal_rate, noise_rate = rates
+        return self.signal_scale(t, mu) * noise_rate - signal_rate * self.noise_scale(t, mu)
 
     def signal_scale(self, t: Scale, mu: Tensor) -> Tensor:
         """Return lambda_t(mu), float64 (VDM: alpha_t, DDPM: sqrt of alpha-bar)."""

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, is_number, require, require_positive
 
+LOWEST, HIGHEST = math.log(1e-5), math.log(20.0)
+"""Ends of curves of log mu: from the lowest frequency of a side of 1000 px to the highest of any image."""
+
 
 def require_ordered(owner: object, low: str, low_value: float, high: str, high_value: float) -> None:
     require_positive(owner, **{low: low_value, high: high_value})
@@ -34,7 +37,34 @@ def numbers_of(owner: object, name: str, values: Sequence[float]) -> list[float]
     return [float(value) for value in numbers]
 
 
-class Schedule(Describable, nn.Module, ABC):
+def on_log_knots(values: Tensor, mu: Tensor) -> Tensor:
+    """Return a curve of mu, float64, linear between knots evenly spaced in log mu and constant beyond them.
+
+    Args:
+        values: ``(K + 1,)`` float64: the value at mu = 0, then those at K knots from `LOWEST` to `HIGHEST` in log mu.
+    """
+    knots = len(values) - 1
+    place = (mu.clamp(min=1e-30).log() - LOWEST) * ((knots - 1) / (HIGHEST - LOWEST))
+    below = place.clamp(0, knots - 2).floor()
+    index = below.long()
+    curve = torch.lerp(values[1:][index], values[1:][index + 1], (place - below).clamp(0, 1))
+    return torch.where(mu > 0, curve, values[0])
+
+
+class Float64Module(nn.Module):
+    """A module whose buffers follow a model to its device, but stay float64 when it is cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float64Module:
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class Schedule(Describable, Float64Module, ABC):
     """A curve of t. `bind` is called once by the process that owns it; lists are checked and tabulated there."""
 
     knots: Tensor
@@ -62,14 +92,6 @@ class Schedule(Describable, nn.Module, ABC):
         index = position.floor().clamp(max=self.num_scales - 1).long()
         # take: indexing with a 0-dim tensor would wait for the device
         return torch.lerp(self.knots.take(index), self.knots.take(index + 1), position - index)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Schedule:
-        """Follow a model to its device, but stay float64 when it is cast."""
-        knots = self._buffers.get("knots")
-        super()._apply(fn, recurse)
-        if knots is not None:
-            self.knots = knots.to(self.knots.device)
-        return self
 
     def _progress(self, t: Tensor) -> Tensor:
         """Return the position of t from 0 at k = 1 to 1 at t = 1; 1 if there is one scale only."""

@@ -26,11 +26,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpm_scales.describe import Describable
 from dpm_scales.errors import is_number, is_whole, require, require_choice, require_finite, require_positive
-from dpm_scales.schedules.base import numbers_of
+from dpm_scales.schedules.base import HIGHEST, LOWEST, Float64Module, numbers_of, on_log_knots
 
 ENERGIES = ("unit", "published")
 MAX_CONTRAST = 1e6
@@ -44,7 +44,7 @@ def frequency(mu: Tensor) -> Tensor:
     return mu.clamp(min=0).sqrt() / (2 * math.pi)
 
 
-class Color(Describable, nn.Module, ABC):
+class Color(Describable, Float64Module, ABC):
     """The spectrum of noise. A subclass defines `log_shape`.
 
     Args:
@@ -121,14 +121,6 @@ class Color(Describable, nn.Module, ABC):
     def fit(self, power: Power) -> None:  # noqa: B027 - most colours are formulas
         """Take the data's power P(mu), where the colour `learns`."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Color:
-        """Follow a model to its device, but stay float64 when it is cast."""
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            self._buffers[name] = buffer.to(self.spectrum.device)
-        return self
-
 
 class WhiteColor(Color):
     """WhiteColor noise: w = 1."""
@@ -169,7 +161,6 @@ class DataPower(Color):
 
     learns = True
     KNOTS = 48
-    LOWEST, HIGHEST = math.log(1e-5), math.log(20.0)
     log_power: Tensor
 
     def __init__(self, exponent: float = 0.5, energy: str = "unit") -> None:
@@ -181,7 +172,7 @@ class DataPower(Color):
     @torch.no_grad()
     def fit(self, power: Power) -> None:
         device = self.log_power.device
-        knots = torch.linspace(self.LOWEST, self.HIGHEST, self.KNOTS, dtype=torch.float64, device=device)
+        knots = torch.linspace(LOWEST, HIGHEST, self.KNOTS, dtype=torch.float64, device=device)
         mu = torch.cat([torch.zeros_like(knots[:1]), knots.exp()])
         self.log_power.copy_(power(mu).log())
         self.bind_spectrum(self.spectrum)
@@ -191,12 +182,7 @@ class DataPower(Color):
         self._measure()
 
     def log_shape(self, t: Tensor, mu: Tensor) -> Tensor:
-        place = (mu.clamp(min=1e-30).log() - self.LOWEST) * ((self.KNOTS - 1) / (self.HIGHEST - self.LOWEST))
-        place = place.clamp(0, self.KNOTS - 1)
-        below = place.clamp(max=self.KNOTS - 2).floor()
-        values, index = self.log_power.to(torch.float64), below.long() + 1
-        curve = torch.lerp(values[index], values[index + 1], place - below)
-        return self.exponent * torch.where(mu > 0, curve, values[0])
+        return self.exponent * on_log_knots(self.log_power.to(torch.float64), mu)
 
 
 class KernelColor(Color):
