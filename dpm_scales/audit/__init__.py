@@ -77,6 +77,6 @@ def _require_density(process: Process) -> None:
     silent = torch.isneginf(process.log_noise_scale(t, mu))
     require(
         bool((silent.all(-1) | ~silent.any(-1)).all()),
-        f"audit: the clock of {type(process).__name__} leaves frequencies without noise until they start, so its "
-        "images have no density to check; set process.clock.spread=0, or leave the clock out",
+        f"audit: {type(process).__name__} has frequencies without noise at scales where others have some, so its "
+        "images have no density to check; if that is by a clock, set process.clock.spread=0 or leave it out",
     )

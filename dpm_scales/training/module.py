@@ -109,6 +109,8 @@ class DiffusionModule(pl.LightningModule):
         self.bad_steps = self.bad_steps.to(self.device)
         if self._importance is not None:
             self._importance.state = self._importance.state.to(self.device)
+        if self._density is not None:
+            self._density.edges = self._density.edges.to(self.device)
 
     def on_train_start(self) -> None:
         """Apply this run's options, in place of those that a checkpoint has restored."""

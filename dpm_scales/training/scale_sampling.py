@@ -36,12 +36,11 @@ FLOOR = 0.05  # share of the density that stays uniform: no loss is weighted by 
 
 
 class DensityScales:
-    """Draws scales k / num_scales by a published density, from the table of its quantiles.
+    """Draws scales k / num_scales by a published density, on the device of `edges`, the table of its quantiles.
 
     Args:
         kind: "logit_normal", "log_normal" or "logsnr".
-        process: its noise schedule's levels gamma / lambda are those of the last two; those of colour and blur count
-            at the mean intensity alone.
+        process: the last two follow its gamma / lambda at mu = 0, that of the noise schedule under a colour or a clock.
         mean, std: of the normal densities; None for the published ones.
 
     Raises: UserError for parameters that the density does not have or that are out of range, and for a process whose
@@ -69,7 +68,7 @@ class DensityScales:
 
     def draw(self, even: Tensor) -> Tensor:
         """Return scales ``(B,)`` float64 from uniform numbers in [0, 1)."""
-        edges = self.edges.to(even.device)
+        edges = self.edges
         if self.kind == "logsnr":
             wanted = torch.lerp(edges[0], edges[-1], even)
         else:

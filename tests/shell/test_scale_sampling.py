@@ -254,3 +254,12 @@ def test_a_run_with_a_density_resumes_exactly(tmp_path: Path) -> None:
     assert_equal(checkpoint(whole)["state_dict"], checkpoint(part)["state_dict"])
     other = train(tmp_path / "other", *FAST)
     assert column(other, "train/loss") != column(whole, "train/loss")
+
+
+@pytest.mark.parametrize("kind", ["logit_normal", "logsnr"])
+def test_drawing_from_a_density_never_waits_for_the_device(kind: str) -> None:
+    scales = DensityScales(kind, VP(30))
+    with pretended_gpu():
+        scales.edges = scales.edges.to("cuda")
+        even = spread_evenly(torch.arange(8, device="cuda"), 8, 0.5)
+        assert scales.draw(even).device.type == "cuda"
