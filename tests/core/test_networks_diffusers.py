@@ -15,15 +15,9 @@ from dpm_scales.processes import VE, VP, Blurring
 from dpm_scales.samplers import Ancestral
 from dpm_scales.schedules import GeometricNoise
 from dpm_scales.targets import Clean, Noise, Target, Velocity
+from support.diffusers_folders import UNET
 from support.oracles import Answer, close, float64, images, pretended_gpu, refused
 
-UNET: dict[str, Any] = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
 FOURIER = {**UNET, "time_embedding_type": "fourier"}
 
 

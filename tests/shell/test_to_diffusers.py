@@ -15,17 +15,10 @@ from torch import Tensor
 
 from dpm_scales.models import Model, Recipe, build_model, export_diffusers, load_model
 from dpm_scales.samplers import DDIM, Ancestral
-from support.diffusers_folders import draws, in_float64, recorded, steps_of
+from support.diffusers_folders import UNET, draws, in_float64, recorded, steps_of
 from support.oracles import refused
 from support.shell import call, files
 
-UNET: dict[str, Any] = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
 FOURIER = {**UNET, "time_embedding_type": "fourier"}
 NOISE = {"_target_": "Noise", "scale_input": False}
 LINEAR = {"_target_": "LinearBeta", "ddpm_beta_min": 0.002, "ddpm_beta_max": 0.1}

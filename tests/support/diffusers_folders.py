@@ -18,6 +18,15 @@ from support.reference import Array
 
 SIZE = (8, 16)
 
+#: arguments of a small UNet2DModel, as a config has them
+UNET: dict[str, Any] = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
 
 def unet(**changes: Any) -> Any:
     """Build a U-Net of two levels with attention for rectangular images, with random weights everywhere."""
@@ -26,11 +35,7 @@ def unet(**changes: Any) -> Any:
         "sample_size": SIZE,
         "in_channels": 3,
         "out_channels": 3,
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
+        **UNET,
         "attention_head_dim": 8,
     }
     network = diffusers.UNet2DModel(**{**arguments, **changes})
