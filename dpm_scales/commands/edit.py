@@ -287,7 +287,8 @@ def _random_sampler(setup: Setup, repeats: int = 0) -> Sampler:
     process, model, steps = setup.process, setup.model, setup.cfg.steps
     if plain(setup.cfg.sampler).get("_target_") or not process.has_noise():
         return model.sampler
-    sampler = Ancestral(min(process.num_scales, max(1, EVALUATIONS // (1 + repeats))) if steps is None else steps)
+    number = min(process.num_scales, max(1, EVALUATIONS // (1 + repeats))) if steps is None else steps
+    sampler = Ancestral(number, noise_color=model.sampler.noise_color)
     sampler.check(setup.denoiser)
     return sampler
 

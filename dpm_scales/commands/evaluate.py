@@ -130,8 +130,8 @@ def _check(cfg: DictConfig) -> tuple[Metric, ...]:
     if cfg.samples is not None:
         for key, usual in {"steps": None, "labels": None, "guidance": 1, "weights": "averaged"}.items():
             require(cfg[key] == usual, f"{key} is for sampling a model, and samples={cfg.samples} are there already")
-        chosen = plain(cfg.sampler).get("_target_")
-        require(chosen is None, f"sampler is for sampling a model, and samples={cfg.samples} are there already")
+        chosen = [value for value in plain(cfg.sampler).values() if value is not None]
+        require(not chosen, f"sampler is for sampling a model, and samples={cfg.samples} are there already")
     return choose_metrics(cfg.measures, cfg.manifold_images)
 
 

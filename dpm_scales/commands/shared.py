@@ -20,6 +20,7 @@ from dpm_scales.cli.options import check_counts, guidance_settings, pick_device
 from dpm_scales.commands import sample_folder
 from dpm_scales.data.image_sets import read_images, size_of
 from dpm_scales.denoisers import Denoiser
+from dpm_scales.describe import Describable
 from dpm_scales.distributed import ranks as shards
 from dpm_scales.distributed.ranks import World
 from dpm_scales.errors import UserError, require, require_number
@@ -28,7 +29,8 @@ from dpm_scales.memory import require_memory
 from dpm_scales.models.generate import finished, label_cycle, sample_bytes, weights_digest, with_guidance
 from dpm_scales.models.instantiate import plain
 from dpm_scales.models.io import load_model
-from dpm_scales.models.model import Model
+from dpm_scales.models.model import Model, with_sampler
+from dpm_scales.models.parts import described
 from dpm_scales.processes import Process
 from dpm_scales.progress import progress_bar
 from dpm_scales.rng import CounterRNG
@@ -135,12 +137,14 @@ class Setup:
 
 
 def settings_of(sampler: Sampler) -> dict[str, Any]:
-    """Return a sampler's arguments as plain values."""
+    """Return a sampler's arguments as plain values; those that can't be described as they are."""
     settings: dict[str, Any] = {}
     for name in inspect.signature(type(sampler)).parameters:
         value = getattr(sampler, name, None)
         if isinstance(value, Sampler):
             value = {"name": type(value).__name__, **settings_of(value)}
+        elif isinstance(value, Describable):
+            value = described(value)
         elif isinstance(value, float) and not math.isfinite(value):
             value = str(value)
         settings[name] = value
@@ -152,6 +156,9 @@ def choose_model(cfg: DictConfig) -> Model:
     sampler = plain(cfg.sampler)
     chosen = sampler if sampler.get("_target_") else None
     model = load_model(str(cfg.model), cfg.weights, allow=plain(cfg.allow), sampler=chosen, steps=cfg.steps)
+    if chosen is None and sampler.get("noise_color") is not None:
+        own = model.recipe.parts["sampler"]
+        model = with_sampler(model, {**own, "noise_color": sampler["noise_color"]})
     return with_guidance(model, cfg.guidance, plain(cfg.guidance_interval), cfg.guidance_variable)
 
 
@@ -286,5 +293,8 @@ def enlargement(images: Tensor) -> int:
 
 
 def refuse_sampler(cfg: DictConfig, reason: str) -> None:
-    if plain(cfg.sampler).get("_target_"):
+    sampler = plain(cfg.sampler)
+    if sampler.get("_target_"):
         raise UserError(f"task={cfg.task} {reason}; drop sampler=, and set steps= for their number")
+    if sampler.get("noise_color") is not None:
+        raise UserError(f"task={cfg.task} {reason}; drop sampler/noise_color=")

@@ -143,7 +143,7 @@ class Resampling(Sampler):
 
     def __init__(self, sampler: Sampler, repeats: int) -> None:
         require(is_whole(repeats, 0), f"resample must be a whole number >= 0, got {repeats!r}")
-        super().__init__(sampler.steps, sampler.grid, sampler.rho)
+        super().__init__(sampler.steps, sampler.grid, sampler.rho, sampler.noise_color)
         self.sampler, self.repeats = sampler, repeats
 
     def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def plain(config: Any) -> Any:
 
 
 def read_config(file: Path, key: str) -> dict[str, Any]:
-    """Return one of the package's YAML files as resolved plain containers.
+    """Return one of the package's YAML files as resolved plain containers, without its list of other configs.
 
     Args:
         key: the option that names the file, for messages.
@@ -41,6 +41,7 @@ def read_config(file: Path, key: str) -> dict[str, Any]:
     needed = ", ".join(f"{file.parent.name}.{name}" for name in missing)
     require(not missing, f"{key}={file.stem} would need {needed}; give its folder or file: {key}=PATH")
     values: dict[str, Any] = plain(settings)
+    values.pop("defaults", None)
     return values
 
 

@@ -37,7 +37,7 @@ def export_diffusers(model: Parts, folder: str | Path, kind: str | None = None) 
 
     Args:
         kind: of a variance-preserving model, "ddpm" for the chain with noise or "ddim" for the one without; by default
-            that of the model's own sampler, "ddim" for a sampler without an equal there.
+            that of the model's own sampler, "ddim" for a sampler without an equal there, as one with a `noise_color`.
 
     Raises: UserError, before anything is written, for a model that diffusers can't express, with the reason.
     """
@@ -52,6 +52,8 @@ def export_diffusers(model: Parts, folder: str | Path, kind: str | None = None) 
     assert isinstance(network, DiffusersUNet)
     plain = process.blur is None and not process.has_context and process.operator().is_diagonal
     require(plain, f"the model {_NO}: its process is {type(process).__name__}, and diffusers has vp and ve")
+    white = process.color is None and process.clock is None
+    require(white, f"the model {_NO}: its noise has a colour or a clock, and that of diffusers is white and has none")
     require(
         model.recipe.num_classes is None,
         f"the model {_NO}: it takes labels, and diffusers' pipelines of UNet2DModel give none",
@@ -113,7 +115,7 @@ def _vp(model: Parts, kind: str | None) -> tuple[str, str, dict[str, Any]]:
         "trained_betas": betas.tolist(),
         "timestep_spacing": "trailing",
     }
-    ancestral = isinstance(sampler, Ancestral)
+    ancestral = isinstance(sampler, Ancestral) and sampler.noise_color is None
     if (kind or ("ddpm" if ancestral else "ddim")) == "ddim":
         return "DDIMPipeline", "DDIMScheduler", options
     large = isinstance(sampler, Ancestral) and sampler.variance is not None

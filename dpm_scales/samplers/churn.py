@@ -24,7 +24,6 @@ from torch import Tensor
 
 from dpm_scales.errors import require
 from dpm_scales.processes import Context, Process, Step
-from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers.grids import noise_level, scales_at
 from dpm_scales.schedules import is_number
 
@@ -66,11 +65,11 @@ class Churn:
         return torch.where((now >= self.s_min) & (now <= self.s_max), torch.maximum(higher, ts), ts)
 
     def add(
-        self, process: Process, y: Tensor, t: Tensor, t_hat: Tensor, noise: CounterRNG, context: Context = None
+        self, process: Process, y: Tensor, t: Tensor, t_hat: Tensor, noise: Tensor, context: Context = None
     ) -> Tensor:
-        """Draw y at t_hat from the transition from y at t, with its noise multiplied by s_noise."""
-        step, white = Step(process, t, t_hat), noise.normal(tuple(y.shape[1:]), y.dtype)
-        spread = (lambda mu: self.s_noise * step.transition_std(mu), white)
+        """Return y at t_hat by the transition from y at t, with its noise eps, `noise`, multiplied by s_noise."""
+        step = Step(process, t, t_hat)
+        spread = (lambda mu: self.s_noise * step.transition_std(mu), noise)
         return process.operator(context).combine((step.rho, y), spread)
 
 

@@ -16,8 +16,10 @@ from dpm_scales.errors import UserError, is_whole, require, require_choice
 from dpm_scales.operators import Operator
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Context, Process, Step
+from dpm_scales.processes.law import DEFAULT_SIZE
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers.churn import Churn
+from dpm_scales.samplers.color import StepColor, require_color
 from dpm_scales.samplers.grids import (
     GRIDS,
     karras_grid,
@@ -26,7 +28,7 @@ from dpm_scales.samplers.grids import (
     tables_of,
     uniform_grid,
 )
-from dpm_scales.schedules import require_positive
+from dpm_scales.schedules import Color, require_positive
 from dpm_scales.targets import NextScale
 
 OnStep = Callable[[int, Tensor], None]
@@ -56,6 +58,8 @@ class StepContext:
     past: deque[PastStep] = field(default_factory=lambda: deque(maxlen=0))
     #: number of steps after this one
     left: int = 0
+    #: of the noise that the step adds; None for white noise
+    color: StepColor | None = None
 
     @property
     def process(self) -> Process:
@@ -78,6 +82,11 @@ class StepContext:
         """Draw white noise of the shape and dtype of `like`."""
         return self.noise.normal(tuple(like.shape[1:]), like.dtype)
 
+    def added(self, like: Tensor) -> Tensor:
+        """Draw the noise eps' that the step adds: white noise, in the sampler's `noise_color`."""
+        white = self.white(like)
+        return white if self.color is None else self.color.tint(self.t, white)
+
 
 class Sampler(Describable, ABC):
     """Base of all samplers: the loop over pairs of scales. A subclass defines `step`.
@@ -86,6 +95,9 @@ class Sampler(Describable, ABC):
         steps: number of steps, at most the process's num_scales; None for all of them.
         grid: "uniform" in t, "quadratic" (in its root), "karras" (EDM's, in the noise level), "logsnr" (uniform in it).
         rho: exponent of the karras grid.
+        noise_color: of the noise that steps add, see `samplers.color`; inexact. None for white noise.
+
+    Raises: UserError for values out of range.
     """
 
     #: whether steps evaluate no scale but their own two, as a network that predicts the next scale only requires
@@ -94,12 +106,21 @@ class Sampler(Describable, ABC):
     memory = 0
     #: noise added before each step; None for none
     churn: Churn | None = None
+    noise_color: Color | None = None
 
-    def __init__(self, steps: int | None = None, grid: str = "uniform", rho: float = 7.0) -> None:
+    def __init__(
+        self,
+        steps: int | None = None,
+        grid: str = "uniform",
+        rho: float = 7.0,
+        noise_color: Color | None = None,
+    ) -> None:
         require(steps is None or is_whole(steps, 1), f"steps must be a whole number >= 1 or null, got {steps!r}")
         require_choice("grid", grid, GRIDS)
         require_positive(self, rho=rho)
-        self.steps, self.grid, self.rho = steps, grid, float(rho)
+        if noise_color is not None:
+            require_color(noise_color)
+        self.steps, self.grid, self.rho, self.noise_color = steps, grid, float(rho), noise_color
 
     @property
     def is_random(self) -> bool:
@@ -132,7 +153,21 @@ class Sampler(Describable, ABC):
                 )
             require(self.grid == "uniform", "the finer-scale target needs sampler.grid=uniform")
         denoiser.target.check_scales(denoiser.process, scales)
+        if self.noise_color is not None:
+            self._check_color(self.noise_color, denoiser)
         self._rehearse(denoiser, scales)
+
+    def _check_color(self, color: Color, denoiser: BaseDenoiser) -> None:
+        """Raise UserError for a colour of noise that is not added, and for one that vanishes or overflows."""
+        name, process = type(self).__name__, type(denoiser.process).__name__
+        without = "set noise_color=null"
+        require(
+            self.is_random,
+            f"noise_color colours the noise that steps add, and {name} adds none here; {without}, or take sampler="
+            "ancestral, ddim or dpmpp with sampler.eta=1, or heun with sampler.s_churn above 0",
+        )
+        require(denoiser.process.has_noise(), f"noise_color needs noise, and {process} has none; {without}")
+        StepColor(color, denoiser, DEFAULT_SIZE)
 
     def _rehearse(self, denoiser: BaseDenoiser, scales: Tensor) -> None:
         """Take all steps without a network, where an operator expands its functions: devices then wait for none.
@@ -196,13 +231,16 @@ class Sampler(Describable, ABC):
         if scales is None:
             scales = self.scales(process, y.device)
         churned = None if self.churn is None else self.churn.scales(process, scales)
+        color = None
+        if self.noise_color is not None:
+            color = StepColor(self.noise_color, denoiser, (y.shape[-2], y.shape[-1]), y.device)
         past: deque[PastStep] = deque(maxlen=self.memory)
         last = len(scales) - 2
         for i in range(last + 1):
-            t, s = scales[i], scales[i + 1]
-            if self.churn is not None and churned is not None:
-                y, t = self.churn.add(process, y, t, churned[i], noise, context), churned[i]
-            move = StepContext(denoiser, t, s, noise, context, labels, past, last - i)
+            t = scales[i] if churned is None else churned[i]
+            move = StepContext(denoiser, t, scales[i + 1], noise, context, labels, past, last - i, color)
+            if self.churn is not None:
+                y = self.churn.add(process, y, scales[i], t, move.added(y), context)
             m = move.predict_mean(y)
             y = self.step(move, y, m) if i < last else m
             if on_step is not None:

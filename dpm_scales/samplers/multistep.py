@@ -31,6 +31,7 @@ from dpm_scales.errors import is_whole, require
 from dpm_scales.processes import Process, Step
 from dpm_scales.samplers.loop import PastStep, StepContext
 from dpm_scales.samplers.one_step import DDIM
+from dpm_scales.schedules import Color
 
 _FAINT = 1e-3
 _SHORTEST = 1e-12  # h of a step below which a frequency does not change
@@ -52,9 +53,15 @@ class DPMSolver(DDIM):
     highest = 2
 
     def __init__(
-        self, eta: float = 0.0, steps: int | None = 20, grid: str = "logsnr", rho: float = 7.0, order: int = 2
+        self,
+        eta: float = 0.0,
+        steps: int | None = 20,
+        grid: str = "logsnr",
+        rho: float = 7.0,
+        order: int = 2,
+        noise_color: Color | None = None,
     ) -> None:
-        super().__init__(eta, steps, grid, rho)
+        super().__init__(eta, steps, grid, rho, noise_color)
         ok = is_whole(order, 1) and order <= self.highest
         require(ok, f"order must be a whole number from 1 to {self.highest}, got {order!r}")
         self.order = order
@@ -83,8 +90,15 @@ class UniPC(DPMSolver):
 
     highest = 3
 
-    def __init__(self, order: int = 2, steps: int | None = 20, grid: str = "logsnr", rho: float = 7.0) -> None:
-        super().__init__(0.0, steps, grid, rho, order)
+    def __init__(
+        self,
+        order: int = 2,
+        steps: int | None = 20,
+        grid: str = "logsnr",
+        rho: float = 7.0,
+        noise_color: Color | None = None,
+    ) -> None:
+        super().__init__(0.0, steps, grid, rho, order, noise_color)
         self.memory = order
 
     def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:

@@ -16,15 +16,22 @@ from dpm_scales.processes import Process, Step
 from dpm_scales.samplers.churn import Churn
 from dpm_scales.samplers.grids import tables_of
 from dpm_scales.samplers.loop import Sampler, StepContext
-from dpm_scales.schedules import is_number
+from dpm_scales.schedules import Color, is_number
 from dpm_scales.targets import MAX_DIVISION
 
 
 class DDIM(Sampler):
     """DDIM: deterministic at eta = 0 (the probability-flow ODE), the ancestral sampler at eta = 1."""
 
-    def __init__(self, eta: float = 0.0, steps: int | None = 50, grid: str = "uniform", rho: float = 7.0) -> None:
-        super().__init__(steps, grid, rho)
+    def __init__(
+        self,
+        eta: float = 0.0,
+        steps: int | None = 50,
+        grid: str = "uniform",
+        rho: float = 7.0,
+        noise_color: Color | None = None,
+    ) -> None:
+        super().__init__(steps, grid, rho, noise_color)
         require(is_number(eta) and 0 <= eta <= 1, f"eta must lie in [0, 1], got {eta!r}")
         self.eta = float(eta)
 
@@ -43,7 +50,7 @@ class DDIM(Sampler):
 
         terms: list[Term] = [(weights, [y, m])]
         if self.eta > 0:
-            terms.append((lambda mu: self._noise_std(step, mu), move.white(y)))
+            terms.append((lambda mu: self._noise_std(step, mu), move.added(y)))
         return move.operator.combine(*terms)
 
     def _noise_std(self, step: Step, mu: Tensor) -> Tensor:
@@ -63,9 +70,14 @@ class Ancestral(DDIM):
     variances = ("transition",)
 
     def __init__(
-        self, steps: int | None = None, grid: str = "uniform", rho: float = 7.0, variance: str | None = None
+        self,
+        steps: int | None = None,
+        grid: str = "uniform",
+        rho: float = 7.0,
+        variance: str | None = None,
+        noise_color: Color | None = None,
     ) -> None:
-        super().__init__(1.0, steps, grid, rho)
+        super().__init__(1.0, steps, grid, rho, noise_color)
         if variance is not None:
             require_choice("variance", variance, self.variances)
         self.variance = variance
@@ -108,8 +120,9 @@ class Heun(DDIM):
         s_min: float = 0.0,
         s_max: float | None = None,
         s_noise: float = 1.0,
+        noise_color: Color | None = None,
     ) -> None:
-        super().__init__(0.0, steps, grid, rho)
+        super().__init__(0.0, steps, grid, rho, noise_color)
         if variable is not None and variable not in self.variables:
             raise UserError(f"unknown variable {variable!r}: {suggest(str(variable), self.variables)}, or null")
         churn = Churn(s_churn, s_min, s_max, s_noise)
@@ -160,8 +173,14 @@ class Dissipation(Sampler):
         steps: None for all scales.
     """
 
-    def __init__(self, noise_ratio: float = 1.25, steps: int | None = None, grid: str = "uniform") -> None:
-        super().__init__(steps, grid)
+    def __init__(
+        self,
+        noise_ratio: float = 1.25,
+        steps: int | None = None,
+        grid: str = "uniform",
+        noise_color: Color | None = None,
+    ) -> None:
+        super().__init__(steps, grid, noise_color=noise_color)
         require(is_number(noise_ratio) and noise_ratio >= 0, f"noise_ratio must be >= 0, got {noise_ratio!r}")
         self.noise_ratio = float(noise_ratio)
 
@@ -170,7 +189,7 @@ class Dissipation(Sampler):
         return self.noise_ratio > 0
 
     def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
-        return m + self.noise_ratio * move.operator.apply(move.curves.noise_s, move.white(y))
+        return m + self.noise_ratio * move.operator.apply(move.curves.noise_s, move.added(y))
 
 
 class Cold(Sampler):
@@ -179,8 +198,8 @@ class Cold(Sampler):
     (Bansal et al. 2022, Algorithm 2; their Algorithm 1 is `Dissipation` with noise_ratio 0.)
     """
 
-    def __init__(self, steps: int | None = None, grid: str = "uniform") -> None:
-        super().__init__(steps, grid)
+    def __init__(self, steps: int | None = None, grid: str = "uniform", noise_color: Color | None = None) -> None:
+        super().__init__(steps, grid, noise_color=noise_color)
 
     @property
     def is_random(self) -> bool:

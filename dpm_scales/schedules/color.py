@@ -102,7 +102,14 @@ class Color(Describable, Float64Module, ABC):
         """
         self.spectrum = mu.flatten().to(torch.float64)
         self._measure()
-        ends = torch.linspace(0, 1, 9, dtype=torch.float64, device=mu.device)[1:]
+        self.contrast()
+
+    def contrast(self) -> float:
+        """Return the log of the largest ratio of w between two frequencies of the spectrum; 0 if w is the same for all.
+
+        Raises: UserError for a colour that vanishes or overflows there.
+        """
+        ends = torch.linspace(0, 1, 9, dtype=torch.float64, device=self.spectrum.device)[1:]
         shape = torch.stack([self.log_shape(t.reshape(1), self.spectrum).expand(self.spectrum.shape) for t in ends])
         finite, name = bool(torch.isfinite(shape).all()), type(self).__name__
         require(finite, f"{name}: the colour of the noise is zero or infinite at some frequency; lower its exponent")
@@ -112,6 +119,7 @@ class Color(Describable, Float64Module, ABC):
             f"{name}: the noise of one frequency is 1e{contrast / math.log(10):.0f} times that of another, at most "
             f"1e{math.log10(MAX_CONTRAST):.0f} is allowed; lower the colour's exponent",
         )
+        return contrast
 
     def _measure(self) -> None:
         """Compute the energy of a fixed colour, once for all t."""

@@ -130,7 +130,7 @@ def test_churned_euler_step_is_that_of_diffusers() -> None:
         white = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
         seen = scheduler.scale_model_input(x.float(), t)
         assert seen.shape == x.shape
-        y_hat = sampler.churn.add(process, y, scales[i], starts[i], ScriptedNoise([white.double()]))
+        y_hat = sampler.churn.add(process, y, scales[i], starts[i], white.double())
         m = denoiser.predict_mean(y_hat, starts[i], scales[i + 1])
         hat = float(process.noise_scale(starts[i], torch.zeros(1, 1).double()))
         # what their preconditioning makes of the network's answer is the estimate
@@ -165,11 +165,11 @@ def test_what_is_raised_has_the_law_of_the_coarser_scale(twin: Twin) -> None:
     for t, higher in zip(scales[1:-1].tolist(), starts[1:].tolist(), strict=True):
         signal, noise = curves(twin, t)
         signal_hat, noise_hat = curves(twin, higher)
-        zeros = ScriptedNoise([torch.zeros(1, 1, H, W).double()])
+        zeros = torch.zeros(1, 1, H, W).double()
         mean = churn.add(process, torch.from_numpy(pixels(signal * y_0)), float64(t), float64(higher), zeros)
         close(coefficients(mean.numpy()), signal_hat * y_0, 1e-9)
         moved = [
-            churn.add(process, y, float64(t), float64(higher), ScriptedNoise([white]))
+            churn.add(process, y, float64(t), float64(higher), white)
             for y, white in ((noise_scaled(noise), 0 * unit), (0 * unit, unit))
         ]
         covariance = sum((m := coefficients(v.numpy()).reshape(H * W, -1)).T @ m for v in moved)

@@ -106,11 +106,11 @@ def test_help_has_the_groups_of_its_command_alone() -> None:
         return [line.split(":")[0].strip() for line in text.splitlines() if ":" in line]
 
     inner = ["process/blur", "process/clock", "process/color", "process/noise"]
-    assert groups("sample") == ["sampler", "task"]
-    assert groups("evaluate") == ["sampler"]
+    assert groups("sample") == ["sampler", "sampler/noise_color", "task"]
+    assert groups("evaluate") == ["sampler", "sampler/noise_color"]
     assert groups("evolve") == ["task", "process", *inner]
-    expected = ["data", "process", *inner, "target", "weight", "prior", "network", "sampler", "trainer", "logger"]
-    assert groups("train") == [*expected, "experiment"]
+    outer = ["data", "process", *inner, "target", "weight", "prior", "network", "sampler", "sampler/noise_color"]
+    assert groups("train") == [*outer, "trainer", "logger", "experiment"]
     assert "process: blurring, blurring_chain" in help_of("train")
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from dpm_scales.data import ImageDataModule
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.distributed.fsdp import ShardedStrategy
+from dpm_scales.models.instantiate import plain
 from dpm_scales.priors import GaussianPrior, Prior
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Process, Spectral, Warm
 from dpm_scales.samplers import Sampler
@@ -33,7 +34,7 @@ from dpm_scales.weights import LossWeight
 from support.configs import choices, raw
 from support.shell import CONFIGS, composed, photos
 
-CURVES = ("process/noise", "process/blur", "process/color", "process/clock")
+CURVES = ("process/noise", "process/blur", "process/color", "process/clock", "sampler/noise_color")
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("experiment", "hydra"))
 
 
@@ -257,6 +258,23 @@ def test_samplers(name: str, entry: str) -> None:
         sampler = sampler(Denoiser(nn.Identity(), VP(), Clean()))
     assert isinstance(sampler, Sampler)
     assert len(sampler.scales(VP())) >= 2
+
+
+@pytest.mark.parametrize("name", choices("sampler/noise_color"))
+def test_noise_colors_are_those_of_processes(name: str) -> None:
+    """For every sampler, by the names and arguments of process/color, of unit energy."""
+    of_process = plain(composed(f"process/color={name}").process.color)
+    wanted = {key: "unit" if key == "energy" else value for key, value in of_process.items()}
+    for sampler in set(choices("sampler")) - {"model"}:
+        chosen = composed(f"sampler={sampler}", f"sampler/noise_color={name}").sampler
+        assert plain(chosen.noise_color) == wanted
+        made = instantiate(chosen)
+        made = made if isinstance(made, Sampler) else made(Denoiser(nn.Identity(), VP(), Clean()))
+        assert type(made.noise_color) is get_class(wanted["_target_"])
+    for entry in ("sample", "evaluate"):
+        chosen = composed(f"sampler/noise_color={name}", name=entry).sampler
+        assert chosen._target_ is None and plain(chosen.noise_color) == wanted
+    assert choices("process/color") == choices("sampler/noise_color")
 
 
 def test_sample_takes_the_models_own_sampler_by_default() -> None:

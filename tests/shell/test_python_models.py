@@ -85,6 +85,7 @@ NAMES = [
     *chosen("process/blur"),
     *chosen("process/color"),
     *chosen("process/clock"),
+    *("sampler=ancestral " + name for name in chosen("sampler/noise_color")),
     *chosen("target"),
     *chosen("network"),
     *(name for group in ("prior", "sampler", "weight") for name in chosen(group)),
@@ -93,9 +94,9 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_an_object_that_describes_itself_as_the_config_does(name: str) -> None:
-    group = name.partition("/")[0].partition("=")[0]
+    group, words = name.partition("/")[0].partition("=")[0], name.split()
     more = LISTS.get(name, ["process=heat"] if name.startswith("process/blur") else [])
-    settings = plain(composed(*more, name)[group])
+    settings = plain(composed(*more, *words)[group])
     if settings["_target_"] is None or settings.get("_partial_"):  # the target's own weight, and "auto"
         assert name in ("weight=target", "prior=auto", "sampler=auto", "sampler=model")
         return
@@ -130,6 +131,16 @@ CASES: dict[str, tuple[ds.Model, dict[str, Any], list[str]]] = {
         small(ds.VE(num_scales=50)),
         {"sampler": ds.Ancestral(steps=4, grid="quadratic"), "size": (4, 7)},
         ["sampler=ancestral", "sampler.grid=quadratic", "steps=4", "size=[4,7]"],
+    ),
+    "coloured": (
+        small(ds.Blurring(num_scales=40)),
+        {"sampler": ds.Ancestral(noise_color=ds.PowerLaw(0.1)), "steps": 3},
+        ["sampler=ancestral", "sampler/noise_color=power_law", "sampler.noise_color.exponent=0.1", "steps=3"],
+    ),
+    "own sampler, coloured": (
+        small(ds.Blurring(num_scales=40)),
+        {"sampler": ds.DPMSolver(1.0, 4, "uniform", noise_color=ds.PowerLaw(-0.2))},
+        ["sampler/noise_color=power_law", "sampler.noise_color.exponent=-0.2", "steps=4"],
     ),
     "steps": (small(), {"steps": 8}, ["steps=8"]),
     "classes": (

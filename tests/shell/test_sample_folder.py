@@ -173,6 +173,49 @@ def test_another_command_is_refused_and_named(
     assert line.endswith("choose another out, or set overwrite=true\n")
 
 
+COLOR = ("sampler=ancestral", "sampler/noise_color=power_law")
+
+
+def test_a_color_of_the_noise_is_recorded_and_another_one_refused(desk: Path, tmp_path: Path) -> None:
+    out = sample(desk / "a", tmp_path / "out", *FEW, *COLOR, "sampler.noise_color.exponent=0.1")
+    settings = record(out)["sampler_settings"]["noise_color"]
+    assert settings["_target_"] == "dpm_scales.schedules.PowerLaw" and settings["exponent"] == 0.1
+    whole = files(out)
+    assert files(sample(desk / "a", out, *FEW, *COLOR, "sampler.noise_color.exponent=0.1")) == whole
+    line = refusal(desk, out, "model=a", *FEW, *COLOR, "sampler.noise_color.exponent=0.2")
+    assert "sampler_settings.noise_color.exponent is 0.1 there and 0.2 here" in line
+    assert "noise_color" in refusal(desk, out, "model=a", *FEW, "sampler=ancestral")
+    white = sample(desk / "a", tmp_path / "white", *FEW, "sampler=ancestral")
+    assert drawn(white) != drawn(out)
+    named = sample(desk / "a", tmp_path / "named", *FEW, "sampler=ancestral", "sampler/noise_color=white")
+    assert drawn(named) == drawn(white)
+    # a record from before there were colours
+    values = record(white)
+    del values["sampler_settings"]["noise_color"]
+    (white / "sample.json").write_text(json.dumps(values))
+    sample(desk / "a", white, *FEW, "sampler=ancestral")
+    assert drawn(named) == drawn(white)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("sampler/noise_color=power_law",), ("Heun adds none", "noise_color=null")),
+        (("sampler=unipc", "sampler/noise_color=power_law"), ("UniPC adds none", "sampler=ancestral")),
+        ((*COLOR, "sampler.noise_color.energy=published"), ("energy='published'", "energy=unit")),
+        ((*COLOR, "sampler.noise_color.exponent=90"), ("PowerLaw", "exponent")),
+        (("sampler=ancestral", "sampler.noise_color=pink"), ("noise_color='pink'", "no colour")),
+        (("sampler=ancestral", "sampler/noise_color=pink"), ("sampler/noise_color", "pink")),
+    ],
+)
+def test_colors_that_can_not_be_are_one_line(
+    options: tuple[str, ...], words: tuple[str, ...], desk: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    line = refusal(desk, tmp_path / "out", "model=a", *FEW, *options)
+    assert all(word in line for word in words), line
+
+
 def test_labels_and_guidance_make_another_command(desk: Path, tmp_path: Path) -> None:
     out = sample(desk / "classes", tmp_path / "out", *FEW)
     assert "labels is [0, 1, 2] there and [1] here" in refusal(desk, out, "model=classes", *FEW, "labels=1")

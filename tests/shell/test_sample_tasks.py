@@ -240,6 +240,17 @@ def test_the_lower_the_branch_the_more_is_shared(desk: Path, tmp_path: Path) -> 
     assert spreads[1] < 0.7 * spreads[0], spreads
 
 
+def test_the_noise_of_an_edit_may_have_a_color(desk: Path, tmp_path: Path) -> None:
+    """Of the sampler that a task takes by itself too, and of repeated steps."""
+    options = ("task=inpaint", "model=blurring", "image=a.png", "mask=m.png", "num_samples=1", "resample=1")
+    colored = (*options, "sampler/noise_color=power_law")
+    for name, command in (("white", options), ("colored", colored)):
+        edit(desk, tmp_path / name, *command)
+    assert np.any(numbered(tmp_path / "white") != numbered(tmp_path / "colored"))
+    settings = json.loads((tmp_path / "colored" / "sample.json").read_text())["sampler_settings"]["sampler"]
+    assert settings["name"] == "Ancestral" and settings["noise_color"]["exponent"] == 0.5
+
+
 def test_degrading_first_tells_how_near_the_results_come(desk: Path, tmp_path: Path) -> None:
     """Three columns of what there was, and a ratio in dB; from the scale of the blur where heat can start there."""
     for process, note in (("vp", "each estimate bent"), ("heat", r"from t=[\d.]+, a blur of [\d.]+ px")):
@@ -300,6 +311,7 @@ MISTAKES = {
     INTERPOLATE + "frames=1": "frames must be a whole number >= 2, got 1",
     INTERPOLATE + "num_samples=2": "through=flow leads to one sequence for each pair",
     INTERPOLATE + "sampler=heun": "follows the probability flow by DDIM steps; drop sampler=",
+    INTERPOLATE.replace("vp", "blurring") + "sampler/noise_color=kernel": "DDIM steps; drop sampler/noise_color=",
     COARSE + "branch_at=2": r"branch_at must be a scale in \(0, 1\], got 2",
     COARSE + "branch_at=0.01 steps=4": "branch_at=0.01 leaves no steps to differ in",
     COARSE + "sampler=heun": "sampler Heun draws no noise on its way",

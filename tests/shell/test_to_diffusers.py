@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpm_scales.models import Model, Recipe, build_model, export_diffusers, load_model
 from dpm_scales.samplers import DDIM, Ancestral
+from dpm_scales.schedules import PowerLaw
 from support.diffusers_folders import UNET, draws, in_float64, recorded, steps_of
 from support.oracles import refused
 from support.shell import call, files
@@ -192,6 +193,14 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert worst(steps_of(again, noise, 25), steps_of(ve, noise, 25)) < 1e-12
 
 
+def test_a_sampler_with_a_color_has_no_equal_there(tmp_path: Path) -> None:
+    chosen = model(target=TARGETS["v_prediction"])
+    for color, pipeline in ((None, "DDPMPipeline"), (PowerLaw(0.3), "DDIMPipeline")):
+        chosen.sampler = Ancestral(noise_color=color)
+        export_diffusers(chosen, tmp_path)
+        assert type(pipeline_of(tmp_path)).__name__ == pipeline
+
+
 def test_a_trained_run_is_exported(tmp_path: Path) -> None:
     network = [f"network.unet.{key}={json.dumps(value).replace(chr(34), '')}" for key, value in UNET.items()]
     model_options = ("process.num_scales=20", "target=noise", "target.scale_input=false", "sampler=ddim")
@@ -214,11 +223,13 @@ def test_a_trained_run_is_exported(tmp_path: Path) -> None:
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 HEAT = {"_target_": "Blurring", "num_scales": 25}
+COLORED = {"_target_": "VP", "num_scales": 25, "color": {"_target_": "dpm_scales.schedules.PowerLaw"}}
 OWN = {"_target_": "UNet", "widths": [8], "blocks_per_level": 1, "attention_levels": [], "embedding_dim": 8}
 NEXT = {"_target_": "NextScale"}
 REFUSED: dict[str, tuple[dict[str, Any], str | None, tuple[str, ...]]] = {
     "network": ({"network": OWN}, None, ("its network is UNet", "network=diffusers_unet")),
     "blur": ({"process": HEAT, "target": NOISE}, None, ("its process is Blurring", "vp and ve")),
+    "colour": ({"process": COLORED}, None, ("its noise has a colour",)),
     "labels": ({"num_classes": 3}, None, ("it takes labels",)),
     "scales": ({"network": {**NETWORK, "num_scales": 9}}, None, ("network.num_scales=9", "process.num_scales=25")),
     "target": ({"target": NEXT}, None, ("no name for the target NextScale",)),
