@@ -18,7 +18,8 @@ from dpm_scales.memory import require_memory
 from dpm_scales.moments import moments
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context, Process
-from dpm_scales.rng import Randomness, white_noise
+from dpm_scales.processes.pairing import nearest_noise
+from dpm_scales.rng import Randomness
 from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Target
 from dpm_scales.weights import LossWeight
@@ -143,6 +144,7 @@ class Denoiser(TargetDenoiser):
         generator: Randomness = None,
         context: Context = None,
         loss_weight: LossWeight | None = None,
+        candidates: int = 1,
     ) -> Tensor:
         """Return the weighted squared error, averaged over each image: ``(B,)``.
 
@@ -150,13 +152,15 @@ class Denoiser(TargetDenoiser):
             x_0: ``(B, C, H, W)`` in the process's value range.
             t: ``(B,)`` in (0, 1].
             loss_weight: None for the target's own.
+            candidates: noises drawn for each image, of which it gets the nearest, see `processes.pairing`.
         """
         if context is None:
             context = self.process.context(x_0, generator)
         operator = self.process.operator(context)
         t = t.to(torch.float64)
-        noise = white_noise(x_0, generator)
-        y_t = self.process.perturb(operator.to_white(x_0), t, noise, operator)
+        y_0 = operator.to_white(x_0)
+        noise = nearest_noise(self.process, operator, y_0, t, generator, candidates)
+        y_t = self.process.perturb(y_0, t, noise, operator)
         x_t = operator.to_pixels(y_t)
         truth = self.target.regression_target(self.process, operator, x_0, x_t, noise, t)
         prediction, weight = self._predict(operator, y_t, t, context, labels)

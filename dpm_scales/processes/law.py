@@ -239,6 +239,13 @@ class Process(Describable, nn.Module):
         log_scale, _ = self.noise(t)
         return Decay(log_scale, None if self.blur is None else self.blur(t), self.min_decay)
 
+    def white_signal(self, t: Scale) -> SpectralFunction:
+        """Return w_t^-1 lambda_t, the mean where the noise is made white: w_t(mu) is its colour."""
+        t, signal, color = self._scale(t), self.signal(t), self.color
+        if color is None:
+            return signal
+        return LogCurve(lambda mu: signal.log(mu) - color.log(batch_view(t, mu), mu))
+
     def _log_signal(self, t: Tensor, mu: Tensor) -> Tensor:
         """Return log lambda_t(mu) where it is no `Decay`."""
         time = self._time(t, mu)

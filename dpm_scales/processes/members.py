@@ -26,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dpm_scales.operators import HeatOperator, Operator, PixelOperator
+from dpm_scales.operators import HeatOperator, LogCurve, Operator, PixelOperator, SpectralFunction
 from dpm_scales.processes.law import Process, Scale, as_scale
 from dpm_scales.schedules import (
     BlurSchedule,
@@ -228,6 +228,11 @@ class BlurringChain(Process):
         super().__init__(
             HeatOperator(spectrum), num_scales, NoNoise(), LogBlur() if blur is None else blur, value_range=value_range
         )
+
+    def white_signal(self, t: Scale) -> SpectralFunction:
+        """Return w_t^-1 lambda_t with w_t = gamma_t(mu) / gamma_t(0): the chain's blur colours its noise."""
+        t, signal = self._scale(t), self.signal(t)
+        return LogCurve(lambda mu: signal.log(mu) - self.log_noise_scale(t, mu) + self.log_noise_scale(t, 0 * mu))
 
     def log_noise_scale(self, t: Scale, mu: Tensor) -> Tensor:
         assert self.blur is not None

@@ -18,6 +18,7 @@ from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.images import to_range
 from dpm_scales.models.model import Model
 from dpm_scales.rng import CounterRNG
+from dpm_scales.training.pairing import candidates_of
 from dpm_scales.training.scale_sampling import SCALE_SAMPLINGS, DensityScales, ImportanceScales, check_density
 from dpm_scales.weights import LossWeight
 
@@ -44,6 +45,9 @@ class DiffusionModule(pl.LightningModule):
             often, weighted less; see `training.scale_sampling`.
         scale_mean, scale_std: of the normal densities; None for the published ones.
         loss_weight: weight of each scale in the training loss; None for the target's own, which validation always uses.
+        pairing: "nearest" gives each image the nearest of several noises, as they are no longer independent then;
+            validation pairs nothing.
+        candidates: number of these noises; None for 8.
         seed: of scales and noise, which are functions of (seed, batch number, image): a resumed run draws the same, and
             so does any number of ranks. Dropout differs between ranks.
         compile_network: whether to compile the network.
@@ -65,6 +69,8 @@ class DiffusionModule(pl.LightningModule):
         loss_weight: LossWeight | None = None,
         scale_mean: float | None = None,
         scale_std: float | None = None,
+        pairing: str = "none",
+        candidates: int | None = None,
     ) -> None:
         super().__init__()
         require_number("optimizer.learning_rate", learning_rate, 0)
@@ -77,6 +83,7 @@ class DiffusionModule(pl.LightningModule):
         require(scale_sampling in SCALE_SAMPLINGS, f"unknown scale_sampling {scale_sampling!r}: {known}")
         if loss_weight is not None:
             loss_weight.check(model.denoiser.process, model.denoiser.target)
+        self.candidates = candidates_of(pairing, candidates, model.denoiser.process)
         self.model = model
         self.learning_rate, self.warmup_steps, self.decay = learning_rate, warmup_steps, decay
         self.betas, self.weight_decay = (betas[0], betas[1]), weight_decay
@@ -135,13 +142,13 @@ class DiffusionModule(pl.LightningModule):
 
     def _loss(self, x_0: Tensor, even: Tensor, labels: Tensor | None, noise: CounterRNG) -> Tensor:
         """Return the training loss, ``()``, at scales drawn from uniform numbers `even` ``(B,)``."""
-        denoiser, weight = self.parts.denoiser, self.loss_weight
+        denoiser, weight, candidates = self.parts.denoiser, self.loss_weight, self.candidates
         if self._importance is None:
             drawn = self._density
             t = uniform_scales(even, denoiser.process.num_scales) if drawn is None else drawn.draw(even)
-            return denoiser.loss(x_0, t, labels, noise, loss_weight=weight).mean()
+            return denoiser.loss(x_0, t, labels, noise, loss_weight=weight, candidates=candidates).mean()
         t, importance = self._importance.draw(even)
-        losses = denoiser.loss(x_0, t, labels, noise, loss_weight=weight)
+        losses = denoiser.loss(x_0, t, labels, noise, loss_weight=weight, candidates=candidates)
         observed = self._importance.observe(t, losses)
         # summed over ranks, so that all continue with the same density
         self._importance.update(cast(Tensor, self.trainer.strategy.reduce(observed, reduce_op="sum")))

@@ -74,6 +74,8 @@ RULES = {
     "scale_sampling": Rule(TAKES, "`importance` starts from a uniform density"),
     "scale_mean": Rule(TAKES),
     "scale_std": Rule(TAKES),
+    "training.pairing": Rule(TAKES, "`train/loss` is not comparable before and after; `val/loss` is"),
+    "training.candidates": Rule(TAKES, "as for `training.pairing`"),
     "seed": Rule(
         WARNED,
         "scales, noise (also of validation) and sample grids are drawn from the new seed; the weights and the order of "

@@ -169,6 +169,8 @@ def train_model(
         scale_sampling=cfg.scale_sampling,
         scale_mean=cfg.scale_mean,
         scale_std=cfg.scale_std,
+        pairing=cfg.training.pairing,
+        candidates=cfg.training.candidates,
         loss_weight=None if cfg.weight.get("_target_") is None else build(cfg.weight, LossWeight, "weight"),
         **optimizer,
     )

@@ -21,11 +21,15 @@ from dpm_scales.training.module import BANDS, MOST_STEPS
 PRECISIONS = {"32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
 
 
+SECTIONS = ("optimizer", "training", "ema", "checkpoint", "samples", "evaluation")
+"""Sections of configs/train.yaml that are no config groups."""
+
+
 def check_keys(cfg: DictConfig) -> None:
     """Raise UserError for keys that nothing reads: Hydra lets an experiment file add any."""
     known = yaml.safe_load((CONFIGS / "train.yaml").read_text())
     read = {"": [*PARTS, "data", "weight", "trainer", "logger", *known]}
-    read |= {section: list(known[section]) for section in ("optimizer", "ema", "checkpoint", "samples", "evaluation")}
+    read |= {section: list(known[section]) for section in SECTIONS}
     for section, names in read.items():
         kind = f"{section} holds options, {section}.NAME=VALUE, and is none itself: got {section}={cfg.get(section)}"
         require(not section or OmegaConf.is_dict(cfg.get(section)), kind)

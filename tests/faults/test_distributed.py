@@ -45,7 +45,7 @@ from support.shell import (
 OPTIONS = (
     *(*SMALL, "optimizer.learning_rate=0.002", "optimizer.warmup_steps=0"),
     *("trainer.max_steps=20", "trainer.limit_val_batches=1.0", "trainer.val_check_interval=10"),
-    *("checkpoint.every_n_steps=2", "sampler.steps=2"),
+    *("checkpoint.every_n_steps=2", "sampler.steps=2", "training.pairing=nearest", "training.candidates=2"),
 )
 STEPS, VALIDATIONS = 20, 2
 STATES = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "bad_steps")

@@ -96,6 +96,8 @@ TAKEN = {
     "scale_sampling": "logit_normal",
     "scale_mean": "0.5",
     "scale_std": "0.7",
+    "training.pairing": "nearest",
+    "training.candidates": "4",
     "objective": "seconds",
     "compile": "true",
     "channels_last": "false",
