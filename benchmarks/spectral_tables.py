@@ -1,0 +1,197 @@
+"""Draw tables and plots of the comparison of processes from its finished rows, see `benchmarks.spectral`.
+
+    python -m benchmarks.spectral_tables runs/spectral runs/other --out docs/leaderboard
+
+writes, for the rows of all folders together,
+
+    rows.csv         a line for each row, seed and kind of samples, with machine, commit and date
+    table.md         quality at each number of evaluations, by the better of DPM-Solver++(2M) and its SDE
+    evaluations.png  quality against evaluations
+    blur.png         against the ratio of blur to noise, if rows of that group are finished
+    color.png        against the exponent of the noise's spectrum, likewise
+
+Several seeds appear as their mean and half of their range. Rows of an earlier rows.csv in --out are kept unless the
+folders hold the same row, so that machines can add theirs to one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpm_scales import plots
+from dpm_scales.errors import require
+from dpm_scales.storage import write_text
+from dpm_scales.tables import csv_text
+
+Row = dict[str, Any]
+KEY = ("set", "budget", "row", "options", "shared", "seed", "sampler", "asked")
+"""What distinguishes two lines of rows.csv."""
+LETTERS = {"2m": "", "sde": " ˢ"}
+GROUPS = {"blur": (r"warm b=(.+)", "blur σ in px per unit of noise, b"), "color": (r"power_law a=(.+)", "exponent α")}
+
+
+def read_rows(folders: Sequence[Path]) -> list[Row]:
+    """Return a line for each row, seed and kind of samples that the folders hold, and for the real images."""
+    lines: list[Row] = []
+    for path in sorted(path for folder in folders for path in folder.glob("*/seed*/row.json")):
+        row = json.loads(path.read_text())
+        samples = row.pop("samples")
+        lines += [row | entry for entry in samples]
+    for folder in folders:
+        if (folder / "real.json").is_file() and lines:
+            first = next(line for line in lines)
+            head = {"row": "real images", "set": first["set"], "budget": "", "sampler": "", "asked": 0, "seed": 0}
+            lines.append(head | json.loads((folder / "real.json").read_text()))
+    return lines
+
+
+def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """Return the lines of both; of two with the same `KEY` the new one."""
+    found = {tuple(str(line.get(key, "")) for key in KEY): line for line in [*old, *new]}
+    return list(found.values())
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return "mean ± half of the range" in three digits, or the single value."""
+    mean, half = float(np.mean(values)), (max(values) - min(values)) / 2
+    return _three(mean) if len(values) == 1 else f"{_three(mean)} ± {_three(half)}"
+
+
+def _three(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def quality(lines: Sequence[Row], row: str, asked: int) -> tuple[str, list[float]]:
+    """Return the better solver of `asked` evaluations for a row, by its mean over seeds, and the distances by seed."""
+    by_solver: dict[str, list[float]] = {}
+    for line in lines:
+        if line["row"] == row and int(line["asked"]) == asked and (line["sampler"] == "auto") == (asked == 0):
+            by_solver.setdefault(line["sampler"], []).append(float(line["fd"]))
+    if not by_solver:
+        return "", []
+    return min(by_solver.items(), key=lambda item: float(np.mean(item[1])))
+
+
+def table(lines: Sequence[Row], figure: str) -> str:
+    """Return a Markdown table of one image set and budget, the best row by its own sampler first."""
+    numbers = sorted({int(line["asked"]) for line in lines} - {0})
+    names = list(dict.fromkeys(line["row"] for line in lines if line["row"] != "real images"))
+    names.sort(key=lambda name: float(np.mean(quality(lines, name, 0)[1] or [np.inf])))
+    heads = ["process", "seeds", "input", *map(str, numbers), "`auto`", "training s", "ms / image", "commit, date"]
+    text = [
+        f"{figure}, lower is better; ˢ: by the SDE solver.\n",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+    ]
+    for name in names:
+        own = [line for line in lines if line["row"] == name]
+        first, auto = own[0], [line for line in own if line["sampler"] == "auto"]
+        cells = []
+        for number in (*numbers, 0):
+            solver, values = quality(lines, name, number)
+            cells.append(f"{spread(values)}{LETTERS.get(solver, '')}" if values else "")
+        by_seed = {line["seed"]: float(line["training_cpu_seconds"]) for line in own}
+        each = [1e3 * float(line["seconds"]) / int(line["number"]) for line in auto]
+        cells += [f"{np.mean(list(by_seed.values())):.0f}", f"{np.mean(each):.0f}" if each else ""]
+        where = f"{first['commit']}, {first['date']}"
+        text.append(f"| {name} | {len(by_seed)} | {first['preconditioning']} | {' | '.join(cells)} | {where} |")
+    for line in lines:
+        if line["row"] == "real images":
+            gaps = " |" * (len(numbers))
+            text.append(f"| real images, n = {line['number']} | | |{gaps} {_three(float(line['fd']))} | | | |")
+    return "\n".join(text) + "\n"
+
+
+def plot_evaluations(lines: Sequence[Row], figure: str, path: Path) -> None:
+    """Plot quality against evaluations, a line for each process."""
+    names = [name for name in dict.fromkeys(line["row"] for line in lines) if _plain(name)]
+    numbers = sorted({int(line["asked"]) for line in lines} - {0})
+    if not names or not numbers:
+        return
+    styles = plots.looks(names)
+    with plots.figure(path, 6.6, 4.2) as (drawing, axes):
+        for name in names:
+            points = [(n, np.mean(quality(lines, name, n)[1])) for n in numbers if quality(lines, name, n)[1]]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, **styles[name].line())
+        _finish(axes, figure, lines)
+        axes.set(xscale="log", xlabel="evaluations of the network")
+        axes.set_xticks(numbers, labels=map(str, numbers))
+        axes.minorticks_off()
+        plots.legend(drawing, [axes])
+
+
+def plot_group(lines: Sequence[Row], group: str, figure: str, path: Path) -> None:
+    """Plot quality against the number in the names of a group, for 20 evaluations and the model's own sampler."""
+    pattern, label = GROUPS[group]
+    found = {line["row"]: re.fullmatch(pattern, line["row"]) for line in lines}
+    values = sorted((float(match[1]), row) for row, match in found.items() if match)
+    if len(values) < 2:
+        return
+    asked = [number for number in (10, 20, 0) if any(quality(lines, row, number)[1] for _, row in values)]
+    with plots.figure(path, 5.2, 3.6) as (_, axes):
+        for i, number in enumerate(asked):
+            points = [(x, quality(lines, row, number)[1]) for x, row in values if quality(lines, row, number)[1]]
+            xs, means = [x for x, _ in points], [float(np.mean(v)) for _, v in points]
+            halves = [(max(v) - min(v)) / 2 for _, v in points]
+            name = f"{number} evaluations" if number else "sampler=auto"
+            look = {"color": plots.COLOURS[i], "marker": plots.MARKERS[i], "linestyle": plots.DASHES[i]}
+            axes.errorbar(xs, means, yerr=halves, label=name, capsize=2, **look)
+        _finish(axes, figure, lines)
+        axes.set(xlabel=label)
+        if group == "blur":
+            axes.set_xscale("symlog", linthresh=0.25)
+            axes.set_xticks([x for x, _ in values], labels=[f"{x:g}" for x, _ in values])
+        axes.legend()
+
+
+def _plain(name: str) -> bool:
+    return name != "real images" and not any(re.fullmatch(pattern, name) for pattern, _ in GROUPS.values())
+
+
+def _finish(axes: Any, figure: str, lines: Sequence[Row]) -> None:
+    axes.set_yscale("log")
+    axes.set_ylabel(figure)
+    for line in lines:
+        if line["row"] == "real images":
+            axes.axhline(float(line["fd"]), color="grey", linewidth=0.8)
+
+
+def write_tables(out: Path, figure: str, folders: Sequence[Path] | None = None) -> None:
+    """Write rows.csv, table.md and the plots of the rows in `folders`, by default in `out`."""
+    path = out / "rows.csv"
+    old = list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() and folders is not None else []
+    lines = merged(old, read_rows([out] if folders is None else folders))
+    if not lines:
+        return
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    write_text(path, csv_text(columns, lines))
+    write_text(out / "table.md", table(lines, figure))
+    plot_evaluations(lines, figure, out / "evaluations.png")
+    for group in GROUPS:
+        plot_group(lines, group, figure, out / f"{group}.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw tables and plots from finished rows.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--figure", default="FD", help="label of the distance")
+    options = parser.parse_args(arguments)
+    for folder in options.folders:
+        require(folder.is_dir(), f"{folder} is no folder; give those that benchmarks.spectral wrote")
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_tables(options.out, options.figure, options.folders)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The comparison of processes: which rows run, how they resume, and what the tables say of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import spectral, spectral_tables
+from benchmarks.image_sets import IMAGE_SETS, ImageSet
+from dpm_scales.errors import UserError
+from tests.support.shell import CONFIGS, call, composed
+
+
+class Means(ImageSet):
+    """Digits; the distance is the mean intensity."""
+
+    name, network, batch_size, quality = "means", "tiny", 4, "mean"
+
+    def overrides(self) -> list[str]:
+        return ["data=digits", "network.widths=[4]", "network.attention_levels=[]", "trainer.enable_progress_bar=false"]
+
+    def report(self, images: np.ndarray[Any, Any]) -> dict[str, float]:
+        return {"fd": float(images.mean())}
+
+    def real(self, number: int) -> dict[str, float]:
+        return {"fd": 70.0}
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Train in this process; return the list of runs that were."""
+    runs: list[str] = []
+
+    def train(overrides: list[str]) -> tuple[float, float]:
+        outcome = call("train.py", *overrides, cwd=Path.cwd())
+        if outcome.status:
+            raise UserError(outcome.err)
+        runs.append(next(option for option in overrides if option.startswith("run_dir=")))
+        return 1.0, 2.0
+
+    monkeypatch.setattr(spectral, "_train", train)
+    monkeypatch.setitem(IMAGE_SETS, "means", Means)
+    return runs
+
+
+COMMON = ("--set", "means", "--images", "8", "--number", "3", "--evaluations", "2", "3")
+
+
+def test_rows_run_once_and_are_shared(
+    trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*COMMON, "--out", str(tmp_path), "--rows", "vp", "--row", "own=process=heat process.num_scales=20"]
+    spectral.main([*arguments, "--seeds", "0"])
+    assert len(trained) == 2
+    vp = json.loads((tmp_path / "vp/seed0/row.json").read_text())
+    kinds = [("2m", 2), ("2m", 3), ("sde", 2), ("sde", 3), ("auto", 0)]
+    assert [(entry["sampler"], entry["asked"]) for entry in vp["samples"]] == kinds
+    assert [entry["evaluations"] for entry in vp["samples"]] == [2, 3, 2, 3, 35]
+    assert vp["steps"] == 2 and vp["images"] == 8 and vp["training_cpu_seconds"] == 2.0
+    own = json.loads((tmp_path / "own/seed0/row.json").read_text())
+    assert own["preconditioning"] == "wiener"
+    assert {entry["sampler"] for entry in own["samples"]} == {"sde", "auto"}  # the noise is constant
+
+    before = {path: path.read_bytes() for path in tmp_path.rglob("row.json")}
+    spectral.main([*arguments, "--seeds", "0"])
+    assert len(trained) == 2 and before == {path: path.read_bytes() for path in before}
+
+    # samples that are missing are drawn from the same weights, and equal those that were lost
+    vp_file = tmp_path / "vp/seed0/row.json"
+    vp_file.write_text(json.dumps(vp | {"samples": vp["samples"][:3]}))
+    free = spectral.lock
+
+    def one_is_held(path: Path, *words: Any, **options: Any) -> Any:
+        if path == tmp_path / "own/seed0/row.lock":
+            raise UserError("it takes this row")
+        return free(path, *words, **options)
+
+    monkeypatch.setattr(spectral, "lock", one_is_held)
+    spectral.main([*arguments, "--seeds", "0"])
+    again = json.loads(vp_file.read_text())
+    assert [entry["fd"] for entry in again["samples"]] == [entry["fd"] for entry in vp["samples"]]
+    assert len(trained) == 2 and "it takes this row" in capsys.readouterr().out
+
+    table = (tmp_path / "table.md").read_text()
+    assert "| vp | 1 | scalar |" in table and "real images, n = 3" in table
+    lines = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert len(lines) == 5 + 3 + 1 and {line["set"] for line in lines} == {"means"}
+    with Image.open(tmp_path / "evaluations.png") as picture:
+        assert picture.width > 500
+
+
+def test_a_row_that_fails_leaves_the_others(
+    trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*COMMON, "--out", str(tmp_path), "--rows", "missing", "vp", "--evaluations"]
+    with pytest.raises(SystemExit, match="2"):
+        spectral.main(arguments)
+    assert "1 rows failed: missing, seed 0" in capsys.readouterr().err
+    assert len(trained) == 1 and (tmp_path / "table.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--images", "0"], "a budget of 0 trains nothing"),
+        (["--images", "8", "--row", "vp"], 'expected "NAME=OPTION=VALUE OPTION=VALUE ..."'),
+        (["--images", "8", "--seconds", "1"], "not allowed with"),
+        ([], "one of the arguments"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        spectral.main([*arguments, "--out", str(tmp_path / "out")])
+    assert line in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_seconds_become_steps(trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        spectral, "step_seconds", lambda models, *_: {name: 0.25 * (1 + i) for i, name in enumerate(models)}
+    )
+    monkeypatch.setattr(spectral, "run_row", lambda contest, row, options, seed, steps: found.update({row: steps}))
+    found: dict[str, int] = {}
+    arguments = ["--set", "means", "--seconds", "10", "--out", str(tmp_path), "--rows", "vp", "heat"]
+    spectral.main(arguments)
+    assert found == {"vp": 40, "heat": 20} and len(trained) == 2
+    spectral.main(arguments)
+    assert len(trained) == 2
+
+
+def _line(row: str, seed: int, sampler: str, asked: int, fd: float, **more: Any) -> dict[str, Any]:
+    head = {"row": row, "set": "mnist", "budget": "9 images", "options": "", "shared": "", "seed": seed}
+    rest = {"preconditioning": "wiener", "training_cpu_seconds": 9.0, "seconds": 1.0, "number": 10, "commit": "abc"}
+    return head | rest | {"date": "2026-01-01", "sampler": sampler, "asked": asked, "fd": fd} | more
+
+
+def test_tables() -> None:
+    lines = [_line("vp", seed, *kind, 100 + 10 * seed) for seed in (0, 1) for kind in (("2m", 5), ("auto", 0))]
+    lines += [_line("heat", 0, "2m", 5, 30.0), _line("heat", 0, "sde", 5, 20.04), _line("heat", 0, "auto", 0, 50.0)]
+    rows = spectral_tables.table(lines, "FD").splitlines()[4:]
+    assert rows[0].startswith("| heat | 1 | wiener | 20 ˢ | 50 | 9 | 100 | abc, 2026-01-01 |")
+    assert rows[1].startswith("| vp | 2 | wiener | 105 ± 5 | 105 ± 5 |")
+    # a line of the same key replaces the old one, one of another seed is added
+    new = [_line("heat", 0, "2m", 5, 31.0), _line("heat", 1, "2m", 5, 32.0)]
+    assert [line["fd"] for line in spectral_tables.merged(lines, new) if line["row"] == "heat"] == [31, 20.04, 50, 32]
+
+
+@pytest.mark.parametrize("group", sorted(spectral_tables.GROUPS))
+def test_groups_are_plotted_by_their_number(group: str, tmp_path: Path) -> None:
+    rows = spectral.GROUPS[group]
+    lines = [_line(row, seed, "auto", 0, 10.0 + seed) for row in rows for seed in (0, 1)]
+    spectral_tables.plot_group(lines, group, "FD", tmp_path / "group.png")
+    with Image.open(tmp_path / "group.png") as picture:
+        assert picture.width > 500
+    spectral_tables.plot_group(lines[:2], group, "FD", tmp_path / "one.png")
+    assert not (tmp_path / "one.png").exists()
+
+
+def test_rows_are_configs() -> None:
+    assert set(spectral.MEMBERS) <= {path.stem for path in (CONFIGS / "process").glob("*.yaml")}
+    assert composed(*spectral.GROUPS["blur"]["warm b=0.5"]).process.blur_ratio == 0.5
+    assert composed(*spectral.GROUPS["color"]["power_law a=-0.05"]).process.color.exponent == -0.05
