@@ -37,6 +37,38 @@ def numbers_of(owner: object, name: str, values: Sequence[float]) -> list[float]
     return [float(value) for value in numbers]
 
 
+def frequency_knots(
+    owner: object, weights: Sequence[float], frequencies: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    """Return listed weights and their frequencies as floats; None for frequencies evenly spaced from 0 to 0.5.
+
+    Raises: UserError unless there are two or more weights, all >= 0, and one ascending frequency for each.
+    """
+    name = type(owner).__name__
+    few = hasattr(weights, "__len__") and len(weights) < 2
+    require(not few, f"{name}: weights needs two or more entries")
+    listed = numbers_of(owner, "weights", weights)
+    if frequencies is None:
+        places = [0.5 * k / (len(listed) - 1) for k in range(len(listed))]
+    else:
+        places = numbers_of(owner, "frequencies", frequencies)
+    require(
+        len(places) == len(listed),
+        f"{name}: {len(listed)} weights and {len(places)} frequencies; give one frequency for each weight",
+    )
+    ascending = all(a < b for a, b in zip(places, places[1:], strict=False))
+    require(ascending, f"{name}: frequencies must ascend, got {places}")
+    return listed, places
+
+
+def on_knots(values: Tensor, knots: Tensor, x: Tensor) -> Tensor:
+    """Return a curve at x, linear between its values ``(K,)`` at ascending knots ``(K,)`` and constant beyond them."""
+    x = x.clamp(knots[0], knots[-1])
+    index = torch.searchsorted(knots, x, right=True).clamp(1, len(knots) - 1)
+    low, high = knots[index - 1], knots[index]
+    return torch.lerp(values[index - 1], values[index], (x - low) / (high - low))
+
+
 def on_log_knots(values: Tensor, mu: Tensor) -> Tensor:
     """Return a curve of mu, float64, linear between knots evenly spaced in log mu and constant beyond them.
 

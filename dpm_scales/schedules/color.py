@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dpm_scales.describe import Describable
 from dpm_scales.errors import is_number, is_whole, require, require_choice, require_finite, require_positive
-from dpm_scales.schedules.base import HIGHEST, LOWEST, Float64Module, numbers_of, on_log_knots
+from dpm_scales.schedules.base import HIGHEST, LOWEST, Float64Module, frequency_knots, on_knots, on_log_knots
 
 ENERGIES = ("unit", "published")
 MAX_CONTRAST = 1e6
@@ -263,26 +263,12 @@ class ListedColor(Color):
         self, weights: Sequence[float], frequencies: Sequence[float] | None = None, energy: str = "unit"
     ) -> None:
         super().__init__(energy)
-        listed = numbers_of(self, "weights", weights)
-        require(len(listed) > 1, "ListedColor: weights needs two or more entries")
+        listed, places = frequency_knots(self, weights, frequencies)
         for k, value in enumerate(listed, start=1):
             ok = is_number(value) and value > 0
             require(ok, f"ListedColor: weights: entry {k} is {value:g}; without noise a frequency has no law, so w > 0")
-        if frequencies is None:
-            places = [0.5 * k / (len(listed) - 1) for k in range(len(listed))]
-        else:
-            places = numbers_of(self, "frequencies", frequencies)
-        require(
-            len(places) == len(listed),
-            f"ListedColor: {len(listed)} weights and {len(places)} frequencies; give one frequency for each weight",
-        )
-        ascending = all(a < b for a, b in zip(places, places[1:], strict=False))
-        require(ascending, f"ListedColor: frequencies must ascend, got {places}")
         self.register_buffer("knots", torch.tensor(places, dtype=torch.float64), persistent=False)
         self.register_buffer("values", torch.tensor(listed, dtype=torch.float64).log(), persistent=False)
 
     def log_shape(self, t: Tensor, mu: Tensor) -> Tensor:
-        r = frequency(mu).clamp(self.knots[0], self.knots[-1])
-        index = torch.searchsorted(self.knots, r, right=True).clamp(1, len(self.knots) - 1)
-        low, high = self.knots[index - 1], self.knots[index]
-        return torch.lerp(self.values[index - 1], self.values[index], (r - low) / (high - low))
+        return on_knots(self.values, self.knots, frequency(mu))
