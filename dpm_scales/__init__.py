@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from dpm_scales.describe import configured
     from dpm_scales.errors import UserError
+    from dpm_scales.guidance import GuidanceCurve, ListedGuidance, LowHigh
     from dpm_scales.images import make_grid, save_png
     from dpm_scales.models.io import load_model as load
     from dpm_scales.models.model import Model
@@ -92,6 +93,7 @@ _PLACES = {
     "models.io": ("load",),
     "describe": ("configured",),
     "errors": ("UserError",),
+    "guidance": ("GuidanceCurve", "ListedGuidance", "LowHigh"),
     "networks": ("DiffusersUNet", "UNet"),
     "processes": (
         *("VE", "VP", "Blurring", "BlurringChain", "Homogeneous", "InverseHeat", "InverseOsmosis"),
@@ -149,6 +151,7 @@ __all__ = [
     "FlowLoss",
     "GaussianPrior",
     "GeometricNoise",
+    "GuidanceCurve",
     "Heun",
     "Homogeneous",
     "ImageDataModule",
@@ -164,10 +167,12 @@ __all__ = [
     "ListedBlurSigmas",
     "ListedColor",
     "ListedDissipationTimes",
+    "ListedGuidance",
     "ListedNoise",
     "LogBlur",
     "LossWeight",
     "Losses",
+    "LowHigh",
     "LowPass",
     "MinSNR",
     "Model",

@@ -48,7 +48,7 @@ MODES = ("--multirun", "--run", "--cfg", "--info", "--shell-completion")
 SHORT_MODES = {"-m": "--multirun", "-r": "--run", "-i": "--info", "-sc": "--shell-completion"}
 #: options whose values are paths, which may need quotes in Hydra's grammar (names of run folders contain = and ,)
 PATHS = (
-    *("run_dir", "resume", "model", "out", "reference", "inception", "folder", "data.root", "data.path"),
+    *("run_dir", "resume", "model", "guide", "out", "reference", "inception", "folder", "data.root", "data.path"),
     *("image", "mask", "background", "foreground", "start", "end", "samples", "yardstick", "prior_images"),
     "evaluation.inception",
 )
@@ -61,6 +61,9 @@ ALIASES = {
     "sample": {"task": "edit"},
     "evaluate": {"baseline": "yardstick", "baseline_split": "yardstick_split"},
 }
+#: options, by entry point, that take a number or the arguments of a curve, with their defaults as written
+_CURVE = {"low": "1.0", "high": "1.0", "cutoff": "0.1", "sharpness": "4.0", "weights": "", "frequencies": ""}
+CURVES = {"sample": {"guidance": _CURVE}, "evaluate": {"guidance": _CURVE}}
 #: former choices of options, with their present names
 CHOICE_ALIASES = {"edit=generate": "edit=draw"}
 #: files and folders that Hydra, Optuna and submitit write into a sweep's folder
@@ -126,17 +129,22 @@ def split_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def tidy(
-    argv: Iterable[str], aliases: Mapping[str, str] = MappingProxyType({}), announced: Collection[tuple[str, str]] = ()
+    argv: Iterable[str],
+    aliases: Mapping[str, str] = MappingProxyType({}),
+    announced: Collection[tuple[str, str]] = (),
+    curves: Collection[str] = (),
 ) -> list[str]:
     """Return the arguments in the form that Hydra's grammar expects.
 
     Flags come first. Paths are quoted where necessary, and lists are put in brackets unless they are swept over.
     Replacing an object, `KEY={_target_:…}`, becomes a removal and an addition, since Hydra would merge it with the
-    existing one; it comes before options within it. Options of a class chosen by `KEY._target_=…` may be new keys.
+    existing one; it comes before options within it. Options of a class chosen by `KEY._target_=…` may be new keys, and
+    so may those of a curve, `guidance.low=…`, which replace the number.
 
     Args:
         aliases: Hydra's names of some keys.
         announced: choices (group, name) that are classes of plugins, whose options may be new keys.
+        curves: options that take a number or the arguments of a curve.
 
     Raises: UserError for unknown flags and for empty paths.
     """
@@ -145,6 +153,7 @@ def tidy(
     keys = [argument.partition("=")[0] for argument in given]
     classes = tuple(key.removesuffix("_target_") for key in keys if key.endswith("._target_") and key[0] not in "+~")
     classes += tuple(f"{group.replace('/', '.')}." for group, name in announced if _may_choose(given, group, name))
+    classes += tuple(f"{curve}." for curve in curves)
     objects = tuple(f"{key_of(typed)}." for typed in given if _is_object(typed))
     options: list[str] = []
     for typed in given:

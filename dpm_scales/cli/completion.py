@@ -12,6 +12,7 @@ from pathlib import Path
 from dpm_scales.cli import configs
 from dpm_scales.cli.arguments import (
     ALIASES,
+    CURVES,
     FLAG_CHOICES,
     NEVER_EMPTY,
     PLAIN_FLAGS,
@@ -79,7 +80,8 @@ def _defaults(config_name: str, argv: Sequence[str]) -> dict[str, str]:
         found += typed_options(config_name, group, path) if path else []
     left_out = {*configs.GIVEN, *configs.groups(config_name)}
     hidden = ("_target_", "_partial_")
-    return {o.key: o.text for o in found if o.text and o.key not in left_out and not o.key.endswith(hidden)}
+    curves = {f"{key}.{name}": text for key, own in CURVES.get(config_name, {}).items() for name, text in own.items()}
+    return curves | {o.key: o.text for o in found if o.text and o.key not in left_out and not o.key.endswith(hidden)}
 
 
 def _values(config_name: str, key: str, argv: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dpm_scales.cli.arguments import (
     ALIASES,
+    CURVES,
     HELP_FLAGS,
     NEVER_EMPTY,
     tidy,
@@ -81,9 +82,10 @@ def main(entry: Callable[[], None], config_name: str) -> None:
         with lasting_output():
             _require_folder()
             aliases = ALIASES.get(config_name, {})
-            argv = tidy(sys.argv[1:], aliases)
+            curves = CURVES.get(config_name, {})
+            argv = tidy(sys.argv[1:], aliases, curves=curves)
             activate(typed_plugins(argv))
-            sys.argv[1:] = tidy(argv, aliases, class_choices())
+            sys.argv[1:] = tidy(argv, aliases, class_choices(), curves)
             if not set(HELP_FLAGS).isdisjoint(sys.argv[1:]):
                 from dpm_scales.cli.help import help_text
 

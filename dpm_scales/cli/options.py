@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from dpm_scales.errors import UserError, is_whole, require, require_number, suggest
+from dpm_scales.models.guided import weight_settings
 from dpm_scales.models.instantiate import plain
 
 
@@ -47,8 +48,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def guidance_settings(cfg: DictConfig) -> dict[str, Any] | None:
-    """Return the guidance settings in a config, or None if it has none."""
-    if cfg.guidance == 1:
+    """Return the guidance settings in a config, or None if it has none. Raises UserError for an invalid weight."""
+    scale = weight_settings(plain(cfg.guidance))
+    if scale == 1:
         return None
     interval = plain(cfg.guidance_interval)
-    return {"scale": cfg.guidance, "interval": interval, "variable": cfg.guidance_variable}
+    return {"scale": scale, "interval": interval, "variable": cfg.guidance_variable}

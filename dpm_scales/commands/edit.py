@@ -325,7 +325,8 @@ def _say(setup: Setup, inputs: int, note: str) -> None:
     if not setup.world.is_main:
         return
     per_input = setup.cfg.num_samples * (setup.cfg.frames if setup.cfg.task == "interpolate" else 1)
-    print(f"{inputs * per_input} images in {setup.out}, comparison.png beside them; {note}, seed {setup.cfg.seed}")
+    done = f"{inputs * per_input} images in {setup.out}, comparison.png beside them; {note}"
+    print(f"{done}, seed {setup.cfg.seed}{setup.cost()}")
 
 
 def _save_film(setup: Setup, results: list[Tensor], frames: int) -> None:

@@ -128,7 +128,8 @@ def _check(cfg: DictConfig) -> tuple[Metric, ...]:
             said = f"{key}={RUN_DATA} is the data of a run, and {cfg.model} is on the Hub, without its run"
             require(cfg[key] != RUN_DATA, f"{said}; name the data set or its folder: {key}=NAME_OR_DIR")
     if cfg.samples is not None:
-        for key, usual in {"steps": None, "labels": None, "guidance": 1, "weights": "averaged"}.items():
+        sampling = {"steps": None, "labels": None, "guidance": 1, "guide": None, "weights": "averaged"}
+        for key, usual in {**sampling, "guide_weights": "averaged"}.items():
             require(cfg[key] == usual, f"{key} is for sampling a model, and samples={cfg.samples} are there already")
         chosen = [value for value in plain(cfg.sampler).values() if value is not None]
         require(not chosen, f"sampler is for sampling a model, and samples={cfg.samples} are there already")
@@ -136,11 +137,11 @@ def _check(cfg: DictConfig) -> tuple[Metric, ...]:
 
 
 def _drawn(cfg: DictConfig, number: int, device: torch.device) -> ModelSamples:
-    model = choose_model(cfg)
+    model, guide = choose_model(cfg)
     labels = pick_labels(model, plain(cfg.labels), number)
     model.prior.check_size(model.recipe.image_size)
     guidance = guidance_settings(cfg)
-    return ModelSamples(model, str(cfg.model), cfg.weights, guidance, number, cfg.seed, labels, device)
+    return ModelSamples(model, str(cfg.model), cfg.weights, guidance, number, cfg.seed, labels, device, guide)
 
 
 def _check_sizes(real: ImageSet, other: ImageSet | ModelSamples, any_size: bool) -> None:

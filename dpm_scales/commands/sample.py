@@ -79,7 +79,8 @@ def sample(cfg: DictConfig) -> None:
             (out / PRIOR_RECORD).unlink(missing_ok=True)  # of earlier samples in the same folder
         else:
             save_record(out, str(cfg.prior_images), names, cfg.num_samples)
-    print(f"{cfg.num_samples} images in {out}, sampler {type(model.sampler).__name__}, {steps} steps, seed {cfg.seed}")
+    drawn = f"{cfg.num_samples} images in {out}, sampler {type(model.sampler).__name__}, {steps} steps"
+    print(f"{drawn}, seed {cfg.seed}{setup.cost()}")
 
 
 def _grid(setup: Setup, images: list[Tensor]) -> Tensor:

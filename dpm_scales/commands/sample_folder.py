@@ -39,8 +39,9 @@ def image_name(number: int) -> str:
 
 def image_text(record: Mapping[str, Any], number: int) -> dict[str, str]:
     """Return the metadata of an image; equal for equal seed and weights."""
-    seed, weights = str(record["seed"]), str(record["weights_sha256"])
-    return {"Software": "dpm_scales", "seed": seed, "number": str(number), "weights_sha256": weights}
+    seed, weights, guide = str(record["seed"]), str(record["weights_sha256"]), record.get("guide")
+    text = {"Software": "dpm_scales", "seed": seed, "number": str(number), "weights_sha256": weights}
+    return text | ({} if guide is None else {"guide_sha256": str(guide["weights_sha256"])})
 
 
 def numbered_images(folder: Path) -> dict[Path, int]:

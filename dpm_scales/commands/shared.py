@@ -26,7 +26,8 @@ from dpm_scales.distributed.ranks import World
 from dpm_scales.errors import UserError, require, require_number
 from dpm_scales.images import LEVELS, load_image, make_grid, save_png, to_range
 from dpm_scales.memory import require_memory
-from dpm_scales.models.generate import finished, label_cycle, sample_bytes, weights_digest, with_guidance
+from dpm_scales.models.generate import evaluations, finished, label_cycle, sample_bytes, weights_digest
+from dpm_scales.models.guided import with_guidance
 from dpm_scales.models.instantiate import plain
 from dpm_scales.models.io import load_model
 from dpm_scales.models.model import Model, with_sampler
@@ -45,6 +46,7 @@ Make = Callable[[Tensor, CounterRNG, "Tensor | None", OnStep], Tensor]
 SHARED_OPTIONS = (
     *("task", "model", "allow", "plugins", "weights", "out", "overwrite", "seed", "batch_size", "device", "size"),
     *("trajectory", "sampler", "steps", "labels", "guidance", "guidance_interval", "guidance_variable"),
+    *("guide", "guide_weights"),
 )
 """Options of all tasks that the record stores elsewhere or that change no image; the rest belong to the task."""
 
@@ -58,6 +60,8 @@ class Setup:
         labels: ``(n,)``, assigned to inputs cyclically, or None.
         weights_sha256: SHA-256 of the model's weights.
         inputs: the images read so far, by option, for the record.
+        guide: the record of the guide's weights; None without a guide.
+        spent: evaluations of each network for one result, by its name, once there are results.
     """
 
     model: Model
@@ -68,6 +72,8 @@ class Setup:
     labels: Tensor | None
     weights_sha256: str
     inputs: dict[str, Any] = field(default_factory=dict)
+    guide: dict[str, Any] | None = None
+    spent: dict[str, float] = field(default_factory=dict)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -105,6 +111,12 @@ class Setup:
             what = f"{why} of {size[0]}x{size[1]} pixels, {number} at a time,"
             require_memory(each * number, what, remedy, self.device)
 
+    def cost(self) -> str:
+        """Return the evaluations of guided results as the end of a line; empty without guidance."""
+        if not self.spent or guidance_settings(self.cfg) is None:
+            return ""
+        return f", evaluations an image: {' and '.join(f'{n:g} of the {name}' for name, n in self.spent.items())}"
+
     def record(self, sampler: Sampler, steps: int, number: int, size: tuple[int, int]) -> dict[str, Any]:
         """Return the content of `sample.json`."""
         cfg, process = self.cfg, self.process
@@ -126,6 +138,7 @@ class Setup:
             "sampler_settings": settings_of(sampler),
             "steps": steps,
             "guidance": guidance_settings(cfg),
+            "guide": self.guide,
             "seed": cfg.seed,
             "labels": None if self.labels is None else self.labels.tolist(),
             "size": list(size),
@@ -151,15 +164,24 @@ def settings_of(sampler: Sampler) -> dict[str, Any]:
     return settings
 
 
-def choose_model(cfg: DictConfig) -> Model:
-    """Return the model named in the config, with the sampler, steps and guidance set there."""
+def choose_model(cfg: DictConfig) -> tuple[Model, dict[str, Any] | None]:
+    """Return the model named in the config, with the sampler, steps and guidance set there, and its guide's record.
+
+    Raises: UserError for invalid options, and for a guide that does not fit the model.
+    """
     sampler = plain(cfg.sampler)
     chosen = sampler if sampler.get("_target_") else None
     model = load_model(str(cfg.model), cfg.weights, allow=plain(cfg.allow), sampler=chosen, steps=cfg.steps)
     if chosen is None and sampler.get("noise_color") is not None:
         own = model.recipe.parts["sampler"]
         model = with_sampler(model, {**own, "noise_color": sampler["noise_color"]})
-    return with_guidance(model, cfg.guidance, plain(cfg.guidance_interval), cfg.guidance_variable)
+    settings = (plain(cfg.guidance), plain(cfg.guidance_interval), cfg.guidance_variable)
+    if cfg.guide is None:
+        require(cfg.guide_weights == "averaged", f"guide_weights={cfg.guide_weights} is of a guide; give guide=MODEL")
+        return with_guidance(model, *settings), None
+    guide = load_model(str(cfg.guide), cfg.guide_weights, allow=plain(cfg.allow))
+    record = {"model": str(cfg.guide), "weights": cfg.guide_weights, "weights_sha256": weights_digest(guide)}
+    return with_guidance(model, *settings, guide, f"guide={cfg.guide}"), record
 
 
 def prepare(cfg: DictConfig) -> Setup:
@@ -167,7 +189,7 @@ def prepare(cfg: DictConfig) -> Setup:
     check_counts(cfg)
     world = shards.meet()
     device = shards.own_device(pick_device(str(cfg.device)), world)
-    model = choose_model(cfg)
+    model, guide = choose_model(cfg)
     model.to(device)
     labels = plain(cfg.labels)
     require(
@@ -175,7 +197,7 @@ def prepare(cfg: DictConfig) -> Setup:
         f"this model was trained with labels; say for task={cfg.task} what it shows: labels=CLASS",
     )
     cycle = label_cycle(model, labels)
-    return Setup(model, device, Path(str(cfg.out)), cfg, world, cycle, weights_digest(model))
+    return Setup(model, device, Path(str(cfg.out)), cfg, world, cycle, weights_digest(model), guide=guide)
 
 
 def read_mask(setup: Setup, like: Tensor) -> Tensor:
@@ -246,7 +268,7 @@ def produce(
     own = range(part.start * together, part.stop * together, batch_size)
     with ExitStack() as held:
         shards.first_decides(lambda: held.enter_context(sample_folder.claimed(setup.out, record, cfg.overwrite)))
-        with progress_bar(setup.world.is_main) as progress:
+        with progress_bar(setup.world.is_main) as progress, evaluations(setup.model) as counts:
             bar = progress.add_task(str(cfg.task), total=steps * len(own))
             for first in own:
                 count = min(batch_size, own.stop - first)
@@ -259,6 +281,7 @@ def produce(
                 for number, image in enumerate(finished(x, setup.process.value_range, first), start=first):
                     path = setup.out / sample_folder.image_name(number)
                     save_png(path, image, sample_folder.image_text(record, number))
+        setup.spent.update({name: count / max(1, len(part) * together) for name, count in counts.items()})
         shards.leave()  # returns when all results exist
         shown = min(total, SHOWN_ROWS * per_input if shown is None else shown)
         names = map(sample_folder.image_name, range(shown if setup.world.is_main else 0))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from dpm_scales.distributed.ranks import World, barrier
 from dpm_scales.metrics import FeatureSet, FeatureStatistics
 from dpm_scales.metrics.base import Extractor
 from dpm_scales.metrics.figures import gather_all
-from dpm_scales.models.generate import draw, weights_digest
+from dpm_scales.models.generate import draw, evaluations, weights_digest
 from dpm_scales.models.model import Model
 from dpm_scales.progress import Report
 
@@ -27,9 +28,11 @@ class ModelSamples:
         model: the model, with the chosen sampler.
         source: path of the model.
         weights: "averaged" or "raw".
-        guidance: settings of the label guidance, or None.
+        guidance: settings of the guidance, or None.
         number, seed: number and seed of the samples.
         labels: labels ``(number,)``, or None.
+        guide: path and weights of the model that guides it, or None.
+        spent: images that passed through each network, by its name; "samples" are those drawn here so far.
     """
 
     model: Model
@@ -40,6 +43,8 @@ class ModelSamples:
     seed: int
     labels: Tensor | None
     device: torch.device
+    guide: dict[str, Any] | None = None
+    spent: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return self.number
@@ -53,7 +58,7 @@ class ModelSamples:
         """
         part = range(self.number) if numbers is None else numbers
         if not part:
-            return iter(())
+            return
         labels = None if self.labels is None else self.labels[part.start : part.stop]
         steps = len(self.model.sampler.scales(self.model.denoiser.process)) - 1
 
@@ -62,7 +67,9 @@ class ModelSamples:
                 on_samples(len(x) / steps)
 
         given = (self.model, len(part), self.seed, batch_size)
-        return draw(*given, labels=labels, device=self.device, on_step=on_step, first=part.start)
+        with evaluations(self.model) as counts:
+            yield from draw(*given, labels=labels, device=self.device, on_step=on_step, first=part.start)
+        self.spent.update(counts, samples=len(part))
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -81,6 +88,10 @@ class ModelSamples:
             "sampler_settings": self.model.recipe.parts["sampler"],
             "steps": len(sampler.scales(process)) - 1,
             "guidance": self.guidance,
+            "guide": self.guide,
+            "network_evaluations": {
+                name: count / self.spent["samples"] for name, count in self.spent.items() if name != "samples"
+            },
             "seed": self.seed,
             "labels": None if self.labels is None else sorted(set(self.labels.tolist())),
             "number": self.number,

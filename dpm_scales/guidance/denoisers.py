@@ -1,16 +1,22 @@
-r"""Classifier-free guidance (Ho & Salimans 2021), as a denoiser that any sampler takes.
+r"""Guidance as denoisers that any sampler takes: the prediction is led away from a worse one.
 
-A network trained with label dropout gives two predictions, with the label and without. Guidance extrapolates from the
-second through the first,
+    prediction = other + w (D(y_t | label) - other)
 
-    prediction = D(y_t) + scale (D(y_t | label) - D(y_t)),
+| class | other | source |
+|---|---|---|
+| ClassifierFreeGuidance | D(y_t), the same network without the label | Ho & Salimans 2021 |
+| Autoguidance | the prediction of a guide, a worse model of the same process | Karras et al. 2024 |
 
-0 is the answer without the label, 1 that with it, more than 1 exaggerates what the label says (the paper's w is
-scale - 1). All targets' m_s are affine in the prediction, so the same holds for the estimates of the clean image; they
-are clipped to the value range once, after guidance.
+0 is the other answer, 1 the model's own, more than 1 exaggerates the difference (Ho & Salimans' w is ours - 1). All
+targets' m_s are affine in the prediction, so the same holds for the estimates of the clean image; they are clipped to
+the value range once, after guidance.
 
-An interval keeps guidance to the scales where it helps (Kynkäänniemi et al. 2024); outside it the answer is the one
-with the label. Both answers come from one call of the network, with twice the batch.
+w is a number, or a curve of the radial frequency (`guidance.curves`) by which the DCT of the difference is multiplied.
+With an operator that is diagonal in the DCT that is the DCT of the estimates' difference, for every target; under
+osmosis it is so for predictions of the image, while predictions of noise are filtered in whitened coordinates.
+
+An interval keeps guidance to the scales where it helps (Kynkäänniemi et al. 2024); outside it the answer is the
+model's. Each evaluation is one call of each network: the label's answer and the one without it share a batch.
 """
 
 from __future__ import annotations
@@ -23,20 +29,23 @@ from torch import Tensor
 
 from dpm_scales.denoisers import Denoiser, TargetDenoiser
 from dpm_scales.errors import require, require_choice
-from dpm_scales.operators import Operator
+from dpm_scales.guidance.curves import GuidanceCurve
+from dpm_scales.operators import HeatOperator, Operator
 from dpm_scales.processes import Context
 from dpm_scales.schedules import is_number
+from dpm_scales.schedules.color import frequency
 
 VARIABLES = ("t", "logsnr")
 
+_DCT = HeatOperator()
 
-class ClassifierFreeGuidance(TargetDenoiser):
+
+class Guided(TargetDenoiser):
     """A denoiser with guidance; it shares network, process, target and spectrum with the one it is made from.
 
     Args:
-        denoiser: trained with label dropout; that is not checked.
-        null_label: what the network takes for "no label".
-        scale: >= 0.
+        denoiser: the one whose answer is exaggerated.
+        scale: w, a number >= 0 or a curve.
         interval: (low, high), the scales that are guided; None for all.
         variable: variable of the interval: "t", or "logsnr", log(lambda_t^2 / gamma_t^2) of the eigenvalue 0.
 
@@ -46,13 +55,15 @@ class ClassifierFreeGuidance(TargetDenoiser):
     def __init__(
         self,
         denoiser: Denoiser,
-        null_label: int,
-        scale: float,
+        scale: float | GuidanceCurve,
         interval: Sequence[float] | None = None,
         variable: str = "t",
     ) -> None:
         super().__init__()
-        require(is_number(scale) and scale >= 0, f"guidance must be a number >= 0, got {scale!r}")
+        if isinstance(scale, GuidanceCurve):
+            scale.check()
+        else:
+            require(is_number(scale) and scale >= 0, f"guidance must be a number >= 0 or a curve, got {scale!r}")
         require_choice("guidance_variable", variable, VARIABLES)
         low, high = guided_interval(interval)
         require(
@@ -61,16 +72,59 @@ class ClassifierFreeGuidance(TargetDenoiser):
         )
         self.network, self.process, self.target = denoiser.network, denoiser.process, denoiser.target
         self.spectrum, self._answer = denoiser.spectrum, denoiser.predict
-        self.null_label, self.scale, self.low, self.high = null_label, float(scale), low, high
-        self.variable = variable
+        self.scale = scale if isinstance(scale, GuidanceCurve) else float(scale)
+        self.low, self.high, self.variable = low, high, variable
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether all scales are guided."""
+        return self.low == -math.inf and self.high == math.inf
+
+    def _guided(self, t: Tensor, answer: Tensor, other: Tensor) -> Tensor:
+        """Return the prediction led away from `other`, all ``(B, C, H, W)``, for scales t ``(B,)``."""
+        if isinstance(self.scale, GuidanceCurve):
+            curve = self.scale
+            guided = other + _DCT.apply(lambda mu: curve(frequency(mu)), answer - other)
+        else:
+            guided = torch.lerp(other, answer, self.scale)
+        return guided if self.everywhere else torch.where(self._inside(t)[:, None, None, None], guided, answer)
+
+    def _inside(self, t: Tensor) -> Tensor:
+        """Return which of the scales ``(B,)`` are guided, as a mask."""
+        place = t
+        if self.variable == "logsnr":
+            place = self.process.log_snr(t, torch.zeros(1, dtype=torch.float64, device=t.device)).reshape(t.shape)
+        return (place >= self.low) & (place <= self.high)
+
+
+class ClassifierFreeGuidance(Guided):
+    """A denoiser led away from its own answer without the label.
+
+    Args:
+        denoiser: trained with label dropout; that is not checked.
+        null_label: what the network takes for "no label".
+        scale, interval, variable: as for `Guided`.
+
+    Raises: as `Guided`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        null_label: int,
+        scale: float | GuidanceCurve,
+        interval: Sequence[float] | None = None,
+        variable: str = "t",
+    ) -> None:
+        super().__init__(denoiser, scale, interval, variable)
+        self.null_label = null_label
 
     def predict(
         self, operator: Operator, y_t: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None
     ) -> Tensor:
         """Return the guided prediction in the target's terms."""
         null = torch.full((y_t.shape[0],), self.null_label, dtype=torch.int64, device=y_t.device)
-        everywhere = self.low == -math.inf and self.high == math.inf
-        if labels is None or (self.scale == 0 and everywhere):
+        if labels is None or (self.scale == 0 and self.everywhere):
             return self._answer(operator, y_t, t, context, null)
         if self.scale == 1:
             return self._answer(operator, y_t, t, context, labels)
@@ -79,15 +133,40 @@ class ClassifierFreeGuidance(TargetDenoiser):
             self.process.operator(both), torch.cat([y_t, y_t]), torch.cat([t, t]), both, torch.cat([labels, null])
         )
         labelled, plain = twice.chunk(2)
-        guided = torch.lerp(plain, labelled, self.scale)
-        return guided if everywhere else torch.where(self._inside(t)[:, None, None, None], guided, labelled)
+        return self._guided(t, labelled, plain)
 
-    def _inside(self, t: Tensor) -> Tensor:
-        """Return which of the scales ``(B,)`` are guided, as a mask."""
-        place = t
-        if self.variable == "logsnr":
-            place = self.process.log_snr(t, torch.zeros(1, dtype=torch.float64, device=t.device)).reshape(t.shape)
-        return (place >= self.low) & (place <= self.high)
+
+class Autoguidance(Guided):
+    """A denoiser led away from the answer of a guide, a worse model of the same process (Karras et al. 2024).
+
+    Args:
+        denoiser: as for `Guided`.
+        guide: of an equal process and the same kind of target; that is not checked.
+        scale, interval, variable: as for `Guided`.
+        guide_labels: whether the guide sees the labels too; else it answers without.
+
+    Raises: as `Guided`.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        guide: Denoiser,
+        scale: float | GuidanceCurve,
+        interval: Sequence[float] | None = None,
+        variable: str = "t",
+        guide_labels: bool = True,
+    ) -> None:
+        super().__init__(denoiser, scale, interval, variable)
+        self.guide, self.guide_labels = guide, guide_labels
+
+    def predict(
+        self, operator: Operator, y_t: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Return the guided prediction in the target's terms."""
+        answer = self._answer(operator, y_t, t, context, labels)
+        other = self.guide.predict(operator, y_t, t, context, labels if self.guide_labels else None)
+        return self._guided(t, answer, other)
 
 
 def guided_interval(interval: Sequence[float] | None) -> tuple[float, float]:

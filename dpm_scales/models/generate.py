@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 from unicodedata import normalize
 
 import torch
@@ -12,14 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dpm_scales.errors import UserError, is_whole, require, require_number
-from dpm_scales.guidance import ClassifierFreeGuidance, guided_interval
 from dpm_scales.images import to_uint8
 from dpm_scales.memory import lacks_memory
 from dpm_scales.models.base import Parts
 from dpm_scales.rng import CounterRNG
-
-M = TypeVar("M", bound=Parts)
-MAX_GUIDANCE = 1e30  # close to the limit of single precision
 
 
 def label_cycle(model: Parts, labels: int | str | Sequence[int | str] | None) -> Tensor | None:
@@ -73,27 +71,6 @@ def pick_labels(model: Parts, labels: int | str | Sequence[int | str] | None, co
     return None if cycle is None else cycle[torch.arange(count) % len(cycle)]
 
 
-def with_guidance(model: M, scale: float, interval: Sequence[float] | None = None, variable: str = "t") -> M:
-    """Return the model guided by its labels, see `dpm_scales.guidance`; the model itself for a scale of 1.
-
-    Raises: UserError for invalid values, and for models that were trained without label dropout.
-    """
-    require_number("guidance", scale, 0, MAX_GUIDANCE)
-    guided_interval(interval)  # of no effect for a scale of 1, and no less wrong
-    if scale == 1:
-        return model
-    classes = model.recipe.num_classes
-    if classes is None:
-        raise UserError(f"guidance={scale:g} needs labels, and this model was trained without; drop guidance=")
-    require(
-        model.recipe.label_dropout > 0,
-        f"guidance={scale:g} needs a model trained with and without labels, and this one was trained with labels "
-        "only; drop guidance=, or train with label_dropout=0.1",
-    )
-    guided = ClassifierFreeGuidance(model.denoiser, classes, scale, interval, variable)
-    return model.replaced(denoiser=guided)  # has all that sampling uses of a denoiser
-
-
 def draw(
     model: Parts,
     num_samples: int,
@@ -139,18 +116,39 @@ def finished(x: Tensor, value_range: tuple[float, float], first: int) -> Tensor:
     return to_uint8(x, value_range).cpu()
 
 
+def networks_of(model: Parts) -> dict[str, nn.Module]:
+    """Return the networks that sampling evaluates by name: "model", and "guide" where one guides it."""
+    guide = getattr(model.denoiser, "guide", None)
+    return {"model": model.denoiser.network} | ({} if guide is None else {"guide": guide.network})
+
+
+@contextmanager
+def evaluations(model: Parts) -> Iterator[dict[str, int]]:
+    """Count the images that pass through each of `networks_of` while the body runs."""
+    counts = dict.fromkeys(networks_of(model), 0)
+
+    def note(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        counts[name] += len(inputs[0])
+
+    hooks = [part.register_forward_pre_hook(partial(note, name)) for name, part in networks_of(model).items()]
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def sample_bytes(model: Parts, size: tuple[int, int]) -> int:
     """Return a lower bound on the bytes needed to draw one sample of `size` (H, W).
 
-    It counts four images (the sample, its noise, the network's input and output) and the network's largest
-    activation, if the network runs on the meta device.
+    It counts four images (the sample, its noise, the network's input and output) and the networks' largest
+    activation, if they run on the meta device.
     """
     channels = model.recipe.channels
     images = 4 * channels * size[0] * size[1]
+    inputs = (channels * (1 + model.denoiser.process.context_channels), *size)
     try:
-        largest = largest_activation(
-            model.denoiser.network, (channels * (1 + model.denoiser.process.context_channels), *size)
-        )
+        largest = max(largest_activation(network, inputs) for network in networks_of(model).values())
     except Exception as error:  # not every network runs on the meta device
         largest = 0 if lacks_memory(error) is None else 2**63
     return 4 * (images + largest)
@@ -178,8 +176,12 @@ def largest_activation(network: nn.Module, size: tuple[int, int, int]) -> int:
 
 
 def weights_digest(model: Parts) -> str:
-    """Return the SHA-256 of a model's named weights as hexadecimal digits; it does not depend on the file's format."""
+    """Return the SHA-256 of a model's named weights as hexadecimal digits; it does not depend on the file's format.
+
+    The weights of a guide are not the model's.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith("denoiser.guide.")}
+    for name, tensor in sorted(own.items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

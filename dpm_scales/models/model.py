@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from dpm_scales.denoisers import Denoiser, spread_evenly, uniform_scales
 from dpm_scales.describe import Configured
 from dpm_scales.errors import UserError, is_whole, require, require_number
+from dpm_scales.guidance import GuidanceCurve
 from dpm_scales.images import size_pair, to_range
 from dpm_scales.models.base import Parts
 from dpm_scales.models.export import save_folder
-from dpm_scales.models.generate import draw, pick_labels, with_guidance
+from dpm_scales.models.generate import draw, pick_labels
+from dpm_scales.models.guided import with_guidance
 from dpm_scales.models.instantiate import plain, root_cause_line
 from dpm_scales.models.parts import build_denoiser, build_sampler, make_network, make_part
 from dpm_scales.models.push import push_model
@@ -107,9 +109,10 @@ class Model(Parts):
         sampler: Sampler | Configured | str | None = None,
         steps: int | None = None,
         labels: int | str | Sequence[int | str] | None = None,
-        guidance: float = 1.0,
+        guidance: float | GuidanceCurve | Mapping[str, Any] = 1.0,
         guidance_interval: Sequence[float] | None = None,
         guidance_variable: str = "t",
+        guide: Model | None = None,
         size: int | Sequence[int] | None = None,
         batch_size: int = 250,
         device: torch.device | str | None = None,
@@ -122,23 +125,26 @@ class Model(Parts):
             sampler: replaces the model's own: a `Sampler`, or the name of a file in configs/sampler.
             steps: number of steps; None for the sampler's own.
             labels: one class or a list to repeat, by number or name; None for all in turn.
-            guidance: scale of classifier-free guidance: 0 ignores the labels, 1 follows them, more exaggerates them.
+            guidance: weight of guidance: 0 ignores the labels, 1 follows them, more exaggerates them; or a curve of
+                weights by frequency, `LowHigh(1, 3)`, or its arguments, ``{"low": 1, "high": 3}``.
             guidance_interval: (low, high), the scales to guide; None for all.
             guidance_variable: of the interval: "t" or "logsnr".
+            guide: a worse model of the same process; guidance leads away from its answer in place of that without
+                labels (autoguidance). It is moved to the model's device.
             size: of the images in pixels; None for that of the training images.
             batch_size: images drawn at once; affects speed and memory only.
             device: to which the model is moved first; None leaves it where it is.
             progress: whether to show a progress bar.
 
-        Raises: UserError for values out of range, or a sampler that does not fit the model.
+        Raises: UserError for values out of range, or a sampler or guide that does not fit the model.
         """
         require_number("num_samples", num_samples, 1, whole=True)
         chosen = self if sampler is None and steps is None else self.with_sampler(sampler, steps)
-        chosen = with_guidance(chosen, guidance, guidance_interval, guidance_variable)
+        chosen = with_guidance(chosen, guidance, guidance_interval, guidance_variable, guide)
         numbers = pick_labels(self, labels, num_samples)
         place = self.device if device is None else _existing(device)
         shape = None if size is None else size_pair(size, "size")
-        training = self.training
+        training = [(one, one.training) for one in (self, guide) if one is not None]
         total = -(-num_samples // batch_size) if is_whole(batch_size, 1) else 0
         try:
             with progress_bar(progress) as bar:
@@ -149,7 +155,8 @@ class Model(Parts):
 
                 return torch.cat([*draw(chosen, num_samples, seed, batch_size, shape, numbers, place, advance)])
         finally:
-            self.train(training)
+            for one, mode in training:
+                one.train(mode)
 
     def with_sampler(self, sampler: Sampler | Configured | str | None = None, steps: int | None = None) -> Model:
         """Return the model with another sampler, or another number of steps; it shares the weights.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpm_scales.denoisers import BaseDenoiser, Denoiser
 from dpm_scales.guidance import ClassifierFreeGuidance
@@ -18,8 +18,8 @@ from dpm_scales.samplers import DDIM, Ancestral, Dissipation, DPMSolver, Heun, S
 from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.flows import SMOOTH
+from support.mixtures import NULL, mixture
 from support.oracles import (
-    GaussianData,
     H,
     TinyNetwork,
     W,
@@ -27,56 +27,17 @@ from support.oracles import (
     coefficients,
     curves,
     float64,
-    gaussian_data,
     generator,
     images,
     named,
     over,
-    pixels,
     pretended_gpu,
     refused,
     with_target,
 )
-from support.reference import Array, Twin
+from support.reference import Twin
 
-NULL = 2
 HEAT = next(twin for twin in SMOOTH if twin.name == "heat")  # enough noise to keep the classes apart from certainty
-
-
-class Mixture(nn.Module):
-    """E[x_0 | x_t, label] and E[x_0 | x_t] of two Gaussians, in closed form for each DCT coefficient; sees c_in x_t."""
-
-    def __init__(self, twin: Twin, classes: list[GaussianData], shares: list[float], data_std: float = 0.5) -> None:
-        super().__init__()
-        self.twin, self.classes, self.shares, self.data_std = twin, classes, shares, data_std
-        self.calls = 0
-
-    def estimate(self, u: Array, t: float, label: int) -> Array:
-        signal, noise = curves(self.twin, t)
-        each = [data.estimate(u, signal, noise) for data in self.classes]
-        if label < NULL:
-            return each[label]
-        logs = []
-        for data, share in zip(self.classes, self.shares, strict=True):
-            variance = signal**2 * data.variance + noise**2
-            logs.append(np.log(share) - ((u - signal * data.mean) ** 2 / variance + np.log(variance)).sum() / 2)
-        weights = np.exp(np.array(logs) - max(logs))
-        return np.asarray(sum(w * e for w, e in zip(weights / weights.sum(), each, strict=True)))
-
-    def forward(self, seen: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        assert labels is not None and labels.dtype == torch.int64
-        self.calls += 1
-        answers = []
-        for x, one, label in zip(seen.numpy(), t.tolist(), labels.tolist(), strict=True):
-            signal, noise = curves(self.twin, one)
-            total = self.data_std**2 * (signal**2).mean() + (noise**2).mean()
-            answers.append(self.estimate(coefficients(x) * np.sqrt(total), one, label))
-        return torch.from_numpy(pixels(np.stack(answers)))
-
-
-def mixture(twin: Twin) -> tuple[Mixture, Denoiser]:
-    network = Mixture(twin, [gaussian_data(seed=3), gaussian_data(seed=4)], [0.3, 0.7])
-    return network, with_target(twin, Clean("none", clip=False), network)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0, 7.5])

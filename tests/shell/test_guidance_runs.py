@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from dpm_scales.cli.arguments import tidy
-from dpm_scales.models.generate import with_guidance
+from dpm_scales.models.guided import with_guidance
 from dpm_scales.models.model import Recipe
 from dpm_scales.networks import UNet
 from dpm_scales.training import load_model
