@@ -334,11 +334,15 @@ def test_loggers(name: str, tmp_path: Path) -> None:
 EXPERIMENTS = choices("experiment")
 
 
+SPECTRAL = ("rectified", "hdfm", "warm", "equal_snr", "power_law", "flicker", "low_pass_flow", "clocked", "cut_off")
+
+
 def test_recipes_of_every_data_set() -> None:
     processes = ("vp", "ve", "heat", "blurring", "homogeneous", "blurring_constant", "blurring_chain")
     wanted = {f"digits_{process}" for process in processes}
     wanted |= {f"{data}_{process}" for data in ("mnist", "photos32") for process in ("vp", "ve", "heat", "blurring")}
     wanted |= {f"{data}_{process}" for data in ("cifar10", "bsds500") for process in ("vp", "heat", "blurring")}
+    wanted |= {f"mnist_{process}" for process in SPECTRAL}
     assert wanted <= set(EXPERIMENTS)
 
 
