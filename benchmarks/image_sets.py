@@ -125,7 +125,8 @@ class CifarSet(ImageSet):
     def real(self, number: int) -> dict[str, float]:
         with np.load(self._array("test")) as file:
             images = file["images"]
-        return self.report(images[np.linspace(0, len(images) - 1, min(number, len(images))).astype(int)])
+        chosen = images[np.linspace(0, len(images) - 1, min(number, len(images))).astype(int)]
+        return self.report(chosen.transpose(0, 3, 1, 2))
 
     @staticmethod
     def _distances(features: Array, reference: Array) -> dict[str, float]:
@@ -142,12 +143,13 @@ class CifarSet(ImageSet):
                 with np.load(self._array("train")) as file:
                     images = file["images"]
                 chosen = images[np.linspace(0, len(images) - 1, CIFAR_REFERENCE).astype(int)]
-                _save(path, features=self._embed(chosen))
+                _save(path, features=self._embed(chosen.transpose(0, 3, 1, 2)))
             with np.load(path) as file:
                 self._features = file["features"]
         return self._features
 
     def _array(self, part: str) -> Path:
+        """Return the file of a part, with images uint8 (N, 32, 32, 3) and labels; made if missing."""
         path = self.cache / f"cifar10_{part}.npz"
         if not path.is_file():
             images, labels = self._folder(part) if self.source is not None else _torchvision_cifar(self.cache, part)
@@ -164,7 +166,7 @@ class CifarSet(ImageSet):
         images = []
         for path in paths:
             with Image.open(path) as picture:
-                images.append(np.asarray(picture.convert("RGB")).transpose(2, 0, 1))
+                images.append(np.asarray(picture.convert("RGB")))
         return np.stack(images), np.array([names.index(path.parent.name) for path in paths])
 
 
@@ -172,7 +174,7 @@ def _torchvision_cifar(cache: Path, part: str) -> tuple[Array, Array]:
     from torchvision.datasets import CIFAR10
 
     found = CIFAR10(str(cache), train=part == "train", download=True)
-    return np.asarray(found.data).transpose(0, 3, 1, 2), np.asarray(found.targets)
+    return np.asarray(found.data), np.asarray(found.targets)
 
 
 def _save(path: Path, **arrays: Any) -> None:

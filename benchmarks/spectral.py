@@ -220,6 +220,7 @@ def run_row(contest: Contest, row: str, options: Sequence[str], seed: int, steps
             "row": row,
             "seed": seed,
             "set": contest.images.name,
+            "figure": contest.images.quality,
             "budget": f"{contest.budget[1]:g} {contest.budget[0]}",
             "options": " ".join(options),
             "shared": " ".join(contest.overrides),
@@ -346,8 +347,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             device, evaluations = torch.device(options.device), tuple(options.evaluations)
             contest = Contest(out, images, amounts, options.number, evaluations, shared, device)
             failures = run(contest, rows, options.seeds)
-            write_text(out / "real.json", json.dumps({"number": options.number, **images.real(options.number)}) + "\n")
-        write_tables(out, kind.quality)
+            real = {"set": kind.name, "figure": kind.quality, "number": options.number}
+            write_text(out / "real.json", json.dumps(real | images.real(options.number)) + "\n")
+        write_tables(out)
         require(not failures, f"{len(failures)} rows failed: {'; '.join(failures)}")
     except UserError as error:
         parser.error(str(error))

@@ -1,17 +1,19 @@
 """Draw tables and plots of the comparison of processes from its finished rows, see `benchmarks.spectral`.
 
-    python -m benchmarks.spectral_tables runs/spectral runs/other --out docs/leaderboard
+    python -m benchmarks.spectral_tables runs/spectral runs/other --out docs/leaderboard --page docs/leaderboard.md
 
-writes, for the rows of all folders together,
+writes, for the rows of all folders together and of rows.csv in --out as it was,
 
-    rows.csv         a line for each row, seed and kind of samples, with machine, commit and date
-    table.md         quality at each number of evaluations, by the better of DPM-Solver++(2M) and its SDE
-    evaluations.png  quality against evaluations
-    blur.png         against the ratio of blur to noise, if rows of that group are finished
-    color.png        against the exponent of the noise's spectrum, likewise
+    rows.csv                  a line for each row, seed and kind of samples, with machine, commit and date
+    NAME.md                   quality at each number of evaluations, by the better of DPM-Solver++(2M) and its SDE
+    NAME_evaluations.png      quality against evaluations
+    NAME_blur.png             against the ratio of blur to noise, if rows of that group are finished
+    NAME_color.png            against the exponent of the noise's spectrum, likewise
 
-Several seeds appear as their mean and half of their range. Rows of an earlier rows.csv in --out are kept unless the
-folders hold the same row, so that machines can add theirs to one table.
+for each NAME, an image set and a budget such as `mnist_600_seconds`. Several seeds appear as their mean and half of
+their range. A line of the folders replaces that of the same row, seed and sampler, so machines can add to one table.
+
+--page rewrites the part of a Markdown page between `<!-- tables -->` and `<!-- end of tables -->`.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from dpm_scales.storage import write_text
 from dpm_scales.tables import csv_text
 
 Row = dict[str, Any]
+REAL = "real images"
+START, END = "<!-- tables -->", "<!-- end of tables -->"
 KEY = ("set", "budget", "row", "options", "shared", "seed", "sampler", "asked")
 """What distinguishes two lines of rows.csv."""
 LETTERS = {"2m": "", "sde": " ˢ"}
@@ -46,12 +50,8 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
         row = json.loads(path.read_text())
         samples = row.pop("samples")
         lines += [row | entry for entry in samples]
-    for folder in folders:
-        if (folder / "real.json").is_file() and lines:
-            first = next(line for line in lines)
-            head = {"row": "real images", "set": first["set"], "budget": "", "sampler": "", "asked": 0, "seed": 0}
-            lines.append(head | json.loads((folder / "real.json").read_text()))
-    return lines
+    real = [json.loads(path.read_text()) for folder in folders for path in folder.glob("real.json")]
+    return lines + [{"row": REAL, "budget": "", "sampler": "", "asked": 0, "seed": 0} | line for line in real]
 
 
 def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
@@ -84,7 +84,7 @@ def quality(lines: Sequence[Row], row: str, asked: int) -> tuple[str, list[float
 def table(lines: Sequence[Row], figure: str) -> str:
     """Return a Markdown table of one image set and budget, the best row by its own sampler first."""
     numbers = sorted({int(line["asked"]) for line in lines} - {0})
-    names = list(dict.fromkeys(line["row"] for line in lines if line["row"] != "real images"))
+    names = list(dict.fromkeys(line["row"] for line in lines if line["row"] != REAL))
     names.sort(key=lambda name: float(np.mean(quality(lines, name, 0)[1] or [np.inf])))
     heads = ["process", "seeds", "input", *map(str, numbers), "`auto`", "training s", "ms / image", "commit, date"]
     text = [
@@ -105,9 +105,9 @@ def table(lines: Sequence[Row], figure: str) -> str:
         where = f"{first['commit']}, {first['date']}"
         text.append(f"| {name} | {len(by_seed)} | {first['preconditioning']} | {' | '.join(cells)} | {where} |")
     for line in lines:
-        if line["row"] == "real images":
+        if line["row"] == REAL:
             gaps = " |" * (len(numbers))
-            text.append(f"| real images, n = {line['number']} | | |{gaps} {_three(float(line['fd']))} | | | |")
+            text.append(f"| {REAL}, n = {line['number']} | | |{gaps} {_three(float(line['fd']))} | | | |")
     return "\n".join(text) + "\n"
 
 
@@ -155,42 +155,83 @@ def plot_group(lines: Sequence[Row], group: str, figure: str, path: Path) -> Non
 
 
 def _plain(name: str) -> bool:
-    return name != "real images" and not any(re.fullmatch(pattern, name) for pattern, _ in GROUPS.values())
+    return name != REAL and not any(re.fullmatch(pattern, name) for pattern, _ in GROUPS.values())
 
 
 def _finish(axes: Any, figure: str, lines: Sequence[Row]) -> None:
     axes.set_yscale("log")
     axes.set_ylabel(figure)
     for line in lines:
-        if line["row"] == "real images":
+        if line["row"] == REAL:
             axes.axhline(float(line["fd"]), color="grey", linewidth=0.8)
 
 
-def write_tables(out: Path, figure: str, folders: Sequence[Path] | None = None) -> None:
-    """Write rows.csv, table.md and the plots of the rows in `folders`, by default in `out`."""
+def contests(lines: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the lines of each image set and budget by name, real images among each set's."""
+    pairs = sorted({(line["set"], line["budget"]) for line in lines if line["row"] != REAL})
+    return {
+        f"{images}_{budget}".replace(" ", "_"): [
+            line for line in lines if line["set"] == images and line["budget"] in (budget, "")
+        ]
+        for images, budget in pairs
+    }
+
+
+def write_tables(out: Path, folders: Sequence[Path] | None = None) -> dict[str, str]:
+    """Write rows.csv, tables and plots of the rows in `folders`, by default in `out` itself; return tables by name."""
     path = out / "rows.csv"
     old = list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() and folders is not None else []
     lines = merged(old, read_rows([out] if folders is None else folders))
     if not lines:
-        return
-    columns = list(dict.fromkeys(key for line in lines for key in line))
-    write_text(path, csv_text(columns, lines))
-    write_text(out / "table.md", table(lines, figure))
-    plot_evaluations(lines, figure, out / "evaluations.png")
-    for group in GROUPS:
-        plot_group(lines, group, figure, out / f"{group}.png")
+        return {}
+    write_text(path, csv_text(list(dict.fromkeys(key for line in lines for key in line)), lines))
+    tables = {}
+    for name, own in contests(lines).items():
+        figure = next((line["figure"] for line in own if line.get("figure")), "FD")
+        tables[name] = table(own, figure)
+        write_text(out / f"{name}.md", tables[name])
+        plot_evaluations(own, figure, out / f"{name}_evaluations.png")
+        for group in GROUPS:
+            plot_group(own, group, figure, out / f"{name}_{group}.png")
+    return tables
+
+
+def page_with(text: str, tables: dict[str, str], folder: str) -> str:
+    """Return a page with the part between its markers replaced by the tables, each with its plots in `folder`.
+
+    Raises: UserError if the page lacks the markers.
+    """
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    require(bool(start and end), f"the page needs a line {START} and below it a line {END}")
+    parts = []
+    for name, found in tables.items():
+        parts.append(f"## {name.replace('_', ' ')}\n\n{found}")
+        parts += [f"![{kind}]({folder}/{name}_{kind}.png)\n" for kind in ("evaluations", *GROUPS)]
+    return f"{before}{START}\n\n{chr(10).join(parts)}\n{END}{after}"
+
+
+def _is_absent(line: str, folder: Path) -> bool:
+    """Return whether a line is a picture that was not drawn, for want of rows."""
+    match = re.fullmatch(r"!\[\w+\]\((.+\.png)\)", line)
+    return match is not None and not (folder / match[1]).is_file()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw tables and plots from finished rows.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--figure", default="FD", help="label of the distance")
+    parser.add_argument("--page", type=Path, metavar="FILE.md", help="page to rewrite; the folder --out is beside it")
     options = parser.parse_args(arguments)
     for folder in options.folders:
         require(folder.is_dir(), f"{folder} is no folder; give those that benchmarks.spectral wrote")
     options.out.mkdir(parents=True, exist_ok=True)
-    write_tables(options.out, options.figure, options.folders)
+    tables = write_tables(options.out, options.folders)
+    if options.page is not None:
+        folder = options.out.resolve().relative_to(options.page.resolve().parent).as_posix()
+        page = page_with(options.page.read_text(), tables, folder)
+        kept = [line for line in page.splitlines() if not _is_absent(line, options.page.parent)]
+        write_text(options.page, "\n".join(kept) + "\n")
 
 
 if __name__ == "__main__":

@@ -87,11 +87,11 @@ def test_rows_run_once_and_are_shared(
     assert [entry["fd"] for entry in again["samples"]] == [entry["fd"] for entry in vp["samples"]]
     assert len(trained) == 2 and "it takes this row" in capsys.readouterr().out
 
-    table = (tmp_path / "table.md").read_text()
+    table = (tmp_path / "means_8_images.md").read_text()
     assert "| vp | 1 | scalar |" in table and "real images, n = 3" in table
     lines = list(csv.DictReader((tmp_path / "rows.csv").open()))
     assert len(lines) == 5 + 3 + 1 and {line["set"] for line in lines} == {"means"}
-    with Image.open(tmp_path / "evaluations.png") as picture:
+    with Image.open(tmp_path / "means_8_images_evaluations.png") as picture:
         assert picture.width > 500
 
 
@@ -102,7 +102,7 @@ def test_a_row_that_fails_leaves_the_others(
     with pytest.raises(SystemExit, match="2"):
         spectral.main(arguments)
     assert "1 rows failed: missing, seed 0" in capsys.readouterr().err
-    assert len(trained) == 1 and (tmp_path / "table.md").is_file()
+    assert len(trained) == 1 and (tmp_path / "means_8_images.md").is_file()
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,17 @@ def test_tables() -> None:
     rows = spectral_tables.table(lines, "FD").splitlines()[4:]
     assert rows[0].startswith("| heat | 1 | wiener | 20 ˢ | 50 | 9 | 100 | abc, 2026-01-01 |")
     assert rows[1].startswith("| vp | 2 | wiener | 105 ± 5 | 105 ± 5 |")
+    # one table for each set and budget, with the pictures that were drawn
+    page = "Intro\n<!-- tables -->\nformer\n<!-- end of tables -->\nOutro\n"
+    assert set(spectral_tables.contests([*lines, lines[0] | {"budget": "5 seconds"}])) == {
+        "mnist_9_images",
+        "mnist_5_seconds",
+    }
+    text = spectral_tables.page_with(page, {"mnist_9_images": "| a |\n"}, "folder")
+    assert text.startswith("Intro\n<!-- tables -->\n\n## mnist 9 images\n\n| a |\n") and "former" not in text
+    assert "![blur](folder/mnist_9_images_blur.png)" in text and text.endswith("<!-- end of tables -->\nOutro\n")
+    with pytest.raises(UserError, match="the page needs a line <!-- tables -->"):
+        spectral_tables.page_with("Intro", {}, "folder")
     # a line of the same key replaces the old one, one of another seed is added
     new = [_line("heat", 0, "2m", 5, 31.0), _line("heat", 1, "2m", 5, 32.0)]
     assert [line["fd"] for line in spectral_tables.merged(lines, new) if line["row"] == "heat"] == [31, 20.04, 50, 32]
