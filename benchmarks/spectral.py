@@ -314,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", type=Path, metavar="DIR", help="images of cifar10, in train/CLASS and test/CLASS")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="prepared images and features; OUT unless given")
-    parser.add_argument("--rows", nargs="+", default=["members"], metavar="NAME", help="processes or groups")
+    parser.add_argument("--rows", nargs="*", default=["members"], metavar="NAME", help="processes or groups")
     parser.add_argument("--row", action="append", default=[], metavar='"NAME=OPTIONS"', help="a row of your own")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--images", type=float, help="images seen in training")
