@@ -71,6 +71,7 @@ class Contest:
         out: folder of the rows.
         images: the image set.
         budget: ("images", number) or ("seconds", seconds).
+        batch_size: images of a training step.
         number: samples of each kind.
         evaluations: numbers of network evaluations of the solvers.
         overrides: options of train.py for all rows.
@@ -80,6 +81,7 @@ class Contest:
     out: Path
     images: ImageSet
     budget: tuple[str, float]
+    batch_size: int
     number: int
     evaluations: tuple[int, ...]
     overrides: tuple[str, ...]
@@ -179,7 +181,7 @@ def _step(model: Model, batch_size: int, device: torch.device) -> Callable[[], N
 def steps_of(contest: Contest, rows: dict[str, tuple[str, ...]]) -> dict[str, int]:
     """Return the number of training steps of each row; seconds of a step are measured once and kept in costs.json."""
     kind, amount = contest.budget
-    batch = contest.images.batch_size
+    batch = contest.batch_size
     if kind == "images":
         return {row: max(1, round(amount / batch)) for row in rows}
     path = contest.out / "costs.json"
@@ -225,7 +227,7 @@ def run_row(contest: Contest, row: str, options: Sequence[str], seed: int, steps
             "options": " ".join(options),
             "shared": " ".join(contest.overrides),
             "steps": steps,
-            "images": steps * contest.images.batch_size,
+            "images": steps * contest.batch_size,
             "training_seconds": result["seconds"],
             "training_cpu_seconds": round(cpu, 1),
             "preconditioning": load_model(run).recipe.parts["target"].get("preconditioning", "none"),
@@ -323,6 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--number", type=int, default=500, help="samples of each kind")
     parser.add_argument("--evaluations", nargs="*", type=int, default=EVALUATIONS)
     parser.add_argument("--network", help="small for 32 px unless given")
+    parser.add_argument("--batch-size", type=int, help="64 for 32 px unless given")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="for all rows")
     parser.add_argument("--device", default="cpu", help="of the samples and of the times of steps")
@@ -336,16 +339,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require(amount > 0, f"a budget of {amount:g} trains nothing; give --images or --seconds above 0")
         out = options.out.resolve()
         if not options.tables:
+            batch_size = options.batch_size or kind.batch_size
             shared = (
                 f"network={options.network or kind.network}",
-                f"data.batch_size={kind.batch_size}",
+                f"data.batch_size={batch_size}",
                 f"optimizer.learning_rate={options.learning_rate:g}",
                 *options.override,
             )
             images = kind((options.cache or out).resolve(), options.source and options.source.resolve())
             amounts = ("images" if options.seconds is None else "seconds", amount)
             device, evaluations = torch.device(options.device), tuple(options.evaluations)
-            contest = Contest(out, images, amounts, options.number, evaluations, shared, device)
+            contest = Contest(out, images, amounts, batch_size, options.number, evaluations, shared, device)
             failures = run(contest, rows, options.seeds)
             real = {"set": kind.name, "figure": kind.quality, "number": options.number}
             write_text(out / "real.json", json.dumps(real | images.real(options.number)) + "\n")
