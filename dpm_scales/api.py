@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from dpm_scales.data import ImageDataModule, ImageSource
 from dpm_scales.data.given import given_data
+from dpm_scales.data.shard_places import is_shards
 from dpm_scales.describe import Configured, Describable, DescriptionError, describe
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.models.checksums import read_tensors
@@ -73,9 +74,9 @@ def train(
 
     Args:
         model: trained in place.
-        images: a uint8 tensor or array ``(N, C, H, W)``; a folder or .zip file of images, or a .npy or .npz file; a
-            data set of torch, whose items are uint8 tensors or PIL images, alone or with a label; an `ImageSource`; or
-            an `ImageDataModule`.
+        images: a uint8 tensor or array ``(N, C, H, W)``; a folder or .zip file of images, or a .npy or .npz file; the
+            folder, pattern or address of tar shards, with labels .cls; a data set of torch, whose items are uint8
+            tensors or PIL images, alone or with a label; an `ImageSource`; or an `ImageDataModule`.
         steps: number of steps in all.
         run_dir: folder of the run, with the files of `train.py`; an existing run is resumed. None for a temporary one.
         labels: integers ``(N,)``, of a tensor's images.
@@ -141,6 +142,10 @@ def _data_settings(model: Model, images: Any, labels: Any, options: dict[str, An
     require(labels is None or isinstance(images, Tensor | np.ndarray), "labels= are for tensors of images")
     if path and str(images).endswith((".npy", ".npz")):
         return ("array", {"path": str(images), **options}), None
+    if path and is_shards(str(images)):
+        kind = {"labels": "cls"} if recipe.num_classes is not None else {}
+        size = {"root": str(images), "channels": recipe.channels, "image_size": list(recipe.image_size)}
+        return ("webdataset", {**size, **kind, **options}), None
     if path:
         require(Path(images).exists(), f"{images}: no such file or folder of images")
         kind = {"labels": "folder"} if recipe.num_classes is not None else {}

@@ -27,6 +27,8 @@ NEVER_STORED = ("allow", "plugins")
 #: sections whose classes write files, and the names of their arguments for places to write to
 _WRITERS = ("logger", "trainer")
 _PLACE = re.compile(r"(.*_)?(dir|dirs|path|folder|root|file|files)")
+#: options that may name addresses to fetch from
+_FETCHED = ("data.root", "data.val_root", "data.index")
 #: files that record the config folder, `--config-dir`, that a run was trained with, and its other flags for configs
 CONFIG_DIR_FILE, CONFIG_FLAGS_FILE = "config_dir", "config_flags"
 #: flags whose values are recorded there: they replace the configs that all options refer to
@@ -43,7 +45,7 @@ _without_downloads: set[Path] = set()
 
 
 def may_download(run_dir: Path) -> bool:
-    """Return whether a run may download its data: not if only its folder names the place, see `stored_overrides`."""
+    """Return whether a run may fetch its data: not if only its folder names the place, see `stored_overrides`."""
     return run_dir not in _without_downloads
 
 
@@ -68,7 +70,7 @@ def stored_overrides(
     stored = [value for value in values if key_of(value) not in without]
     keys = {key for override in stored for key in _check(override, file, paths, allow)}
     _without_downloads.discard(file.parent)
-    if "data.root" in keys and not {"data.root", "data.download"} & set(without):
+    if keys.intersection(_FETCHED).difference(without) and "data.download" not in without:
         _without_downloads.add(file.parent)
     return stored
 

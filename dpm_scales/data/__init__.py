@@ -9,7 +9,9 @@ from dpm_scales.data.base import ImageDataset, ImageSource, TensorImages
 from dpm_scales.data.downloads import TorchvisionSource
 from dpm_scales.data.files import listed
 from dpm_scales.data.folder import BSDS500, FileImages, ImageFolder
+from dpm_scales.data.order import EpochOrder
 from dpm_scales.data.sampler import ShuffledBatches
+from dpm_scales.data.shards import ShardImages, ShardSource
 from dpm_scales.data.sources import ArraySource, Digits, Photos
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
         digits_data,
         folder_data,
         photos_data,
+        shards_data,
         torchvision_data,
     )
     from dpm_scales.data.datamodule import ImageDataModule
@@ -28,6 +31,7 @@ __all__ = [
     "BSDS500",
     "ArraySource",
     "Digits",
+    "EpochOrder",
     "FileImages",
     "GivenImages",
     "ImageDataModule",
@@ -35,6 +39,8 @@ __all__ = [
     "ImageFolder",
     "ImageSource",
     "Photos",
+    "ShardImages",
+    "ShardSource",
     "ShuffledBatches",
     "TensorImages",
     "TorchvisionSource",
@@ -45,6 +51,7 @@ __all__ = [
     "given_data",
     "listed",
     "photos_data",
+    "shards_data",
     "torchvision_data",
 ]
 

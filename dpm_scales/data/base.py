@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dpm_scales.data.order import EpochOrder, Permuted
 from dpm_scales.describe import Describable
 from dpm_scales.errors import require
 
@@ -30,6 +32,14 @@ class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.get(index, None)
+
+    def order(self, seed: int) -> EpochOrder:
+        """Return the order of training: by default, a permutation of all images for each epoch."""
+        return Permuted(len(self), seed)
+
+    def pool(self, count: int) -> Sequence[int]:
+        """Return the indices from which a sample of `count` images is taken: all, or at least so many at hand."""
+        return range(len(self))
 
 
 class ImageSource(Describable, ABC):

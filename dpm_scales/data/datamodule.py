@@ -113,6 +113,7 @@ class ImageDataModule(Describable, pl.LightningDataModule):
             drop_last=self.drop_last,
             rank=self.trainer.global_rank if self.trainer is not None else 0,
             world_size=self._world_size(),
+            order=train.order(self.seed),
         )
         loader: TrainLoader = TrainLoader(
             EpochImages(train, self.seed),
@@ -178,15 +179,16 @@ class ImageDataModule(Describable, pl.LightningDataModule):
     def statistics(self, max_images: int = 10000) -> dict[str, float]:
         """Return `mean` and `std` over all training pixels and channels, for values in [0, 1].
 
-        They are measured on at most `max_images` images, evenly spaced in the training set.
+        They are measured on at most `max_images` images, evenly spaced in the training set, or in a few of its shards.
         """
         require(max_images >= 1, f"max_images={max_images}: allowed is a whole number >= 1")
         self.prepare_data()
         train = self.train_set
         require(len(train) > 0, "no training images")
         number, total, squares = 0, 0.0, 0.0
-        for index in np.linspace(0, len(train) - 1, min(max_images, len(train))).round().astype(int).tolist():
-            values = images.to_range(train[index][0], (0.0, 1.0)).double()
+        pool = train.pool(max_images)
+        for place in np.linspace(0, len(pool) - 1, min(max_images, len(pool))).round().astype(int).tolist():
+            values = images.to_range(train[pool[place]][0], (0.0, 1.0)).double()
             number += values.numel()
             total += float(values.sum())
             squares += float(values.square().sum())
@@ -206,6 +208,7 @@ class ImageDataModule(Describable, pl.LightningDataModule):
             "world_size": self._world_size(),
             "num_images": len(self.train_set),
             "drop_last": self.drop_last,
+            **self.train_set.order(self.seed).keys(),
         }
 
 

@@ -200,7 +200,7 @@ def inspect_images(
     def inspect(name: str) -> tuple[int, int] | str:
         try:
             with store.open(name) as file:
-                size, whole = _read_header(file)
+                size, whole = read_header(file)
                 if full or not whole:
                     file.seek(0)
                     images.load_image(file, name=name)
@@ -219,7 +219,7 @@ def inspect_images(
     return sizes, bad
 
 
-def _read_header(file: BinaryIO) -> tuple[tuple[int, int], bool]:
+def read_header(file: BinaryIO) -> tuple[tuple[int, int], bool]:
     """Return the upright size (H, W), and whether the file ends as its format requires."""
     with Image.open(file) as picture:
         width, height = picture.size

@@ -21,11 +21,15 @@ SPLITS = ("auto", "folder", "fraction")
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 
 
-class UnreadableImageError(UserError):
-    """An image that cannot be decoded; its message stays one line even if a worker wraps it in a traceback."""
+class LoadingError(UserError):
+    """A failure of loading, whose message stays one line even if a worker wraps it in a traceback."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message.strip().rpartition("UnreadableImageError: ")[2])
+        super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
+
+
+class UnreadableImageError(LoadingError):
+    """An image that cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +174,11 @@ class ImageFolder(ImageSource):
         verify: str = "headers",
     ) -> None:
         require(channels in (1, 3), f"channels={channels}: allowed are 1 (grey) and 3 (RGB)")
-        _require_choice("resize_mode", resize_mode, RESIZE_MODES)
-        _require_choice("split", split, SPLITS)
-        _require_choice("labels", labels, ("folder", "none"))
-        _require_choice("on_error", on_error, ("skip", "raise"))
-        _require_choice("verify", verify, ("headers", "full", "none"))
+        require_one_of("resize_mode", resize_mode, RESIZE_MODES)
+        require_one_of("split", split, SPLITS)
+        require_one_of("labels", labels, ("folder", "none"))
+        require_one_of("on_error", on_error, ("skip", "raise"))
+        require_one_of("verify", verify, ("headers", "full", "none"))
         size = None if image_size is None else images.size_pair(image_size, "image_size")
         mode = "none" if size is None else resize_mode
         require(
@@ -184,7 +188,7 @@ class ImageFolder(ImageSource):
         self.channels = channels
         self.rotate_portrait = rotate_portrait
         self.store = open_store(root)
-        *parts, self.split_note = _split_names(self.store, split, val_fraction, split_seed)
+        *parts, self.split_note = split_names(self.store, split, val_fraction, split_seed)
         require(verify != "none" or size is not None, "verify=none needs image_size, for example image_size=64")
         self.sizes: dict[str, tuple[int, int]] = {}
         self.left_out: dict[str, str] = {}
@@ -193,7 +197,7 @@ class ImageFolder(ImageSource):
             parts = [[name for name in part if name in self.sizes] for part in parts]
         require(bool(parts[0]), f"{root}: no readable training images")
         self.image_size = self._common_size(size, mode)
-        classes = _class_of_names([*parts[0], *parts[1]], self.store) if labels == "folder" else None
+        classes = class_of_names([*parts[0], *parts[1]], self.store) if labels == "folder" else None
         if classes is not None:
             self.class_names = tuple(sorted(set(classes.values())))
             self.num_classes = len(self.class_names)
@@ -299,7 +303,7 @@ class BSDS500(ImageFolder):
         )
 
 
-def _split_names(
+def split_names(
     store: ImageStore, split: str, val_fraction: float, split_seed: int
 ) -> tuple[list[str], list[str], str]:
     """Return training and validation names, and a note that names their folders.
@@ -329,7 +333,7 @@ def _inner_parts(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return parts
 
 
-def _class_of_names(names: Sequence[str], store: ImageStore) -> dict[str, str]:
+def class_of_names(names: Sequence[str], store: ImageStore) -> dict[str, str]:
     """Return the folder that labels each name: the first below train/, val/ and so on, otherwise the first."""
     classes: dict[str, str] = {}
     inner = _inner_parts(store.names)
@@ -362,5 +366,6 @@ def _class_folders(store: ImageStore) -> set[str]:
     return classes
 
 
-def _require_choice(key: str, value: str, allowed: Sequence[str]) -> None:
+def require_one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise UserError, in the words of the command line, unless `value` is one of `allowed`."""
     require(value in allowed, f"unknown {key}={value!r}: {suggest(str(value), allowed)}")

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from dpm_scales.data.base import ImageDataset
+from dpm_scales.data.order import EpochOrder, Permuted
 from dpm_scales.errors import require
 
 Key = tuple[int, int]
@@ -20,9 +21,9 @@ Key = tuple[int, int]
 class ShuffledBatches(DistributedSampler[Key]):
     """Endless shuffled global batches n = 0, 1, 2, ..., of which an iterator yields as many as an epoch has.
 
-    With E batches per epoch, batch n is part n mod E of a permutation drawn from (seed, n // E). Rank `rank` of
-    `world_size` takes every `world_size`-th image of the global batch. An iterator starts at batch `next_batch()`, the
-    only number needed to resume, and yields keys (index, epoch), one for each image.
+    With E batches per epoch, batch n is part n mod E of the order of epoch n // E, by default a permutation drawn from
+    (seed, n // E). Rank `rank` of `world_size` takes every `world_size`-th image of the global batch. An iterator
+    starts at batch `next_batch()`, the only number needed to resume, and yields keys (index, epoch), one per image.
 
     Derives from DistributedSampler only so that Lightning leaves it in place on several devices.
 
@@ -34,6 +35,7 @@ class ShuffledBatches(DistributedSampler[Key]):
         drop_last: whether to drop an incomplete last batch; otherwise the first images of the order fill it up.
         rank, world_size: index of this rank, and number of ranks.
         where: prefix of the names of arguments in messages.
+        order: the order of each epoch; None for permutations of all images.
 
     Raises:
         UserError: fewer images than one global batch with `drop_last`.
@@ -49,6 +51,7 @@ class ShuffledBatches(DistributedSampler[Key]):
         rank: int = 0,
         world_size: int = 1,
         where: str = "",
+        order: EpochOrder | None = None,
     ) -> None:
         global_batch = batch_size * world_size
         require(num_images > 0, "no training images")
@@ -62,7 +65,7 @@ class ShuffledBatches(DistributedSampler[Key]):
         )
         self.num_images = num_images
         self.batch_size = batch_size
-        self.seed = seed
+        self.order = Permuted(num_images, seed) if order is None else order
         self.next_batch = next_batch
         self.rank = rank
         self.world_size = world_size
@@ -73,14 +76,12 @@ class ShuffledBatches(DistributedSampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         start = self.next_batch()
-        epoch, order = -1, np.empty(0, dtype=np.int64)
+        slots = np.arange(self.batch_size) * self.world_size + self.rank
         for batch in range(start, start + self.batches_per_epoch):
-            if batch // self.batches_per_epoch != epoch:
-                epoch = batch // self.batches_per_epoch
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
-            first = batch % self.batches_per_epoch * self.batch_size * self.world_size + self.rank
-            for slot in range(self.batch_size):
-                yield int(order[(first + slot * self.world_size) % self.num_images]), epoch
+            epoch, number = divmod(batch, self.batches_per_epoch)
+            places = (number * self.batch_size * self.world_size + slots) % self.num_images
+            for index in self.order(epoch, places).tolist():
+                yield index, epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing: the batch number determines the epoch."""

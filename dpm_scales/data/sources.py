@@ -113,7 +113,7 @@ class ArraySource(ImageSource):
     def __init__(
         self, path: str | Path, val_fraction: float = 0.1, split_seed: int = 0, random_flip: bool = False
     ) -> None:
-        array, labels = _read_arrays(Path(path))
+        array, labels = read_arrays(Path(path))
         require(array.dtype == np.uint8, f"{path}: images are {array.dtype}; save them as uint8, 0 to 255")
         data = array[..., None] if array.ndim == 3 else array
         require(
@@ -153,15 +153,21 @@ class ArraySource(ImageSource):
         return self._val
 
 
-def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the images and the labels or None of a .npy or .npz file; objects are never unpickled."""
+def read_arrays(path: Path, mapped: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the images and the labels or None of a .npy or .npz file; objects are never unpickled.
+
+    Args:
+        mapped: read the images of a .npy file when they are used, as a memory map.
+
+    Raises: UserError for other files.
+    """
     require(path.is_file(), f"{path}: no such file; give a .npy or .npz file")
     kind = f"{path}: not a readable .npy or .npz file without pickled objects"
     try:
         with path.open("rb") as file:
             start = file.read(len(MAGIC[0]))
         require(start.startswith(MAGIC), f"{kind} (it begins as neither of them does)")
-        content = np.load(path, allow_pickle=False)
+        content = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
         if isinstance(content, np.ndarray):
             return content, None
         with content:

@@ -23,7 +23,10 @@ MODEL_ROOMS = ("processes", "schedules", "targets", "networks", "priors", "sampl
 DATA_ROOMS = ("data",)
 OPTION_ROOMS = (*MODEL_ROOMS, "weights", *DATA_ROOMS)
 #: classes of these packages that no file may name, and why
-HARMFUL = {"dpm_scales.data.TorchvisionSource": "could download to any place"}
+HARMFUL = {
+    "dpm_scales.data.TorchvisionSource": "could download to any place",
+    "dpm_scales.data.ShardSource": "could fetch from any address",
+}
 #: former names of classes in files of earlier versions, with their present names
 RENAMED = {
     "dpm_scales.priors.GuidancePrior": "dpm_scales.priors.OsmosisPrior",

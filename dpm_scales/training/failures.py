@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from dpm_scales.data import FileImages, ImageDataModule, listed
+from dpm_scales.data import ImageDataModule, listed
 from dpm_scales.errors import OutOfMemoryError, UserError
 from dpm_scales.storage import write_bytes
 
@@ -85,8 +85,7 @@ class UnreadableImages(Callback):
         source = self.data.source
         names = [*getattr(source, "left_out", {})]
         for part in (source.train(), source.val()):
-            if isinstance(part, FileImages):
-                names += part.unreadable
+            names += getattr(part, "unreadable", ())  # of files and shards
         if len(names) == self._told or not trainer.is_global_zero:
             return
         self._told = len(names)

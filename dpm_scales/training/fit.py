@@ -32,8 +32,9 @@ def fit_to_data(model: Model, data: ImageDataModule) -> Model:
     train = data.train_set
 
     def spread(count: int) -> list[int]:
-        """Return the indices of at most `count` training images, evenly spaced."""
-        return torch.linspace(0, len(train) - 1, min(count, len(train))).round().long().tolist()
+        """Return the indices of at most `count` training images, evenly spaced, or from a few shards."""
+        pool = train.pool(count)
+        return [pool[i] for i in torch.linspace(0, len(pool) - 1, min(count, len(pool))).round().long().tolist()]
 
     def loaded(index: list[int]) -> Tensor:
         return to_range(torch.stack([train[i][0] for i in index]), (low, high))

@@ -20,6 +20,7 @@ from PIL import Image
 from dpm_scales import data, images
 from dpm_scales.data.sampler import EpochImages, ShuffledBatches
 from dpm_scales.errors import UserError
+from support.shards import encoded, tar
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
@@ -317,13 +318,15 @@ def test_a_changed_order_is_announced() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPM_SCALES_DATA", str(tmp_path))
+    monkeypatch.setenv("DPM_SCALES_CACHE", str(tmp_path / "cache"))
     config = OmegaConf.load(path)
     for part in ("train", "val"):
         put(tmp_path / part / "a.png", size=(64, 64))
         put(tmp_path / part / "b.png", size=(64, 64))
     np.savez(tmp_path / "a.npz", images=np.zeros((9, 4, 4), np.uint8))
+    tar(tmp_path / "a.tar", {f"{n}.png": encoded(np.zeros((4, 4), np.uint8)) for n in range(9)})
     if OmegaConf.is_missing(config, "root"):
-        config.root = str(tmp_path)
+        config.root = str(tmp_path / "a.tar" if path.stem == "webdataset" else tmp_path)
     if OmegaConf.is_missing(config, "path"):
         config.path = str(tmp_path / "a.npz")
     module = instantiate(config)

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import struct
+import tarfile
 import time
 import zipfile
 import zlib
@@ -35,10 +36,11 @@ from dpm_scales.errors import UserError
 from dpm_scales.models.checksums import read_checkpoint, read_tensors, write_checkpoint
 from dpm_scales.run_folders.files import stored_result
 from dpm_scales.training import load_model, save_model
+from support.shards import packed, tar
 from support.shell import small_model
 
 MINUTES = float(os.environ.get("DPM_SCALES_FUZZ_MINUTES", "0"))
-TARGETS = 10
+TARGETS = 12
 EXAMPLES = 40
 """Of one round; a round is all there is unless minutes are given."""
 
@@ -181,6 +183,45 @@ def test_archives(tmp_path: Path) -> None:
         returns_or_tells(lambda: data.ImageFolder(path, image_size=4, labels="folder", val_fraction=0.0).train()[0])
 
     fuzz(damaged(whole), check)
+
+
+@pytest.mark.slow
+def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is read of a damaged archive does not depend on chance: twice the same."""
+    monkeypatch.setenv("DPM_SCALES_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "a.tar"
+    members = {"cat/a.png": _sample("RGB", "PNG"), f"{'d' * 200}é/b.jpg": _sample("L", "JPEG"), "cat/a.cls": b"1"}
+    whole = []
+    for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        names = {name if kind != tarfile.USTAR_FORMAT else name[-40:]: content for name, content in members.items()}
+        whole.append(tar(path, names, kind).read_bytes())
+
+    def read() -> list[bytes]:
+        part = data.ShardSource(path, image_size=4, labels="cls", split="images", val_fraction=0.0).train()
+        return [image.numpy().tobytes() for image, _ in (part[i] for i in range(len(part)))]
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        assert returns_or_tells(read) == returns_or_tells(read)
+
+    fuzz(damaged(whole), check)
+
+
+@pytest.mark.slow
+def test_indices_of_shards(tmp_path: Path) -> None:
+    packed(tmp_path / "s", 6, 3)
+    path = tmp_path / "s" / "index.json"
+    whole = json.loads(path.read_text())
+
+    @st.composite
+    def indices(draw: st.DrawFn) -> bytes:
+        return json.dumps(put(draw, whole)).encode(errors="surrogatepass")
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        returns_or_tells(lambda: data.ShardSource(tmp_path / "s", channels=1, labels="cls").train()[0])
+
+    fuzz(st.one_of(indices(), damaged([json.dumps(whole).encode()])), check)
 
 
 @pytest.mark.slow

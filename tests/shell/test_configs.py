@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from dpm_scales.data import ImageDataModule
+from dpm_scales.data.pack import Packing, pack
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.distributed.fsdp import ShardedStrategy
 from dpm_scales.models.instantiate import plain
@@ -43,6 +44,7 @@ NEEDS = {
     "folder": ["data.root={folder}"],
     "bsds500": ["data.root={bsds500}"],
     "array": ["data.path={array}"],
+    "webdataset": ["data.root={webdataset}"],
     "mnist": ["data.root={mnist}", "data.download=false"],
     "fashion_mnist": ["data.root={fashion_mnist}", "data.download=false"],
     "cifar10": ["data.root={cifar10}", "data.download=false"],
@@ -65,6 +67,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     photos(root / "folder", 6)
+    pack(root / "folder", root / "webdataset", Packing(3), lambda *_: lambda _: None)
     for part in ("train", "val", "test"):
         photos(root / "bsds500" / "images" / part, 2, (80, 120))
     np.savez(root / "array.npz", images=rng.integers(0, 256, (20, 8, 12), dtype=np.uint8))
@@ -85,6 +88,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "folder": str(root / "folder"),
         "bsds500": str(root / "bsds500"),
         "array": str(root / "array.npz"),
+        "webdataset": str(root / "webdataset"),
         "mnist": str(root / "MNIST"),
         "fashion_mnist": str(root / "FashionMNIST"),
         "cifar10": str(root / "cifar"),

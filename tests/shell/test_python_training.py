@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import dpm_scales as ds
-from dpm_scales.data import GivenImages
+from dpm_scales import api
+from dpm_scales.data import GivenImages, ShardSource
+from support.shards import packed
 from support.shell import (
     ROOT,
     assert_equal,
@@ -200,6 +202,15 @@ def test_a_folder_is_the_data_of_the_command_line(tmp_path: Path) -> None:
     assert outcome.status == 0, outcome.err
     config = settings(folder)["data"]
     assert config["root"] == str(place) and config["channels"] == 3 and config["image_size"] == [6, 10]
+
+
+def test_shards_are_the_data_of_the_command_line(tmp_path: Path) -> None:
+    packed(tmp_path / "s", 12, 4)
+    model = small(image_size=(2, 3), num_classes=3)
+    name, options = api._data_settings(model, tmp_path / "s", None, {"window": 2})[0]
+    assert name == "webdataset" and options["labels"] == "cls" and options["window"] == 2
+    source = ShardSource(**{key: value for key, value in options.items() if key != "window"})
+    assert source.image_size == (2, 3) and source.num_classes == 3
 
 
 class Local(nn.Module):

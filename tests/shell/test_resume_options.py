@@ -108,7 +108,8 @@ TAKEN = {
     "trainer": "trainer.val_check_interval=2",
     "data.num_workers": "1",
     "data.pin_memory": "false",
-    "data.on_error": "",  # of folders; see below
+    **dict.fromkeys(("data.on_error", "data.cache_gb", "data.decoder", "data.tries", "data.timeout"), ""),  # see below
+    **dict.fromkeys(("data.download", "data.verify"), ""),
     "logger": "logger=tensorboard",
 }
 WARNED_OF = {
@@ -117,6 +118,7 @@ WARNED_OF = {
     "data.batch_size": "8",
     "data.seed": "1",
     "data.drop_last": "false",
+    "data.window": "",
 }
 REFUSED_ONES = {
     "process": "process=heat",
@@ -125,7 +127,12 @@ REFUSED_ONES = {
     "network": "network.embedding_dim=24",
     "conditional": "true",
 }
-ELSEWHERE = {"label_dropout", "data.on_error", "compile"}
+#: of folders and shards, in their own tests, and those that take long
+ELSEWHERE = {
+    "label_dropout",
+    "compile",
+    *(name for name in (*TAKEN, *WARNED_OF) if "" in (TAKEN.get(name), WARNED_OF.get(name))),
+}
 
 
 def written(changes: dict[str, str]) -> list[str]:

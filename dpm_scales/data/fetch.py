@@ -1,0 +1,255 @@
+"""Fetch files over HTTP: tried again after stalls, cuts and errors of the server, going on where the last try ended.
+
+Only what was named is asked for. Redirections are followed to other addresses of http and https, never from https to
+http. Addresses are shown without user, password and query, which may be secrets.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import http.client
+import random
+import socket
+import ssl
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from io import BytesIO
+from typing import IO, Any, BinaryIO
+from urllib.parse import urlsplit, urlunsplit
+
+from dpm_scales.errors import UserError, require
+
+SCHEMES = ("http", "https")
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Seconds between the first two tries, which double until the longest."""
+
+_CHUNK = 2**20
+_AGAIN = (408, 416, 425, 429)  # and all of 500 and above
+_REFUSALS = {
+    **dict.fromkeys((301, 302, 303, 307, 308), "; it leads to an address that is not followed"),
+    401: "; it asks for a login",
+    403: "; access is refused",
+    404: "; there is no such file",
+}
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a server is waited for.
+
+    Args:
+        tries: number of tries, >= 1.
+        timeout: seconds without a byte that end a try, > 0.
+
+    Raises: UserError for values out of range.
+    """
+
+    tries: int = 8
+    timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.tries, int) and not isinstance(self.tries, bool) and 1 <= self.tries <= 100
+        require(whole, f"tries={self.tries!r:.20}: allowed is a whole number from 1 to 100")
+        number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
+        require(number and 0 < self.timeout <= 3600, f"timeout={self.timeout!r:.20}: allowed are 0 to 3600 seconds")
+
+
+class FetchError(UserError):
+    """A file that could not be fetched."""
+
+
+class _AgainError(Exception):
+    """A try that failed, after which another may succeed; `pause` is what the server asks for, in seconds."""
+
+    def __init__(self, reason: str, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.pause = pause
+
+
+class _ChangedError(Exception):
+    """A file whose size or checksum is another than expected."""
+
+
+def is_url(place: str) -> bool:
+    """Return whether a place is an address ``SCHEME://…``."""
+    return "://" in place
+
+
+def check_url(url: str) -> str:
+    """Return the address. Raises UserError for other schemes than http and https, and for one that can't be read."""
+    try:
+        parts = urlsplit(url)
+        ok = parts.scheme in SCHEMES and bool(parts.hostname) and (parts.port or 1) > 0 and url.isprintable()
+    except ValueError:
+        ok = False
+    advice = "allowed are http:// and https://, and paths of a mounted file system"
+    require(ok and " " not in url, f"{shown(url)}: {advice}")
+    return url
+
+
+def shown(url: str) -> str:
+    """Return an address for messages, without user, password and query; a path as it is."""
+    if not is_url(url):
+        return url
+    try:
+        parts = urlsplit(url)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    except ValueError:
+        return "the address"
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str) -> Any:
+        old, new = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
+        if new not in SCHEMES or (old == "https" and new == "http"):
+            raise FetchError(f"{shown(req.full_url)}: it leads to {new}://, which is not followed")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def fetch_text(url: str, most: int, patience: Patience = Patience()) -> bytes:  # noqa: B008 - frozen
+    """Return a file of at most `most` bytes. Raises FetchError if it can't be fetched, or is larger."""
+    file = BytesIO()
+    fetch(url, file, most=most, patience=patience)
+    return file.getvalue()
+
+
+def fetch(
+    url: str,
+    file: BinaryIO,
+    length: int | None = None,
+    sha256: str | None = None,
+    most: int = 2**48,
+    patience: Patience = Patience(),  # noqa: B008 - frozen
+) -> str:
+    """Write a file into an empty binary file, open for reading and writing; return its SHA-256.
+
+    Args:
+        url: address, http or https.
+        length, sha256: what it must be; None for any.
+        most: largest number of bytes.
+        patience: number of tries and seconds of each.
+
+    Raises: FetchError if no try succeeds, or at once if the server refuses, or if the content is another one twice.
+    """
+    check_url(url)
+    download = _Download(url, file, length, most, patience.timeout)
+    reason, changed, asked = "", 0, 0.0
+    for number in range(patience.tries):
+        if number:
+            pause = min(FIRST_PAUSE * 2 ** (number - 1), LONGEST_PAUSE)
+            time.sleep(max(asked, pause * random.Random().uniform(0.75, 1.25)))  # others may wait for the same server
+        asked = 0.0
+        try:
+            download.go_on()
+            return _checked(file, length, sha256)
+        except _AgainError as error:
+            reason, asked = str(error), error.pause
+        except _ChangedError as error:
+            reason, changed = str(error), changed + 1
+            download.begin_again()
+            if changed == 2:
+                raise FetchError(
+                    f"{shown(url)}: {reason}; it was changed, or the index is an older one: make that again with "
+                    "dpm-scales data index"
+                ) from error
+    raise FetchError(f"{shown(url)}: could not be fetched in {patience.tries} tries; the last: {reason}")
+
+
+class _Download:
+    """A file of a server, a part of which may have come.
+
+    Args:
+        url: its address.
+        file: where it is written.
+        length: what it must have, in bytes; None for any, up to `most`.
+        most: largest number of bytes.
+        timeout: seconds without a byte that end a try.
+    """
+
+    def __init__(self, url: str, file: BinaryIO, length: int | None, most: int, timeout: float) -> None:
+        self.url, self.file, self.length, self.most, self.timeout = url, file, length, most, timeout
+        self._opener = urllib.request.build_opener(_Redirects())
+        self._mark = ""  # of the version of the content that has come in part
+
+    def begin_again(self) -> None:
+        self.file.seek(0)
+        self.file.truncate()
+
+    def go_on(self) -> None:
+        """Fetch what is missing. Raises `_AgainError`, `_ChangedError`, or FetchError for a refusal."""
+        have = self.file.seek(0, 2)
+        headers = {"User-Agent": "dpm-scales", "Accept-Encoding": "identity"}
+        if have and self._mark:
+            headers |= {"Range": f"bytes={have}-", "If-Range": self._mark}
+        try:
+            with self._opener.open(urllib.request.Request(self.url, headers=headers), timeout=self.timeout) as response:
+                self._receive(response, have)
+        except urllib.error.HTTPError as error:
+            error.close()
+            self._refused(error.code, str(error.headers.get("Retry-After", "")))
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, ssl.SSLCertVerificationError):
+                told = f"the server's certificate is not trusted ({error.reason})"
+                raise FetchError(f"{shown(self.url)}: {told}") from error
+            raise _AgainError(_reason(error.reason, self.timeout)) from error
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in _DISK:
+                raise
+            raise _AgainError(_reason(error, self.timeout)) from error
+
+    def _receive(self, response: Any, have: int) -> None:
+        goes_on = response.status == 206 and f"bytes {have}-" in response.headers.get("Content-Range", "")
+        if not goes_on:
+            self.begin_again()
+            have = 0
+        self._mark = _mark(response.headers)
+        declared = response.headers.get("Content-Length", "")
+        total = have + int(declared) if declared.isascii() and declared.isdigit() else None
+        if self.length is not None and total is not None and total != self.length:
+            raise _ChangedError(f"it has {total} bytes, and the index says {self.length}")
+        limit = self.most if self.length is None else self.length
+        while chunk := response.read(_CHUNK):
+            have += len(chunk)
+            if have > limit:
+                raise _ChangedError(f"it has more than {limit} bytes")
+            self.file.write(chunk)
+        if have < (total if total is not None else self.length or 0):
+            raise _AgainError(f"cut off after {have} bytes")
+
+    def _refused(self, code: int, asked: str) -> None:
+        """Raise the error for a status of the server."""
+        if code == 416:  # what is here is no part of what is there
+            self.begin_again()
+        if code in _AGAIN or code >= 500:
+            raise _AgainError(f"HTTP {code}", min(float(asked), LONGEST_PAUSE) if asked.isdigit() else 0.0)
+        raise FetchError(f"{shown(self.url)}: HTTP {code}{_REFUSALS.get(code, '')}")
+
+
+def _reason(error: object, timeout: float) -> str:
+    if isinstance(error, socket.timeout | TimeoutError):
+        return f"no byte came for {timeout:g} seconds"
+    return str(error) or type(error).__name__
+
+
+def _mark(headers: Any) -> str:
+    """Return what names a version of the content, to go on with it; empty if the server has nothing."""
+    tag = headers.get("ETag", "")
+    return str(tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", ""))
+
+
+def _checked(file: BinaryIO, length: int | None, sha256: str | None) -> str:
+    """Return the SHA-256 of a file. Raises `_ChangedError` if it, or the length, is another than expected."""
+    digest, have = hashlib.sha256(), 0
+    file.seek(0)
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+        have += len(chunk)
+    if length is not None and have != length:
+        raise _ChangedError(f"it has {have} bytes, and the index says {length}")
+    if sha256 is not None and digest.hexdigest() != sha256:
+        raise _ChangedError(f"its SHA-256 is {digest.hexdigest()[:12]}…, and the index says {sha256[:12]}…")
+    return digest.hexdigest()

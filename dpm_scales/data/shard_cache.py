@@ -1,0 +1,172 @@
+"""A folder of fetched shards, shared by all processes of this machine that name it, with a limit on its size.
+
+A file is named by the SHA-256 of its content, written beside its place and renamed, and checked before that. A lock of
+the operating system lets one process fetch a shard while others wait for it. The shards used longest ago are removed
+first; a process that has one open goes on reading it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+
+from dpm_scales.data.fetch import Patience, fetch, fetch_text, shown
+from dpm_scales.data.shard_index import ShardEntry
+from dpm_scales.errors import UserError, is_number, require
+from dpm_scales.storage import atomic_write, lock, make_folder, write_bytes
+
+FOLDER_VARIABLE = "DPM_SCALES_CACHE"
+"""Environment variable that names the folder."""
+
+INDICES = "indices"
+"""Folder, in that folder, of the indices that were fetched, or made of local shards that have none."""
+
+FETCHERS = 4
+"""Threads of a process that fetch ahead."""
+
+GIB, DEFAULT_GIGABYTES = 2**30, 50.0
+_OURS = re.compile(r"[0-9a-f]{64}\.tar")
+_LEFT = re.compile(r"\.[0-9a-f]{64}\.tar\.[0-9a-f]{12}\.tmp")
+_STALE = 86400.0  # seconds after which a file that nobody has written to was left by a killed process
+
+
+def cache_folder() -> Path:
+    """Return the folder, `$DPM_SCALES_CACHE`, or `dpm_scales/shards` in $XDG_CACHE_HOME or in ~/.cache."""
+    named = os.environ.get(FOLDER_VARIABLE, "")
+    if named:
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "dpm_scales" / "shards"
+
+
+class ShardCache:
+    """Shards by address, fetched when first needed.
+
+    Args:
+        folder: place of the files; created when the first is fetched.
+        gigabytes: largest size of all of them, in GiB, > 0.
+        patience: with each address.
+        download: False never fetches: only what is there is found.
+
+    Raises: UserError for a size that is not positive.
+    """
+
+    def __init__(self, folder: Path, gigabytes: float, patience: Patience | None = None, download: bool = True) -> None:
+        require(is_number(gigabytes) and gigabytes > 0, f"cache_gb={gigabytes!r:.20}: allowed is a number > 0")
+        self.folder, self.limit = folder, int(gigabytes * GIB)
+        self.patience, self.download = patience or Patience(), download
+        self._pid, self._mutexes = os.getpid(), dict[str, threading.Lock]()
+        self._wanted: queue.SimpleQueue[tuple[str, ShardEntry]] | None = None
+
+    def path(self, url: str, entry: ShardEntry) -> Path:
+        """Return the file of a shard, fetched if it is not there. Raises UserError if it can't be."""
+        assert entry.sha256 is not None
+        path = self.folder / f"{entry.sha256}.tar"
+        if self._is_there(path, entry):
+            return path
+        self._require_download(url)
+        bucket = entry.sha256[:2]
+        with self._mutex(bucket), self._lock(f"{bucket}.lock"):
+            if not self._is_there(path, entry):
+                self._make_room(entry.bytes)
+                with atomic_write(path) as file:
+                    fetch(url, file, entry.bytes, entry.sha256, patience=self.patience)
+        return path
+
+    def text(self, url: str, most: int) -> bytes:
+        """Return a file of at most `most` bytes, which is kept: without `download`, what was kept is returned."""
+        kept = self.folder / INDICES / f"{hashlib.sha256(url.encode()).hexdigest()}.json"
+        if not self.download:
+            if not kept.is_file():
+                self._require_download(url)
+            return kept.read_bytes()
+        text = fetch_text(url, most, self.patience)
+        with suppress(UserError, OSError):
+            write_bytes(kept, text)
+        return text
+
+    def _require_download(self, url: str) -> None:
+        where = f"{shown(url)} is not in {self.folder}, and data.download=false fetches nothing"
+        require(self.download, f"{where}, as for addresses that only a run's folder names; give data.download=true")
+
+    def require_room(self, sizes: Sequence[int], number: int) -> None:
+        """Raise UserError unless the largest `number` of files of these sizes in bytes are within the limit."""
+        needed = sum(sorted(sizes)[-number:])
+        require(
+            needed <= self.limit,
+            f"cache_gb={self.limit / GIB:g} is less than the {needed / GIB:.2f} GiB of two windows of shards, which "
+            "are used at a time; raise it, or lower window",
+        )
+
+    def expect(self, wanted: Sequence[tuple[str, ShardEntry]]) -> None:
+        """Fetch shards ahead, in threads that end with this process; those that fail are left to `path`."""
+        if not self.download:
+            return
+        self._notice_fork()
+        if self._wanted is None:
+            self._wanted = queue.SimpleQueue()
+            for _ in range(FETCHERS):
+                threading.Thread(target=self._fetch_ahead, args=(self._wanted,), daemon=True).start()
+        for one in wanted:
+            self._wanted.put(one)
+
+    def _fetch_ahead(self, wanted: queue.SimpleQueue[tuple[str, ShardEntry]]) -> None:
+        while True:
+            url, entry = wanted.get()
+            with suppress(UserError, OSError):
+                self.path(url, entry)
+
+    def _is_there(self, path: Path, entry: ShardEntry) -> bool:
+        try:
+            if path.stat().st_size != entry.bytes:
+                return False
+            os.utime(path)  # the time of its last use
+        except OSError:
+            return False
+        return True
+
+    def _mutex(self, bucket: str) -> threading.Lock:
+        """Return the lock among threads; the system's excludes processes, and any thread that lets go frees it."""
+        self._notice_fork()
+        return self._mutexes.setdefault(bucket, threading.Lock())
+
+    def _notice_fork(self) -> None:
+        """Forget the parent's locks, which one of its threads may have held, and its threads."""
+        if self._pid != os.getpid():
+            self._pid, self._mutexes, self._wanted = os.getpid(), {}, None
+
+    def _lock(self, name: str) -> AbstractContextManager[None]:
+        make_folder(self.folder)
+        return lock(self.folder / name, "is being filled by", "wait for it", wait=True)
+
+    def _make_room(self, size: int) -> None:
+        """Remove the shards used longest ago until `size` bytes more are within the limit."""
+        with self._mutex("room"), self._lock("room.lock"):
+            files = []
+            for file in os.scandir(self.folder):
+                with suppress(OSError):
+                    status = file.stat(follow_symlinks=False)
+                    if _OURS.fullmatch(file.name):
+                        files.append((status.st_mtime, status.st_size, file.path))
+                    elif _LEFT.fullmatch(file.name):
+                        if status.st_mtime < time.time() - _STALE:
+                            os.unlink(file.path)
+                        else:
+                            size += status.st_size
+            used = sum(one[1] for one in files)
+            for _, freed, path in sorted(files):
+                if used + size <= self.limit:
+                    break
+                with suppress(OSError):
+                    os.unlink(path)
+                used -= freed
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_pid": -1, "_mutexes": {}, "_wanted": None}

@@ -1,0 +1,581 @@
+"""Images from local tar shards: what is packed is read, in the order of one number, whole or with faults."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from torch import Tensor
+
+from dpm_scales import data, images
+from dpm_scales.data import shard_scan
+from dpm_scales.data.folder import UnreadableImageError
+from dpm_scales.data.image_sets import FileImageSet
+from dpm_scales.data.pack import Packing, pack
+from dpm_scales.data.shard import Keys, decode, parse_label
+from dpm_scales.data.shard_cache import ShardCache
+from dpm_scales.data.shard_check import check_shards
+from dpm_scales.data.shard_index import parse_index
+from dpm_scales.data.shard_places import expand, is_shards, locate
+from dpm_scales.data.shard_set import ShardError, ShardStore, open_shards
+from dpm_scales.errors import UserError
+from support.shards import encoded, number_of, numbered, packed, samples, tar
+from support.shell import files, photos
+
+COUNT = 40
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("DPM_SCALES_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 numbered images in five shards."""
+    folder = tmp_path_factory.mktemp("set") / "shards"
+    packed(folder, COUNT)
+    return folder
+
+
+@pytest.fixture
+def copied(shards: Path, tmp_path: Path) -> Path:
+    """The same, to be spoilt."""
+    return Path(shutil.copytree(shards, tmp_path / "shards"))
+
+
+def source(root: Any, **options: Any) -> data.ShardSource:
+    return data.ShardSource(root, **{"channels": 1, "labels": "cls", **options})
+
+
+def numbers(part: Any) -> list[int]:
+    """Numbers that the images of a part show; each has its label."""
+    items = [part[i] for i in range(len(part))]
+    assert all(label in (-1, number_of(image) % 3) for image, label in items)
+    return [number_of(image) for image, _ in items]
+
+
+def batches(root: Any, start: int = 0, count: int = 3, workers: int = 0, **options: Any) -> list[list[int]]:
+    """Numbers in the next batches of five from batch `start` on; three shards are trained on."""
+    module = data.ImageDataModule(source(root, window=2, **options), 5, workers, seed=1)
+    module.set_start_batch(start)
+    loaded = [batch for batch, _ in zip(module.train_dataloader(), range(count), strict=False)]
+    return [[number_of(image) for image in batch] for batch, _ in loaded]
+
+
+# --- the contract of sources ------------------------------------------------------------------------------------------
+
+
+def test_what_is_packed_is_read(shards: Path) -> None:
+    found = source(shards, val_fraction=0)
+    assert (found.channels, found.image_size, found.num_classes) == (1, (2, 3), 3)
+    assert sorted(numbers(found.train())) == list(range(COUNT)) and len(found.val()) == 0
+    coloured = data.ShardSource(shards, image_size=4, val_fraction=0).train()
+    image, label = coloured[0]
+    assert image.shape == (3, 4, 4) and image.dtype == torch.uint8 and label == -1
+
+
+@pytest.mark.parametrize(("split", "share", "held"), [("shards", 0.2, 8), ("images", 0.25, 10), ("auto", 0.4, 16)])
+def test_parts_are_disjoint_and_whole(shards: Path, split: str, share: float, held: int) -> None:
+    found = source(shards, split=split, val_fraction=share, split_seed=2)
+    train, val = numbers(found.train()), numbers(found.val())
+    assert len(val) == held and sorted([*train, *val]) == list(range(COUNT))
+    others = [numbers(source(shards, split=split, val_fraction=share, split_seed=s).val()) for s in range(4)]
+    assert any(other != val for other in others)
+
+
+def test_one_shard_gives_images_of_its_own_to_validation(tmp_path: Path) -> None:
+    packed(tmp_path / "s", 10, per_shard=20)
+    found = source(tmp_path / "s", val_fraction=0.01)
+    assert len(found.val()) == 1 and sorted(numbers(found.train()) + numbers(found.val())) == list(range(10))
+    with pytest.raises(UserError, match=r"split=shards needs two shards at least, and there are 1; set split=images"):
+        source(tmp_path / "s", split="shards")
+
+
+def test_parts_of_folders_stay_parts(tmp_path: Path) -> None:
+    photos(tmp_path / "f" / "train" / "cat", 5)
+    photos(tmp_path / "f" / "train" / "dog", 4, first=5)
+    photos(tmp_path / "f" / "val" / "dog", 3, first=9)
+    index = pack(tmp_path / "f", tmp_path / "s", Packing(4, labels="folder"), lambda *_: lambda _: None)
+    assert [(s.name, s.part, s.images) for s in index.shards] == [
+        ("train-000000.tar", "train", 4), ("train-000001.tar", "train", 4), ("train-000002.tar", "train", 1),
+        ("val-000000.tar", "val", 3)]  # fmt: skip
+    folder = data.ImageFolder(tmp_path / "f", labels="folder")
+    found = data.ShardSource(tmp_path / "s", labels="cls")
+    assert found.class_names == folder.class_names == ("cat", "dog")
+    for ours, theirs in ((found.train(), folder.train()), (found.val(), folder.val())):
+        pairs = [
+            sorted((image.numpy().tobytes(), label) for image, label in (p[i] for i in range(len(p))))
+            for p in (ours, theirs)
+        ]
+        assert pairs[0] == pairs[1]
+    halves = data.ShardSource(f"{tmp_path}/s/train-*.tar", val_root=f"{tmp_path}/s/val-000000.tar", labels="cls")
+    assert (len(halves.train()), len(halves.val())) == (9, 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_batch_is_reached_by_its_number(shards: Path, workers: int) -> None:
+    """In mid-shard, across epochs, with any number of workers."""
+    whole = batches(shards, 0, 6) + batches(shards, 6, 6)
+    assert sorted(sum(whole[:6], [])) != sum(whole[:6], []) and len(set(sum(whole[:6], []))) == 30
+    assert batches(shards, 4, 6, workers) == whole[4:10]
+
+
+def test_augmentation_follows_seed_epoch_and_index(shards: Path) -> None:
+    part = source(shards, random_flip=True, image_size=[2, 3]).train()
+    flips = {
+        tuple(int(part.get(i, np.random.default_rng((0, epoch, i)))[0][0, 0, 0] == 7) for i in range(len(part)))
+        for epoch in (0, 0, 1)
+    }
+    assert len(flips) == 2
+
+
+def test_statistics_are_those_of_a_few_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed(tmp_path / "s", 60, per_shard=2)
+    found = source(tmp_path / "s", val_fraction=0)
+    opened: set[int] = set()
+    original = type(found.train().shards).open
+    monkeypatch.setattr(type(found.train().shards), "open", lambda s, n: (opened.add(n), original(s, n))[1])
+    module = data.ImageDataModule(found, 4)
+    statistics = module.statistics(max_images=10)
+    assert 5 <= len(opened) <= 8
+    pool = found.train().pool(10)
+    shown = torch.stack([found.train()[pool[i]][0] for i in np.linspace(0, len(pool) - 1, 10).round().astype(int)])
+    values = images.to_range(shown, (0.0, 1.0)).double()
+    assert statistics["mean"] == pytest.approx(float(values.mean()), abs=1e-12)
+    assert statistics["std"] == pytest.approx(float(values.std(correction=0)), abs=1e-9)
+    assert module.statistics()["mean"] != statistics["mean"]  # of all
+
+
+def test_the_state_tells_of_another_window_and_other_shards(shards: Path, tmp_path: Path) -> None:
+    state = data.ImageDataModule(source(shards, window=2), 5).state_dict()
+    packed(tmp_path / "s", COUNT, per_shard=9)
+    with pytest.warns(UserWarning, match=r"order of the training images differs .*window 2 -> 3, shards \d+ -> \d+"):
+        data.ImageDataModule(source(tmp_path / "s", window=3), 5).load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.ImageDataModule(source(shards, window=2), 5, num_workers=1).load_state_dict(state)
+
+
+# --- the format of webdataset -----------------------------------------------------------------------------------------
+
+
+def test_webdataset_reads_what_is_packed(shards: Path) -> None:
+    paths = sorted(map(str, shards.glob("*.tar")))
+    theirs = webdataset.WebDataset(paths, shardshuffle=False).decode("pil").to_tuple("png", "cls")
+    seen = [(number_of(np.asarray(image.convert("L"))[None]), label) for image, label in theirs]
+    assert [n for n, _ in seen] == numbers(source(shards, val_fraction=0).train())
+    assert all(label == n % 3 for n, label in seen)
+
+
+def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
+    """Without an index, which is made once; keys with folders and members of other kinds."""
+    with webdataset.ShardWriter(f"{tmp_path}/set-%04d.tar", maxcount=7, verbose=0) as writer:
+        for n in range(20):
+            image = Image.fromarray(numbered(n))
+            writer.write({"__key__": f"cat.s/{n:03d}", "png": image, "cls": n % 3, "seg.png": image, "json": {"l": n}})
+    found = source(f"{tmp_path}/set-{{0000..0002}}.tar", val_fraction=0)
+    assert numbers(found.train()) == list(range(20)) and found.num_classes == 3
+    assert data.ShardSource(tmp_path, labels="json.l", val_fraction=0).num_classes == 20
+    masks = data.ShardSource(tmp_path, image="seg.png", channels=1, val_fraction=0).train()
+    assert number_of(masks[3][0]) == 3
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_a_scan_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    tar(tmp_path / "a.tar", samples(range(6)))
+    source(tmp_path)
+    assert len(list(cache.rglob("*.json"))) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(shard_scan, "scan", None)
+        assert source(tmp_path, val_fraction=0).num_classes == 3
+    tar(tmp_path / "a.tar", samples(range(8)))
+    assert len(source(tmp_path, val_fraction=0).train()) == 8
+
+
+def test_pickles_are_never_opened(tmp_path: Path) -> None:
+    """webdataset would execute the member .pyd."""
+
+    class Boom:
+        def __reduce__(self) -> Any:
+            return (Path(tmp_path / "boom").touch, ())
+
+    bad = pickle.dumps(Boom())
+    files_ = samples(range(4)) | {"0001.pyd": bad, "0002.pth": bad, "0003.npy": bad, "0009.pyd": bad}
+    tar(tmp_path / "a.tar", files_)
+    with pytest.warns(UserWarning, match="1 keys without an image: a.tar/0009"):
+        assert numbers(source(tmp_path, val_fraction=0).train()) == [0, 1, 2, 3]
+    assert not (tmp_path / "boom").exists()
+    pickle.loads(bad)
+    assert (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("label", [b"1 2", b"-1", b"1.0", b"", b"\xff", b"9" * 30])
+def test_labels_are_numbers(label: bytes) -> None:
+    assert parse_label(b" 12\n", None) == 12 and parse_label(b'{"a": 3}', "a") == 3
+    with pytest.raises(UserError, match="is no number of a class"):
+        parse_label(label, None)
+    for text in (b'{"a": true}', b"[1]", b'{"b": 1}', b"{", b"[" * 10**5):
+        with pytest.raises(UserError, match="number of a class|no JSON"):
+            parse_label(text, "a")
+
+
+def test_short_cuts_of_decoding_give_pillows_pixels() -> None:
+    rng = np.random.default_rng(0)
+    smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)).resize((37, 23)))
+    grey = smooth[..., 0].copy()
+    exif = Image.Exif()
+    exif[274] = 6
+    turned = io.BytesIO()
+    Image.fromarray(smooth).save(turned, "JPEG", exif=exif)
+    jpeg = encoded(smooth, "JPEG")
+    cases = [
+        encoded(smooth, "PPM"),
+        encoded(grey, "PPM"),
+        encoded(smooth),
+        jpeg,
+        encoded(grey, "JPEG"),
+        turned.getvalue(),
+    ]
+    for content in cases:
+        for channels in (1, 3, None):
+            for decoder in ("pillow", "simplejpeg"):
+                assert torch.equal(decode(content, channels, "", decoder), images.load_image(content, channels))
+    for spoilt in (jpeg[:-40], cases[0][:-1], b"P6\n99999 99999\n255\n", jpeg[:10]):
+        for decoder in ("pillow", "simplejpeg"):
+            with pytest.raises(UserError):
+                decode(spoilt, 3, "", decoder)
+    huge = bytearray(jpeg)
+    place = huge.index(b"\xff\xc0")
+    huge[place + 5 : place + 9] = b"\xff\xff\xff\xff"
+    with pytest.raises(UserError, match="pixels"):
+        decode(bytes(huge), 3, "", "simplejpeg")
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+
+def silent(name: str, total: int) -> Any:
+    return lambda count: None
+
+
+def test_the_same_images_give_the_same_bytes_after_a_kill_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed(tmp_path / "a")
+    whole = {name: text for name, text in files(tmp_path / "a").items() if name != ".lock"}
+    assert len(whole) == 6
+    (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes())
+    settings = Packing(8, labels="folder")
+    calls = iter(range(100))
+    original = data.pack.write_shard
+
+    def write(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    (tmp_path / "copy").mkdir()
+    copy = Path(shutil.copy(tmp_path / "a.npz", tmp_path / "copy" / "a.npz"))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("dpm_scales.data.pack.write_shard", write)
+        pack(copy, tmp_path / "b", settings, silent)
+    with pytest.raises(UserError, match="its shards are not complete; run dpm-scales data pack again"):
+        source(tmp_path / "b")
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "b").glob("*.tar")}
+    assert len(times) == 2
+    pack(copy, tmp_path / "b", settings, silent)
+    assert {name: text for name, text in files(tmp_path / "b").items() if name != ".lock"} == whole
+    assert all((tmp_path / "b" / name).stat().st_mtime_ns == time for name, time in times.items())
+    assert pack(copy, tmp_path / "b", settings, silent).to_json().encode() == whole["index.json"]
+    for other in (Packing(7, labels="folder"), Packing(8, labels="folder", seed=1)):
+        with pytest.raises(UserError, match="holds shards of another command or source; choose another out"):
+            pack(copy, tmp_path / "b", other, silent)
+
+
+@pytest.mark.parametrize("kind", ["keep", "png", "ppm"])
+@pytest.mark.parametrize("place", ["folder", "zip"])
+def test_formats_keep_pixels(kind: str, place: str, tmp_path: Path) -> None:
+    root = photos(tmp_path / "f", 6, (5, 7))
+    encoded_jpeg = encoded(np.random.default_rng(0).integers(0, 256, (5, 7), dtype=np.uint8), "JPEG")
+    (root / "grey.JPG").write_bytes(encoded_jpeg)
+    if place == "zip":
+        with zipfile.ZipFile(tmp_path / "f.zip", "w") as archive:
+            for path in sorted(root.iterdir()):
+                archive.write(path, path.name)
+        root = tmp_path / "f.zip"
+    index = pack(root, tmp_path / "s", Packing(3, format=kind, shuffle=False), silent)
+    assert index.image_size == (5, 7) and [s.images for s in index.shards] == [3, 3, 1]
+    ours, theirs = data.ShardSource(tmp_path / "s", val_fraction=0), data.ImageFolder(root, val_fraction=0)
+    assert all(torch.equal(ours.train()[i][0], theirs.train()[i][0]) for i in range(7))
+    names = [name for shard in sorted((tmp_path / "s").glob("*.tar")) for name in tarfile.open(shard).getnames()]
+    endings = {"keep": ["png"] * 6 + ["jpg"], "png": ["png"] * 7, "ppm": ["ppm"] * 6 + ["pgm"]}[kind]
+    assert names == [f"{n:08d}.{ending}" for n, ending in enumerate(endings)]
+
+
+def test_sizes_and_channels(tmp_path: Path) -> None:
+    photos(tmp_path / "f", 3, (9, 12))
+    photos(tmp_path / "f", 3, (12, 9), first=3)
+    assert pack(tmp_path / "f", tmp_path / "a", Packing(), silent).image_size is None
+    with pytest.raises(UserError, match="mixed sizes; set image_size"):
+        data.ShardSource(tmp_path / "a")
+    settings = Packing(format="png", image_size=(4, 6), channels=1)
+    assert pack(tmp_path / "f", tmp_path / "b", settings, silent).image_size == (4, 6)
+    folder = data.ImageFolder(tmp_path / "f", 1, [4, 6], val_fraction=0).train()
+    for root, options in ((tmp_path / "a", {"image_size": [4, 6]}), (tmp_path / "b", {})):
+        part = data.ShardSource(root, channels=1, val_fraction=0, **options).train()
+        pixels = [sorted(one[i][0].numpy().tobytes() for i in range(6)) for one in (part, folder)]
+        assert pixels[0] == pixels[1]
+    with pytest.raises(UserError, match="change pixels, which format=keep copies; give format=png"):
+        Packing(image_size=(4, 4))
+
+
+def test_rotten_images_are_left_out_of_shards_and_counted(tmp_path: Path) -> None:
+    root = photos(tmp_path / "f", 5)
+    (root / "002.png").write_text("rotten")
+    with pytest.warns(UserWarning, match=r"1 unreadable images are left out: 002\.png"):
+        assert len(pack(root, tmp_path / "a", Packing(), silent)) == 4
+    with pytest.raises(UserError, match=r"002\.png: .*; mend it, or set on_error=skip"):
+        pack(root, tmp_path / "b", Packing(on_error="raise"), silent)
+    good = (root / "001.png").read_bytes()
+    (root / "001.png").write_bytes(good[:50] + b"\0\0\0\0" + good[54:])  # its header and end are sound
+    with pytest.warns(UserWarning, match=r"1 images can't be read and are left out: .*001\.png"):
+        assert [s.images for s in pack(root, tmp_path / "c", Packing(2, format="ppm"), silent).shards] in (
+            [2, 1],
+            [1, 2],
+        )
+
+
+def test_what_can_not_be_packed(tmp_path: Path) -> None:
+    photos(tmp_path / "f", 2)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    np.save(tmp_path / "wide.npy", np.zeros((3, 4, 4), dtype=np.uint16))
+    cases = [
+        (tmp_path / "f", tmp_path / "f" / "s", Packing(), "whose images are packed; choose another out"),
+        (tmp_path / "f", tmp_path / "full", Packing(), r"full is not empty \(mine.txt\)"),
+        (tmp_path / "f", tmp_path / "s", Packing(labels="folder"), "lies in no class folder"),
+        (tmp_path / "wide.npy", tmp_path / "s", Packing(), r"images are uint16 \(3, 4, 4\); allowed is uint8"),
+        ("https://a.b/c.zip", tmp_path / "s", Packing(), "allowed are a folder, a .zip"),
+        (tmp_path / "none", tmp_path / "s", Packing(), "no such folder"),
+    ]
+    for place, out, settings, message in cases:
+        with pytest.raises(UserError, match=message):
+            pack(place, out, settings, silent)
+    assert not (tmp_path / "s").exists()
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_images_and_labels_that_are_faulty_are_replaced_and_counted(tmp_path: Path) -> None:
+    members = samples(range(8))
+    members["0003.png"] = b"rotten"
+    del members["0005.cls"]
+    members["0006.cls"] = b"7"
+    tar(tmp_path / "a.tar", members)
+    tar(tmp_path / "b.tar", samples(range(8, 10)))
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 shards have faults.*can't be read: a.tar/0003.png.*without a label: a.tar/0005"
+    ):
+        found = source(tmp_path, val_fraction=0, on_error="skip")
+    (tmp_path / "index.json").write_text(data.shard_scan.index_of([], Keys()).to_json())
+    assert found.num_classes == 8 and "0003.png" in "".join(found.left_out.values())
+    with pytest.warns(UserWarning, match="stands in for an unreadable one"):
+        assert [number_of(found.train()[i][0]) for i in range(10)] == [0, 1, 2, 4, 4, 6, 6, 7, 8, 9]
+    assert {one.rpartition("/")[2] for one in found.train().unreadable} == {"a.tar, image 3", "a.tar, image 5"}
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(UserError, match=r"a\.tar: .*; mend it, or set on_error=skip"):
+        source(tmp_path, on_error="raise")
+
+
+def test_on_error_raise_stops_at_an_image(copied: Path) -> None:
+    path = copied / "shard-000000.tar"
+    spoilt = path.read_bytes().replace(b"IDAT", b"IDXX", 1)
+    path.write_bytes(spoilt)
+    part = source(copied, val_fraction=0, on_error="raise").train()
+    with pytest.raises(UnreadableImageError, match=r"shard-000000\.tar/\d{8}\.png: ") as caught:
+        part[0]
+    assert "\n" not in str(
+        UnreadableImageError(f"Caught it\nTraceback: dpm_scales.X.UnreadableImageError: {caught.value}")
+    )
+    every = source(copied, val_fraction=0).train()
+    every._bad[:] = 1
+    with pytest.raises(UnreadableImageError, match="none of its 40 images can be read"):
+        every[0]
+
+
+def lie(index: Path, **changes: Any) -> None:
+    held = json.loads(index.read_text())
+    held["shards"][1] |= {key: value for key, value in changes.items() if key in held["shards"][1]}
+    held |= {key: value for key, value in changes.items() if key not in held["shards"][1]}
+    index.write_text(json.dumps(held))
+
+
+def test_shards_that_differ_from_the_index(copied: Path) -> None:
+    """Missing or cut off: left out with a line, or refused; with a wrong number of images: refused when opened."""
+    (copied / "shard-000000.tar").unlink()
+    path = copied / "shard-000002.tar"
+    path.write_bytes(path.read_bytes()[:2600])
+    with pytest.warns(UserWarning, match=r"2 of 5 shards are left out; the first is .*shard-000000.tar: No such file"):
+        found = source(copied, val_fraction=0)
+    assert len(found.train()) == 24 == len(numbers(found.train()))
+    with pytest.raises(UserError, match=r"shard-000000\.tar: No such file or directory; mend it, or set on_error=skip"):
+        source(copied, on_error="raise")
+    with pytest.raises(ShardError, match=r"shard-000002\.tar: it ends within '\d+\.png', and was cut off"):
+        numbers(source(f"{copied}/shard-000002.tar", val_fraction=0, verify="none").train())
+    lie(copied / "index.json", images=9)
+    with pytest.raises(ShardError, match=r"shard-000001\.tar: holds 8 images, and the index says 9; run dpm-scales"):
+        numbers(source(f"{copied}/shard-000001.tar", val_fraction=0).train())
+    lie(copied / "index.json", images=8, sha256="0" * 64)
+    with pytest.raises(UserError, match=r"its SHA-256 is .*, and the index says 000000000000…; mend it"):
+        source(f"{copied}/shard-000001.tar", on_error="raise", verify="full")
+
+
+def test_a_lie_about_classes_and_sizes(copied: Path) -> None:
+    lie(copied / "index.json", num_classes=2, image_size=[9, 9])
+    with pytest.warns(UserWarning, match=r"its label is 2, and the index says that there are 2 classes"):
+        found = [source(copied, val_fraction=0, image_size=4).train()[i] for i in range(4)]
+    assert {label for _, label in found} <= {0, 1}
+    with (
+        pytest.warns(UserWarning, match=r"its size \(2, 3\) is not \(9, 9\)"),
+        pytest.raises(UserError, match="none of"),
+    ):
+        source(copied, val_fraction=0, labels="none").train()[0]
+
+
+@pytest.mark.parametrize("changes", [
+    {"name": "../out.tar"}, {"name": "/etc/a.tar"}, {"name": "http://a/b.tar"}, {"name": "a.txt"},
+    {"name": "a\\..\\b.tar"}, {"name": "shard-000000.tar"}, {"part": "test"}, {"image_size": [0, 3]},
+    {"images": -1}, {"images": True}, {"bytes": 2**60}, {"sha256": "xyz"}, {"num_classes": 0},
+    {"class_names": ["a"]}, {"shards": 5}, {"version": 9}, {"format": "x"},
+])  # fmt: skip
+def test_indices_of_strangers(copied: Path, changes: dict[str, Any]) -> None:
+    lie(copied / "index.json", **changes)
+    with pytest.raises(UserError, match=r"index\.json") as caught:
+        source(copied)
+    assert "\n" not in str(caught.value)
+
+
+def test_places(tmp_path: Path, copied: Path) -> None:
+    assert expand("a-{08..11}.{x,y}") == [f"a-{n}.{e}" for n in ("08", "09", "10", "11") for e in "xy"]
+    assert expand("plain") == ["plain"]
+    assert (
+        is_shards(str(copied))
+        and is_shards("x/a.tar")
+        and is_shards("https://a/b")
+        and not is_shards(str(tmp_path / "x"))
+    )
+    (tmp_path / "none").mkdir()
+    (tmp_path / "a.zip").touch()
+    (tmp_path / "t.tar.gz").write_bytes(b"\x1f\x8b" + bytes(1000))
+    shutil.copy(tmp_path / "t.tar.gz", tmp_path / "t.tar")
+    cases = {
+        str(tmp_path / "none"): "no .tar files in it",
+        str(tmp_path / "nowhere"): "nowhere: no such file; give the folder, file, pattern",
+        f"{copied}/x-*.tar": r"x-\*\.tar: no such file",
+        f"{copied}/shard-{{000000..000009}}.tar": r"shard-000005\.tar: no such file",
+        str(tmp_path / "a.zip"): "no .tar file",
+        f"{tmp_path}/{{0..9999999}}.tar": "more than 1000000 shards",
+        f"{tmp_path}/{{3..1}}.tar": "counts down",
+        "s3://bucket/a.tar": r"allowed are http:// and https://, and paths of a mounted file system",
+        "https://me:secret@a.b/c-{00..99}.tar?key=1": r"^https://a\.b/c-00\.tar: the shards of an address need",
+    }
+    for root, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            locate(root)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="the shards hold no image that can be read"):
+        source(tmp_path / "t.tar")
+    shutil.copy(copied / "shard-000001.tar", copied / "other.tar")
+    with pytest.raises(UserError, match=r"other\.tar is not in the index .*index\.json; make that again"):
+        source(f"{copied}/*.tar")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window=0"),
+        ({"split": "parts"}, "the index names no parts train and val"),
+        ({"split": "halves"}, "unknown split='halves'"),
+        ({"split": "images", "val_root": "x"}, "split=images divides root, and val_root is given"),
+        ({"decoder": "gpu"}, "unknown decoder='gpu': .*allowed: pillow, simplejpeg"),
+        ({"labels": ".cls"}, "without the first dot, as in cls"),
+        ({"channels": 2}, "channels=2"),
+        ({"val_fraction": 1.0}, "val_fraction=1.0"),
+        ({"cache_gb": 0}, "cache_gb=0"),
+        ({"tries": 0}, "tries=0"),
+        ({"timeout": -1}, "timeout=-1"),
+        ({"random_crop": True}, "random_crop=true needs image_size"),
+    ],
+)
+def test_options_that_are_none(shards: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        source(shards, **options)
+    with pytest.raises(UserError, match="knows of no labels"):
+        lie_free = {"format": "dpm_scales shards", "version": 1, "shards": [], "image_size": None}
+        parse_index(json.dumps(lie_free | {"num_classes": None, "class_names": None}), "x")
+        raise UserError("knows of no labels")
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+def kinds(root: Path | str, label: str | None = "cls") -> set[str]:
+    return set(check_shards(root, Keys(None, label), ShardCache(Path(), 1), silent).faults.counts)
+
+
+def test_checking_finds_each_kind_of_fault(copied: Path, tmp_path: Path) -> None:
+    found = check_shards(copied, Keys(None, "cls"), ShardCache(Path(), 1), silent)
+    assert not found.faults and (found.shards, found.images) == (5, COUNT)
+    members = samples(range(4), labels=False) | {"0001.cls": b"x", "alone.cls": b"1"}
+    members["0002.png"] = b"rotten"
+    tar(tmp_path / "f" / "a.tar", [*members.items(), ("0000.png", encoded(numbered(0)))])
+    tar(tmp_path / "f" / "b.tar", samples(range(3, 5)))
+    (tmp_path / "f" / "c.tar").write_bytes((tmp_path / "f" / "b.tar").read_bytes()[:1400])
+    (tmp_path / "f" / "d.tar").write_text("<html>")
+    assert kinds(tmp_path / "f") == {
+        "shards that can't be read to their end", "keys without an image", "keys twice", "images that can't be read",
+        "images without a label", "keys in several shards"}  # fmt: skip
+    assert "images without a label" not in kinds(tmp_path / "f", None)
+    (copied / "shard-000000.tar").unlink()
+    path = copied / "shard-000002.tar"
+    path.write_bytes(path.read_bytes() + bytes(512))
+    tar(copied / "extra.tar", samples(range(2)))
+    lie(copied / "index.json", images=9, image_size=[3, 3], num_classes=2)
+    assert kinds(copied) == {
+        "shards that can't be read",
+        "shards with another size than the index says",
+        "shards with another number of images than the index says",
+        "shards with another checksum than the index says",
+        "shards with images of another size than the index says",
+        "shards with more classes than the index says",
+        "shards that the index does not name",
+    }
+
+
+# --- as sets to compare ----------------------------------------------------------------------------------------------
+
+
+def test_shards_as_a_set_of_images(copied: Path) -> None:
+    store = ShardStore(open_shards(copied, Keys()).shards)
+    pictures = FileImageSet(store, limit=8)
+    batch = next(iter(pictures.batches(8)))
+    assert [number_of(image) for image in batch] == numbers(source(copied, val_fraction=0).train())[::5]
+    assert pictures.sizes == ((2, 3),) and pictures.digest() == FileImageSet(store, 8).digest()
+
+
+def test_tensors_are_writable(shards: Path) -> None:
+    image: Tensor = source(shards).train()[0][0]
+    image += 1
