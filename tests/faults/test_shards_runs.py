@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from dpm_scales.cli.stored import may_download, stored_overrides
 from dpm_scales.data import fetch
 from dpm_scales.data.pack import Packing, pack
+from dpm_scales.errors import UserError
 from dpm_scales.training.module import DiffusionModule
 from support.cluster_shell import Forked, job_step
 from support.shards import served
@@ -120,3 +123,16 @@ def test_a_server_that_goes_away_ends_a_run_that_goes_on_when_it_is_back(
         outcome = call("train.py", "run_dir=run", "data.download=true", cwd=tmp_path)
         assert outcome.status == 0, outcome.err
     assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("named", ["data.root", "data.val_root", "data.index"])
+def test_addresses_of_a_strangers_folder_are_not_fetched_from(named: str, tmp_path: Path) -> None:
+    file = tmp_path / "overrides.yaml"
+    file.write_text(yaml.safe_dump(["data=webdataset", f"{named}='https://a.b/c'", "data.download=true"]))
+    for typed, may in (((), False), (("seed",), False), ((named,), True), (("data.download",), True)):
+        stored_overrides(file, typed, ("data.root",))
+        assert may_download(tmp_path) is may
+    refused = "dpm_scales.data.ShardSource', which could fetch from any address"
+    file.write_text(yaml.safe_dump(["data={_target_: dpm_scales.data.ShardSource, root: 'https://a.b/c'}"]))
+    with pytest.raises(UserError, match=refused):
+        stored_overrides(file, (), ("data.root",))
