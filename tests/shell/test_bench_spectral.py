@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks import spectral, spectral_tables
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
 from dpm_scales.errors import UserError
-from tests.support.shell import CONFIGS, call, composed
+from support.shell import CONFIGS, call, composed
 
 
 class Means(ImageSet):
