@@ -33,9 +33,9 @@ from dpm_scales.models.instantiate import plain
 from dpm_scales.models.model import PARTS
 from dpm_scales.training import Model, Recipe, build_model
 from dpm_scales.training.module import DiffusionModule
+from support.compositions import CONFIGS, remembered
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "configs"
 
 #: constant and large enough that six steps change the samples
 FAST = ("optimizer.learning_rate=0.01", "optimizer.warmup_steps=0", "optimizer.decay=constant")
@@ -77,6 +77,7 @@ def call(script: str, *arguments: str, cwd: Path, environment: dict[str, str] | 
     with (
         mock.patch.dict(os.environ),
         mock.patch.object(Hydra, "get_mode", lambda *_, **__: None),
+        remembered(),
         mock.patch.object(sys, "argv", [script, *arguments]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -149,7 +150,7 @@ def broken_off(after: int) -> Iterator[None]:
 
 @functools.cache
 def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"), remembered():
         return compose(name, overrides=list(overrides))
 
 
