@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import os
+
 import pytest
 import torch
+
+# Nothing written here has to outlive a power failure, and a small run waits for the disk forty times.
+os.fsync = lambda handle: None
 
 # Two processes that each start a thread per core wait for one another.
 torch.set_num_threads(1)
@@ -45,3 +51,10 @@ SECONDS = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, so that no worker of ``--dist loadfile`` ends alone with one of them."""
     items.sort(key=lambda item: -SECONDS.get(item.path.name, 0))
+
+
+def pytest_collection_finish() -> None:
+    """Keep modules and tests, a million objects that stay, out of every later search for garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)

@@ -35,6 +35,23 @@ def put(kind: str, path: Path, victim: Path) -> None:
         path.symlink_to(victim)
 
 
+# --- durable ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no power failure leaves an empty file; its folder, which holds the name, is written afterwards."""
+    events: list[Any] = []
+    replace = Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.fstat(handle).st_ino))
+    monkeypatch.setattr(Path, "replace", lambda self, to: (events.append("named"), replace(self, to))[1])
+    storage.write_text(tmp_path / "a", "text")
+    assert events == [(tmp_path / "a").stat().st_ino, "named", tmp_path.stat().st_ino]
+    events.clear()
+    with storage.new_folder(tmp_path / "folder") as folder:
+        storage.write_text(folder / "a", "text")
+    assert events[-1] == tmp_path.stat().st_ino
+
+
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
