@@ -33,6 +33,8 @@ demo: $(INSTALLED)
 test test-core coverage: export OMP_NUM_THREADS := 1
 test test-core coverage: export MKL_NUM_THREADS := 1
 test test-core coverage: export OPENBLAS_NUM_THREADS := 1
+# Processes that tests start import the package in half the time where its bytecode is kept.
+test test-core coverage: export PYTHONDONTWRITEBYTECODE :=
 test: $(INSTALLED)
 	$(PY) $(PYTEST) $(PYTEST_ARGS)
 
