@@ -45,22 +45,28 @@ WORDS = {
 }
 
 
-def configs() -> dict[str, dict[str, Any]]:
-    """Every shipped process, and every shipped schedule in a process that takes it."""
+def chosen_parts() -> dict[str, list[str]]:
+    """Every shipped process, and every shipped schedule in a process that takes it, as overrides."""
     chosen = {name: [f"process={name}"] for name in PROCESSES}
     for kind in ("noise", "blur"):
         for path in sorted((CONFIGS / "process" / kind).glob("*.yaml")):
             owner = NOISE_OF.get(path.stem, "vp") if kind == "noise" else BLURRED
             owner = "blurring" if path.stem == "cut_off" else owner
             chosen[f"{owner} {path.stem}"] = [f"process={owner}", f"process/{kind}={path.stem}"]
-    found = {}
-    for name, overrides in chosen.items():
-        node = composed(*overrides).process
-        for schedule in (node.get("noise"), node.get("blur")):
-            for key in LISTS.keys() & (schedule or {}).keys():
-                schedule[key] = LISTS[key]
-        node.num_scales = SCALES
-        found[name] = plain(node)
+    return chosen
+
+
+CHOSEN = chosen_parts()
+
+
+def config(name: str) -> dict[str, Any]:
+    """The same as a config, with few scales."""
+    node = composed(*CHOSEN[name]).process
+    for schedule in (node.get("noise"), node.get("blur")):
+        for key in LISTS.keys() & (schedule or {}).keys():
+            schedule[key] = LISTS[key]
+    node.num_scales = SCALES
+    found: dict[str, Any] = plain(node)
     return found
 
 
@@ -99,9 +105,9 @@ def arguments(node: dict[str, Any], path: str = "") -> Iterator[str]:
             yield f"{path}{key}"
 
 
-@pytest.mark.parametrize("name", configs())
+@pytest.mark.parametrize("name", CHOSEN)
 def test_every_option_of_every_process_changes_the_fingerprint(name: str) -> None:
-    node = configs()[name]
+    node = config(name)
     before = fingerprint(describe(build(node, Process, "process")))
     assert fingerprint(describe(build(node, Process, "process"))) == before
     seen = {}
