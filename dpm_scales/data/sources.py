@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,15 @@ MAGIC = (b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06")
 """First bytes of .npy files and of .npz files, which are zip files."""
 
 
+@functools.cache
+def _digits() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return ink of 0 to 16, (1797, 64), and labels, which scikit-learn parses from text each time."""
+    from sklearn.datasets import load_digits
+
+    ink, labels = load_digits(return_X_y=True)
+    return ink, labels
+
+
 class Digits(ImageSource):
     """The 1797 handwritten digits of scikit-learn: 8x8 grey pixels, ten classes, each split by the same fraction."""
 
@@ -27,9 +38,7 @@ class Digits(ImageSource):
     class_names = tuple("0123456789")
 
     def __init__(self, val_fraction: float = 0.2, split_seed: int = 0) -> None:
-        from sklearn.datasets import load_digits
-
-        ink, labels = load_digits(return_X_y=True)  # values 0..16
+        ink, labels = _digits()
         data = torch.from_numpy(np.round(ink * images.LEVELS / 16).astype(np.uint8)).reshape(-1, 1, 8, 8)
         targets = torch.from_numpy(labels.astype(np.int64))
         train, val = split_indices(len(data), val_fraction, split_seed, labels)
