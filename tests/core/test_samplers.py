@@ -99,7 +99,7 @@ def test_last_step_returns_the_estimate_without_noise(twin: Twin, name: str) -> 
     assert torch.equal(end, expected)
 
 
-@over(TWINS)
+@over(named(*MEMBERS))
 def test_ddim_of_eta_one_is_ancestral_and_of_eta_zero_draws_nothing(twin: Twin) -> None:
     denoiser, y = with_target(twin, Clean(), TinyNetwork()), images(3, 1, H, W)
     ends = [sampler.reverse(denoiser, y, CounterRNG(2, 3)) for sampler in (Ancestral(), DDIM(1.0, None))]
@@ -169,17 +169,17 @@ HEAVY: dict[str, Callable[[], Process]] = {
     ("name", "target"), [(n, t) for n in HEAVY for t in ("clean", "velocity") if (n, t) != ("homogeneous", "velocity")]
 )
 def test_published_schedules_are_walked_in_float32_without_overflow(name: str, target: str) -> None:
-    """Rectangles of 12 x 16 pixels, 10 or 20 steps, from the process's own prior."""
+    """Rectangles of 12 x 16 pixels, 5 or 10 steps, from the process's own prior."""
     process = HEAVY[name]()
     denoiser = of(process, TARGETS[target](), TinyNetwork())
     prior = auto_prior(process)
     prior.fit(images(4, 1, 12, 16), process)
     for sampler in (
-        Ancestral(20),
-        DDIM(0.0, 20),
-        Heun(10, "uniform"),
-        Dissipation(1.25, 20),
-        auto_sampler(denoiser, 20),
+        Ancestral(10),
+        DDIM(0.0, 10),
+        Heun(5, "uniform"),
+        Dissipation(1.25, 10),
+        auto_sampler(denoiser, 10),
     ):
         x = sampler.sample(denoiser, prior, CounterRNG(0, 2), (1, 12, 16))
         assert x.dtype == torch.float32 and x.shape == (2, 1, 12, 16) and x.isfinite().all(), type(sampler)
@@ -213,17 +213,24 @@ def test_same_seed_gives_the_same_bits_in_any_batches(process: Process, name: st
 @samplers
 @over(named(*MEMBERS))
 def test_same_seed_gives_the_same_images_in_any_batches(twin: Twin, name: str) -> None:
-    """With a U-Net, whose convolutions may round differently in another batch: to 1e-9 in float64."""
+    """With convolutions, which may round differently in another batch: to 1e-9 in float64."""
+    check_batches(with_target(twin, Clean(clip=False), TinyNetwork()), name)
+
+
+def test_same_seed_gives_the_same_images_in_any_batches_of_a_unet() -> None:
     torch.manual_seed(0)
     network = UNet(1, 1, [8], 1, [0], 8, num_classes=3)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
-    denoiser = with_target(twin, Clean(clip=False), network.eval())
+    check_batches(with_target(BY_NAME["blurring"], Clean(clip=False), network.eval()), "ddim-0.4")
+
+
+def check_batches(denoiser: Denoiser, name: str) -> None:
     whole = in_parts(SAMPLERS[name](), denoiser, [5], torch.float64)
     scale = float(whole.abs().max())
     assert scale > 0.01 and whole[0].sub(whole[1]).abs().max() > 1e-4 * scale
-    for parts in ([1, 4], [2, 2, 1]):
-        close(in_parts(SAMPLERS[name](), denoiser, parts, torch.float64).numpy(), whole.numpy(), 1e-9 * scale)
+    parts = in_parts(SAMPLERS[name](), denoiser, [1, 4], torch.float64)
+    close(parts.numpy(), whole.numpy(), 1e-9 * scale)
 
 
 def test_seeds_and_labels_matter() -> None:
@@ -330,7 +337,7 @@ def test_ideal_noise_network_samples_as_the_ideal_denoiser_does(twin: Twin, samp
 
 
 @samplers
-@over(named("vp-listed", "ve-edm", "inverse-heat", "blurring", "blurring-listed-discrete", "chain", "homogeneous-log"))
+@over(named("vp-listed", "blurring-listed-discrete", "chain", "homogeneous-log"))
 def test_sampling_stays_on_the_device_and_never_waits_for_it(twin: Twin, name: str) -> None:
     """Fake tensors refuse mixed devices, and any value read back by the host; the grid is made before."""
     denoiser, sampler = Denoiser(TinyNetwork(2), twin.build(), Clean()), SAMPLERS[name]()

@@ -19,6 +19,7 @@ from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, DPMSolver, H
 from support.flows import SMOOTH, flow, run
 from support.oracles import (
     NOISY,
+    NOISY_MEMBERS,
     Data,
     GaussianData,
     H,
@@ -153,7 +154,7 @@ def grid(twin: Twin) -> list[float]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@over(NOISY)
+@over(named(*NOISY_MEMBERS, "vp-listed", "blurring-no-floor", "chain-listed"))
 def test_every_step_is_the_plain_formula_for_each_frequency(twin: Twin, case: Case) -> None:
     """All scales of the chain, 3 x 5 pixels and 2 channels, from a random start, with a random but common noise."""
     scales, data = grid(twin), gaussian_data()
@@ -318,16 +319,15 @@ def test_ancestral_steps_lose_some_of_the_datas_variance_and_less_with_more_step
 )
 @pytest.mark.parametrize("twin", SMOOTH, ids=lambda twin: twin.name)
 def test_deterministic_samplers_converge_to_the_probability_flow(twin: Twin, sampler: Sampler, order: int) -> None:
-    """The slope of log(error) over log(steps), for 20 to 160 steps from t = 0.95 to t = 0.25, within 0.15."""
+    """The slope of log(error) over log(steps), for 40 and 80 steps from t = 0.95 to t = 0.25, within 0.15."""
     data, start = gaussian_data(), images(4, 1, H, W)
     exact = flow(twin, data, coefficients(start.numpy()), 0.95, 0.25)
-    counts, errors = [20, 40, 80, 160], []
-    for count in counts:
+    errors = []
+    for count in (40, 80):
         scales = [*np.linspace(0.95, 0.25, count + 1).tolist(), 0.0]
         errors.append(np.abs(run(sampler, twin, data, scales, start, [])[-2] - exact).max())
-    slope = -np.polyfit(np.log(counts[1:]), np.log(errors[1:]), 1)[0]
-    assert slope == pytest.approx(order, abs=0.15), errors
-    assert errors[-1] < (2e-2 if order == 1 else 1e-3)
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15), errors
+    assert errors[1] < (4e-2 if order == 1 else 3e-3)
 
 
 def test_heuns_variables_are_two_methods() -> None:
