@@ -11,7 +11,7 @@ from torch import Tensor
 from dpm_scales.data import ImageDataModule
 from dpm_scales.errors import require
 from dpm_scales.images import to_range
-from dpm_scales.models.model import Model, build_sampler
+from dpm_scales.models.model import Model
 
 SPECTRUM_IMAGES = 2000  # enough for a curve of 26 numbers
 
@@ -20,8 +20,7 @@ def fit_to_data(model: Model, data: ImageDataModule) -> Model:
     """Fit the model's buffers to the training data, and return it with the recipe that follows from them.
 
     The data's spectrum is measured, the target's "auto" choices are resolved by it, and a prior that starts from
-    training images gets them. `sampler=auto` then chooses by the target. All other modules are shared with `model`,
-    whose recipe stays as it was.
+    training images gets them. The modules are shared with `model`, whose recipe stays as it was.
 
     Raises: UserError if all training images have the same constant value.
     """
@@ -53,7 +52,4 @@ def fit_to_data(model: Model, data: ImageDataModule) -> Model:
     target = {**recipe.parts["target"], **model.denoiser.resolve_auto(recipe.image_size)}
     if model.prior.max_images > 0:
         model.prior.fit(loaded(spread(model.prior.max_images)), process)
-    fitted = model.replaced(recipe=replace(recipe, parts={**recipe.parts, "target": target}))
-    settings = recipe.parts["sampler"]
-    # a function of the denoiser, whose target may have changed
-    return fitted.replaced(sampler=build_sampler(settings, fitted.denoiser)) if settings.get("_partial_") else fitted
+    return model.replaced(recipe=replace(recipe, parts={**recipe.parts, "target": target}))

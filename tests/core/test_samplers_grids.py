@@ -300,14 +300,6 @@ def test_auto_sampler_suits_the_process(process: Process, kind: type[Sampler], s
     assert type(few) is kind and len(few.scales(process)) == 6
 
 
-@pytest.mark.parametrize(("process", "kind"), [(VP(), DPMSolver), (VE(), Heun), (Blurring(), DPMSolver)])
-def test_auto_sampler_adds_noise_where_the_data_have_a_spectrum(process: Process, kind: type[Sampler]) -> None:
-    denoiser = of(process, Clean("spectral"))
-    sampler = auto_sampler(denoiser)
-    assert type(sampler) is kind and len(sampler.scales(process)) in (19, 51)
-    sampler.check(denoiser)
-
-
 @pytest.mark.parametrize("process", [VP(), InverseHeat(), Blurring()])
 def test_auto_sampler_goes_from_scale_to_scale_where_the_network_knows_no_more(process: Process) -> None:
     denoiser = of(process, NextScale())

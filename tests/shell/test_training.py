@@ -19,7 +19,6 @@ from dpm_scales.denoisers import Denoiser, spread_evenly, uniform_scales
 from dpm_scales.errors import UserError
 from dpm_scales.images import load_image, make_grid, to_range, to_uint8
 from dpm_scales.rng import CounterRNG
-from dpm_scales.samplers import DPMSolver, Heun
 from dpm_scales.training import load_model
 from dpm_scales.training.callbacks import ORDER, check_order
 from dpm_scales.training.ema import EMA
@@ -281,16 +280,6 @@ def test_fitting_to_data_leaves_the_recipe_as_it_was() -> None:
     assert model.recipe.parts["target"]["preconditioning"] == "auto"
     assert fitted.recipe.parts["target"]["preconditioning"] in ("scalar", "wiener")
     assert fitted.denoiser is model.denoiser and fitted.recipe.parts["network"] == model.recipe.parts["network"]
-
-
-@pytest.mark.parametrize(("gain", "kind"), [(1.0, DPMSolver), (9.0, Heun)])
-def test_fitting_to_data_chooses_the_sampler_anew(gain: float, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpm_scales.targets.WORTHWHILE", gain)
-    model = small_model("process=vp", "target.preconditioning=auto", "sampler=auto")
-    fitted = fit_to_data(model, ImageDataModule(Digits(), batch_size=8))
-    assert type(fitted.sampler) is kind and type(model.sampler) is Heun
-    set_by_hand = small_model("process=vp", "target.preconditioning=auto", "sampler=ddim")
-    assert fit_to_data(set_by_hand, ImageDataModule(Digits(), batch_size=8)).sampler is set_by_hand.sampler
 
 
 @pytest.mark.parametrize(("earlier", "later"), [pair[:2] for pair in ORDER])
