@@ -183,11 +183,17 @@ def save_png(path: str | Path, image: Tensor, text: Mapping[str, str] | None = N
     Args:
         text: metadata, written as tEXt chunks in this order; `Image.open(path).text` reads them.
     """
-    picture, chunks = _to_pillow(image), PngImagePlugin.PngInfo()
+    with atomic_write(path) as file:
+        file.write(png_bytes(image, text))
+
+
+def png_bytes(image: Tensor, text: Mapping[str, str] | None = None) -> bytes:
+    """Return a uint8 image (C, H, W) as the content of a PNG file; arguments as of `save_png`."""
+    chunks, file = PngImagePlugin.PngInfo(), io.BytesIO()
     for key, value in (text or {}).items():
         chunks.add_text(key, value)
-    with atomic_write(path) as file:
-        picture.save(file, format="PNG", pnginfo=chunks)
+    _to_pillow(image).save(file, format="PNG", pnginfo=chunks)
+    return file.getvalue()
 
 
 def save_gif(path: str | Path, frames: Tensor | Sequence[Tensor], duration_ms: int) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpm_scales.commands.sample_shards import PER_SHARD, begin, numbered_shards
 from dpm_scales.data.image_sets import SHEETS
 from dpm_scales.errors import UserError, require
 from dpm_scales.storage import check_writable, guarded, lock, open_regular, write_text
@@ -53,13 +54,15 @@ def numbered_images(folder: Path) -> dict[Path, int]:
 def require_free(folder: Path, record: Mapping[str, Any], overwrite: bool) -> None:
     """Raise UserError if the folder holds images that the command of `record` may neither add to nor overwrite."""
     images = numbered_images(folder)
-    present = [*images, *(folder / name for name in SHEETS if (folder / name).exists())]
+    shards = numbered_shards(folder)
+    present = [*images, *shards, *(folder / name for name in SHEETS if (folder / name).exists())]
     if not present:
         return
     count, older = int(record["number"]), read_record(folder)
     if overwrite:
         limit = max(count, 0 if older is None else older["number"])
         foreign = [path for path, number in images.items() if path.name != image_name(number) or number >= limit]
+        foreign += shards if older is None or "shards" not in older else []
         require(
             not foreign,
             f"{folder} holds {foreign[0].name!r}, which overwrite=true does not replace: no {RECORD} describes it; "
@@ -92,7 +95,8 @@ def claimed(folder: Path, record: Mapping[str, Any], overwrite: bool) -> Iterato
     `require_free`.
     """
     require_free(folder, record, overwrite)
-    require_room(folder, int(record["number"]))
+    count = int(record["number"])
+    require_room(folder, -(-count // PER_SHARD) if "shards" in record else count)
     check_writable(folder)
     advice = "wait for it, or choose another out"
     with guarded(folder), lock(folder / ".lock", "is being written to by", advice):
@@ -101,6 +105,8 @@ def claimed(folder: Path, record: Mapping[str, Any], overwrite: bool) -> Iterato
         if overwrite and (older is None or differences(older, json.loads(to_json(record)))):
             _remove(folder, () if older is None else (*SHEETS, PRIOR_RECORD))
         write_text(folder / RECORD, to_json(record))
+        if "shards" in record:
+            begin(folder)
         yield
 
 
@@ -170,7 +176,7 @@ def _short(value: Any) -> str:
 
 def _remove(folder: Path, beside: tuple[str, ...]) -> None:
     try:
-        for path in (*numbered_images(folder), *(folder / name for name in beside)):
+        for path in (*numbered_images(folder), *numbered_shards(folder), *(folder / name for name in beside)):
             path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"can't remove {error.filename}: {error.strerror}; choose another out") from error

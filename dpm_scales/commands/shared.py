@@ -17,14 +17,14 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from dpm_scales.cli.options import check_counts, guidance_settings, pick_device
-from dpm_scales.commands import sample_folder
+from dpm_scales.commands import sample_folder, sample_shards
 from dpm_scales.data.image_sets import read_images, size_of
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.describe import Describable
-from dpm_scales.distributed import ranks as shards
+from dpm_scales.distributed import ranks
 from dpm_scales.distributed.ranks import World
 from dpm_scales.errors import UserError, require, require_number
-from dpm_scales.images import LEVELS, load_image, make_grid, save_png, to_range
+from dpm_scales.images import LEVELS, load_image, make_grid, png_bytes, save_png, to_range, write_bytes
 from dpm_scales.memory import require_memory
 from dpm_scales.models.generate import evaluations, finished, label_cycle, sample_bytes, weights_digest
 from dpm_scales.models.guided import with_guidance
@@ -45,7 +45,7 @@ Make = Callable[[Tensor, CounterRNG, "Tensor | None", OnStep], Tensor]
 
 SHARED_OPTIONS = (
     *("task", "model", "allow", "plugins", "weights", "out", "overwrite", "seed", "batch_size", "device", "size"),
-    *("trajectory", "sampler", "steps", "labels", "guidance", "guidance_interval", "guidance_variable"),
+    *("trajectory", "shards", "sampler", "steps", "labels", "guidance", "guidance_interval", "guidance_variable"),
     *("guide", "guide_weights"),
 )
 """Options of all tasks that the record stores elsewhere or that change no image; the rest belong to the task."""
@@ -82,6 +82,11 @@ class Setup:
     @property
     def process(self) -> Process:
         return self.model.denoiser.process
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether results are written as tar shards."""
+        return bool(self.cfg.get("shards", False))
 
     def images(self, key: str) -> Tensor:
         """Return the images that the config's `key` names, uint8 ``(N, C, H, W)``; see `read_images`."""
@@ -125,7 +130,8 @@ class Setup:
             options.pop(key, None)
         if cfg.task == "draw":
             options.pop("num_samples")  # stored as the number of images
-        return {
+        shards = {"shards": sample_shards.PER_SHARD} if self.in_shards else {}
+        return shards | {
             "format": sample_folder.FORMAT,
             "version": sample_folder.VERSION,
             "task": cfg.task,
@@ -187,8 +193,8 @@ def choose_model(cfg: DictConfig) -> tuple[Model, dict[str, Any] | None]:
 def prepare(cfg: DictConfig) -> Setup:
     """Return the checked model, sampler and device; write nothing."""
     check_counts(cfg)
-    world = shards.meet()
-    device = shards.own_device(pick_device(str(cfg.device)), world)
+    world = ranks.meet()
+    device = ranks.own_device(pick_device(str(cfg.device)), world)
     model, guide = choose_model(cfg)
     model.to(device)
     labels = plain(cfg.labels)
@@ -260,32 +266,49 @@ def produce(
 
     Yields: the first results, uint8 on the CPU; an empty list in all processes but the first.
     """
-    cfg, total = setup.cfg, inputs * per_input
+    cfg, total, out = setup.cfg, inputs * per_input, setup.out
     part = setup.world.part(total // together)
     setup.require_memory(size, (part.stop - part.start) * together, together)
     record = setup.record(sampler, steps, total, size)
     batch_size = max(1, cfg.batch_size // together) * together
-    own = range(part.start * together, part.stop * together, batch_size)
+
+    def files(numbers: range, on_step: OnStep) -> Iterator[tuple[str, bytes, int | None]]:
+        """Yield (name, content, label) of the files of these results."""
+        for first in range(numbers.start, numbers.stop, batch_size):
+            count = min(batch_size, numbers.stop - first)
+            noise = noise_of(count, first) if noise_of else CounterRNG(cfg.seed, count, first, setup.device)
+            of_input = torch.arange(first, first + count) // per_input
+            labels = None if setup.labels is None else setup.labels[of_input % len(setup.labels)]
+            x = make(of_input, noise, None if labels is None else labels.to(setup.device), on_step)
+            known = [None] * count if labels is None else labels.tolist()
+            for number, image in enumerate(finished(x, setup.process.value_range, first), start=first):
+                content = png_bytes(image, sample_folder.image_text(record, number))
+                yield sample_folder.image_name(number), content, known[number - first]
+
     with ExitStack() as held:
-        shards.first_decides(lambda: held.enter_context(sample_folder.claimed(setup.out, record, cfg.overwrite)))
+        ranks.first_decides(lambda: held.enter_context(sample_folder.claimed(out, record, cfg.overwrite)))
+        own = range(part.start * together, part.stop * together)
+        jobs = sample_shards.unfinished(out, total, setup.world) if setup.in_shards else [own]
+        batches = sum(-(-len(job) // batch_size) for job in jobs)
         with progress_bar(setup.world.is_main) as progress, evaluations(setup.model) as counts:
-            bar = progress.add_task(str(cfg.task), total=steps * len(own))
-            for first in own:
-                count = min(batch_size, own.stop - first)
-                noise = noise_of(count, first) if noise_of else CounterRNG(cfg.seed, count, first, setup.device)
-                numbers = torch.arange(first, first + count) // per_input
-                labels = None
-                if setup.labels is not None:
-                    labels = setup.labels[numbers % len(setup.labels)].to(setup.device)
-                x = make(numbers, noise, labels, lambda *_: progress.advance(bar))
-                for number, image in enumerate(finished(x, setup.process.value_range, first), start=first):
-                    path = setup.out / sample_folder.image_name(number)
-                    save_png(path, image, sample_folder.image_text(record, number))
-        setup.spent.update({name: count / max(1, len(part) * together) for name, count in counts.items()})
-        shards.leave()  # returns when all results exist
-        shown = min(total, SHOWN_ROWS * per_input if shown is None else shown)
-        names = map(sample_folder.image_name, range(shown if setup.world.is_main else 0))
-        yield [load_image(setup.out / name) for name in names]
+            bar = progress.add_task(str(cfg.task), total=steps * batches)
+            for job in jobs:
+                made = files(job, lambda *_: progress.advance(bar))
+                if setup.in_shards:
+                    sample_shards.write(out, job, made)
+                    continue
+                for name, content, _ in made:
+                    write_bytes(out / name, content)
+        setup.spent.update({name: count / max(1, sum(map(len, jobs))) for name, count in counts.items()})
+        ranks.leave()  # returns when all results exist
+        count = min(total, SHOWN_ROWS * per_input if shown is None else shown) if setup.world.is_main else 0
+        if setup.in_shards and setup.world.is_main:
+            recipe = setup.model.recipe
+            names = None if recipe.class_names is None else tuple(recipe.class_names)
+            sample_shards.finish(out, record, recipe.num_classes, names)
+            yield sample_shards.first_images(out, count)
+        else:
+            yield [load_image(out / sample_folder.image_name(number)) for number in range(count)]
 
 
 def save_comparison(

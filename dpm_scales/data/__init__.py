@@ -9,6 +9,7 @@ from dpm_scales.data.base import ImageDataset, ImageSource, TensorImages
 from dpm_scales.data.downloads import TorchvisionSource
 from dpm_scales.data.files import listed
 from dpm_scales.data.folder import BSDS500, FileImages, ImageFolder
+from dpm_scales.data.hf import HubSource
 from dpm_scales.data.order import EpochOrder
 from dpm_scales.data.sampler import ShuffledBatches
 from dpm_scales.data.shards import ShardImages, ShardSource
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         bsds500_data,
         digits_data,
         folder_data,
+        hf_data,
         photos_data,
         shards_data,
         torchvision_data,
@@ -34,6 +36,7 @@ __all__ = [
     "EpochOrder",
     "FileImages",
     "GivenImages",
+    "HubSource",
     "ImageDataModule",
     "ImageDataset",
     "ImageFolder",
@@ -49,6 +52,7 @@ __all__ = [
     "digits_data",
     "folder_data",
     "given_data",
+    "hf_data",
     "listed",
     "photos_data",
     "shards_data",

@@ -14,6 +14,7 @@ from dpm_scales.data.base import ImageSource
 from dpm_scales.data.datamodule import ImageDataModule
 from dpm_scales.data.downloads import TorchvisionSource
 from dpm_scales.data.folder import BSDS500, ImageFolder
+from dpm_scales.data.hf import HubSource
 from dpm_scales.data.shards import ShardSource
 from dpm_scales.data.sources import ArraySource, Digits, Photos
 
@@ -45,3 +46,4 @@ bsds500_data = _batches_of(BSDS500, "bsds500_data")
 torchvision_data = _batches_of(TorchvisionSource, "torchvision_data")
 array_data = _batches_of(ArraySource, "array_data")
 shards_data = _batches_of(ShardSource, "shards_data")
+hf_data = _batches_of(HubSource, "hf_data")

@@ -12,24 +12,14 @@ import torch
 from torch import Tensor
 
 from dpm_scales import images
-from dpm_scales.data.base import NO_LABEL, ImageDataset, ImageSource, maybe_flip, split_indices
-from dpm_scales.data.files import LISTED, ImageStore, inspect_images, listed, open_store
+from dpm_scales.data.base import NO_LABEL, ImageSource, maybe_flip, split_indices
+from dpm_scales.data.files import ImageStore, inspect_images, listed, open_store
+from dpm_scales.data.replaced import ReplacedImages
 from dpm_scales.errors import UserError, require, suggest
 
 RESIZE_MODES = ("none", "resize", "crop", "resize_crop")
 SPLITS = ("auto", "folder", "fraction")
 VAL_FOLDERS = ("val", "valid", "validation", "test")
-
-
-class LoadingError(UserError):
-    """A failure of loading, whose message stays one line even if a worker wraps it in a traceback."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
-
-
-class UnreadableImageError(LoadingError):
-    """An image that cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -87,46 +77,25 @@ def _crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator | None)
     return image
 
 
-class FileImages(ImageDataset):
+class FileImages(ReplacedImages):
     """Some files of a store; by `on_error`, an unreadable one raises or is replaced by the next readable one."""
 
     def __init__(
         self, store: ImageStore, names: Sequence[str], labels: Sequence[int] | None, view: View, on_error: str
     ) -> None:
-        self.store = store
-        self.names = list(names)
+        self.store, self.names, self.view = store, list(names), view
         self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
-        self.view = view
-        self.on_error = on_error
-        # in shared memory, so that all workers and the training process know what one worker finds
-        self._bad = torch.zeros(len(self.names), dtype=torch.uint8).share_memory_()
+        super().__init__(len(self.names), str(store.root), on_error)
 
-    @property
-    def unreadable(self) -> set[str]:
-        """Return the names found unreadable so far, by this process and the workers of its loaders."""
-        return {self.names[place] for place in self._bad.nonzero().flatten().tolist()}
+    def name(self, index: int) -> str:
+        return self.names[index]
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def describe(self, index: int) -> str:
+        return self.store.describe(self.names[index])
 
-    def get(self, index: int, rng: np.random.Generator | None) -> tuple[Tensor, int]:
-        for offset in range(len(self)):
-            place = (index + offset) % len(self)
-            if self._bad[place]:
-                continue
-            name = self.names[place]
-            try:
-                image = self.store.load(name, self.view.channels)
-                return self.view(image, rng), NO_LABEL if self.labels is None else int(self.labels[place])
-            except (OSError, UserError) as error:
-                reason = str(error) if name in str(error) else f"{self.store.describe(name)}: {error}"
-                if self.on_error == "raise":
-                    raise UnreadableImageError(reason) from error
-                self._bad[place] = 1
-                if (number := int(self._bad.count_nonzero())) <= LISTED:
-                    more = "; more are only counted" if number == LISTED else ""
-                    warnings.warn(f"another image stands in for an unreadable one ({reason}){more}", stacklevel=2)
-        raise UnreadableImageError(f"{self.store.root}: none of its {len(self)} images can be read")
+    def load(self, index: int, rng: np.random.Generator | None) -> tuple[Tensor, int]:
+        image = self.store.load(self.names[index], self.view.channels)
+        return self.view(image, rng), NO_LABEL if self.labels is None else int(self.labels[index])
 
 
 class ImageFolder(ImageSource):

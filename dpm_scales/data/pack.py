@@ -18,7 +18,6 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dpm_scales import images
@@ -205,14 +204,10 @@ class ArrayImages(PackSource):
 
 def encoded(image: Tensor, kind: str) -> bytes:
     """Return an image, uint8 ``(C, H, W)``, as a file: "png", or "ppm", which is PGM for grey images."""
-    array = image.numpy()
-    pixels = array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0))
-    if kind == "ppm":
-        height, width = pixels.shape[:2]
-        return f"P{5 if len(array) == 1 else 6}\n{width} {height}\n255\n".encode() + pixels.tobytes()
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    if kind == "png":
+        return images.png_bytes(image)
+    depth, height, width = image.shape
+    return f"P{5 if depth == 1 else 6}\n{width} {height}\n255\n".encode() + image.permute(1, 2, 0).numpy().tobytes()
 
 
 def pack(
@@ -292,7 +287,7 @@ def _write(
                 chosen = order[first : first + packing.per_shard].tolist()
                 path = folder / name
                 if path.is_file():
-                    entry = _kept(path, part)
+                    entry = kept_entry(path, part)
                 else:
                     files = _files(source, chosen, packing, view, pool, lost)
                     entry = write_shard(path, _named(files, source.labels, width), part)
@@ -377,8 +372,8 @@ def write_shard(path: Path, files: Iterator[tuple[str, bytes]], part: str = "") 
     return ShardEntry(path.name, count, writer.bytes, sha256, part)
 
 
-def _kept(path: Path, part: str = "") -> ShardEntry:
-    """Return the entry of a shard that an earlier command wrote."""
+def kept_entry(path: Path, part: str = "") -> ShardEntry:
+    """Return the entry of a shard of `write_shard`. Raises UserError for a damaged one."""
     with open_regular(path) as file:
         length = file.seek(0, io.SEEK_END)
 

@@ -81,7 +81,7 @@ def locate(root: str | Path, index: str | Path | None = None, without: bool = Fa
         beside = path / INDEX
         require(
             without or given is not None or beside.is_file() or not (path / PACKING).is_file(),
-            f"{path}: its shards are not complete; run dpm-scales data pack again, which goes on",
+            f"{path}: its shards are not complete; repeat the command that makes them, which goes on",
         )
         if given is None and beside.is_file() and not without:
             return Located(text, str(beside), ())
@@ -200,4 +200,4 @@ def is_shards(place: str) -> bool:
         return path.suffix == ".json" and path.is_file()
     names = [entry.name.lower() for entry in os.scandir(path)]
     tars, pictures = any(name.endswith(".tar") for name in names), any(name.endswith(EXTENSIONS) for name in names)
-    return INDEX in names or (tars and not pictures)
+    return INDEX in names or PACKING in names or (tars and not pictures)

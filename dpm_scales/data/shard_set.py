@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import BinaryIO
 
 from dpm_scales.data.fetch import is_url, shown
 from dpm_scales.data.files import ImageStore
-from dpm_scales.data.folder import LoadingError
+from dpm_scales.data.replaced import LoadingError
 from dpm_scales.data.shard import Keys, Shard
 from dpm_scales.data.shard_cache import DEFAULT_GIGABYTES, ShardCache, cache_folder
 from dpm_scales.data.shard_index import MAX_INDEX_BYTES, ShardEntry, ShardIndex, parse_index
@@ -120,6 +121,7 @@ class ShardStore(ImageStore):
     def __init__(self, shards: ShardSet) -> None:
         super().__init__(Path(shards.source))
         self.shards = shards
+        self._lock = threading.Lock()
         self._places: dict[str, tuple[int, int]] = {}
         for number in range(len(shards)):
             shard = shards.open(number)
@@ -128,7 +130,14 @@ class ShardStore(ImageStore):
 
     def open(self, name: str) -> BinaryIO:
         number, index = self._places[name]
-        return io.BytesIO(self.shards.open(number).content(index))
+        with self._lock:  # another thread may close a shard to open one
+            return io.BytesIO(self.shards.open(number).content(index))
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_lock": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__ |= state | {"_lock": threading.Lock()}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ process keeps a position: an image is read by its number, at its place in its sh
 
 from __future__ import annotations
 
-import warnings
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,15 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dpm_scales import images
-from dpm_scales.data.base import NO_LABEL, ImageDataset, ImageSource
+from dpm_scales.data.base import NO_LABEL, ImageSource
 from dpm_scales.data.fetch import Patience
-from dpm_scales.data.files import LISTED
-from dpm_scales.data.folder import RESIZE_MODES, UnreadableImageError, View, require_one_of
+from dpm_scales.data.folder import RESIZE_MODES, View, require_one_of
 from dpm_scales.data.order import Windowed
+from dpm_scales.data.replaced import ReplacedImages
 from dpm_scales.data.shard import Keys, decode
 from dpm_scales.data.shard_cache import DEFAULT_GIGABYTES, ShardCache, cache_folder
 from dpm_scales.data.shard_index import ShardIndex
@@ -58,7 +56,7 @@ class Held:
         return np.sort(order[:number])
 
 
-class ShardImages(ImageDataset):
+class ShardImages(ReplacedImages):
     """A part of the images of a set of shards, numbered shard by shard.
 
     Args:
@@ -87,8 +85,7 @@ class ShardImages(ImageDataset):
         validation: bool = False,
     ) -> None:
         self.shards, self.numbers, self.view, self.classes = shards, list(numbers), view, classes
-        self.on_error, self.window, self.decoder = on_error, window, decoder
-        self.held, self.validation = held, validation
+        self.window, self.decoder, self.held, self.validation = window, decoder, held, validation
         counts = np.array([shards.entries[n].images for n in self.numbers], dtype=np.int64)
         if held is not None:
             out = held.numbers()[self.numbers]
@@ -96,16 +93,7 @@ class ShardImages(ImageDataset):
         self.counts = counts
         self._starts: list[int] = np.concatenate([[0], np.cumsum(counts)]).tolist()
         self._members: OrderedDict[int, np.ndarray] = OrderedDict()
-        # in shared memory, so that all workers and the training process know what one worker finds
-        self._bad = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    @property
-    def unreadable(self) -> set[str]:
-        """Return the images found unreadable so far, by this process and the workers of its loaders."""
-        return {f"{self.shards.name(s)}, image {i}" for s, i in map(self._place, self._bad.nonzero()[:, 0].tolist())}
+        super().__init__(self._starts[-1], shards.source, on_error)
 
     def order(self, seed: int) -> Windowed:
         return Windowed(self.counts, self.window, seed, on_window=self._expect)
@@ -118,30 +106,25 @@ class ShardImages(ImageDataset):
                 break
         return [i for shard in chosen.tolist() for i in range(self._starts[shard], self._starts[shard + 1])]
 
-    def get(self, index: int, rng: np.random.Generator | None) -> tuple[Tensor, int]:
-        for offset in range(len(self)):
-            at = (index + offset) % len(self)
-            if self._bad[at]:
-                continue
-            number, member = self._place(at)
-            shard = self.shards.open(number)
-            name = f"{shard.name}/{shard.names[member]}"
-            try:
-                image = decode(shard.content(member), self.view.channels, name, self.decoder)
-                label = NO_LABEL if self.classes is None else shard.label(member)
-                if self.classes is not None:
-                    ok = label < self.classes
-                    require(ok, f"its label is {label}, and the index says that there are {self.classes} classes")
-                return self.view(image, rng), label
-            except (OSError, UserError) as error:
-                reason = str(error) if name in str(error) else f"{name}: {error}"
-                if self.on_error == "raise":
-                    raise UnreadableImageError(reason) from error
-                self._bad[at] = 1
-                if (found := int(self._bad.count_nonzero())) <= LISTED:
-                    more = "; more are only counted" if found == LISTED else ""
-                    warnings.warn(f"another image stands in for an unreadable one ({reason}){more}", stacklevel=2)
-        raise UnreadableImageError(f"{self.shards.source}: none of its {len(self)} images can be read")
+    def name(self, index: int) -> str:
+        shard, member = self._place(index)
+        return f"{self.shards.name(shard)}, image {member}"  # whose name is not known before its shard is opened
+
+    def describe(self, index: int) -> str:
+        number, member = self._place(index)
+        shard = self.shards.open(number)
+        return f"{shard.name}/{shard.names[member]}"
+
+    def load(self, index: int, rng: np.random.Generator | None) -> tuple[Tensor, int]:
+        number, member = self._place(index)
+        shard = self.shards.open(number)
+        image = decode(shard.content(member), self.view.channels, f"{shard.name}/{shard.names[member]}", self.decoder)
+        if self.classes is None:
+            return self.view(image, rng), NO_LABEL
+        label = shard.label(member)
+        if label >= self.classes:
+            raise UserError(f"its label is {label}, and the index says that there are {self.classes} classes")
+        return self.view(image, rng), label
 
     def _place(self, index: int) -> tuple[int, int]:
         """Return the shard of an image, and its number there."""

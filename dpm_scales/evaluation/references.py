@@ -12,6 +12,9 @@ from dpm_scales.data import ArraySource
 from dpm_scales.data.base import ImageSource
 from dpm_scales.data.files import open_store
 from dpm_scales.data.image_sets import ARRAYS, DataImageSet, FileImageSet, ImageSet
+from dpm_scales.data.shard import Keys
+from dpm_scales.data.shard_places import is_shards
+from dpm_scales.data.shard_set import ShardStore, open_shards
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.models.instantiate import CONFIGS, build, read_config
 from dpm_scales.models.trust import DATA_ROOMS, check_target, trusted_names, walk_config
@@ -36,7 +39,8 @@ def open_images(
     """Return the images at a place.
 
     Args:
-        place: a folder, a .zip, .npy or .npz file, the name of a file in `configs/data`, or "data".
+        place: a folder, a .zip, .npy or .npz file, the folder, pattern or address of tar shards, the name of a file in
+            `configs/data`, or "data".
         key: the option that gives the place, for messages.
         split: part of a data set, "train", "val" or "all"; ignored for files.
         limit: number of images to take, spread evenly; None for all.
@@ -54,12 +58,15 @@ def open_images(
         pictures = data_images(run_data(model, allow).source, split, f"data of {model}", limit)
     elif place in names:
         pictures = data_images(_named_data(place, key).source, split, place, limit)
+    elif is_shards(place):
+        pictures = FileImageSet(ShardStore(open_shards(place, Keys(), on_error="raise").shards), limit)
     elif Path(place).suffix.lower() in ARRAYS:
         array = ArraySource(place, val_fraction=0.0)
         pictures = DataImageSet(array, [array.train()], place, limit)
     else:
         if not Path(place).expanduser().exists():
-            known = f"a folder, a .zip, .npy or .npz file, data (that of the model's run), {', '.join(names)}"
+            files = "a folder, a .zip, .npy or .npz file, the folder or address of tar shards"
+            known = f"{files}, data (that of the model's run), {', '.join(names)}"
             raise UserError(f"{key}={place}: no such folder or file; allowed are {known}")
         pictures = FileImageSet(open_store(place), limit)
     require(len(pictures) >= 2, f"{key}={place}: needs 2 images or more, found {len(pictures)}")

@@ -26,6 +26,7 @@ OPTION_ROOMS = (*MODEL_ROOMS, "weights", *DATA_ROOMS)
 HARMFUL = {
     "dpm_scales.data.TorchvisionSource": "could download to any place",
     "dpm_scales.data.ShardSource": "could fetch from any address",
+    "dpm_scales.data.HubSource": "could fetch any set of the Hub",
 }
 #: former names of classes in files of earlier versions, with their present names
 RENAMED = {

@@ -319,6 +319,8 @@ def test_a_changed_order_is_announced() -> None:
 def test_every_config_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPM_SCALES_DATA", str(tmp_path))
     monkeypatch.setenv("DPM_SCALES_CACHE", str(tmp_path / "cache"))
+    if path.stem == "hf":
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     config = OmegaConf.load(path)
     for part in ("train", "val"):
         put(tmp_path / part / "a.png", size=(64, 64))

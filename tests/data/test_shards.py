@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dpm_scales import data, images
 from dpm_scales.data import shard_scan
-from dpm_scales.data.folder import UnreadableImageError
 from dpm_scales.data.image_sets import FileImageSet
 from dpm_scales.data.pack import Packing, pack
+from dpm_scales.data.replaced import UnreadableImageError
 from dpm_scales.data.shard import Keys, decode, parse_label
 from dpm_scales.data.shard_cache import ShardCache
 from dpm_scales.data.shard_check import check_shards
@@ -292,7 +292,7 @@ def test_the_same_images_give_the_same_bytes_after_a_kill_too(tmp_path: Path, mo
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("dpm_scales.data.pack.write_shard", write)
         pack(copy, tmp_path / "b", settings, silent)
-    with pytest.raises(UserError, match="its shards are not complete; run dpm-scales data pack again"):
+    with pytest.raises(UserError, match="its shards are not complete; repeat the command that makes them"):
         source(tmp_path / "b")
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "b").glob("*.tar")}
     assert len(times) == 2

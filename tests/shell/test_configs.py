@@ -45,6 +45,7 @@ NEEDS = {
     "bsds500": ["data.root={bsds500}"],
     "array": ["data.path={array}"],
     "webdataset": ["data.root={webdataset}"],
+    "hf": ["data.root={folder}", "data.image_size=8"],
     "mnist": ["data.root={mnist}", "data.download=false"],
     "fashion_mnist": ["data.root={fashion_mnist}", "data.download=false"],
     "cifar10": ["data.root={cifar10}", "data.download=false"],
@@ -295,7 +296,9 @@ def test_networks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", choices("data"))
-def test_data(name: str, places: dict[str, str]) -> None:
+def test_data(name: str, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "hf":
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
     data = instantiate(composed(f"data={name}", *needs(name, places)).data)
     assert isinstance(data, ImageDataModule)
     assert data.channels in (1, 3) and min(data.image_size) >= 8
