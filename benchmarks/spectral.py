@@ -216,6 +216,7 @@ def run_row(contest: Contest, row: str, options: Sequence[str], seed: int, steps
     run, path = folder / "run", folder / "row.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if not found:
+        resumed = run.exists()
         _, cpu = _train([*options, *contest.training(seed, steps, run)])
         result = json.loads((run / "result.json").read_text())
         found = {
@@ -229,7 +230,8 @@ def run_row(contest: Contest, row: str, options: Sequence[str], seed: int, steps
             "steps": steps,
             "images": steps * contest.batch_size,
             "training_seconds": result["seconds"],
-            "training_cpu_seconds": round(cpu, 1),
+            # unknown if it is the second part of a run
+            "training_cpu_seconds": None if resumed else round(cpu, 1),
             "preconditioning": load_model(run).recipe.parts["target"].get("preconditioning", "none"),
             **provenance(contest.device),
             "samples": [],

@@ -37,7 +37,7 @@ from dpm_scales.tables import csv_text
 Row = dict[str, Any]
 REAL = "real images"
 START, END = "<!-- tables -->", "<!-- end of tables -->"
-KEY = ("set", "budget", "row", "options", "shared", "seed", "sampler", "asked")
+KEY = ("set", "budget", "row", "options", "shared", "seed", "sampler", "asked", "number")
 """What distinguishes two lines of rows.csv."""
 LETTERS = {"2m": "", "sde": " ˢ"}
 GROUPS = {"blur": (r"warm b=(.+)", "blur σ in px per unit of noise, b"), "color": (r"power_law a=(.+)", "exponent α")}
@@ -99,11 +99,12 @@ def table(lines: Sequence[Row], figure: str) -> str:
         for number in (*numbers, 0):
             solver, values = quality(lines, name, number)
             cells.append(f"{spread(values)}{LETTERS.get(solver, '')}" if values else "")
-        by_seed = {line["seed"]: float(line["training_cpu_seconds"]) for line in own}
+        seeds = {line["seed"] for line in own}
+        seconds = {line["seed"]: float(line["training_cpu_seconds"]) for line in own if line["training_cpu_seconds"]}
         each = [1e3 * float(line["seconds"]) / int(line["number"]) for line in auto]
-        cells += [f"{np.mean(list(by_seed.values())):.0f}", f"{np.mean(each):.0f}" if each else ""]
+        cells += [f"{np.mean(values):.0f}" if values else "" for values in (list(seconds.values()), each)]
         where = f"{first['commit']}, {first['date']}"
-        text.append(f"| {name} | {len(by_seed)} | {first['preconditioning']} | {' | '.join(cells)} | {where} |")
+        text.append(f"| {name} | {len(seeds)} | {first['preconditioning']} | {' | '.join(cells)} | {where} |")
     for line in lines:
         if line["row"] == REAL:
             gaps = " |" * (len(numbers))
@@ -115,7 +116,7 @@ def plot_evaluations(lines: Sequence[Row], figure: str, path: Path) -> None:
     """Plot quality against evaluations, a line for each process."""
     names = [name for name in dict.fromkeys(line["row"] for line in lines) if _plain(name)]
     numbers = sorted({int(line["asked"]) for line in lines} - {0})
-    if not names or not numbers:
+    if len(names) < 2 or not numbers:
         return
     styles = plots.looks(names)
     with plots.figure(path, 6.6, 4.2) as (drawing, axes):
@@ -151,6 +152,8 @@ def plot_group(lines: Sequence[Row], group: str, figure: str, path: Path) -> Non
         if group == "blur":
             axes.set_xscale("symlog", linthresh=0.25)
             axes.set_xticks([x for x, _ in values], labels=[f"{x:g}" for x, _ in values])
+            axes.set_xlim(-0.03, 1.2 * max(x for x, _ in values))
+            axes.minorticks_off()
         axes.legend()
 
 
@@ -159,22 +162,38 @@ def _plain(name: str) -> bool:
 
 
 def _finish(axes: Any, figure: str, lines: Sequence[Row]) -> None:
+    """Label the axis of the distances; real images are a line where they are near, else in the label."""
+    real = next((float(line["fd"]) for line in lines if line["row"] == REAL), None)
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    near = real is not None and real > low / 2
+    if real is not None and near:
+        axes.axhline(real, color="grey", linewidth=0.8)
+    elif real is not None:
+        figure = f"{figure} (real images: {_three(real)})"
     axes.set_ylabel(figure)
-    for line in lines:
-        if line["row"] == REAL:
-            axes.axhline(float(line["fd"]), color="grey", linewidth=0.8)
+    marks = [m * 10.0**e for e in range(-3, 5) for m in (1, 1.5, 2, 3, 5, 7)]
+    axes.set_yticks([m for m in marks if low / (2 if near else 1) <= m <= high], minor=False)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(_no_marks())
+
+
+def _no_marks() -> Any:
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()
 
 
 def contests(lines: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return the lines of each image set and budget by name, real images among each set's."""
+    """Return the lines of each image set and budget by name, with those of as many real images as samples."""
     pairs = sorted({(line["set"], line["budget"]) for line in lines if line["row"] != REAL})
-    return {
-        f"{images}_{budget}".replace(" ", "_"): [
-            line for line in lines if line["set"] == images and line["budget"] in (budget, "")
-        ]
-        for images, budget in pairs
-    }
+    found = {}
+    for images, budget in pairs:
+        own = [line for line in lines if line["set"] == images and line["budget"] == budget]
+        numbers = {str(line["number"]) for line in own}
+        real = [line for line in lines if line["set"] == images and line["row"] == REAL]
+        found[f"{images}_{budget}".replace(" ", "_")] = own + [line for line in real if str(line["number"]) in numbers]
+    return found
 
 
 def write_tables(out: Path, folders: Sequence[Path] | None = None) -> dict[str, str]:
@@ -230,8 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.page is not None:
         folder = options.out.resolve().relative_to(options.page.resolve().parent).as_posix()
         page = page_with(options.page.read_text(), tables, folder)
-        kept = [line for line in page.splitlines() if not _is_absent(line, options.page.parent)]
-        write_text(options.page, "\n".join(kept) + "\n")
+        kept = "\n".join(line for line in page.splitlines() if not _is_absent(line, options.page.parent))
+        write_text(options.page, re.sub(r"\n{3,}", "\n\n", kept) + "\n")
 
 
 if __name__ == "__main__":
