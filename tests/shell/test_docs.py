@@ -14,7 +14,7 @@ import pytest
 from dpm_scales.cli.plugins import GROUPS
 from support.shell import ROOT
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 TOLD = [path for path in PAGES if path.name != "CHANGELOG.md"]
 
