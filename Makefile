@@ -2,6 +2,8 @@
 # make test   the whole test suite, slow tests included; make test-core: the mathematics alone
 # make coverage   the same with branch coverage of dpm_scales
 # make lint   style and types
+# make docs   the pages of docs/ as a site in site/, every warning an error; make docs-serve serves it and follows edits
+# make docs-figures   draw the figures of the pages that need no trained model anew
 #
 # VENV=DIR puts the environment elsewhere, PYTHON=python3.12 builds it with another interpreter,
 # WORKERS=0 runs the tests in one process, PYTEST_ARGS="-m 'not slow'" is handed on.
@@ -15,6 +17,7 @@ PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 LINT_INSTALLED := $(VENV)/.installed-lint
+DOCS_INSTALLED := $(VENV)/.installed-docs
 
 # No display and no network are needed, so none is asked for.
 export MPLBACKEND ?= Agg
@@ -23,7 +26,7 @@ export WANDB_MODE ?= offline
 .DELETE_ON_ERROR:
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-core coverage lint
+.PHONY: demo test test-core coverage lint docs docs-serve docs-figures
 
 demo: $(INSTALLED)
 	$(PY) train.py run_dir=runs/demo
@@ -49,6 +52,16 @@ lint: $(LINT_INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS_INSTALLED)
+	$(PY) -m mkdocs build --strict
+
+docs-serve: $(DOCS_INSTALLED)
+	$(PY) -m mkdocs serve
+
+docs-figures: $(INSTALLED)
+	$(PY) -m benchmarks.figures --out docs
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -e '.[test]' -c constraints.txt
@@ -56,4 +69,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(LINT_INSTALLED): $(INSTALLED)
 	$(PIP_INSTALL) -e '.[test,dev]' -c constraints.txt
+	touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(PIP_INSTALL) -e '.[test,docs]' -c constraints.txt
 	touch $@
