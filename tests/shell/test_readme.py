@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 import dpm_scales as ds
+from benchmarks import front_page
 from dpm_scales.entry.start import console
+from dpm_scales.errors import UserError
 from support.shell import ROOT, SMALL, call, photos
 
 README = (ROOT / "README.md").read_text()
@@ -133,3 +135,40 @@ def test_the_lines_of_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_it_fits_and_keeps_its_promises() -> None:
     assert len(README.splitlines()) < 250
     assert README.count("![") <= 2 and "**none**" in README  # what is missing here is said
+
+
+def test_first_rows_of_the_leaderboard(tmp_path: Path) -> None:
+    table = (
+        "FD, lower is better.\n\n| process | seeds | input | 5 | commit, date |\n|---|---|---|---|---|\n"
+        "| warm b=1 | 1 | wiener | 3 | abc, 2026-01-01 |\n| warm b=2 | 1 | wiener | 4 | abc, 2026-01-01 |\n"
+        "| vp | 1 | scalar | 5 | abc, 2026-01-02 |\n| heat | 1 | wiener | 9 | abc, 2026-01-01 |\n"
+        "| real images, n = 8 | | | 1 | |\n"
+    )
+    (tmp_path / "mnist_9_images.md").write_text(table)
+    (tmp_path / "rows.csv").write_text(
+        "set,budget,machine,date\nmnist,9 images,one core,2026-01-01\nmnist,9 images,one core,2026-01-02\n"
+    )
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- leaderboard -->\nold\n<!-- end of leaderboard -->\nafter\n")
+    options = ["--rows", "2", "--page", str(page), "--folder", str(tmp_path), "--table"]
+    front_page.main([*options, "mnist_9_images"])
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    assert "MNIST, 9 images for each row (one core; 2026-01-02). FD, lower is better; columns are evaluations." in lines
+    assert [line for line in lines if line.startswith("|")] == [
+        "| process | input | 5 |",
+        "|---|---|---|",
+        "| warm b=1 | wiener | 3 |",
+        "| vp | scalar | 5 |",
+        "| real images, n = 8 |  | 1 |",
+    ]
+    with pytest.raises(UserError, match="no table none in .*; there are mnist_9_images"):
+        front_page.main([*options, "none"])
+    page.write_text("no marks")
+    with pytest.raises(UserError, match="page.md lacks the lines <!-- leaderboard -->"):
+        front_page.main([*options, "mnist_9_images"])
+
+
+def test_the_readme_has_rows_with_machine_and_date() -> None:
+    shown = README.partition("<!-- leaderboard -->")[2].partition("<!-- end of leaderboard -->")[0]
+    assert re.search(r"\(.+; 20\d\d-\d\d-\d\d\)", shown) and shown.count("\n| ") >= 6

@@ -1,0 +1,87 @@
+"""Write the first rows of the leaderboard into README.md, between its two marks.
+
+    python -m benchmarks.front_page --table mnist_13440_images --rows 6
+
+The rows are those of docs/leaderboard/NAME.md, best first, of each process its best; machine and date come from
+rows.csv beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpm_scales.errors import require
+from dpm_scales.storage import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+START, END = "<!-- leaderboard -->", "<!-- end of leaderboard -->"
+DROPPED = ("seeds", "training s", "ms / image", "commit, date")
+
+
+def cells(line: str) -> list[str]:
+    """Return the cells of a row of a Markdown table."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def first_rows(table: str, number: int) -> list[str]:
+    """Return the head of a table of the leaderboard, its first rows, the best of each process, and the real images."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    head = cells(lines[0])
+    kept = [i for i, name in enumerate(head) if name not in DROPPED]
+    rows, seen = [], set()
+    for line in lines[2:]:
+        row = cells(line)
+        family = row[0].split()[0]
+        if row[0].startswith("real images") or (family not in seen and len(seen) < number):
+            seen.add(family)
+            rows.append(f"| {' | '.join(row[i] for i in kept)} |")
+    return [f"| {' | '.join(head[i] for i in kept)} |", "|" + "---|" * len(kept), *rows]
+
+
+def section(folder: Path, name: str, number: int) -> str:
+    """Return the text between the marks."""
+    known = sorted(path.stem for path in folder.glob("*.md"))
+    require(name in known, f"no table {name} in {folder}; there are {', '.join(known)}")
+    table = (folder / f"{name}.md").read_text()
+    image_set, _, budget = name.partition("_")
+    budget = budget.replace("_", " ")
+    with (folder / "rows.csv").open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if (line["set"], line["budget"]) == (image_set, budget)]
+    require(bool(lines), f"{folder / 'rows.csv'} has no rows of {image_set} and {budget}; draw its tables anew")
+    machines = " and ".join(sorted({line["machine"] for line in lines if line["machine"]}))
+    latest = max(line["date"] for line in lines)
+    what = table.splitlines()[0].rstrip(".")
+    about = f"{image_set.upper()}, {budget} for each row ({machines}; {latest}). {what}; columns are evaluations."
+    return "\n".join(
+        [
+            textwrap.fill(about, 120),
+            "",
+            *first_rows(table, number),
+            "",
+            "[All rows, and what they say](docs/leaderboard.md).",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--table", required=True, metavar="NAME", help="of docs/leaderboard/NAME.md")
+    parser.add_argument("--rows", type=int, default=6, metavar="N", help="number of processes")
+    parser.add_argument("--page", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "leaderboard")
+    options = parser.parse_args(arguments)
+    text = options.page.read_text()
+    require(START in text and END in text, f"{options.page} lacks the lines {START} and {END}")
+    before, _, rest = text.partition(START)
+    after = rest.partition(END)[2]
+    write_text(
+        options.page, f"{before}{START}\n\n{section(options.folder, options.table, options.rows)}\n\n{END}{after}"
+    )
+
+
+if __name__ == "__main__":
+    main()
