@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from dpm_scales.covariance import ErrorVariance
 from dpm_scales.describe import revise
 from dpm_scales.errors import UserError
 from dpm_scales.memory import require_memory
@@ -31,6 +32,12 @@ class BaseDenoiser(nn.Module, ABC):
     process: Process
     target: Target
     spectrum: DataSpectrum
+    #: how far its estimates are from the truth, where that was measured, for the optimal covariance of reverse steps
+    error_variance: ErrorVariance | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error_variance = None
 
     @abstractmethod
     def predict_mean(

@@ -26,13 +26,13 @@ class Words:
     options: dict[str, str]
     flags: set[str]
 
-    def number(self, key: str, usual: int) -> int:
-        """Return an option as a whole number >= 1; `usual` if it is not given. Raises UserError for other values."""
+    def number(self, key: str, usual: int, least: int = 1) -> int:
+        """Return an option as a whole number >= `least`; `usual` if it is not given. Raises UserError for others."""
         text = self.options.get(key)
         if text is None:
             return usual
         require(text.isascii() and text.isdecimal() and len(text) < 19, f"{key} must be a whole number, got {text!r}")
-        require_number(key, int(text), 1, whole=True)
+        require_number(key, int(text), least, whole=True)
         return int(text)
 
 

@@ -35,6 +35,7 @@ from dpm_scales.editing import (
     Mask,
     Resampling,
     between,
+    check_covariance,
     check_estimates,
     context_of,
     encode,
@@ -236,6 +237,7 @@ def _restored(
     sampler: Sampler,
 ) -> AbstractContextManager[list[Tensor]]:
     """Return results whose estimates are guided towards `observed`, uint8 ``(N, C, h, w)``; see `produce`."""
+    check_covariance(sampler)
     Consistent(setup.denoiser, degradation, setup.floats(observed[:1]), noise_std, setup.cfg.covariance)
     scales = sampler.scales(setup.process).to(setup.device)
 
@@ -288,7 +290,7 @@ def _random_sampler(setup: Setup, repeats: int = 0) -> Sampler:
     if plain(setup.cfg.sampler).get("_target_") or not process.has_noise():
         return model.sampler
     number = min(process.num_scales, max(1, EVALUATIONS // (1 + repeats))) if steps is None else steps
-    sampler = Ancestral(number, noise_color=model.sampler.noise_color)
+    sampler = Ancestral(number, noise_color=model.sampler.noise_color, covariance=model.sampler.covariance)
     sampler.check(setup.denoiser)
     return sampler
 

@@ -130,6 +130,7 @@ class Setup:
             options.pop(key, None)
         if cfg.task == "draw":
             options.pop("num_samples")  # stored as the number of images
+        table = self.denoiser.error_variance if sampler.covariance is not None else None
         shards = {"shards": sample_shards.PER_SHARD} if self.in_shards else {}
         return shards | {
             "format": sample_folder.FORMAT,
@@ -151,6 +152,7 @@ class Setup:
             "number": number,
             "options": options,
             "inputs": self.inputs,
+            **({} if table is None else {"covariance": table.record()}),
             "versions": {"dpm-scales": version("dpm-scales"), "torch": torch.__version__},
         }
 
@@ -178,9 +180,9 @@ def choose_model(cfg: DictConfig) -> tuple[Model, dict[str, Any] | None]:
     sampler = plain(cfg.sampler)
     chosen = sampler if sampler.get("_target_") else None
     model = load_model(str(cfg.model), cfg.weights, allow=plain(cfg.allow), sampler=chosen, steps=cfg.steps)
-    if chosen is None and sampler.get("noise_color") is not None:
-        own = model.recipe.parts["sampler"]
-        model = with_sampler(model, {**own, "noise_color": sampler["noise_color"]})
+    changes = {key: value for key, value in sampler.items() if value is not None}
+    if chosen is None and changes:
+        model = with_sampler(model, {**model.recipe.parts["sampler"], **changes})
     settings = (plain(cfg.guidance), plain(cfg.guidance_interval), cfg.guidance_variable)
     if cfg.guide is None:
         require(cfg.guide_weights == "averaged", f"guide_weights={cfg.guide_weights} is of a guide; give guide=MODEL")
@@ -344,3 +346,5 @@ def refuse_sampler(cfg: DictConfig, reason: str) -> None:
         raise UserError(f"task={cfg.task} {reason}; drop sampler=, and set steps= for their number")
     if sampler.get("noise_color") is not None:
         raise UserError(f"task={cfg.task} {reason}; drop sampler/noise_color=")
+    if sampler.get("covariance") is not None:
+        raise UserError(f"task={cfg.task} {reason}; drop sampler.covariance=")

@@ -7,7 +7,14 @@ latents        images as states at a scale: noised, encoded, in between, with sh
 
 from __future__ import annotations
 
-from dpm_scales.editing.consistent import COVARIANCES, Consistent, Resampling, check_estimates, restore
+from dpm_scales.editing.consistent import (
+    COVARIANCES,
+    Consistent,
+    Resampling,
+    check_covariance,
+    check_estimates,
+    restore,
+)
 from dpm_scales.editing.degradations import Average, Blur, Degradation, Mask
 from dpm_scales.editing.latents import (
     BranchingNoise,
@@ -30,6 +37,7 @@ __all__ = [
     "Mask",
     "Resampling",
     "between",
+    "check_covariance",
     "check_estimates",
     "context_of",
     "encode",

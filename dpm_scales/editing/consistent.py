@@ -123,6 +123,7 @@ def restore(
 
     The sampler starts at ``scales[0]``, from the noised draw of `Consistent.first_guess`.
     """
+    check_covariance(sampler)
     process = denoiser.process
     guess = denoiser.first_guess(noise, size, dtype)
     context = context_of(process, guess, noise)
@@ -144,7 +145,7 @@ class Resampling(Sampler):
     def __init__(self, sampler: Sampler, repeats: int) -> None:
         require(is_whole(repeats, 0), f"resample must be a whole number >= 0, got {repeats!r}")
         super().__init__(sampler.steps, sampler.grid, sampler.rho, sampler.noise_color)
-        self.sampler, self.repeats = sampler, repeats
+        self.sampler, self.repeats, self.covariance = sampler, repeats, sampler.covariance
 
     def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
         y = self.sampler.step(move, y, m)
@@ -152,6 +153,15 @@ class Resampling(Sampler):
             y = move.operator.combine((move.curves.rho, y), (move.curves.transition_std, move.white(y)))
             y = self.sampler.step(move, y, move.predict_mean(y))
         return y
+
+
+def check_covariance(sampler: Sampler) -> None:
+    """Raise UserError for a sampler with the optimal covariance, which is that of estimates from the noise alone."""
+    require(
+        sampler.covariance is None,
+        f"covariance={sampler.covariance} is for drawing: here the estimates are bent towards the given image, and "
+        "their error is not what was measured; leave sampler.covariance out",
+    )
 
 
 def check_estimates(denoiser: BaseDenoiser) -> None:

@@ -79,6 +79,7 @@ class ModelSamples:
     def origin(self) -> dict[str, Any]:
         """Return the settings needed to draw the samples again."""
         process, sampler = self.model.denoiser.process, self.model.sampler
+        table = self.model.denoiser.error_variance if sampler.covariance is not None else None
         return {
             "model": self.source,
             "weights": self.weights,
@@ -87,6 +88,7 @@ class ModelSamples:
             "sampler": type(sampler).__name__,
             "sampler_settings": self.model.recipe.parts["sampler"],
             "steps": len(sampler.scales(process)) - 1,
+            **({} if table is None else {"covariance": table.record()}),
             "guidance": self.guidance,
             "guide": self.guide,
             "network_evaluations": {

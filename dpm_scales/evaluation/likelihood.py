@@ -123,7 +123,7 @@ def bits_per_dim(
     number = 0
     for batch in batches:
         images, labels = batch if isinstance(batch, tuple | list) else (batch, None)
-        images, labels = _fitting(model, images, labels, shape, "label" in given)
+        images, labels = fitting(model, images, labels, shape, "label" in given)
         shape = (images.shape[1], images.shape[2], images.shape[3])
         x_0 = to_range(images.to(device), model.denoiser.process.value_range)
         noise = CounterRNG(seed, len(images), number, device)
@@ -199,48 +199,58 @@ def estimator(
     return VariationalBound(denoiser, prior, scales, draws, reverse, noise_ratio, decoder_std, LEVELS + 1, NUM_BANDS)
 
 
-def _fitting(
-    model: Model, images: Tensor, labels: Tensor | None, shape: tuple[int, int, int] | None, use_labels: bool
+def fitting(
+    model: Model,
+    images: Tensor,
+    labels: Tensor | None,
+    shape: tuple[int, int, int] | None,
+    use_labels: bool,
+    what: str = "likelihood",
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the batch in the form that the model takes. Raises UserError if it does not fit the model."""
+    """Return the batch in the form that the model takes. Raises UserError, which begins with `what`, if it can't be."""
     recipe = model.recipe
     if images.dtype != torch.uint8 or images.ndim != 4:
-        raise UserError(f"likelihood: images must be uint8 (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
+        raise UserError(f"{what}: images must be uint8 (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
     if recipe.channels == 1 and images.shape[1] == 3 and bool((images == images[:, :1]).all()):
         images = images[:, :1]
     seen = tuple(images.shape[1:])
     require(
         seen[0] == recipe.channels,
-        f"likelihood: images of {seen[0]} channels for a model of {recipe.channels}; give images of its kind",
+        f"{what}: images of {seen[0]} channels for a model of {recipe.channels}; give images of its kind",
     )
     ok = shape is None or seen == shape
-    require(ok, f"likelihood: images must be of one size, got {seen} after {shape}; bring them to one")
+    require(ok, f"{what}: images must be of one size, got {seen} after {shape}; bring them to one")
     if recipe.num_classes is None or not use_labels:
         return images, None
     if labels is None:
-        raise UserError("likelihood: this model was trained with labels, and the images have none")
+        raise UserError(f"{what}: this model was trained with labels, and the images have none")
     ok = bool(((labels >= 0) & (labels < recipe.num_classes)).all())
-    require(ok, f"likelihood: labels must be 0..{recipe.num_classes - 1}")
+    require(ok, f"{what}: labels must be 0..{recipe.num_classes - 1}")
     return images, labels
 
 
-def check_classes(model: Model, held: ImageSet) -> None:
-    """Raise UserError unless the images have labels of the classes that the model was trained with, if any."""
+def check_classes(model: Model, held: ImageSet, what: str = "likelihood", option: str = "reference") -> None:
+    """Raise UserError unless the images have labels of the classes that the model was trained with, if any.
+
+    Args:
+        what: beginning of the message.
+        option: that names the images.
+    """
     recipe = model.recipe
     if recipe.num_classes is None:
         return
     many = f"of {recipe.num_classes} classes" + (f" ({listed(recipe.class_names)})" if recipe.class_names else "")
     if held.num_classes is None:
         raise UserError(
-            f"likelihood: this model was trained with labels {many}, and the images of {held.source} have none; give "
-            "reference=data, or a data set or .npz file with labels"
+            f"{what}: this model was trained with labels {many}, and the images of {held.source} have none; give "
+            f"{option}=data, or a data set or .npz file with labels"
         )
     same = not (recipe.class_names and held.class_names) or recipe.class_names == held.class_names
     names = f" ({listed(held.class_names)})" if held.class_names else ""
     require(
         same and held.num_classes <= recipe.num_classes,
-        f"likelihood: this model was trained with labels {many}, and the images of {held.source} have "
-        f"{held.num_classes}{names}; give reference=data, or images of the same classes",
+        f"{what}: this model was trained with labels {many}, and the images of {held.source} have "
+        f"{held.num_classes}{names}; give {option}=data, or images of the same classes",
     )
 
 

@@ -55,7 +55,7 @@ def open_images(
     if place == RUN_DATA:
         require(model is not None, f"{key}=data is the data of the model's run, and no model= was given")
         assert model is not None
-        pictures = data_images(run_data(model, allow).source, split, f"data of {model}", limit)
+        pictures = data_images(run_data(model, allow, key).source, split, f"data of {model}", limit)
     elif place in names:
         pictures = data_images(_named_data(place, key).source, split, place, limit)
     elif is_shards(place):
@@ -80,12 +80,13 @@ def data_images(source: ImageSource, split: str, name: str, limit: int | None = 
     return DataImageSet(source, [part() for part in parts], f"{name}, split {split}", limit)
 
 
-def run_data(model: Path, allow: Collection[str] = ()) -> ImageDataModule:
+def run_data(model: Path, allow: Collection[str] = (), key: str = "reference") -> ImageDataModule:
     """Return the data set that a model was trained on.
 
     Args:
         model: run folder, or an export or a checkpoint in one.
         allow: packages whose classes the run's config may name besides dpm_scales.data.
+        key: the option that asks for it, for messages.
 
     Raises: UserError if the run's config.yaml is missing, or names a class that is not allowed.
     """
@@ -93,30 +94,30 @@ def run_data(model: Path, allow: Collection[str] = ()) -> ImageDataModule:
         config = folder / "config.yaml"
         values = read_yaml(config) if config.is_file() else None
         if isinstance(values, dict) and isinstance(values.get("data"), dict):
-            return _build_stored(values["data"], str(config), allow)
-    raise UserError(f"{model} lies in no run folder, whose config.yaml would name the data; give reference=DIR")
+            return _build_stored(values["data"], str(config), allow, key)
+    raise UserError(f"{model} lies in no run folder, whose config.yaml would name the data; give {key}=DIR")
 
 
 def _named_data(name: str, key: str) -> ImageDataModule:
     return _build(read_config(CONFIGS / "data" / f"{name}.yaml", key), name)
 
 
-def _build_stored(settings: dict[str, Any], source: str, allow: Collection[str]) -> ImageDataModule:
+def _build_stored(settings: dict[str, Any], source: str, allow: Collection[str], key: str) -> ImageDataModule:
     """Return the data set in a run's config; it is downloaded only to the default place."""
     usual = settings.get("root") == os.environ.get("DPM_SCALES_DATA", "data_cache")
     if "download" not in settings or usual:
-        return _build(settings, source, allow)
+        return _build(settings, source, allow, key)
     try:
-        return _build({**settings, "download": False}, source, allow)
+        return _build({**settings, "download": False}, source, allow, key)
     except UserError as error:
-        raise UserError(f"{source}: {error}; or name the data set or its folder: reference=NAME_OR_DIR") from error
+        raise UserError(f"{source}: {error}; or name the data set or its folder: {key}=NAME_OR_DIR") from error
 
 
-def _build(settings: Any, source: str, allow: Collection[str] = ()) -> ImageDataModule:
+def _build(settings: Any, source: str, allow: Collection[str] = (), key: str = "reference") -> ImageDataModule:
     """Return the data set in a config. Raises UserError if it names a class that is not allowed, or holds objects."""
     from dpm_scales.data import ImageDataModule  # imports Lightning, which takes seconds
 
-    allow, advice = trusted_names(allow), "give reference=DIR"
+    allow, advice = trusted_names(allow), f"give {key}=DIR"
     check_target(settings.get("_target_"), f"{source}: the data's config", DATA_ROOMS, allow, advice)
     held = [node for value in settings.values() for node in walk_config(value, source)]
     for node in held:

@@ -72,6 +72,7 @@ class Guided(TargetDenoiser):
         )
         self.network, self.process, self.target = denoiser.network, denoiser.process, denoiser.target
         self.spectrum, self._answer = denoiser.spectrum, denoiser.predict
+        self.error_variance = denoiser.error_variance
         self.scale = scale if isinstance(scale, GuidanceCurve) else float(scale)
         self.low, self.high, self.variable = low, high, variable
 

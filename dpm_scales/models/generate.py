@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dpm_scales.covariance import tensors_digest
 from dpm_scales.errors import UserError, is_whole, require, require_number
 from dpm_scales.images import to_uint8
 from dpm_scales.memory import lacks_memory
@@ -94,6 +94,7 @@ def draw(
     process = model.denoiser.process
     height, width = size or model.recipe.image_size
     model.prior.check_size((height, width))
+    model.sampler.require_covariance(model.denoiser)
     scales = model.sampler.scales(process).to(device)
     for start in range(0, num_samples, batch_size):
         count = min(batch_size, num_samples - start)
@@ -180,8 +181,4 @@ def weights_digest(model: Parts) -> str:
 
     The weights of a guide are not the model's.
     """
-    digest = hashlib.sha256()
-    own = {name: value for name, value in model.state_dict().items() if not name.startswith("denoiser.guide.")}
-    for name, tensor in sorted(own.items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_digest(entry for entry in model.state_dict().items() if not entry[0].startswith("denoiser.guide."))

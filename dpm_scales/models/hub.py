@@ -26,6 +26,7 @@ from dpm_scales.models.from_diffusers import (
 PREFIX = "hf://"
 OWN_CONFIGS = ("config.yaml", "model/config.yaml")
 OWN_WEIGHTS = ("model.safetensors", "model/model.safetensors")
+OWN_TABLES = ("covariance.safetensors", "model/covariance.safetensors")
 _PLACE = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.][\w./-]*))?", re.ASCII)
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -76,7 +77,7 @@ def fetch(place: str) -> Path:
     that holds no model, and without a network if the files are not in the cache.
     """
     repo, revision = parse_place(place)
-    folder = _download(repo, revision, (*OWN_CONFIGS, *CONFIG_FILES), quiet=True)
+    folder = _download(repo, revision, (*OWN_CONFIGS, *OWN_TABLES, *CONFIG_FILES), quiet=True)
     if _has_any(folder, OWN_CONFIGS):
         weights: Sequence[str] = OWN_WEIGHTS
     elif is_diffusers(folder):

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from torch import Tensor, nn
 
+from dpm_scales.covariance import ErrorVariance
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import OutOfMemoryError, UserError, require, suggest
 from dpm_scales.memory import lacks_memory
@@ -24,7 +25,7 @@ from dpm_scales.models.checksums import (
     read_tensors,
     write_tensors,
 )
-from dpm_scales.models.export import save_model
+from dpm_scales.models.export import digest_in, read_covariance, save_covariance, save_model
 from dpm_scales.models.from_diffusers import is_diffusers, read_pipeline
 from dpm_scales.models.hub import fetch, is_on_hub
 from dpm_scales.models.instantiate import root_cause, root_cause_line
@@ -37,15 +38,17 @@ from dpm_scales.storage import new_folder, read_yaml, write_text
 __all__ = ["WEIGHTS", "checkpoints", "export_model", "load_model", "require_finite_weights", "save_model"]
 
 WEIGHTS = ("averaged", "raw")
+MEASURING = {"_target_": "dpm_scales.samplers.Ancestral"}
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The caller's settings that replace those in the file, see `load_model`."""
+    """The caller's settings that replace those in the file, see `load_model`, and whether a covariance is read."""
 
     allow: Collection[str] = ()
     sampler: Mapping[str, Any] | None = None
     steps: int | None = None
+    covariance: bool = True
 
     def recipe(self, values: Any, source: str) -> Recipe:
         """Return the recipe in a file, without its sampler if the caller gives another."""
@@ -83,7 +86,21 @@ def load_model(
     Raises: UserError if there is no model, if it names a class that is not allowed, or if its weights are not finite
     or do not fit its config.
     """
-    wanted = _Wanted(trusted_names(allow), sampler, steps)
+    return _loaded(path, weights, _Wanted(trusted_names(allow), sampler, steps))
+
+
+def load_to_measure(folder: Path, allow: Collection[str] = ()) -> Model:
+    """Return the model of an export folder with a sampler that needs no covariance; a stored one is not read.
+
+    Args:
+        folder, allow: as in `load_model`.
+
+    Raises: as `load_model`.
+    """
+    return _loaded(folder, WEIGHTS[0], _Wanted(trusted_names(allow), MEASURING, covariance=False))
+
+
+def _loaded(path: str | Path, weights: str, wanted: _Wanted) -> Model:
     require(weights in WEIGHTS, f"unknown weights {weights!r}: {suggest(str(weights), WEIGHTS)}")
     path = _local(path)
     if path.is_dir() and not _has_model(path) and is_diffusers(path):
@@ -93,20 +110,21 @@ def load_model(
     if tensors.suffix == ".safetensors":
         recipe = wanted.recipe(*_exported_recipe(tensors))  # before its weights are read
         state = _exported_weights(tensors)
+        table = read_covariance(tensors.parent) if wanted.covariance else None
     else:
         state, values = _checkpointed(tensors, weights)
-        recipe = wanted.recipe(values, str(tensors))
-    return _with_weights(recipe, state, str(tensors), wanted)
+        recipe, table = wanted.recipe(values, str(tensors)), None
+    return _with_weights(recipe, state, str(tensors), wanted, table)
 
 
 def export_model(path: str | Path, folder: Path, weights: str = "averaged") -> tuple[Path, list[str]]:
-    """Copy a model into a new folder, `model.safetensors` and `config.yaml`, as `load_model` reads it.
+    """Copy a model into a new folder, as `load_model` reads it, with its `covariance.safetensors` if it has one.
 
     Nothing is built, so classes of other packages are neither imported nor checked.
 
     Args:
         path, weights: as in `load_model`; a folder of diffusers is refused.
-        folder: appears with both files or not at all.
+        folder: appears with all files or not at all.
 
     Returns: the file that held the weights, and the packages whose classes the model uses.
 
@@ -117,10 +135,10 @@ def export_model(path: str | Path, folder: Path, weights: str = "averaged") -> t
     tensors = _weights_file(_local(path), weights)
     if tensors.suffix == ".safetensors":
         values, source = _exported_recipe(tensors)
-        state = _exported_weights(tensors)
+        state, table = _exported_weights(tensors), read_covariance(tensors.parent)
     else:
         state, values = _checkpointed(tensors, weights)
-        source = str(tensors)
+        source, table = str(tensors), None
     packages = foreign_packages(values)
     if not packages:
         Recipe.from_dict(values, source)
@@ -128,7 +146,25 @@ def export_model(path: str | Path, folder: Path, weights: str = "averaged") -> t
     with new_folder(folder) as made:
         write_tensors(made / "model.safetensors", {name: value.contiguous() for name, value in state.items()})
         write_text(made / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+        if table is not None and table.weights_sha256 == digest_in(state):
+            save_covariance(made, table)
     return tensors, packages
+
+
+def export_folder(path: str | Path) -> Path:
+    """Return the folder of an exported model, in which files can be put beside `model.safetensors`.
+
+    Args:
+        path: a run folder or an export.
+
+    Raises: UserError for other models, and if there is none.
+    """
+    found = Path(path)
+    beside = "copy it into a folder first: dpm-scales runs export MODEL out=DIR"
+    require(not is_on_hub(path), f"{path} is on the Hub, and its files lie in a cache; {beside}")
+    tensors = _weights_file(_local(found), WEIGHTS[0])
+    require(tensors.suffix == ".safetensors", f"{tensors} is a checkpoint, which holds no further tables; {beside}")
+    return tensors.parent
 
 
 def _local(path: str | Path) -> Path:
@@ -209,7 +245,13 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _with_weights(recipe: Recipe, state: dict[str, Tensor], source: str, wanted: _Wanted) -> Model:
+def _with_weights(
+    recipe: Recipe,
+    state: dict[str, Tensor],
+    source: str,
+    wanted: _Wanted,
+    table: ErrorVariance | None = None,
+) -> Model:
     try:
         denoiser, prior = build_denoiser(recipe, weights=state)
         modules = nn.ModuleDict({"denoiser": denoiser, "prior": prior})
@@ -218,6 +260,7 @@ def _with_weights(recipe: Recipe, state: dict[str, Tensor], source: str, wanted:
     except Exception as error:
         raise _refused(error, source) from error
     require_finite_weights(state, source)
+    denoiser.error_variance = table  # of whatever weights: a sampler that uses it looks
     asked = wanted.with_sampler(recipe)
     try:
         sampler = build_sampler(asked.parts["sampler"], denoiser)

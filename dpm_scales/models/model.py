@@ -30,6 +30,7 @@ from dpm_scales.processes import VP, Process
 from dpm_scales.progress import progress_bar
 from dpm_scales.rng import CounterRNG, Randomness
 from dpm_scales.samplers import Sampler
+from dpm_scales.samplers.measuring import measure_error_variance, measured_scales, require_measurable
 from dpm_scales.targets import Target
 from dpm_scales.weights import LossWeight
 
@@ -254,10 +255,59 @@ class Model(Parts):
             require(bool(((numbers >= 0) & (numbers < classes)).all()), f"labels go beyond 0..{classes - 1}; {need}")
         return numbers.to(device, torch.int64)
 
+    # --- covariance ---------------------------------------------------------------------------------------------------
+
+    def measure_covariance(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 250,
+        progress: bool = False,
+    ) -> None:
+        """Measure the network's error by scale and frequency, for samplers with ``covariance="optimal"``.
+
+        It is saved with the model, and has to be measured again when the weights have changed.
+
+        Args:
+            images: training images ``(N, C, H, W)``, uint8, or floating point in the process's value range; about 1000.
+                The network is evaluated 32 times for each.
+            labels: ``(N,)`` integers, for a conditional model.
+            seed: of the noise; image i gets that of (seed, i).
+            batch_size: images at once; affects speed and memory only.
+            progress: whether to show a progress bar.
+
+        Raises: UserError for images or labels as in `loss`, and for a model whose error has no variance by frequency:
+            osmosis, the finer-scale target, processes without noise.
+        """
+        require_number("seed", seed, 0, whole=True)
+        require_number("batch_size", batch_size, 1, whole=True)
+        require_measurable(self.denoiser)
+        x_0 = self._images(images)
+        numbers = self._labels(labels, len(x_0), x_0.device)
+        parts = [None] * len(x_0) if numbers is None else numbers.split(batch_size)
+        training = self.training
+        self.eval()
+        try:
+            with progress_bar(progress) as bar:
+                scales = len(measured_scales(self.denoiser.process))
+                task = bar.add_task("measure", total=scales * len(x_0), unit="evaluations")
+                self.denoiser.error_variance = measure_error_variance(
+                    self.denoiser,
+                    zip(x_0.split(batch_size), parts, strict=False),
+                    seed,
+                    lambda count: bar.advance(task, count),
+                )
+        finally:
+            self.train(training)
+
     # --- files --------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.yaml` into a folder, made if missing; `load_model` reads them.
+
+        Beside them lies `covariance.safetensors`, if it was measured for the model's weights.
 
         An earlier model in the folder is replaced.
 

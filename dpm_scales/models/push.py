@@ -22,7 +22,7 @@ def push_model(
     message: str | None = None,
     card: bool = True,
 ) -> str:
-    """Upload `model.safetensors`, `config.yaml` and the model's page in one commit; make the repository if missing.
+    """Upload the model's files and its page in one commit; make the repository if missing.
 
     Args:
         repo: owner/name, also ``hf://owner/name``.

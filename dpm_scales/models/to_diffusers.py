@@ -37,7 +37,8 @@ def export_diffusers(model: Parts, folder: str | Path, kind: str | None = None) 
 
     Args:
         kind: of a variance-preserving model, "ddpm" for the chain with noise or "ddim" for the one without; by default
-            that of the model's own sampler, "ddim" for a sampler without an equal there, as one with a `noise_color`.
+            that of the model's own sampler, "ddim" for a sampler without an equal there, as one with a `noise_color` or
+            a `covariance`.
 
     Raises: UserError, before anything is written, for a model that diffusers can't express, with the reason.
     """
@@ -115,7 +116,8 @@ def _vp(model: Parts, kind: str | None) -> tuple[str, str, dict[str, Any]]:
         "trained_betas": betas.tolist(),
         "timestep_spacing": "trailing",
     }
-    ancestral = isinstance(sampler, Ancestral) and sampler.noise_color is None
+    usual = sampler.noise_color is None and sampler.covariance is None
+    ancestral = isinstance(sampler, Ancestral) and usual
     if (kind or ("ddpm" if ancestral else "ddim")) == "ddim":
         return "DDIMPipeline", "DDIMScheduler", options
     large = isinstance(sampler, Ancestral) and sampler.variance is not None

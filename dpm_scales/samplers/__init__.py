@@ -12,7 +12,9 @@ r"""One loop over pairs of scales (t, s), from 1 to 0, for every process.
 | Dissipation | 0 | delta | Rissanen et al. 2023, Algorithm 2 |
 | Cold | 1 | 0 | Bansal et al. 2022, Algorithm 2 |
 
-`noise_color` replaces the white eps' by noise of another spectrum, see `samplers.color`.
+`noise_color` replaces the white eps' by noise of another spectrum, see `samplers.color`. `covariance="optimal"` adds to
+b^2 what the network's error leaves out at each frequency, (lambda_s - a lambda_t)^2 v(mu, t), see
+`dpm_scales.covariance`.
 
 The last step, from t to s = 0, returns m_0 without noise: y_0-hat itself, since scale 0 is the image (lambda_0 = 1).
 """
@@ -50,7 +52,12 @@ __all__ = [
 ]
 
 
-def auto_sampler(denoiser: BaseDenoiser, steps: int | None = None, noise_color: Color | None = None) -> Sampler:
+def auto_sampler(
+    denoiser: BaseDenoiser,
+    steps: int | None = None,
+    noise_color: Color | None = None,
+    covariance: str | None = None,
+) -> Sampler:
     """Return the default sampler of a model: Heun without blur, dissipation without noise, else SDE-DPM-Solver++(2M).
 
     Noise added on the way removes errors of earlier steps, and the second order needs a fraction of the ancestral
@@ -61,13 +68,16 @@ def auto_sampler(denoiser: BaseDenoiser, steps: int | None = None, noise_color: 
     Args:
         steps: None for 18 (Heun, 35 evaluations), 1 (no noise), all scales (finer-scale target) or at most 50 (else).
         noise_color: as for `Sampler`; Heun has no use for one.
+        covariance: as for `DDIM`; None leaves the choice as it is, others make it SDE-DPM-Solver++(2M).
     """
     process = denoiser.process
+    number = min(50, process.num_scales) if steps is None else steps
+    if covariance is not None:
+        return DPMSolver(1.0, number, "uniform", noise_color=noise_color, covariance=covariance)
     if not process.has_noise():
         return Dissipation(steps=1 if steps is None else steps, noise_color=noise_color)
     if isinstance(denoiser.target, NextScale):
         return Ancestral(steps, noise_color=noise_color)
     if process.is_scalar:
         return Heun(steps=min(18, process.num_scales) if steps is None else steps, noise_color=noise_color)
-    number = min(50, process.num_scales) if steps is None else steps
     return DPMSolver(1.0, number, "uniform", noise_color=noise_color)

@@ -69,6 +69,13 @@ class StepContext:
     def operator(self) -> Operator:
         return self.process.operator(self.context)
 
+    def error_variance(self, mu: Tensor) -> Tensor:
+        """Return v(mu, t), the variance of the estimate's error at the eigenvalues of the DCT, see `covariance`."""
+        denoiser = self.denoiser
+        assert denoiser.error_variance is not None  # `Sampler.check` has required it
+        found: Tensor = denoiser.error_variance(self.process, denoiser.spectrum, self.t, mu)
+        return found
+
     @property
     def curves(self) -> Step:
         """The process's functions of mu between the two scales."""
@@ -107,6 +114,8 @@ class Sampler(Describable, ABC):
     #: noise added before each step; None for none
     churn: Churn | None = None
     noise_color: Color | None = None
+    #: of a step, where a sampler has a choice; None for the published one
+    covariance: str | None = None
 
     def __init__(
         self,
@@ -144,6 +153,7 @@ class Sampler(Describable, ABC):
 
     def check(self, denoiser: BaseDenoiser) -> None:
         """Raise UserError, before any work, if this sampler can't run with this denoiser."""
+        self.require_covariance(denoiser)
         scales = self.scales(denoiser.process, tables_of(denoiser.process))
         if isinstance(denoiser.target, NextScale):
             if not self.one_scale_at_a_time:
@@ -156,6 +166,9 @@ class Sampler(Describable, ABC):
         if self.noise_color is not None:
             self._check_color(self.noise_color, denoiser)
         self._rehearse(denoiser, scales)
+
+    def require_covariance(self, denoiser: BaseDenoiser) -> None:  # noqa: B027 - most samplers need none
+        """Raise UserError if steps need the variance of the denoiser's error, and it has none for its weights."""
 
     def _check_color(self, color: Color, denoiser: BaseDenoiser) -> None:
         """Raise UserError for a colour of noise that is not added, and for one that vanishes or overflows."""

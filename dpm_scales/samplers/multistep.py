@@ -47,6 +47,7 @@ class DPMSolver(DDIM):
         steps: number of steps and of evaluations.
         grid, rho: as for `Sampler`; "logsnr" is the authors' own.
         order: 2, or 1 for DPM-Solver++(1), which is `DDIM`.
+        covariance: of a step, see `DDIM`; with eta > 0.
     """
 
     one_scale_at_a_time = False
@@ -60,8 +61,13 @@ class DPMSolver(DDIM):
         rho: float = 7.0,
         order: int = 2,
         noise_color: Color | None = None,
+        covariance: str | None = None,
     ) -> None:
-        super().__init__(eta, steps, grid, rho, noise_color)
+        super().__init__(eta, steps, grid, rho, noise_color, covariance)
+        require(
+            covariance is None or eta > 0,
+            f"covariance={covariance} adds noise, and eta=0 is the probability flow, which has none; set sampler.eta=1",
+        )
         ok = is_whole(order, 1) and order <= self.highest
         require(ok, f"order must be a whole number from 1 to {self.highest}, got {order!r}")
         self.order = order

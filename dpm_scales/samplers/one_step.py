@@ -11,17 +11,30 @@ from torch import Tensor
 from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.errors import UserError, require, require_choice, suggest
 from dpm_scales.moments import steepest_blur
-from dpm_scales.operators import Term
+from dpm_scales.operators import Term, spectral_of
 from dpm_scales.processes import Process, Step
 from dpm_scales.samplers.churn import Churn
 from dpm_scales.samplers.grids import tables_of
 from dpm_scales.samplers.loop import Sampler, StepContext
+from dpm_scales.samplers.measuring import require_measurable
 from dpm_scales.schedules import Color, is_number
 from dpm_scales.targets import MAX_DIVISION
 
+_TINY = 1e-300  # below any standard deviation, to divide by
+
+COVARIANCES = ("optimal",)
+
 
 class DDIM(Sampler):
-    """DDIM: deterministic at eta = 0 (the probability-flow ODE), the ancestral sampler at eta = 1."""
+    """DDIM: deterministic at eta = 0 (the probability-flow ODE), the ancestral sampler at eta = 1.
+
+    Args:
+        eta: in [0, 1].
+        steps, grid, rho, noise_color: as for `Sampler`.
+        covariance: of a step: None for that of q(x_s | x_t, x_0), as published; "optimal" adds what the network's error
+            leaves out at each frequency, see `dpm_scales.covariance`, which must have been measured; with it eta = 0 is
+            Analytic-DDIM (Bao et al. 2022), which is not deterministic.
+    """
 
     def __init__(
         self,
@@ -30,28 +43,66 @@ class DDIM(Sampler):
         grid: str = "uniform",
         rho: float = 7.0,
         noise_color: Color | None = None,
+        covariance: str | None = None,
     ) -> None:
         super().__init__(steps, grid, rho, noise_color)
         require(is_number(eta) and 0 <= eta <= 1, f"eta must lie in [0, 1], got {eta!r}")
-        self.eta = float(eta)
+        if covariance is not None:
+            require_choice("covariance", covariance, COVARIANCES)
+        self.eta, self.covariance = float(eta), covariance
 
     @property
     def is_random(self) -> bool:
-        return self.eta > 0 or self.churn is not None
+        return self._adds_noise or self.churn is not None
+
+    @property
+    def _adds_noise(self) -> bool:
+        return self.eta > 0 or self.covariance is not None
+
+    def require_covariance(self, denoiser: BaseDenoiser) -> None:
+        if self.covariance is None:
+            return
+        require_measurable(denoiser)
+        table = denoiser.error_variance
+        if table is None:
+            raise UserError(
+                "covariance=optimal needs the variance of the network's error, which this model does not hold; measure "
+                "it: dpm-scales measure MODEL, or model.measure_covariance(images)"
+            )
+        table.require_weights(denoiser)
 
     def step(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
-        step, square = move.curves, self.eta**2
+        step = move.curves
 
         def weights(mu: Tensor) -> tuple[Tensor, Tensor]:
-            # 1 - eta^2 tau with tau = 1 - exp(-2h), without cancellation where tau is nearly 1
-            rest = (1 - square) + square * torch.exp(-2 * step.half_log_snr_gain(mu).clamp(min=0))
-            coef_xt = step.noise_ratio(mu) * rest.sqrt()
+            coef_xt = self._coef_xt(step, mu)
             return coef_xt, 1 - coef_xt * step.rho(mu)
 
         terms: list[Term] = [(weights, [y, m])]
+        if not self._adds_noise:
+            return move.operator.combine(*terms)
+        noise = move.added(y)
         if self.eta > 0:
-            terms.append((lambda mu: self._noise_std(step, mu), move.added(y)))
-        return move.operator.combine(*terms)
+            terms.append((lambda mu: self._noise_std(step, mu), noise))
+        y_s = move.operator.combine(*terms)
+        if self.covariance is None:
+            return y_s
+        return y_s + spectral_of(move.operator).apply(lambda mu: self._missing_std(move, mu), noise)
+
+    def _coef_xt(self, step: Step, mu: Tensor) -> Tensor:
+        """Return a, the weight of y_t in a step."""
+        square = self.eta**2
+        # 1 - eta^2 tau with tau = 1 - exp(-2h), without cancellation where tau is nearly 1
+        rest = (1 - square) + square * torch.exp(-2 * step.half_log_snr_gain(mu).clamp(min=0))
+        return step.noise_ratio(mu) * rest.sqrt()
+
+    def _missing_std(self, move: StepContext, mu: Tensor) -> Tensor:
+        """Return by how much the optimal standard deviation exceeds that of `_noise_std`; 0 without an error."""
+        step = move.curves
+        std = self._noise_std(step, mu)
+        weight = step.signal_s(mu) * (1 - self._coef_xt(step, mu) * step.rho(mu))  # lambda_s - a lambda_t
+        variance = weight**2 * move.error_variance(mu)
+        return variance / ((std**2 + variance).sqrt() + std).clamp(min=_TINY)
 
     def _noise_std(self, step: Step, mu: Tensor) -> Tensor:
         """Return the standard deviation of the noise that a step adds."""
@@ -65,6 +116,7 @@ class Ancestral(DDIM):
         variance: of the noise that a step adds: None for the posterior's, "transition" for that of q(x_t | x_s). They
             are the bounds for data of zero and of unit variance (Ho et al. 2020, Sect. 3.2; diffusers' fixed_small
             and fixed_large); with "transition" a step of VE is the predictor of Song et al. 2021, Algorithm 2.
+        covariance: "optimal" for the variance that was measured for each frequency, see `DDIM`; in place of `variance`.
     """
 
     variances = ("transition",)
@@ -76,10 +128,15 @@ class Ancestral(DDIM):
         rho: float = 7.0,
         variance: str | None = None,
         noise_color: Color | None = None,
+        covariance: str | None = None,
     ) -> None:
-        super().__init__(1.0, steps, grid, rho, noise_color)
+        super().__init__(1.0, steps, grid, rho, noise_color, covariance)
         if variance is not None:
             require_choice("variance", variance, self.variances)
+            require(
+                covariance is None,
+                f"variance={variance} and covariance={covariance} both set the noise of a step; leave one of them out",
+            )
         self.variance = variance
 
     def _noise_std(self, step: Step, mu: Tensor) -> Tensor:

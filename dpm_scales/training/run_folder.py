@@ -34,7 +34,7 @@ FILES = (
     *("config.yaml", "overrides.yaml", "result.json", "metrics.csv", "unreadable.txt", "wandb_id"),
     *(CONFIG_DIR_FILE, CONFIG_FLAGS_FILE, FAILURE),
     *("checkpoints/*.ckpt", "checkpoints/last.damaged", "samples/step-*.png"),
-    *("model/model.safetensors", "model/config.yaml"),
+    *("model/model.safetensors", "model/config.yaml", "model/covariance.safetensors"),
 )
 FOLDERS = ("checkpoints", "samples", "model")
 

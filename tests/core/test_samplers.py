@@ -25,6 +25,7 @@ from dpm_scales.samplers import (
     StepContext,
     auto_sampler,
 )
+from dpm_scales.samplers.measuring import measure_error_variance
 from dpm_scales.schedules import (
     ConstantNoise,
     LinearBeta,
@@ -360,6 +361,18 @@ def test_sampling_by_other_targets_stays_on_the_device(twin: Twin, target: str) 
     with pretended_gpu(denoiser):
         noise = CounterRNG(0, 4, device="cuda")
         x = Ancestral().sample(denoiser, GaussianPrior(), noise, (2, 6, 9), scales=scales.to("cuda"))
+        assert x.device.type == "cuda"
+
+
+@over(named("vp-cosine", "blurring"))
+def test_the_optimal_covariance_stays_on_the_device(twin: Twin) -> None:
+    denoiser = Denoiser(TinyNetwork(2), twin.build(), Clean())
+    denoiser.error_variance = measure_error_variance(denoiser, [(images(2, 2, 6, 9).float(), None)])
+    sampler = Ancestral(covariance="optimal")
+    scales = sampler.scales(denoiser.process)[-3:]
+    with pretended_gpu(denoiser):
+        noise = CounterRNG(0, 4, device="cuda")
+        x = sampler.sample(denoiser, GaussianPrior(), noise, (2, 6, 9), scales=scales.to("cuda"))
         assert x.device.type == "cuda"
 
 

@@ -83,7 +83,7 @@ def test_the_code_in_the_documentation_runs(short: list[int], tmp_path: Path) ->
     space: dict[str, Any] = {"__name__": "documented"}
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), space)
-    assert len(blocks) == 7 and short == [1000, 1000]
+    assert len(blocks) == 8 and short == [1000, 1000]
     assert space["samples"].shape == (4, 1, 8, 8) and space["loss"].isfinite() and space["last"] > 0
     assert (tmp_path / "digits" / "model.safetensors").is_file() and (tmp_path / "runs/python/metrics.csv").is_file()
 

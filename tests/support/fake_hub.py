@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,7 @@ import huggingface_hub.constants
 import huggingface_hub.errors
 import huggingface_hub.utils._http
 
-from dpm_scales.entry.start import console
-from support.shell import Outcome
+from support.shell import Outcome, command
 
 TOKEN = "hf_" + "x" * 34
 
@@ -179,11 +176,4 @@ def serving(hub: FakeHub, cache: Path, token: str | None = TOKEN) -> Iterator[Fa
 
 def push(*arguments: object) -> Outcome:
     """Run `dpm-scales push` with these arguments in this process."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    words = ["dpm-scales", "push", *map(str, arguments)]
-    with mock.patch.object(sys, "argv", words), redirect_stdout(out), redirect_stderr(err):
-        try:
-            console()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    return Outcome(status, out.getvalue(), err.getvalue())
+    return command("push", *arguments)

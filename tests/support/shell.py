@@ -29,6 +29,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from PIL import Image
 
+from dpm_scales.entry.start import console
 from dpm_scales.models.instantiate import plain
 from dpm_scales.models.model import PARTS
 from dpm_scales.training import Model, Recipe, build_model
@@ -95,6 +96,18 @@ def call(script: str, *arguments: str, cwd: Path, environment: dict[str, str] | 
         finally:
             os.chdir(before)
             GlobalHydra.instance().clear()
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def command(*words: object) -> Outcome:
+    """Run `dpm-scales` with these arguments in this process."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    argv = mock.patch.object(sys, "argv", ["dpm-scales", *map(str, words)])
+    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            console()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
