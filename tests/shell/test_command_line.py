@@ -119,7 +119,7 @@ def test_help_follows_the_choices(tmp_path: Path) -> None:
     assert "process.noise.noise_max=80.0" in text and "process.blur.blur_sigma_max=24.0" in text
     assert "trainer.strategy=fsdp" in text and "trainer.max_steps=2200" in text
     assert "blur_sigma_max=24.0" in help_of("train", "experiment=digits_heat")
-    assert "covariance=" in help_of("sample", "task=inpaint") and "covariance=" not in help_of("sample")
+    assert "\n  covariance=" in help_of("sample", "task=inpaint") and "\n  covariance=" not in help_of("sample")
     text = help_of("evolve")
     assert "  data=null" in text and "folder=" not in text
     (tmp_path / "process").mkdir()
