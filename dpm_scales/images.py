@@ -225,7 +225,8 @@ def load_image(source: str | Path | bytes | BinaryIO, channels: int | None = Non
     try:
         with _opened(source) as file, Image.open(file) as picture:
             picture.load()
-            array = _to_array(ImageOps.exif_transpose(picture), channels)
+            ImageOps.exif_transpose(picture, in_place=True)
+            array = _to_array(picture, channels)
     except UserError:
         raise
     except FileNotFoundError:
@@ -256,8 +257,9 @@ def _to_array(picture: Image.Image, channels: int | None) -> np.ndarray:
         front = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", front.size, "white"), front).convert("RGB")
     mode = {None: "L" if grey else "RGB", 1: "L", 3: "RGB"}[channels]
-    array = np.array(picture.convert(mode), dtype=np.uint8)
-    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+    if picture.mode != mode:
+        picture = picture.convert(mode)
+    return np.array(picture)[None] if mode == "L" else np.asarray(picture).transpose(2, 0, 1).copy()
 
 
 def _to_pillow(image: Tensor) -> Image.Image:

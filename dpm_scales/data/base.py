@@ -19,7 +19,14 @@ NO_LABEL = -1
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
-    """Training or validation part of a source: items (image uint8 (C, H, W), label), all images of one size."""
+    """Training or validation part of a source: items (image uint8 (C, H, W), label), all images of one size.
+
+    Attributes:
+        augmented: whether `get` draws from `rng`. If it does not, none is made, which takes as long as decoding a small
+            image.
+    """
+
+    augmented: bool = True
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -77,7 +84,7 @@ class TensorImages(ImageDataset):
     def __init__(self, images: Tensor, labels: Tensor | None = None, random_flip: bool = False) -> None:
         self.images = images
         self.labels = labels
-        self.random_flip = random_flip
+        self.random_flip = self.augmented = random_flip
 
     def __len__(self) -> int:
         return len(self.images)

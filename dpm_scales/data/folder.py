@@ -44,6 +44,11 @@ class View:
     rotate_portrait: bool = False
     center_crop: tuple[int, int] | None = None
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the transform depends on draws."""
+        return self.random_crop or self.random_flip
+
     def __call__(self, image: Tensor, rng: np.random.Generator | None) -> Tensor:
         """Map uint8 (C, h, w) to uint8 (C, *size); without `rng`, crops are centred and nothing is mirrored."""
         if self.center_crop is not None:
@@ -86,6 +91,7 @@ class FileImages(ReplacedImages):
         self.store, self.names, self.view = store, list(names), view
         self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         super().__init__(len(self.names), str(store.root), on_error)
+        self.augmented = view.is_random
 
     def name(self, index: int) -> str:
         return self.names[index]

@@ -39,6 +39,7 @@ class DatasetImages(ImageDataset):
     ) -> None:
         self.dataset, self.indices, self.shape = dataset, indices, shape
         self.num_classes, self.random_flip = num_classes, random_flip
+        self.augmented = random_flip
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -79,6 +79,7 @@ class RowImages(ReplacedImages):
         on_error: str,
     ) -> None:
         super().__init__(len(indices), place, on_error)
+        self.augmented = view.is_random
         self.rows, self.indices, self.columns, self.classes, self.view = rows, indices, columns, classes, view
 
     def describe(self, index: int) -> str:
@@ -111,6 +112,7 @@ class StreamImages(ReplacedImages):
         on_error: str,
     ) -> None:
         super().__init__(number, place, on_error)
+        self.augmented = view.is_random
         self.stream, self.first, self.window, self.columns = stream, first, window, columns
         self.classes, self.view = classes, view
         self._rows: Iterator[Any] = iter(())

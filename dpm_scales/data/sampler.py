@@ -99,7 +99,8 @@ class EpochImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, key: Key | int) -> tuple[Tensor, int]:
         index, epoch = (key, 0) if isinstance(key, int) else key
-        return self.images.get(index, np.random.default_rng((self.seed, epoch, index)))
+        rng = np.random.default_rng((self.seed, epoch, index)) if self.images.augmented else None
+        return self.images.get(index, rng)
 
 
 def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:

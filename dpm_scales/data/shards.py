@@ -94,6 +94,7 @@ class ShardImages(ReplacedImages):
         self._starts: list[int] = np.concatenate([[0], np.cumsum(counts)]).tolist()
         self._members: OrderedDict[int, np.ndarray] = OrderedDict()
         super().__init__(self._starts[-1], shards.source, on_error)
+        self.augmented = view.is_random
 
     def order(self, seed: int) -> Windowed:
         return Windowed(self.counts, self.window, seed, on_window=self._expect)

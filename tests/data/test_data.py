@@ -271,6 +271,25 @@ def test_augmentation_depends_on_epoch_and_index_only(tmp_path: Path) -> None:
             assert torch.equal(a, b)
 
 
+def test_generators_are_made_only_for_who_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the arguments of the sources; a set of one's own gets one."""
+    for number in range(4):
+        put(tmp_path / f"{number}.png", number, (8, 8))
+    pixels = np.zeros((4, 1, 4, 4), np.uint8)
+    rows = [(torch.zeros(1, 4, 4, dtype=torch.uint8), 0)] * 4
+    sets = [(Indices(3), True)]
+    for flip in (True, False):
+        folder = data.ImageFolder(tmp_path, 3, 8, random_flip=flip, val_fraction=0)
+        given = [data.GivenImages(one, random_flip=flip, val_fraction=0) for one in (pixels, rows)]
+        sets += [(source.train(), flip) for source in (folder, *given)]
+    sets += [(data.ImageFolder(tmp_path, 3, 6, "crop", random_crop=True, val_fraction=0).train(), True)]
+    for part, draws in sets:
+        seen = []
+        monkeypatch.setattr(type(part), "get", lambda self, index, rng: seen.append(rng is not None))  # noqa: B023
+        EpochImages(part, 0)[(1, 2)]
+        assert seen == [draws]
+
+
 def test_flips_happen_in_training_only() -> None:
     images_ = torch.arange(4, dtype=torch.uint8).reshape(1, 1, 1, 4)
     dataset = data.TensorImages(images_, random_flip=True)

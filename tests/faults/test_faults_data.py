@@ -256,7 +256,10 @@ def test_rot_in_an_archive_while_reading(method: int, tmp_path: Path) -> None:
 
 # --- while training ---------------------------------------------------------------------------------------------------
 
-FOLDER = ("data=folder", "data.image_size=8", "data.channels=1", "data.batch_size=4", "data.val_fraction=0.2")
+FOLDER = (
+    *("data=folder", "data.image_size=8", "data.channels=1", "data.batch_size=4", "data.val_fraction=0.2"),
+    "data.random_flip=true",
+)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,0 +1,290 @@
+"""Measure loaders of images: shards beside a folder, a zip and an array, and beside webdataset's and datasets' own.
+
+    python -m benchmarks.loaders                                   # 32, 64 and 256 px; 0, 1 and 2 workers
+    python -m benchmarks.loaders --sizes 64 --workers 0 --seconds 5 --out loaders.json
+    python -m benchmarks.loaders --memory --images 100000          # memory of ten epochs
+
+All give shuffled batches of 64 uint8 images (64, 3, H, W) of the same crops of scikit-image's photos. Two figures are
+printed: images per second of wall-clock time, for an idle machine, and images per second of CPU time, of the training
+process and its workers together, which another load changes less. Both are differences of a long and a short run, so
+that starting workers does not count, and the best of some rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import resource
+import tempfile
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dpm_scales import data
+from dpm_scales.data import ImageDataModule
+from dpm_scales.data.pack import Packing, pack
+
+BATCH = 64
+SIZES, WORKERS = (32, 64, 256), (0, 1, 2)
+SETS = {32: 4096, 64: 4096, 256: 1024}
+"""Number of images of each size."""
+
+Loader = Callable[[int, int], Iterator[Any]]
+"""Returns endless batches for a number of workers and of batches that will be taken."""
+
+
+def crops(size: int, number: int) -> np.ndarray:
+    """Return crops of photos at several scales, uint8 (number, size, size, 3)."""
+    from skimage import data as photos
+
+    rng = np.random.default_rng(0)
+    sources = [Image.fromarray(getattr(photos, name)()) for name in ("astronaut", "coffee", "chelsea", "rocket")]
+    found = np.empty((number, size, size, 3), dtype=np.uint8)
+    for index in range(number):
+        photo = sources[rng.integers(4)]
+        side = int(rng.integers(min(size, 200), 300))
+        left, top = (int(rng.integers(0, limit - side + 1)) for limit in photo.size)
+        found[index] = photo.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    return found
+
+
+def write_sets(place: Path, size: int, number: int) -> None:
+    """Write the same images as an array, a folder, a zip, and shards of PNG, PPM and JPEG files."""
+    pixels = crops(size, number)
+    np.save(place / "array.npy", pixels)
+    for kind in ("png", "jpg"):
+        (place / kind).mkdir()
+        for index, image in enumerate(pixels):
+            Image.fromarray(image).save(place / kind / f"{index:05d}.{kind}", quality=90)
+    with zipfile.ZipFile(place / "images.zip", "w") as archive:
+        for path in sorted((place / "png").iterdir()):
+            archive.write(path, path.name)
+    per_shard = number // 16
+    for name, source, kind in (("png", "png", "keep"), ("ppm", "png", "ppm"), ("jpg", "jpg", "keep")):
+        pack(place / source, place / f"shards-{name}", Packing(per_shard, format=kind), lambda *_: lambda _: None)
+
+
+def batches_of(source: data.ImageSource, workers: int, count: int) -> Iterator[Any]:
+    """Return endless batches of the data module, with one loader for all epochs, as in training."""
+    module = ImageDataModule(source, BATCH, workers)
+    loader = module.train_dataloader()
+    done = 0
+    while True:
+        module.set_start_batch(done)
+        for batch in loader:
+            yield batch
+            done += 1
+
+
+def as_tensor(image: Any) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def stacked(rows: Sequence[Any]) -> Tensor:
+    return torch.stack([as_tensor(row["image"]) for row in rows])
+
+
+def of_webdataset(pattern: str, ending: str, workers: int, count: int) -> Iterator[Any]:
+    """Return webdataset's batches: shards and a buffer of 1000 images shuffled, as its documentation has it."""
+    import webdataset
+
+    stream = webdataset.WebDataset(pattern, shardshuffle=100, resampled=True).shuffle(1000).decode("pil")
+    stream = stream.to_tuple(ending).map_tuple(as_tensor).batched(BATCH)
+    return iter(webdataset.WebLoader(stream, batch_size=None, num_workers=workers))
+
+
+def of_datasets(place: Path, streaming: bool, workers: int, count: int) -> Iterator[Any]:
+    """Return batches of datasets' own rows, shuffled by torch, or by its buffer of 1000 images."""
+    import datasets
+
+    files = {"data_files": str(place / "images.parquet"), "split": "train", "cache_dir": str(place / "cache")}
+    rows = datasets.load_dataset("parquet", streaming=streaming, **files)
+    if streaming:
+        rows = rows.shuffle(seed=0, buffer_size=1000).repeat(None)
+        return iter(DataLoader(rows, BATCH, num_workers=min(workers, rows.num_shards), collate_fn=stacked))
+    sampler = torch.utils.data.RandomSampler(rows, replacement=True, num_samples=BATCH * count)
+    return iter(DataLoader(rows, BATCH, sampler=sampler, num_workers=workers, collate_fn=stacked))
+
+
+def write_parquet(place: Path) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    files = [{"bytes": path.read_bytes(), "path": None} for path in sorted((place / "png").iterdir())]
+    rows = datasets.Dataset.from_dict({"image": files}, features=datasets.Features({"image": datasets.Image()}))
+    rows.to_parquet(str(place / "images.parquet"))
+
+
+def loaders(place: Path) -> dict[str, Loader]:
+    """Return all loaders of the sets in a folder, by name."""
+    shards = partial(data.ShardSource, split="images", val_fraction=0, window=4)
+    write_parquet(place)
+    sources: dict[str, Callable[[], data.ImageSource]] = {
+        "array": lambda: data.ArraySource(place / "array.npy", val_fraction=0),
+        "folder, png": lambda: data.ImageFolder(place / "png", val_fraction=0),
+        "zip, png": lambda: data.ImageFolder(place / "images.zip", val_fraction=0),
+        "shards, png": lambda: shards(place / "shards-png"),
+        "shards, ppm": lambda: shards(place / "shards-ppm"),
+        "shards, jpg": lambda: shards(place / "shards-jpg"),
+        "shards, jpg, simplejpeg": lambda: shards(place / "shards-jpg", decoder="simplejpeg"),
+        "hf, png": lambda: data.HubSource(str(place / "images.parquet"), val_fraction=0),
+    }
+    found: dict[str, Loader] = {name: partial(batches_of, make()) for name, make in sources.items()}
+    number = len(list((place / "shards-png").glob("*.tar"))) - 1
+    for kind in ("png", "jpg"):
+        pattern = f"{place}/shards-{kind}/shard-{{000000..{number:06d}}}.tar"
+        found[f"webdataset, {kind}"] = partial(of_webdataset, pattern, kind)
+    found["datasets, png"] = partial(of_datasets, place, False)
+    found["datasets, png, streaming"] = partial(of_datasets, place, True)
+    return found
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def spent(loader: Loader, workers: int, count: int) -> tuple[float, float]:
+    """Return wall-clock and CPU seconds of so many batches, workers started and ended included."""
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    batches = loader(workers, count)
+    for _ in range(count):
+        next(batches)
+    del batches
+    return time.perf_counter() - wall, cpu_seconds() - cpu
+
+
+@dataclass
+class Timing:
+    """Least seconds of some short runs, and of some long ones."""
+
+    short: tuple[float, float] = (math.inf, math.inf)
+    long: tuple[float, float] = (math.inf, math.inf)
+    batches: int = 0
+
+    def add(self, loader: Loader, workers: int, seconds: float) -> None:
+        """Run both once more; the first time, the length of the long one is chosen."""
+        few = 4 + 4 * workers
+        self.short = least(self.short, spent(loader, workers, few))
+        if not self.batches:
+            each = (spent(loader, workers, 2 * few)[1] - self.short[1]) / few  # caches are warm
+            self.batches = few + min(max(8, round(seconds / max(each, 2e-4))), 4000)
+        self.long = least(self.long, spent(loader, workers, self.batches))
+
+    def figures(self, workers: int) -> dict[str, float]:
+        """Return images per second of wall-clock and of CPU time."""
+        images = BATCH * (self.batches - 4 - 4 * workers)
+        return {
+            name: images / max(long - short, 1e-9)
+            for name, long, short in zip(("wall", "cpu"), self.long, self.short, strict=True)
+        }
+
+
+def least(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    return min(a[0], b[0]), min(a[1], b[1])
+
+
+def table(rows: dict[str, dict[str, float]], sizes: Sequence[int], workers: Sequence[int], figure: str) -> str:
+    """Return a Markdown table of images per second, by loader, size and number of workers."""
+    keys = [(size, number) for size in sizes for number in workers]
+    head = [f"| loader | {' | '.join(f'{s} px, {n}' for s, n in keys)} |", f"|---|{'---|' * len(keys)}"]
+    body = []
+    for name, row in rows.items():
+        cells = [f"{row[f'{size},{number},{figure}']:,.0f}".replace(",", " ") for size, number in keys]
+        body.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*head, *body])
+
+
+def throughput(
+    sizes: Sequence[int], workers: Sequence[int], seconds: float, rounds: int, only: str
+) -> dict[str, dict[str, float]]:
+    """Return the figures of all loaders whose names contain `only`, measured in turn, the best of some rounds."""
+    rows: dict[str, dict[str, float]] = {}
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            write_sets(place, size, SETS[size])
+            chosen = {name: loader for name, loader in loaders(place).items() if only in name}
+            for number in workers:
+                timings = {name: Timing() for name in chosen}
+                for _ in range(rounds):
+                    for name, loader in chosen.items():
+                        timings[name].add(loader, number, seconds)
+                for name, timing in timings.items():
+                    found = timing.figures(number)
+                    print(f"{size} px, {number} workers, {name}: {found}", flush=True)
+                    rows.setdefault(name, {}).update({f"{size},{number},{key}": v for key, v in found.items()})
+    return rows
+
+
+def memory(images: int, epochs: int, workers: int, per_shard: int = 1000) -> list[list[int]]:
+    """Return the unshared memory in MiB of the process, and of its workers, after each epoch of 8 px images."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        rng = np.random.default_rng(0)
+        np.save(place / "a.npy", rng.integers(0, 256, (images, 8, 8, 3), dtype=np.uint8))
+        pack(place / "a.npy", place / "s", Packing(per_shard, format="ppm"), lambda *_: lambda _: None)
+        module = ImageDataModule(data.ShardSource(place / "s", val_fraction=0), 256, workers)
+        loader, found, done = module.train_dataloader(), [], 0
+        for epoch in range(epochs):
+            module.set_start_batch(done)
+            for _ in loader:
+                done += 1
+            found.append([unshared(pid) for pid in (os.getpid(), *children())])
+            print(f"epoch {epoch}: {found[-1]} MiB", flush=True)
+    return found
+
+
+def unshared(pid: int) -> int:
+    """Return the anonymous resident memory of a process, in MiB."""
+    match = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(match[1]) // 1024 if match else 0
+
+
+def children() -> list[int]:
+    text = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    return [int(pid) for pid in text.split()]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, choices=SIZES)
+    parser.add_argument("--workers", type=int, nargs="+", default=WORKERS)
+    parser.add_argument("--seconds", type=float, default=0.7, help="CPU seconds of each measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the best counts")
+    parser.add_argument("--only", default="", help="loaders whose names contain this")
+    parser.add_argument("--out", type=Path, help="file for the figures, JSON")
+    parser.add_argument("--memory", action="store_true", help="measure memory in place of speed")
+    parser.add_argument("--images", type=int, default=20000, help="images of an epoch, with --memory")
+    parser.add_argument("--epochs", type=int, default=10, help="with --memory")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    found: Any
+    if args.memory:
+        found = memory(args.images, args.epochs, args.workers[-1])
+    else:
+        found = throughput(args.sizes, args.workers, args.seconds, args.rounds, args.only)
+        for figure, about in (("cpu", "images per second of CPU time"), ("wall", "images per second")):
+            print(f"\n{about}, by pixels and workers\n\n{table(found, args.sizes, args.workers, figure)}")
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
