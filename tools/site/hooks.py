@@ -8,6 +8,7 @@ formulas MathML, which browsers draw without a script or a font from elsewhere.
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,8 +56,20 @@ def _source_text(path: str) -> str:
         inside = sorted(p for p in place.iterdir() if not p.name.startswith(("_", ".")))
         items = "\n".join(f"- `{p.name}{'/' if p.is_dir() else ''}`" for p in inside)
         return f"# {path}\n\n{items}\n"
+    if place.suffix == ".ipynb":
+        return _notebook(path, json.loads(place.read_text()))
     fence = "~~~~~"
     return f"# {path}\n\n{fence}{LANGUAGES.get(place.suffix, 'text')}\n{place.read_text()}\n{fence}\n"
+
+
+def _notebook(path: str, notebook: dict[str, Any]) -> str:
+    """Return the cells of a notebook as a page; its headings go down by one level."""
+    parts = [f"# {path}\n"]
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        code = cell["cell_type"] == "code"
+        parts.append(f"```python\n{text}\n```\n" if code else re.sub(r"^#", "##", text, flags=re.MULTILINE) + "\n")
+    return "\n".join(parts)
 
 
 def on_files(files: Files, config: Any) -> Files:
