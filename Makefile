@@ -2,6 +2,7 @@
 # make test   the whole test suite, slow tests included; make test-core: the mathematics alone
 # make coverage   the same with branch coverage of dpm_scales
 # make lint   style and types
+# make lint-deploy   the Dockerfile, shell scripts and manifests of deploy/
 # make docs   the pages of docs/ as a site in site/, every warning an error; make docs-serve serves it and follows edits
 # make docs-figures   draw the figures of the pages that need no trained model anew
 #
@@ -26,7 +27,9 @@ export WANDB_MODE ?= offline
 .DELETE_ON_ERROR:
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-core coverage lint docs docs-serve docs-figures
+DEPLOY_INSTALLED := $(VENV)/.installed-deploy
+
+.PHONY: demo test test-core coverage lint lint-deploy docs docs-serve docs-figures
 
 demo: $(INSTALLED)
 	$(PY) train.py run_dir=runs/demo
@@ -52,6 +55,12 @@ lint: $(LINT_INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+lint-deploy: $(DEPLOY_INSTALLED)
+	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/shellcheck deploy/*.sh deploy/slurm/*.sh
+	$(VENV)/bin/kubernetes-validate --strict deploy/kubernetes/job.yaml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
+
 docs docs-serve: export NO_MKDOCS_2_WARNING := 1
 docs: $(DOCS_INSTALLED)
 	$(PY) -m mkdocs build --strict
@@ -73,4 +82,8 @@ $(LINT_INSTALLED): $(INSTALLED)
 
 $(DOCS_INSTALLED): $(INSTALLED)
 	$(PIP_INSTALL) -e '.[test,docs]' -c constraints.txt
+	touch $@
+
+$(DEPLOY_INSTALLED): $(INSTALLED)
+	$(PIP_INSTALL) -e '.[test,deploy]' -c constraints.txt
 	touch $@
