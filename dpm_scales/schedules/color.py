@@ -55,6 +55,8 @@ class Color(Describable, Float64Module, ABC):
     is_fixed: bool = True
     #: w is measured from training images, see `fit`
     learns: bool = False
+    #: what to change where w is too uneven, as the end of a message
+    remedy: str = "bring its weights closer together"
     spectrum: Tensor
     fixed_energy: Tensor
 
@@ -112,12 +114,12 @@ class Color(Describable, Float64Module, ABC):
         ends = torch.linspace(0, 1, 9, dtype=torch.float64, device=self.spectrum.device)[1:]
         shape = torch.stack([self.log_shape(t.reshape(1), self.spectrum).expand(self.spectrum.shape) for t in ends])
         finite, name = bool(torch.isfinite(shape).all()), type(self).__name__
-        require(finite, f"{name}: the colour of the noise is zero or infinite at some frequency; lower its exponent")
+        require(finite, f"{name}: the colour of the noise is zero or infinite at some frequency; {self.remedy}")
         contrast = float((shape.amax(1) - shape.amin(1)).max())
         require(
             contrast <= math.log(MAX_CONTRAST),
             f"{name}: the noise of one frequency is 1e{contrast / math.log(10):.0f} times that of another, at most "
-            f"1e{math.log10(MAX_CONTRAST):.0f} is allowed; lower the colour's exponent",
+            f"1e{math.log10(MAX_CONTRAST):.0f} is allowed; {self.remedy}",
         )
         return contrast
 
@@ -148,6 +150,8 @@ class PowerLaw(Color):
         offset: > 0, in cycles per pixel; keeps the mean intensity's noise finite.
     """
 
+    remedy = "lower its exponent"
+
     def __init__(self, exponent: float = 0.5, offset: float = 0.05, energy: str = "unit") -> None:
         super().__init__(energy)
         require_finite(self, exponent=exponent)
@@ -168,6 +172,7 @@ class DataPower(Color):
     """
 
     learns = True
+    remedy = "lower its exponent"
     KNOTS = 48
     log_power: Tensor
 
@@ -237,6 +242,7 @@ class LowPass(Color):
     """
 
     is_fixed = False
+    remedy = "lower its time"
 
     def __init__(self, time: float = 0.25, energy: str = "published") -> None:
         super().__init__(energy)

@@ -275,7 +275,7 @@ def test_low_pass_noise_is_white_at_the_end_and_smooth_before() -> None:
     ("make", "words"),
     [
         (lambda: PowerLaw(60.0), ("PowerLaw", "lower")),
-        (lambda: VP(K, color=PowerLaw(9.0, 1e-3)), ("PowerLaw", "1e", "lower the colour's exponent")),
+        (lambda: VP(K, color=PowerLaw(9.0, 1e-3)), ("PowerLaw", "1e", "lower its exponent")),
         (lambda: VP(K, color=PowerLaw(1e308)), ("PowerLaw", "zero or infinite")),
         (lambda: PowerLaw(math.nan), ("PowerLaw", "exponent", "number")),
         (lambda: PowerLaw(0.5, 0.0), ("PowerLaw", "offset", "positive")),
@@ -288,6 +288,8 @@ def test_low_pass_noise_is_white_at_the_end_and_smooth_before() -> None:
         (lambda: KernelColor(-1.0), ("KernelColor", "decay", "positive")),
         (lambda: KernelColor(0.2, 0), ("KernelColor", "extent", "whole number")),
         (lambda: LowPass(0.0), ("LowPass", "time", "positive")),
+        (lambda: Spectral(K, color=LowPass(9.0)), ("LowPass", "1e", "lower its time")),
+        (lambda: Spectral(K, color=ListedColor([1.0, 1e9])), ("ListedColor", "1e9", "bring its weights closer")),
         (lambda: VE(K, color="pink"), ("color='pink'", "no color schedule")),  # type: ignore[arg-type]
     ],
 )

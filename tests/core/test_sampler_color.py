@@ -281,7 +281,7 @@ def test_the_default_sampler_takes_a_color_where_it_adds_noise() -> None:
         (lambda: Ancestral(noise_color="pink"), ("noise_color='pink'", "no colour")),  # type: ignore[arg-type]
         (lambda: Ancestral(noise_color=PowerLaw(energy="published")), ("PowerLaw", "published", "energy=unit")),
         (lambda: Ancestral(noise_color=LowPass()), ("LowPass", "published", "energy=unit")),
-        (lambda: Ancestral(noise_color=PowerLaw(9.0, 1e-3)), ("PowerLaw", "1e", "lower the colour's exponent")),
+        (lambda: Ancestral(noise_color=PowerLaw(9.0, 1e-3)), ("PowerLaw", "1e", "lower its exponent")),
         (lambda: Ancestral(noise_color=PowerLaw(1e308)), ("PowerLaw", "zero or infinite")),
     ],
 )
