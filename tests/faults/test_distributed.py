@@ -130,10 +130,8 @@ def test_job_that_is_signalled_is_queued_again_and_ends_with_the_same_bits(pair:
     wait_for(lambda: bool(list(root.glob("*/checkpoints/last.ckpt"))), sweep)
     (run_dir,) = (path.parents[1] for path in root.glob("*/checkpoints/last.ckpt"))
     first = holder(run_dir)
-    parent = Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[1]
-    tasks = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    second = next(pid for pid in tasks if "SUBMITIT_LOCAL_GLOBALID=1\0" in Path(f"/proc/{pid}/environ").read_text())
-    os.kill(int(second), signal.SIGUSR2)
+    (second,) = (pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_second_task(pid, tmp_path))
+    os.kill(second, signal.SIGUSR2)
     (outcome,) = sweep.finish()
     logs = "".join(path.read_text() for path in sorted(root.glob(".submitit/*/*_0_log.*")))
     assert outcome.status == 0, outcome.err + logs
@@ -143,6 +141,15 @@ def test_job_that_is_signalled_is_queued_again_and_ends_with_the_same_bits(pair:
     assert files(run_dir / "model") == files(pair / "model")
     for name in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
         assert_equal(checkpoint(run_dir)[name], checkpoint(pair)[name], name)
+
+
+def is_second_task(process: int, folder: Path) -> bool:
+    """Return whether a process was started as the second one of a job in a folder."""
+    place = Path("/proc") / str(process)
+    try:
+        return "SUBMITIT_LOCAL_GLOBALID=1\0" in (place / "environ").read_text() and (place / "cwd").readlink() == folder
+    except OSError:
+        return False  # it has ended, or is another user's
 
 
 def holder(run_dir: Path) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from dpm_scales.errors import UserError
 from support.cluster_shell import Forked, job_step, wait_for
 from support.rank_work import fail, note, note_and_wait
 from support.shell import SMALL, assert_equal, call, checkpoint, column, files, run, settings, spawn
+from support.warm import warm_python
 
 OPTIONS = (*SMALL, "trainer.max_steps=20", "trainer.val_check_interval=10", "checkpoint.every_n_steps=2")
 TWO = ("trainer=ddp", "trainer.devices=2")
@@ -44,11 +47,16 @@ def children(process: int) -> list[int]:
     return [child for child in found if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-def assert_in_a_fork(body: Callable[[], object], status: int = 0) -> None:
-    """Run assertions in a child: what starts processes has threads, and other tests fork this process."""
+def assert_in_a_fork(body: Callable[[], object], status: int = 0, python: str | None = None) -> None:
+    """Run assertions in a child: what starts processes has threads, and other tests fork this process.
+
+    Further ranks are forks too, or start with `python`.
+    """
+    python = python or warm_python()
     child = os.fork()
     if child == 0:
         try:
+            multiprocessing.set_executable(python)
             body()
             os._exit(0)
         except BaseException:
@@ -99,7 +107,7 @@ def test_an_error_ends_the_other_ranks_at_once(tmp_path: Path) -> None:
         assert time.monotonic() - start < launch.GRACE / 2
         assert not runs(int((tmp_path / "1").read_text().split()[0]))
 
-    assert_in_a_fork(start_two)
+    assert_in_a_fork(start_two, python=sys.executable)
 
 
 @pytest.mark.slow
@@ -121,7 +129,7 @@ def test_rank_that_fails_alone_does_not_leave_the_first_waiting(
 @pytest.mark.slow
 def test_run_that_is_stopped_with_ctrl_c_resumes_with_the_bits_of_a_job_step(tmp_path: Path) -> None:
     """As a terminal sends it, to the group of the process that was started; that of srun is not disturbed."""
-    started = Forked([{}], *OPTIONS, *TWO, "run_dir=run", cwd=tmp_path)
+    started = Forked([{}], *OPTIONS, *TWO, "run_dir=run", cwd=tmp_path, python=sys.executable)
     wait_for((tmp_path / "run/checkpoints/last.ckpt").exists, started)
     (other,) = children(started.children[0])
     started.signal(signal.SIGINT)
@@ -157,10 +165,13 @@ def test_sigterm_to_the_started_process_alone_stops_all(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_no_process_outlives_one_that_is_killed(victim: int, tmp_path: Path) -> None:
-    with spawn("train.py", *ENDLESS, "run_dir=run", cwd=tmp_path) as process:
+    """The first case with interpreters that share nothing with this process."""
+    python = (sys.executable, warm_python())[victim]
+    with spawn("train.py", *ENDLESS, "run_dir=run", cwd=tmp_path, python=python) as process:
         wait_for((tmp_path / "run/checkpoints/last.ckpt").exists, process)
-        (other,) = children(process.pid)
-        os.kill((process.pid, other)[victim], signal.SIGKILL)
+        first = int((tmp_path / "run/.lock").read_text().split()[1])
+        (other,) = children(first)
+        os.kill((first, other)[victim], signal.SIGKILL)
         _, err = process.communicate(timeout=200)  # also of the other rank, which holds the same pipe
     assert process.returncode == (-9, 1)[victim]
     until(lambda: not runs(other))
@@ -186,7 +197,8 @@ def test_mistakes_are_told_once_before_a_process_is_started(tmp_path: Path, monk
 def test_joblib_runs_of_two_processes_each(tmp_path: Path) -> None:
     """And a run of one process that holds the only shard, after which the next begins anew."""
     sweep = ("seed=1,2", "trainer.max_steps=2", "run_dir=sweep", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1")
-    end = run("train.py", "-m", *SMALL, *sweep, "trainer=ddp", "trainer.devices=2", cwd=tmp_path)
+    two = ("trainer=ddp", "trainer.devices=2")
+    end = run("train.py", "-m", *SMALL, *sweep, *two, cwd=tmp_path, python=warm_python())
     assert end.status == 0 and end.out.count("batch 16 x 2 = 32") == 2, end.err
     assert len(list((tmp_path / "sweep").glob("*/result.json"))) == 2
     alone = ("seed=1,2", "trainer.max_steps=1", "trainer=fsdp", "trainer.devices=1", "run_dir=alone")

@@ -18,6 +18,7 @@ from dpm_scales.commands.init import SUFFIX, TAKEN, TEMPLATES, run
 from dpm_scales.entry.start import console
 from dpm_scales.errors import UserError
 from support.shell import ROOT, files
+from support.warm import warm_python
 
 #: options that make a training of the project short
 TINY = (
@@ -50,8 +51,9 @@ def in_shell(folder: Path, *words: str, **environment: str) -> str:
     return done.stdout
 
 
-def make(folder: Path, target: str, *arguments: str) -> str:
-    return in_shell(folder, "make", f"PYTHON={sys.executable}", target, f"ARGS={' '.join(arguments)}")
+def make(folder: Path, target: str, *arguments: str, python: str | None = None) -> str:
+    """Make a target in the project's folder with an interpreter, by default a fork of this one."""
+    return in_shell(folder, "make", f"PYTHON={python or warm_python()}", target, f"ARGS={' '.join(arguments)}")
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ def test_the_commands_of_its_page_are_its_targets(project: Path) -> None:
 
 @pytest.mark.slow
 def test_the_project_trains_resumes_samples_and_is_judged(project: Path) -> None:
-    out = make(project, "train", *TINY)
+    out = make(project, "train", *TINY, python=sys.executable)
     assert "runs/mine: SlightBlur" in out and "allow=[my_net_1]" in out
     config = yaml.safe_load((project / "runs/mine/config.yaml").read_text())
     assert config["network"]["_target_"] == "my_net_1.networks.ResidualNet" and "allow" not in config["process"]
@@ -125,7 +127,7 @@ def test_the_project_trains_resumes_samples_and_is_judged(project: Path) -> None
 
 @pytest.mark.slow
 def test_its_own_tests_pass(project: Path) -> None:
-    assert "4 passed" in make(project, "test", "-p", "no:cacheprovider")
+    assert "4 passed" in make(project, "test", "-p", "no:cacheprovider", python=sys.executable)
 
 
 @pytest.mark.slow
@@ -134,7 +136,7 @@ def test_its_batch_script_trains_and_is_requeued_to_resume(project: Path, tmp_pa
     srun = tmp_path / "srun"
     srun.write_text('#!/bin/bash\nexec "$@"\n')
     srun.chmod(0o755)
-    place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(project), "PYTHON": sys.executable}
+    place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(project), "PYTHON": warm_python()}
     script, other = str(project / "slurm.sh"), [*TINY, "run_dir=runs/job"]
     in_shell(tmp_path, "bash", script, *other, **place)
     again = in_shell(tmp_path, "bash", script, *other, "trainer.max_steps=3", **place)

@@ -33,6 +33,7 @@ from support.shell import (
     table,
     train,
 )
+from support.warm import warm_python
 
 NETWORK: dict[str, Any] = {
     **{"widths": [8, 8], "embedding_dim": 16, "attention_levels": [], "num_heads": 2},
@@ -351,9 +352,10 @@ print("digest", hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state
 
 @pytest.mark.slow
 def test_all_ranks_get_the_same_weights(tmp_path: Path) -> None:
+    """With torchrun in an interpreter of its own, and ranks that are forks of this one."""
     (tmp_path / "program.py").write_text(RANKS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHON_EXEC": warm_python()}
     done = subprocess.run(launcher, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     digests = [line for line in done.stdout.splitlines() if line.startswith("digest")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -132,8 +133,25 @@ def test_the_wheel_contains_the_package_its_configs_and_the_plugin(wheel: Path) 
     assert b"dpm-scales = dpm_scales.entry.start:console" in entry_points
 
 
+#: runs commands as `dpm-scales` does, then an example, in one interpreter: to import is most of the work of each
+ONE_INTERPRETER = """
+import json, sys
+from dpm_scales.entry.start import console
+from hydra.core.global_hydra import GlobalHydra
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    GlobalHydra.instance().clear()
+    try:
+        console()
+    except SystemExit as end:
+        assert not end.code, (words, end.code)
+import six_lines
+six_lines.main(steps=2)
+"""
+
+
 def test_the_commands_of_the_wheel(wheel: Path, programs: Path, tmp_path: Path) -> None:
-    """A run of the user's own config, resumed and sampled; a study; in a folder that holds nothing of the checkout."""
+    """A run of the user's own config, resumed and sampled; a study; an example; in a folder without the checkout."""
     command = programs / "dpm-scales"
     assert succeed(command, "--help", cwd=tmp_path).startswith("usage: dpm-scales COMMAND")
     assert succeed(command, "--version", cwd=tmp_path) == f"dpm-scales {wheel.name.split('-')[1]}\n"
@@ -148,22 +166,25 @@ def test_the_commands_of_the_wheel(wheel: Path, programs: Path, tmp_path: Path) 
 
     refused = execute(command, "train", "run_dir=run", "trainer.max_steps=2", cwd=tmp_path)
     assert refused.status == 2 and refused.err.endswith(f"give --config-dir {tmp_path / 'own'} as it was\n")
-    out = succeed(command, "train", "--config-dir=own", "run_dir=run", "trainer.max_steps=2", cwd=tmp_path)
-    assert "resuming run/checkpoints/last.ckpt" in out and "step 2/2" in out
-
-    succeed(command, "sample", "model=run", "num_samples=2", "out=drawn", cwd=tmp_path)
-    assert (tmp_path / "drawn" / "000001.png").is_file()
-
     assert "run " in succeed(command, "runs", ".", cwd=tmp_path)
     succeed(command, "init", "project", cwd=tmp_path)
     assert (tmp_path / "project" / "pyproject.toml").is_file()
 
     photos(tmp_path / "photos", 2)
-    study = ("data=photos", "out=study", "times=[1,10]", "features=null")
-    succeed(command, "evolve", *study, cwd=tmp_path)
+    shutil.copy(ROOT / "examples" / "six_lines.py", tmp_path)
+    commands = (
+        ("train", "--config-dir=own", "run_dir=run", "trainer.max_steps=2"),
+        ("sample", "model=run", "num_samples=2", "out=drawn"),
+        ("evolve", "data=photos", "out=study", "times=[1,10]", "features=null"),
+    )
+    out = succeed(programs / "python", "-c", ONE_INTERPRETER, json.dumps(commands), cwd=tmp_path)
+    assert "resuming run/checkpoints/last.ckpt" in out and "step 2/2" in out
+    assert (tmp_path / "drawn" / "000001.png").is_file()
     with Image.open(tmp_path / "study" / "trajectories.png") as picture:
         assert np.asarray(picture).std() > 0
     assert (tmp_path / "study" / "entropy.csv").is_file()
+    assert files(tmp_path / "digits").keys() == {"model.safetensors", "config.yaml"}
+    assert Image.open(tmp_path / "digits.png").size == (265, 265)
 
 
 def test_hydra_finds_the_sweeper_of_the_wheel(programs: Path, tmp_path: Path) -> None:
@@ -196,10 +217,3 @@ def test_an_editable_installation_uses_the_checkout(checkout: Path, tmp_path: Pa
         "print([c.__name__ for c in Plugins.instance().discover(Sweeper)])"
     )
     assert "StudySweeper" in succeed(bin_folder / "python", "-c", code, cwd=tmp_path)
-
-
-def test_the_wheel_trains_and_samples_from_python(programs: Path, tmp_path: Path) -> None:
-    shutil.copy(ROOT / "examples" / "six_lines.py", tmp_path)
-    succeed(programs / "python", "-c", "import six_lines; six_lines.main(steps=2)", cwd=tmp_path)
-    assert files(tmp_path / "digits").keys() == {"model.safetensors", "config.yaml"}
-    assert Image.open(tmp_path / "digits.png").size == (265, 265)

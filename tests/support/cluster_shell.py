@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from support.shell import ROOT, Outcome, call
+from support.warm import warm_python
 
 #: SLURM job numbers, which also determine a port
 JOBS = itertools.count(os.getpid() % 9000 + 1000)
@@ -45,6 +47,7 @@ class Forked:
     Args:
         steps: environment of each child.
         prepare: called first in each child, with its rank.
+        python: what the children start further processes with: forks of this one, or `sys.executable`.
     """
 
     def __init__(
@@ -53,7 +56,9 @@ class Forked:
         *arguments: str,
         cwd: Path,
         prepare: Callable[[int], Any] = lambda rank: None,
+        python: str | None = None,
     ) -> None:
+        python = python or warm_python()
         self.folder = Path(tempfile.mkdtemp())
         self.children: list[int] = []
         for rank, step in enumerate(steps):
@@ -64,6 +69,8 @@ class Forked:
                 try:
                     os.setpgid(0, 0)  # one group with its children, as in a terminal
                     signal.signal(signal.SIGINT, signal.default_int_handler)
+                    sys.executable = python
+                    multiprocessing.set_executable(python)
                     prepare(rank)
                     outcome = call("train.py", *arguments, cwd=cwd, environment={"NO_COLOR": "1", **step})
                     told.write_text(json.dumps(asdict(outcome)))
@@ -104,7 +111,8 @@ class Forked:
 
 
 def torchrun(options: tuple[str, ...], script: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    return start(sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / script), *arguments, cwd=cwd)
+    """Start torchrun, whose processes are forks of this one."""
+    return start(warm_python(), "-m", "torch.distributed.run", *options, str(ROOT / script), *arguments, cwd=cwd)
 
 
 def free_port() -> str:

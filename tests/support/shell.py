@@ -111,11 +111,13 @@ def command(*words: object) -> Outcome:
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
-def spawn(script: str, *arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+def spawn(
+    script: str, *arguments: str, cwd: Path, python: str = sys.executable, **options: Any
+) -> subprocess.Popen[str]:
     """Start ``python script arguments`` in a separate process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "WANDB_MODE": "offline"}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *arguments],
+        [python, str(ROOT / script), *arguments],
         cwd=cwd,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -126,9 +128,9 @@ def spawn(script: str, *arguments: str, cwd: Path, **options: Any) -> subprocess
     )
 
 
-def run(script: str, *arguments: str, cwd: Path) -> Outcome:
+def run(script: str, *arguments: str, cwd: Path, python: str = sys.executable) -> Outcome:
     """Run the same to its end."""
-    with spawn(script, *arguments, cwd=cwd) as process:
+    with spawn(script, *arguments, cwd=cwd, python=python) as process:
         out, err = process.communicate(timeout=300)
         return Outcome(process.returncode, out, err)
 
