@@ -77,7 +77,10 @@ RULES = {
     "conditional": Rule(REFUSED, "a different model"),
     "label_dropout": Rule(REFUSED, "with `conditional=true`; unused without labels"),
     "sampler": Rule(TAKES, "for sample grids, metrics of samples, and the export"),
-    "weight": Rule(TAKES, "`train/loss` is not comparable before and after; `val/loss` is"),
+    "weight": Rule(
+        TAKES,
+        "`train/loss` is not comparable before and after; `val/loss` is; from and to `learned` it is refused",
+    ),
     "scale_sampling": Rule(TAKES, "`importance` starts from a uniform density"),
     "scale_mean": Rule(TAKES),
     "scale_std": Rule(TAKES),
