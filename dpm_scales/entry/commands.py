@@ -30,6 +30,7 @@ COMMANDS = {
     "runs": Command(
         "dpm_scales.entry.runs", "list runs, name the best, copy a model out of its run", ("best", "export")
     ),
+    "plot": Command("dpm_scales.entry.plot", "draw the curves of a run, and the options of a sweep against a metric"),
     "data": Command("dpm_scales.entry.data", "pack images into tar shards, check shards", ("pack", "check", "index")),
     "init": Command("dpm_scales.entry.init", "write a project with a network and a process of your own"),
 }

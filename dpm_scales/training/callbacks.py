@@ -10,7 +10,8 @@ from dpm_scales.distributed.signals import StopTogether
 from dpm_scales.training.checkpoints import Checkpoints
 from dpm_scales.training.ema import EMA
 from dpm_scales.training.health import StopDiverged
-from dpm_scales.training.monitoring import PeriodicEvaluation, SampleGrid
+from dpm_scales.training.monitoring import PeriodicEvaluation
+from dpm_scales.training.pictures import SampleGrid
 from dpm_scales.training.reporting import LastValidation, LoggedSteps
 
 #: (earlier, later, why)

@@ -31,6 +31,7 @@ from dpm_scales.models.io import checkpoints, save_model
 from dpm_scales.models.model import PARTS, Model, Recipe, build_model
 from dpm_scales.models.seals import checkpoint_step
 from dpm_scales.models.trust import current_names, foreign_packages, trusted_names
+from dpm_scales.plots import curves
 from dpm_scales.run_folders.files import finished_result
 from dpm_scales.storage import FolderGoneError, write_text
 from dpm_scales.training.callbacks import check_order
@@ -46,8 +47,9 @@ from dpm_scales.training.fit import fit_to_data
 from dpm_scales.training.health import Health, StopDiverged
 from dpm_scales.training.loggers import further_loggers
 from dpm_scales.training.module import DiffusionModule
-from dpm_scales.training.monitoring import SampleGrid, periodic_evaluation
+from dpm_scales.training.monitoring import periodic_evaluation
 from dpm_scales.training.peers import told_if_one_is_lost
+from dpm_scales.training.pictures import Curves, SampleGrid
 from dpm_scales.training.reporting import LastValidation, LoggedSteps, MetricsFile, StepBar
 from dpm_scales.training.resumable import require_resumable, restored_in_one_line
 from dpm_scales.training.resuming import KeepOptions, options_of, resume_command, trust_needed, what_changed
@@ -187,7 +189,7 @@ def train_model(
         LoggedSteps(),
         stop,
         StopDiverged(health),
-        SampleGrid(run_dir / "samples", cfg.samples.num_images, cfg.seed),
+        SampleGrid(run_dir / "samples", cfg.samples.num_images, cfg.seed, cfg.samples.num_trajectories),
         average,
         *evaluations,
         LastValidation(),
@@ -196,6 +198,8 @@ def train_model(
         KeepOptions(cfg),
         UnreadableImages(data, run_dir / "unreadable.txt"),
     ]
+    if cfg.samples.curves:
+        callbacks.append(Curves(run_dir / curves.NAME))
     check_grid(cfg.samples.num_images, recipe)
     if cfg.trainer.enable_progress_bar:
         callbacks.append(StepBar())

@@ -15,7 +15,7 @@ import pytest
 from dpm_scales.data import ImageDataModule
 from dpm_scales.models.checksums import write_checkpoint
 from dpm_scales.training.module import DiffusionModule
-from dpm_scales.training.monitoring import SampleGrid
+from dpm_scales.training.pictures import SampleGrid
 from dpm_scales.training.reporting import LoggedSteps
 from support.cluster_shell import Forked, wait_for
 from support.shell import FAST, SMALL, assert_equal, attempt, call, checkpoint, files, settings, table, train
