@@ -64,6 +64,7 @@ lint-deploy: $(DEPLOY_INSTALLED)
 docs docs-serve: export NO_MKDOCS_2_WARNING := 1
 docs: $(DOCS_INSTALLED)
 	$(PY) -m mkdocs build --strict
+	$(PY) -m tools.site.links site
 
 docs-serve: $(DOCS_INSTALLED)
 	$(PY) -m mkdocs serve

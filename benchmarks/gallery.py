@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from skimage import data
 
 from dpm_scales.images import psnr
-from dpm_scales.plots import ROW_PADDING
+from dpm_scales.plots.rows import ROW_PADDING
 
 ROOT = Path(__file__).resolve().parents[1]
 

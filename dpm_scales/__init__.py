@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dpm_scales.images import make_grid, save_png
     from dpm_scales.models.io import load_model as load
     from dpm_scales.models.model import Model
-    from dpm_scales.networks import DiffusersUNet, UNet
+    from dpm_scales.networks import EDM2, DiffusersUNet, JiT, UNet
     from dpm_scales.priors import DataPrior, GaussianPrior, OsmosisPrior, Prior
     from dpm_scales.processes import (
         VE,
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
         WhiteColor,
     )
     from dpm_scales.targets import Clean, Flow, NextScale, Noise, Target, Velocity
-    from dpm_scales.weights import EDM, P2, FlowLoss, LossWeight, MinSNR
+    from dpm_scales.weights import EDM, P2, FlowLoss, Learned, LossWeight, MinSNR
 
 __version__ = "0.1.0"
 
@@ -94,7 +94,7 @@ _PLACES = {
     "describe": ("configured",),
     "errors": ("UserError",),
     "guidance": ("GuidanceCurve", "ListedGuidance", "LowHigh"),
-    "networks": ("DiffusersUNet", "UNet"),
+    "networks": ("EDM2", "DiffusersUNet", "JiT", "UNet"),
     "processes": (
         *("VE", "VP", "Blurring", "BlurringChain", "Homogeneous", "InverseHeat", "InverseOsmosis"),
         *("OsmosisDiffusion", "OsmosisFilter", "Process", "Spectral", "Warm"),
@@ -106,7 +106,7 @@ _PLACES = {
         *("NoiseSchedule", "PowerLaw", "Rectified", "SigmoidSignal", "SinSquaredBlur", "SpectralClock", "WhiteColor"),
     ),
     "targets": ("Clean", "Flow", "NextScale", "Noise", "Target", "Velocity"),
-    "weights": ("EDM", "FlowLoss", "LossWeight", "MinSNR", "P2"),
+    "weights": ("EDM", "FlowLoss", "Learned", "LossWeight", "MinSNR", "P2"),
     "priors": ("DataPrior", "GaussianPrior", "OsmosisPrior", "Prior"),
     "samplers": ("DDIM", "Ancestral", "Cold", "DPMSolver", "Dissipation", "Heun", "Sampler", "UniPC"),
     "data": (
@@ -204,6 +204,9 @@ __all__ = [
     "make_grid",
     "save_png",
     "train",
+    "EDM2",
+    "JiT",
+    "Learned",
 ]
 
 

@@ -153,7 +153,7 @@ class Denoiser(TargetDenoiser):
         loss_weight: LossWeight | None = None,
         candidates: int = 1,
     ) -> Tensor:
-        """Return the weighted squared error, averaged over each image: ``(B,)``.
+        """Return the weighted squared error, averaged over each image: ``(B,)``; of `Learned`, its balanced loss.
 
         Args:
             x_0: ``(B, C, H, W)`` in the process's value range.
@@ -171,10 +171,11 @@ class Denoiser(TargetDenoiser):
         x_t = operator.to_pixels(y_t)
         truth = self.target.regression_target(self.process, operator, x_0, x_t, noise, t)
         prediction, weight = self._predict(operator, y_t, t, context, labels)
-        if loss_weight is not None:
+        if loss_weight is not None and loss_weight.replaces:
             size = (x_0.shape[-2], x_0.shape[-1])
             weight = loss_weight(self.process, operator, self.target, t, self.spectrum, size).to(x_0.dtype)
-        return (weight * (prediction - truth) ** 2).flatten(1).mean(1)
+        loss = (weight * (prediction - truth) ** 2).flatten(1).mean(1)
+        return loss if loss_weight is None else loss_weight.balanced(loss, self.process, t)
 
 
 def spread_evenly(places: Tensor, count: int, offset: Tensor | float) -> Tensor:

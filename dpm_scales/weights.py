@@ -16,17 +16,20 @@ lambda^2 / (lambda^2 + gamma^2)^2 of eps.
 Under blur each frequency has its own SNR. There a scale's weight is the mean of its frequencies' weights, each counted
 by the data's power P(mu) (`spectrum`): a weight is an average over the share of the image that a scale still shows.
 Where lambda and gamma do not depend on mu that is the published weight.
+
+`Learned` fits the weights to the losses, for any process.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpm_scales.describe import Describable
-from dpm_scales.errors import require
+from dpm_scales.errors import is_whole, require
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Process
 from dpm_scales.schedules import require_finite, require_positive
@@ -38,7 +41,10 @@ _LARGEST = 1e12  # beyond it float32 gradients overflow in the optimiser
 
 
 class LossWeight(Describable, ABC):
-    """A row of the table above."""
+    """A row of the table above, or a weight that is learned with the network."""
+
+    #: whether the weight replaces the target's own, rather than being applied to its loss by `balanced`
+    replaces = True
 
     def check(self, process: Process, target: Target) -> None:
         """Raise UserError if the weight is not defined for this process and target."""
@@ -89,6 +95,10 @@ class LossWeight(Describable, ABC):
         power = spectrum.on(mu)
         weight = weight.expand(*weight.shape[:-2], *mu.shape)
         return (weight * power).sum((-2, -1), keepdim=True) / power.sum()
+
+    def balanced(self, loss: Tensor, process: Process, t: Tensor) -> Tensor:
+        """Return what is minimised in place of the weighted losses ``(B,)`` of images at t ``(B,)``: the losses."""
+        return loss
 
 
 class MinSNR(LossWeight):
@@ -154,3 +164,49 @@ class FlowLoss(LossWeight):
 
     def of_noise(self, snr: Tensor, variance: Tensor) -> Tensor:
         raise NotImplementedError("the flow's loss depends on the speed of the curves too")
+
+
+class Learned(LossWeight, nn.Module):
+    """Learned uncertainty (Kendall et al. 2018; Karras et al. 2024, EDM2, Eq. 21): loss / exp(u(t)) + u(t).
+
+    It is least where exp(u(t)) is the expected loss at scale t, so that all scales contribute alike whatever their
+    losses are. The loss is that of the target's own weight. u is a cosine series in t and in log t, 0 at first; its
+    coefficients are trained with the network and stored in checkpoints, and are no part of the exported model. Works
+    with any process, also without noise. The training loss may be negative.
+
+    Args:
+        terms: of each of the two series, from 1.
+
+    Raises: UserError for another number of terms.
+    """
+
+    replaces = False
+
+    def __init__(self, terms: int = 16) -> None:
+        nn.Module.__init__(self)
+        require(is_whole(terms, 1), f"Learned: terms must be a whole number from 1, got {terms!r}")
+        self.terms = terms
+        # a module, not a parameter alone: FSDP gathers the weights of the modules that it sees called
+        self.series = nn.Linear(2 * terms, 1, bias=False)
+        nn.init.zeros_(self.series.weight)
+
+    def check(self, process: Process, target: Target) -> None:
+        """Accept any process and target."""
+
+    def of_noise(self, snr: Tensor, variance: Tensor) -> Tensor:
+        raise NotImplementedError("the learned weight is a function of the scale")
+
+    def log_level(self, process: Process, t: Tensor) -> Tensor:
+        """Return u ``(B,)`` at scales t ``(B,)`` in (0, 1]."""
+        dtype = self.series.weight.dtype
+        t = t.to(torch.float64)
+        late = 1 + t.clamp(min=1 / process.num_scales).log() / math.log(max(process.num_scales, 2))
+        order = torch.arange(self.terms, device=t.device, dtype=torch.float64)
+        # the constant of one series and the orders 1.. of both
+        angles = torch.cat([t[:, None] * order, late[:, None] * (order + 1)], 1)
+        u: Tensor = self.series((math.pi * angles).cos().to(dtype))
+        return u[:, 0]
+
+    def balanced(self, loss: Tensor, process: Process, t: Tensor) -> Tensor:
+        u = self.log_level(process, t).to(loss.dtype)
+        return loss * (-u).exp() + u

@@ -12,12 +12,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from dpm_scales import plots
 from dpm_scales.cli.options import pick_device
 from dpm_scales.editing.osmosis import MATCHES, blend, check_shadow_options, remove_shadow
 from dpm_scales.errors import UserError, is_whole, require, require_choice, require_number
 from dpm_scales.images import LEVELS, load_image, save_png, to_range, to_uint8
 from dpm_scales.models.instantiate import plain
+from dpm_scales.plots.rows import titled_row
 from dpm_scales.progress import progress_bar
 from dpm_scales.storage import check_writable
 
@@ -167,7 +167,7 @@ def _save(out: Path, inputs: dict[str, Tensor], result: Tensor) -> None:
     """Write `result.png`, and `comparison.png` with the titled inputs and the result."""
     image = to_uint8(result, RANGE)
     save_png(out / RESULT, image)
-    save_png(out / COMPARISON, plots.titled_row({**inputs, "result": image}))
+    save_png(out / COMPARISON, titled_row({**inputs, "result": image}))
     beyond = float(((result < -0.5 / LEVELS) | (result > 1 + 0.5 / LEVELS)).double().mean())
     note = f"; {beyond:.2%} of its values lay beyond black or white and are clipped" if beyond > 0 else ""
     print(f"{out / RESULT}, and {COMPARISON} beside it{note}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,15 @@ def table(runs: Sequence[Run], width: int, now: float) -> Group:
     return Group(Text(head, "bold"), drawn, *notes, Text(""))
 
 
-def given_where_varied(runs: Sequence[Run]) -> dict[Path, dict[str, str]]:
+def given_where_varied(runs: Sequence[Run], unshown: Collection[str] = UNSHOWN) -> dict[Path, dict[str, str]]:
     """Return for each folder the options in which the runs differ, with their values; empty where not given.
 
     A value that was not given is that of the resolved options, where it is a plain one, or the name of its class.
+
+    Args:
+        unshown: options to leave out.
     """
-    keys = [key for key in dict.fromkeys(key for run in runs for key in run.overrides) if key not in UNSHOWN]
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.overrides) if key not in unshown]
     values = {run.folder: {key: run.overrides.get(key, _resolved(run.config, key)) for key in keys} for run in runs}
     varied = [key for key in keys if len({given[key] for given in values.values()}) > 1]
     return {folder: {key: given[key] for key in varied} for folder, given in values.items()}

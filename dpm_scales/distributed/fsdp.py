@@ -67,7 +67,7 @@ def shard(module: nn.Module, network: nn.Module, device: torch.device) -> None:
 
     Args:
         module: on the CPU, with the same shapes on all ranks; its values become the first rank's.
-        network: the part of the module that holds all of its parameters.
+        network: the part of the module that holds its parameters, but for those of a learned loss weight.
         device: of this rank; the process group must exist.
     """
     for tensor in (*module.parameters(), *module.buffers()):
@@ -83,6 +83,10 @@ def shard(module: nn.Module, network: nn.Module, device: torch.device) -> None:
     for block in _blocks(network):
         _wrap(block, mesh)
     _wrap(network, mesh)
+    inside = set(network.modules())
+    for part in module.modules():
+        if part not in inside and any(True for _ in part.parameters(recurse=False)):
+            _wrap(part, mesh)
     module.to(device)
 
 
@@ -153,14 +157,13 @@ def like_parameters(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, An
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     owners = dict(zip(numbers, parameters, strict=True))
     loaded = {
-        number: {name: like(value, owners[number]) for name, value in values.items()}
+        number: {name: _like(value, owners[number]) for name, value in values.items()}
         for number, values in state["state"].items()
     }
     return {**state, "state": loaded}
 
 
-def like(value: Any, parameter: Tensor) -> Any:
-    """Return a full tensor sharded and in the memory format of a parameter; what has another shape as it is."""
+def _like(value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     if isinstance(parameter, DTensor):

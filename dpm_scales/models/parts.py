@@ -53,6 +53,9 @@ def build_denoiser(
     with within_memory("this network"):
         network = make()
     check_network(network, recipe.label_dropout)
+    check_size = getattr(network, "check_size", None)
+    if callable(check_size):
+        check_size(recipe.image_size)
     target = build(parts["target"], Target, "target")
     prior = build(parts["prior"], Prior, "prior", {"process": process})
     prior.check(process)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dpm_scales.networks.base import Network, require_forward
 from dpm_scales.networks.diffusers_unet import DiffusersUNet
+from dpm_scales.networks.edm2 import EDM2
+from dpm_scales.networks.jit import JiT
 from dpm_scales.networks.unet import UNet
 
-__all__ = ["DiffusersUNet", "Network", "UNet", "require_forward"]
+__all__ = ["EDM2", "DiffusersUNet", "JiT", "Network", "UNet", "require_forward"]

@@ -16,6 +16,8 @@ from dpm_scales.errors import require
 
 _SCALE_FACTOR = 1000.0  # stretches t in [0, 1] to the step numbers that the frequencies were chosen for
 _MAX_PERIOD = 10_000.0
+LABEL_STD = 0.1
+"""Of a new label embedding: about the size of a new scale embedding, so that neither drowns the other."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

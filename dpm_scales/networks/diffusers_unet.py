@@ -120,6 +120,14 @@ class DiffusersUNet(Describable, nn.Module):
             "width of a level with attention, or of the middle, which leaves no head; choose less",
         )
 
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise UserError for images of a size ``(H, W)`` that the levels do not divide."""
+        if size[0] % self.multiple or size[1] % self.multiple:
+            raise UserError(
+                f"images of {size[0]}x{size[1]} pixels: UNet2DModel with these levels needs sides that are "
+                f"multiples of {self.multiple}; change the images' size or the number of block_out_channels"
+            )
+
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Apply the network.
 
@@ -138,11 +146,7 @@ class DiffusersUNet(Describable, nn.Module):
                 f"x has shape {tuple(x.shape)}; allowed is (batch, {self.in_channels}, height, width): change the data "
                 "or the network's in_channels"
             )
-        if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
-            raise UserError(
-                f"images of {x.shape[2]}x{x.shape[3]} pixels: UNet2DModel with these levels needs sides that are "
-                f"multiples of {self.multiple}; change the images' size or the number of block_out_channels"
-            )
+        self.check_size((x.shape[2], x.shape[3]))
         if self.noise_levels is None:
             return self._call(x, self._step(t), labels)
         level = self._noise_level(t)

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpm_scales.describe import Describable
-from dpm_scales.errors import UserError, is_whole, require
+from dpm_scales.errors import is_whole, require
+from dpm_scales.networks.base import ImageNetwork, fold, require_counts, unfold
 from dpm_scales.networks.blocks import (
+    LABEL_STD,
     Downsample,
     ResidualBlock,
     ScaleEmbedding,
@@ -21,7 +22,6 @@ from dpm_scales.networks.blocks import (
 )
 
 _MIN_WIDTH = 4  # a group of the norm has at least four channels
-_LABEL_STD = 0.1  # about the size of a fresh scale embedding, so that neither drowns the other
 
 
 class Stage(nn.Module):
@@ -48,7 +48,7 @@ class Stage(nn.Module):
         return out
 
 
-class UNet(Describable, nn.Module):
+class UNet(ImageNetwork):
     """U-Net of residual blocks with adaptive group norm and self-attention, for images of any size.
 
     The layout is ADM's (Dhariwal & Nichol 2021, "Diffusion models beat GANs on image synthesis"): every level holds
@@ -101,25 +101,16 @@ class UNet(Describable, nn.Module):
         extra_decoder_block: bool = True,
         width: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, out_channels, num_classes)
         if widths is None:
             width = 32 if width is None else width
             require(is_whole(width, _MIN_WIDTH), f"width is {width!r}; give a whole number of at least {_MIN_WIDTH}")
             widths = (width, 2 * width, 4 * width)
         else:
             require(width is None, f"widths is {widths!r} and width is {width!r}; give only one of them")
-        counts = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "blocks_per_level": blocks_per_level,
-            "patch_size": patch_size,
-            "num_heads": num_heads,
-            "head_dim": head_dim,
-            "num_classes": num_classes,
-        }
-        for name, value in counts.items():
-            optional = value is None and name not in ("blocks_per_level", "patch_size")
-            require(optional or is_whole(value, 1), f"{name} is {value!r}; allowed are whole numbers from 1")
+        heads = {"num_heads": num_heads, "head_dim": head_dim}
+        given = {name: value for name, value in heads.items() if value is not None}
+        require_counts(blocks_per_level=blocks_per_level, patch_size=patch_size, **given)
         require(
             isinstance(widths, Sequence) and len(widths) >= 1 and all(is_whole(w, _MIN_WIDTH) for w in widths),
             f"widths is {widths!r}; give a list of one or more whole numbers, each at least {_MIN_WIDTH}",
@@ -134,13 +125,8 @@ class UNet(Describable, nn.Module):
             num_heads is None or head_dim is None,
             f"num_heads is {num_heads} and head_dim is {head_dim}; give only one of them",
         )
-        both = f"in_channels is {in_channels} and out_channels is {out_channels}; give both, or leave both to the model"
-        require((in_channels is None) == (out_channels is None), both)
         require(0 <= dropout < 1, f"dropout is {dropout}; allowed is 0 <= dropout < 1")
 
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.num_classes = num_classes
         self.patch_size = patch_size
         self.multiple = patch_size * 2 ** (len(widths) - 1)
         self.extra_decoder_block = extra_decoder_block
@@ -148,23 +134,7 @@ class UNet(Describable, nn.Module):
         attended = (len(widths) - 1,) if attention_levels is None else tuple(attention_levels)
         self._layers = (tuple(widths), blocks_per_level, attended, embedding_dim)
         self._heads = (num_heads, head_dim, dropout)
-        if in_channels is not None and out_channels is not None:
-            self._build(in_channels, out_channels)
-
-    def complete(self, in_channels: int, out_channels: int, num_classes: int | None = None) -> None:
-        """Make the layers of a network that was given no `in_channels` or `out_channels`.
-
-        Raises: UserError for other values than the network was given.
-        """
-        wanted = {"in_channels": in_channels, "out_channels": out_channels, "num_classes": num_classes}
-        complete = self.in_channels is not None and self.out_channels is not None
-        for name, value in wanted.items():
-            own = getattr(self, name)
-            differs = f"the network has {name}={own}, and {value} is needed here; leave {name} out of its arguments"
-            require(own == value or (own is None and not complete), differs)
-        if not complete:
-            self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
-            self._build(in_channels, out_channels)
+        self._build_if_complete()
 
     def _build(self, in_channels: int, out_channels: int) -> None:
         """Make all layers."""
@@ -175,7 +145,7 @@ class UNet(Describable, nn.Module):
         self.embed_label: nn.Embedding | None = None
         if num_classes is not None:
             self.embed_label = nn.Embedding(num_classes + 1, embedding_dim)
-            nn.init.normal_(self.embed_label.weight, std=_LABEL_STD)
+            nn.init.normal_(self.embed_label.weight, std=LABEL_STD)
 
         def heads(width: int) -> int:
             if head_dim is None:
@@ -233,22 +203,9 @@ class UNet(Describable, nn.Module):
         Raises:
             UserError: if a shape or type is wrong, or labels are given to a network without classes.
         """
-        # Plain branches, not `require`: its message would be formatted at every call, and fix a dynamic shape.
-        if self.in_channels is None or self.out_channels is None:
-            raise UserError("the network has no layers yet; give in_channels and out_channels, or make a Model of it")
-        if x.ndim != 4 or x.shape[1] != self.in_channels or not x.is_floating_point():
-            raise UserError(
-                f"x has shape {tuple(x.shape)} and type {x.dtype}; allowed is floating point of shape "
-                f"(batch, {self.in_channels}, height, width): change the data or the network's in_channels"
-            )
-        if t.shape != x.shape[:1] or not t.is_floating_point():
-            raise UserError(
-                f"t has shape {tuple(t.shape)} and type {t.dtype}; allowed is one floating point scale per image, "
-                f"shape ({x.shape[0]},)"
-            )
+        self._check(x, t)
         emb = F.silu(self._embed(t, labels))
-        height, width = x.shape[2:]
-        h = self.conv_in(self._fold(x))
+        h = self.conv_in(fold(x, self.patch_size, self.multiple))
         skips = [h] if self.extra_decoder_block else []
         for module in self.encoder:
             resamples = isinstance(module, Downsample)
@@ -259,32 +216,10 @@ class UNet(Describable, nn.Module):
         for module in self.decoder:
             h = module(h) if isinstance(module, Upsample) else module(torch.cat([h, skips.pop()], dim=1), emb)
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return self._unfold(h)[..., :height, :width]
+        return unfold(h, self.patch_size, (x.shape[2], x.shape[3]))
 
     def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """Return the ``(B, embedding_dim)`` embedding of scale and label."""
         emb: Tensor = self.embed_scale(t)
-        if self.embed_label is None or self.num_classes is None:
-            if labels is not None:
-                raise UserError("labels are given to a network without classes; leave them out or set num_classes")
-            return emb
-        if labels is None:
-            labels = torch.full(t.shape, self.num_classes, device=t.device, dtype=torch.int64)
-        elif labels.shape != t.shape or labels.dtype != torch.int64:
-            raise UserError(
-                f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; allowed is one torch.int64 label "
-                f"per image, shape ({t.shape[0]},)"
-            )
-        emb = emb + self.embed_label(labels)
-        return emb
-
-    def _fold(self, x: Tensor) -> Tensor:
-        """Pad to a multiple of the coarsest cell and fold patches into channels."""
-        bottom, right = -x.shape[2] % self.multiple, -x.shape[3] % self.multiple
-        if bottom or right:
-            x = F.pad(x, (0, right, 0, bottom), mode="replicate")
-        return x if self.patch_size == 1 else F.pixel_unshuffle(x, self.patch_size)
-
-    def _unfold(self, h: Tensor) -> Tensor:
-        """Undo the folding of `_fold`, not its padding."""
-        return h if self.patch_size == 1 else F.pixel_shuffle(h, self.patch_size)
+        numbers = self._labels(labels, t)
+        return emb if self.embed_label is None else emb + self.embed_label(numbers)

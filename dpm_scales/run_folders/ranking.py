@@ -32,13 +32,14 @@ def best_runs(runs: Sequence[Run], metric: str, direction: str | None = None) ->
     require(bool(runs), "there are no runs to compare")
     require(bool(known), "no run has metrics yet")
     require(metric in known, f"unknown metric {metric!r}: {suggest(metric, known)}")
-    sign = -1 if (direction or _direction(metric, runs)) == HIGHER else 1
+    sign = -1 if (direction or direction_of(metric, runs)) == HIGHER else 1
     able = [run for run in runs if run.state != "damaged" and run.loadable]
     having = [run for run in able if math.isfinite(run.metrics.get(metric, math.nan))]
     return sorted(having, key=lambda run: (sign * run.metrics[metric], run.folder))
 
 
-def _direction(metric: str, runs: Sequence[Run]) -> str:
+def direction_of(metric: str, runs: Sequence[Run]) -> str:
+    """Return whether "lower" or "higher" values of a metric are better. Raises UserError if that is not known."""
     stored = {one.better[metric] for run in runs for one in run.evaluations if metric in one.better}
     name = metric.partition("/")[2]
     stored |= {LOWER} if _LOWER.fullmatch(name) else {HIGHER} if _HIGHER.fullmatch(name) else set()

@@ -45,6 +45,7 @@ class DiffusionModule(pl.LightningModule):
             often, weighted less; see `training.scale_sampling`.
         scale_mean, scale_std: of the normal densities; None for the published ones.
         loss_weight: weight of each scale in the training loss; None for the target's own, which validation always uses.
+            The parameters of a learned one are trained too, with the optimiser of the network.
         pairing: "nearest" gives each image the nearest of several noises, as they are no longer independent then;
             validation pairs nothing.
         candidates: number of these noises; None for 8.
@@ -83,6 +84,8 @@ class DiffusionModule(pl.LightningModule):
         require(scale_sampling in SCALE_SAMPLINGS, f"unknown scale_sampling {scale_sampling!r}: {known}")
         if loss_weight is not None:
             loss_weight.check(model.denoiser.process, model.denoiser.target)
+            clash = "scale_sampling=importance draws scales by their losses, which weight=learned makes alike; use one"
+            require(loss_weight.replaces or scale_sampling != "importance", clash)
         self.candidates = candidates_of(pairing, candidates, model.denoiser.process)
         self.model = model
         self.learning_rate, self.warmup_steps, self.decay = learning_rate, warmup_steps, decay
@@ -168,6 +171,9 @@ class DiffusionModule(pl.LightningModule):
             self.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True
         )
         optimizer.register_load_state_dict_pre_hook(like_parameters)
+        after_step = getattr(self.parts.denoiser.network, "after_step", None)
+        if after_step is not None:  # a hook of the optimiser: before checkpoints and EMA see the weights
+            optimizer.register_step_post_hook(lambda *_: after_step())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -1,32 +1,27 @@
-"""Monitor a run's samples while it trains: grids, and `eval/fid` and other metrics in metrics.csv."""
+"""Measure a run's samples while it trains: `eval/fid` and other metrics in metrics.csv."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig
 from torch import Tensor
 
 from dpm_scales.data import ImageDataModule
-from dpm_scales.distributed.fsdp import is_sharded
-from dpm_scales.errors import OutOfMemoryError, require, require_number
+from dpm_scales.errors import require, require_number
 from dpm_scales.evaluation.choices import choose_features, choose_metrics, rehearse
 from dpm_scales.evaluation.reference_cache import cache_folder, reference_features
 from dpm_scales.evaluation.references import data_images
-from dpm_scales.images import make_class_grid, make_grid, save_png, to_uint8
-from dpm_scales.memory import lacks_memory
+from dpm_scales.images import to_uint8
 from dpm_scales.metrics import FeatureSet, FeatureStatistics, compare
 from dpm_scales.metrics.figures import check_names, check_numbers, extractors, needs_network, needs_rows
 from dpm_scales.models.model import Model
 from dpm_scales.rng import CounterRNG
-from dpm_scales.storage import FolderGoneError
 from dpm_scales.training.ema import EMA
 from dpm_scales.training.module import DiffusionModule
 
@@ -145,43 +140,3 @@ def _own_random_numbers(device: torch.device) -> Iterator[None]:
 
 def _key(name: str) -> str:
     return name.lower().replace("-", "_")
-
-
-class SampleGrid(Callback):
-    """Writes `samples/step-N.png` at each validation, from the EMA weights and always the same noise."""
-
-    def __init__(self, folder: Path, num_images: int = 64, seed: int = 0) -> None:
-        require_number("samples.num_images", num_images, 0, whole=True)
-        self.folder, self.num_images, self.seed = folder, num_images, seed
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        together = is_sharded(pl_module)
-        if trainer.sanity_checking or self.num_images == 0 or not (together or trainer.is_global_zero):
-            return
-        assert isinstance(pl_module, DiffusionModule)
-        model = pl_module.parts
-        process, recipe = model.denoiser.process, model.recipe
-        noise = CounterRNG(self.seed, self.num_images, device=pl_module.device)
-        labels = None
-        if recipe.num_classes is not None:
-            labels = torch.arange(self.num_images, device=pl_module.device) % recipe.num_classes
-        size = (recipe.channels, *recipe.image_size)
-        try:
-            x = model.sampler.sample(model.denoiser, model.prior, noise, size, labels)
-        except (RuntimeError, MemoryError) as error:
-            place = lacks_memory(error)
-            if place is None:
-                raise
-            what = f"samples.num_images={self.num_images} images of {size[1]}x{size[2]}"
-            raise OutOfMemoryError(f"{place} has no memory to draw {what}; lower samples.num_images") from error
-        if not trainer.is_global_zero:
-            return
-        images = to_uint8(x, process.value_range).cpu()
-        grid = make_grid(images) if labels is None else make_class_grid(images, labels.tolist(), recipe.class_names)
-        with suppress(FolderGoneError):  # in the middle of a validation, of which no checkpoint is made
-            save_png(self.folder / f"step-{trainer.global_step:06d}.png", grid)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("samples", [grid.permute(1, 2, 0).numpy()], step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("samples", grid, trainer.global_step)

@@ -16,6 +16,7 @@ from rich import get_console
 from rich.progress import Progress, TaskID
 
 from dpm_scales.distributed.lightning_private import number_logs_by_step
+from dpm_scales.plots.curves import Curve, read_curves
 from dpm_scales.progress import LineProgress
 from dpm_scales.run_folders.files import read_metrics
 from dpm_scales.storage import FolderGoneError, write_text
@@ -149,6 +150,10 @@ class MetricsFile(Logger):
         """Return the last value of every column whose name begins with `prefix`."""
         named = [(name, row[name]) for row in self._rows for name in row if name.startswith(prefix)]
         return {name: float(value) for name, value in named if value}
+
+    def curves(self) -> dict[str, Curve]:
+        """Return the finite values of every column by the number of steps."""
+        return read_curves(self._rows)
 
     def column(self, name: str) -> dict[int, float]:
         """Return the values of a column by step."""

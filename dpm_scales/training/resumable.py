@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dpm_scales.data import ImageDataModule
-from dpm_scales.errors import UserError
+from dpm_scales.errors import UserError, require
 from dpm_scales.models.checksums import is_plain_tensor
 from dpm_scales.models.instantiate import root_cause, root_cause_line
 from dpm_scales.models.model import Recipe
@@ -47,6 +47,11 @@ def require_resumable(
     own = module.parts.recipe.to_dict()  # whose classes are imported already
     classes = {node["_target_"] for node in walk_config(own, "recipe") if isinstance(node, dict) and "_target_" in node}
     Recipe.from_dict(checkpoint["recipe"], str(path), (*classes, *allow))
+    require(
+        _of_weight(checkpoint.get("state_dict")) == _of_weight(module.state_dict()),
+        f"{path} can't be resumed with this weight=: a learned one has parameters, which can't be added or left out; "
+        "give the one that the run was trained with, or choose another run_dir",
+    )
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], fused=True)
     schedule = LambdaLR(optimizer, lambda _: 1.0).state_dict()
     del schedule["lr_lambdas"]  # a plain function, of which nothing is stored
@@ -98,6 +103,11 @@ class _Started(Callback):
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def _of_weight(state: Any) -> set[str]:
+    """Return the names of the loss weight's parameters in a state; none for what is no state."""
+    return {name for name in state if str(name).startswith("loss_weight.")} if isinstance(state, dict) else set()
 
 
 def _difference(wanted: Any, found: Any, where: str) -> str | None:

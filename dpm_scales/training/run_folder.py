@@ -33,11 +33,11 @@ from dpm_scales.storage import (
 FILES = (
     *("config.yaml", "overrides.yaml", "result.json", "metrics.csv", "unreadable.txt", "wandb_id"),
     *(CONFIG_DIR_FILE, CONFIG_FLAGS_FILE, FAILURE),
-    *("checkpoints/*.ckpt", "checkpoints/last.damaged", "samples/step-*.png"),
+    *("checkpoints/*.ckpt", "checkpoints/last.damaged"),
+    *("samples/step-*.png", "samples/trajectory-*.png", "curves.png"),
     *("model/model.safetensors", "model/config.yaml", "model/covariance.safetensors"),
-    "ema/step-*.safetensors",
 )
-FOLDERS = ("checkpoints", "samples", "model", "ema")
+FOLDERS = ("checkpoints", "samples", "model")
 
 
 @contextmanager

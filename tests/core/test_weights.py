@@ -11,7 +11,7 @@ import torch
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.processes import VE, VP, Blurring, Homogeneous, InverseHeat
 from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
-from dpm_scales.weights import EDM, P2, LossWeight, MinSNR
+from dpm_scales.weights import EDM, P2, Learned, LossWeight, MinSNR
 from support.oracles import (
     NOISY,
     Answer,
@@ -175,3 +175,55 @@ def test_weights_are_made_on_the_device() -> None:
         t = torch.rand(4, device="cuda", dtype=torch.float64)
         for weight, _ in WEIGHTS.values():
             assert denoiser.loss(torch.rand(4, 1, H, W, device="cuda"), t, loss_weight=weight).device.type == "cuda"
+
+
+# --- learned ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_learned_weight_is_least_at_the_expected_losses() -> None:
+    """Of losses by scale, exp(u) becomes their mean: the closed form of min_u E[loss] / exp(u) + u."""
+    torch.manual_seed(0)
+    process, weight = VP(1000), Learned(terms=16).double()
+    t = float64([0.001, 0.003, 0.03, 0.3, 0.6, 1.0])
+    mean = float64([1e-3, 4e-3, 0.02, 0.3, 2.0, 1.0])
+    losses = torch.stack([0.5 * mean, 1.5 * mean])
+    optimizer = torch.optim.LBFGS(
+        weight.parameters(), max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-10
+    )
+
+    def total() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = torch.stack([weight.balanced(row, process, t) for row in losses]).mean()
+        value.backward()
+        return value
+
+    optimizer.step(total)
+    close(weight.log_level(process, t).detach().exp().numpy(), mean.numpy(), 0, 1e-4)
+    close(float(total().detach()), float(1 + mean.log().mean()), 0, 1e-6)
+
+
+def test_a_new_learned_weight_is_the_targets_own() -> None:
+    for process in (VP(), InverseHeat(), Homogeneous()):
+        denoiser = Denoiser(TinyNetwork(), process, Clean())
+        x_0, t, weight = images(3, 1, H, W), float64([0.125, 0.5, 1.0]), Learned()
+        weight.check(process, denoiser.target)
+        plain = denoiser.loss(x_0, t, generator=generator(1))
+        assert torch.equal(denoiser.loss(x_0, t, generator=generator(1), loss_weight=weight), plain)
+        with torch.no_grad():
+            weight.series.weight.fill_(0.1)
+        level = weight.log_level(process, t)
+        found = denoiser.loss(x_0, t, generator=generator(1), loss_weight=weight)
+        close(found.detach().numpy(), (plain * (-level).exp() + level).detach().numpy(), 1e-12, 1e-6)
+
+
+def test_the_series_is_a_cosine_series_of_t_and_log_t() -> None:
+    weight, process = Learned(terms=2).double(), VP(100)
+    t = np.array([0.01, 0.2, 1.0])
+    late = 1 + np.log(t) / np.log(100)
+    rows = (np.ones(3), np.cos(np.pi * t), np.cos(np.pi * late), np.cos(2 * np.pi * late))
+    for i, row in enumerate(rows):
+        with torch.no_grad():
+            weight.series.weight.zero_()[0, i] = 1
+        close(weight.log_level(process, torch.tensor(t)).detach().numpy(), row, 0, 1e-12)
+    with refused("terms must be a whole number from 1"):
+        Learned(terms=0)

@@ -74,7 +74,8 @@ def test_run_folder_is_as_promised(digits: Path) -> None:
     assert "${" not in (digits / "config.yaml").read_text()
     assert settings(digits)["process"] == yaml.safe_load((digits / "model/config.yaml").read_text())["process"]
     assert settings(digits)["trainer"]["max_steps"] == 6
-    assert sorted(files(digits / "samples")) == ["step-000003.png", "step-000006.png"]
+    drawn = [f"{kind}-{step:06d}.png" for kind in ("step", "trajectory") for step in (3, 6)]
+    assert sorted(files(digits / "samples")) == drawn
     assert len(column(digits, "train/loss")) == 6 and len(column(digits, "val/loss")) == 2
     assert not [name for name in files(digits) if ".tmp" in name]
 

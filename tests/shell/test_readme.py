@@ -104,7 +104,7 @@ def test_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         draw_inputs(words, tmp_path)
         done = call(words[1], *short_arguments(words, tmp_path), cwd=tmp_path)
         assert done.status == 0, f"{command}\n{done.err}"
-    assert ran == 12
+    assert ran == 13
     made = ("runs/default/model/model.safetensors", "samples/default/000001.png", "samples/trajectory/trajectory.png")
     assert all((tmp_path / name).is_file() for name in made)
     assert {path.name for path in (tmp_path / "edited").iterdir()} >= {"result.png", "comparison.png"}

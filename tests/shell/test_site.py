@@ -14,6 +14,7 @@ import yaml
 import dpm_scales as ds
 from support.shell import ROOT
 from tools.site import formulas
+from tools.site.links import dead_links
 from tools.site.options import GROUPS, option_pages
 
 DOCS = ROOT / "docs"
@@ -161,3 +162,17 @@ def test_all_docstrings_and_pages_become_balanced_tex() -> None:
             bare = re.sub(r"\\[{}]", "", inside)
             assert bare.count("{") == bare.count("}") and not inside.rstrip().endswith(("\\", "_", "^")), inside
     assert found > 500
+
+
+def test_dead_links_of_a_built_site_are_found(tmp_path: Path) -> None:
+    (tmp_path / "page").mkdir()
+    (tmp_path / "a picture.png").touch()
+    (tmp_path / "index.html").write_text(
+        '<a id="top" href="page/">p</a><a href="page/#deep">d</a><a href="#top">t</a><a href="#__skip">s</a>'
+        '<img src="a%20picture.png"><a href="https://example.org/none">x</a><a href="page/#none">n</a>'
+    )
+    (tmp_path / "page" / "index.html").write_text(
+        '<h2 id="deep">h</h2><a href="..">up</a><a href="/page/index.html#deep">r</a><img src="none.png"><a href="#no">'
+    )
+    dead = ["index.html: page/#none", "page/index.html: none.png", "page/index.html: #no"]
+    assert dead_links(tmp_path) == dead

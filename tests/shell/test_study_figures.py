@@ -19,6 +19,7 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 
 from dpm_scales import plots
 from dpm_scales.images import load_image
+from dpm_scales.plots.rows import titled_row
 from support.evaluate_helpers import Fake
 from support.shell import CONFIGS, call, photos
 
@@ -188,7 +189,7 @@ def test_colours_are_told_apart_by_every_eye(sight: str) -> None:
 def test_titles_stand_above_their_pictures() -> None:
     pictures = {"one": torch.full((1, 40, 90), 10, dtype=torch.uint8)}
     pictures["a longer title"] = torch.full((1, 40, 90), 200, dtype=torch.uint8)
-    row = plots.titled_row(pictures)[0].numpy()
+    row = titled_row(pictures)[0].numpy()
     factor = (row.shape[1] - 4) // 2 // 90
     assert factor == 2 and (row[-84:-4, 4:184] == 10).all() and (row[-84:-4, 188:368] == 200).all()
     assert (row[:20, :4] == 128).all() and (row[:20] > 128).any(0)[:184].any() and (row[:20] > 128).any(0)[188:].any()

@@ -238,7 +238,8 @@ def test_validation_is_the_same_every_time(tmp_path: Path) -> None:
 def test_last_step_is_validated_wherever_the_next_was_due(tmp_path: Path) -> None:
     run_dir = train(tmp_path / "run", "trainer.val_check_interval=4")
     assert [row["step"] for row in table(run_dir) if row["val/loss"]] == ["3", "5"]
-    assert sorted(p.name for p in (run_dir / "samples").iterdir()) == ["step-000004.png", "step-000006.png"]
+    drawn = sorted(p.name for p in (run_dir / "samples").iterdir())
+    assert drawn == [f"{kind}-{step:06d}.png" for kind in ("step", "trajectory") for step in (4, 6)]
 
 
 def test_grid_is_drawn_from_the_average_with_the_same_noise(tmp_path: Path) -> None:

@@ -165,11 +165,17 @@ def test_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    run_dir = train(tmp_path / "run", "logger=tensorboard")
+    run_dir = train(tmp_path / "run", "logger=tensorboard", "samples.curves=true")
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     losses = [event.value for event in events.Scalars("train/loss")]
     np.testing.assert_allclose(losses, column(run_dir, "train/loss"), rtol=1e-6)
-    assert len(events.Images("samples")) == 2
+    for name, place in {"samples": "samples/step", "trajectories": "samples/trajectory"}.items():
+        for event in events.Images(name):
+            kept = load_image(run_dir / f"{place}-{event.step:06d}.png", 3)
+            assert torch.equal(load_image(event.encoded_image_string, 3), kept)
+    assert [event.step for event in events.Images("curves")] == [3, 6]
+    last = events.Images("curves")[-1].encoded_image_string
+    assert torch.equal(load_image(last, 3), load_image(run_dir / "curves.png", 3))
     found = [events.SummaryMetadata(tag).plugin_data for tag in events.summary_metadata]
     pages = [HParamsPluginData.FromString(data.content) for data in found if data.plugin_name == "hparams"]
     (values,) = (page.session_start_info.hparams for page in pages if page.HasField("session_start_info"))
@@ -215,7 +221,11 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         finish(self)
 
     monkeypatch.setattr(wandb.Run, "finish", shows)
-    run_dir = train(tmp_path / "run", "logger=wandb")
+    run_dir = train(tmp_path / "run", "logger=wandb", "samples.curves=true")
+    images = list((run_dir / "wandb").glob("offline-run-*/files/media/images/*.png"))
+    assert {path.name.split("_")[0] for path in images} == {"samples", "trajectories", "curves"}
+    curves = [load_image(path, 3) for path in images if path.name.startswith("curves")]
+    assert any(torch.equal(image, load_image(run_dir / "curves.png", 3)) for image in curves)
     kept = (run_dir / "wandb_id").read_text()
     assert list((run_dir / "wandb").glob(f"offline-run-*-{kept}/run-{kept}.wandb"))
     assert shown == [settings(run_dir)]

@@ -48,6 +48,7 @@ SMALL = (
     "network.embedding_dim=16",
     "network.attention_levels=[]",
     "samples.num_images=4",
+    "samples.curves=false",
     "sampler.steps=3",
     "trainer.max_steps=6",
     "trainer.val_check_interval=3",
@@ -103,7 +104,8 @@ def command(*words: object) -> Outcome:
     """Run `dpm-scales` with these arguments in this process."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     argv = mock.patch.object(sys, "argv", ["dpm-scales", *map(str, words)])
-    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    # the form of the command is kept in the environment
+    with mock.patch.dict(os.environ), argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             console()
         except SystemExit as end:

@@ -1,10 +1,12 @@
-"""Draw figures in one style, with a colour and a marker for each process that colour-blind readers can distinguish."""
+"""Draw figures in one style, with a colour and a marker for each process that colour-blind readers can distinguish.
+
+Nothing here imports torch; `plots.rows`, which joins images, does.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from dpm_scales.images import PADDING_LEVEL, caption, make_grid
 from dpm_scales.storage import write_bytes
 
 if TYPE_CHECKING:
@@ -61,8 +60,6 @@ SPECTRAL: dict[str, tuple[str, str]] = {
 }
 """Colour and marker of the spectral members; every eye tells few more than 17 colours apart, so two are shared."""
 
-TITLE_SIZE, ROW_PADDING = 14, 4
-"""Size of the letters and of the gaps between images in `titled_row`, in pixels."""
 STYLE = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -78,19 +75,18 @@ STYLE = {
 
 @contextmanager
 def figure(path: Path, width: float = 5.2, height: float = 3.6, **subplots: Any) -> Iterator[tuple[Figure, Any]]:
-    """Yield a figure of `width` x `height` inches and its axes; write it atomically to the PNG file `path` on exit."""
+    """Yield a figure of `width` x `height` inches and its axes; write it atomically to the PNG file `path` on exit.
+
+    pyplot, whose state belongs to the user, is not touched.
+    """
     import matplotlib
+    from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**STYLE, "backend": "Agg"}):  # type: ignore[dict-item]
-        import matplotlib.pyplot as plt
-
-        drawing, axes = plt.subplots(figsize=(width, height), **subplots)
-        try:
-            yield drawing, axes
-            buffer = io.BytesIO()
-            drawing.savefig(buffer, format="png", dpi=150)
-        finally:
-            plt.close(drawing)
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        drawing = Figure(figsize=(width, height))
+        yield drawing, drawing.subplots(**subplots)
+        buffer = io.BytesIO()
+        drawing.savefig(buffer, format="png", dpi=150)
     write_bytes(path, buffer.getvalue())
 
 
@@ -233,20 +229,3 @@ def sheet(
             cell.set_title(title, fontsize=9)
         if note:
             drawing.supxlabel(note, fontsize=8)
-
-
-def titled_row(pictures: Mapping[str, Tensor]) -> Tensor:
-    """Return uint8 images ``(C, H, W)`` of one size side by side, each below its title, as one image ``(C, H', W')``.
-
-    Images are enlarged only by whole factors, if a title needs the width; they end `ROW_PADDING` above the bottom.
-    """
-    titles = [caption(title, TITLE_SIZE) for title in pictures]
-    own = next(iter(pictures.values())).shape[-1]
-    factor = max(1, math.ceil(max(title.shape[-1] for title in titles) / own))
-    row = make_grid(torch.stack(list(pictures.values())), len(pictures), ROW_PADDING, factor)
-    above = row.new_full((len(row), max(len(title) for title in titles), row.shape[-1]), PADDING_LEVEL)
-    for index, title in enumerate(titles):
-        height, width = title.shape
-        left = index * (own * factor + ROW_PADDING) + ROW_PADDING + (own * factor - width) // 2
-        above[:, :height, left : left + width] = title
-    return torch.cat([above, row], 1)
