@@ -35,6 +35,18 @@ class Words:
         require_number(key, int(text), least, whole=True)
         return int(text)
 
+    def decimal(self, key: str) -> float | None:
+        """Return an option as a number; None if it is not given. Raises UserError for others."""
+        text = self.options.get(key)
+        if text is None:
+            return None
+        try:
+            number = float(text)
+        except ValueError:
+            raise UserError(f"{key} must be a number, got {text!r:.100}") from None
+        require_number(key, number)
+        return number
+
 
 def split_words(
     argv: Sequence[str], most: int, options: Collection[str] = (), flags: Collection[str] = (), usage: str = ""

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from dpm_scales.cli.options import check_counts, guidance_settings, pick_device
 from dpm_scales.commands.question import LikelihoodQuestion, Question, measure
-from dpm_scales.commands.shared import choose_model
+from dpm_scales.commands.shared import GUIDE_OPTIONS, choose_model
 from dpm_scales.data.image_sets import ImageSet
 from dpm_scales.distributed.ranks import leave, meet, own_device
 from dpm_scales.errors import UserError, require, require_number
@@ -60,7 +60,7 @@ def plan(cfg: DictConfig) -> Question:
     else:
         number = cfg.num_samples or len(real)
         require_memory(8 * number, f"labels of num_samples={number}", "lower num_samples")
-        fake = _drawn(cfg, number, device)
+        fake = drawn(cfg, number, device)
     yardstick = None
     if cfg.yardstick is not None:
         yardstick = open_images(
@@ -129,19 +129,22 @@ def _check(cfg: DictConfig) -> tuple[Metric, ...]:
             require(cfg[key] != RUN_DATA, f"{said}; name the data set or its folder: {key}=NAME_OR_DIR")
     if cfg.samples is not None:
         sampling = {"steps": None, "labels": None, "guidance": 1, "guide": None, "weights": "averaged"}
-        for key, usual in {**sampling, "guide_weights": "averaged"}.items():
+        for key, usual in {**sampling, "ema": None, "ema_step": None, **GUIDE_OPTIONS}.items():
             require(cfg[key] == usual, f"{key} is for sampling a model, and samples={cfg.samples} are there already")
         chosen = [value for value in plain(cfg.sampler).values() if value is not None]
         require(not chosen, f"sampler is for sampling a model, and samples={cfg.samples} are there already")
     return choose_metrics(cfg.measures, cfg.manifold_images)
 
 
-def _drawn(cfg: DictConfig, number: int, device: torch.device) -> ModelSamples:
-    model, guide = choose_model(cfg)
+def drawn(cfg: DictConfig, number: int, device: torch.device) -> ModelSamples:
+    """Return the samples that a config asks for, not yet drawn. Raises UserError for invalid options."""
+    chosen = choose_model(cfg)
+    model = chosen.model
     labels = pick_labels(model, plain(cfg.labels), number)
     model.prior.check_size(model.recipe.image_size)
     guidance = guidance_settings(cfg)
-    return ModelSamples(model, str(cfg.model), cfg.weights, guidance, number, cfg.seed, labels, device, guide)
+    given = (model, str(cfg.model), cfg.weights, guidance, number, cfg.seed, labels, device)
+    return ModelSamples(*given, guide=chosen.guide, ema=chosen.ema)
 
 
 def _check_sizes(real: ImageSet, other: ImageSet | ModelSamples, any_size: bool) -> None:

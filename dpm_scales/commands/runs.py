@@ -22,7 +22,7 @@ from dpm_scales.tables import csv_text
 HELP = f"""\
 usage: {{0}} [DIR] [state=STATE] [--json | --csv]
        {{0}} best [DIR] [metric=val/loss] [top=5] [direction=lower|higher] [--path]
-       {{0}} export RUN out=DIR [weights=averaged|raw] [format=diffusers]
+       {{0}} export RUN out=DIR [weights=averaged|raw] [ema=LENGTH] [ema_step=N] [format=diffusers]
 
 List the runs in and below DIR, the current folder by default, with their states, losses and evaluations;
 name the best of them; copy a run's model out of its folder.
@@ -33,6 +33,7 @@ name the best of them; copy a run's model out of its folder.
   top=K         the K best; 5 by default, 1 with --path
   --path        only paths, one a line: model=$({{0}} best --path)
   weights=raw   of the last step, in place of the EMA weights
+  ema=LENGTH    of a power-function average, from the run's snapshots, which ends at step ema_step
   format=...    diffusers: a pipeline that diffusers loads, of vp or ve with network=diffusers_unet
 
 A folder called best or export is listed as ./best or ./export."""

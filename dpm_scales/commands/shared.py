@@ -29,9 +29,10 @@ from dpm_scales.memory import require_memory
 from dpm_scales.models.generate import evaluations, finished, label_cycle, sample_bytes, weights_digest
 from dpm_scales.models.guided import with_guidance
 from dpm_scales.models.instantiate import plain
-from dpm_scales.models.io import load_model
+from dpm_scales.models.io import chosen_average, load_model
 from dpm_scales.models.model import Model, with_sampler
 from dpm_scales.models.parts import described
+from dpm_scales.models.post_hoc import Reconstruction
 from dpm_scales.processes import Process
 from dpm_scales.progress import progress_bar
 from dpm_scales.rng import CounterRNG
@@ -46,9 +47,12 @@ Make = Callable[[Tensor, CounterRNG, "Tensor | None", OnStep], Tensor]
 SHARED_OPTIONS = (
     *("task", "model", "allow", "plugins", "weights", "out", "overwrite", "seed", "batch_size", "device", "size"),
     *("trajectory", "shards", "sampler", "steps", "labels", "guidance", "guidance_interval", "guidance_variable"),
-    *("guide", "guide_weights"),
+    *("guide", "guide_weights", "guide_ema", "guide_ema_step", "ema", "ema_step"),
 )
 """Options of all tasks that the record stores elsewhere or that change no image; the rest belong to the task."""
+
+GUIDE_OPTIONS = {"guide_weights": "averaged", "guide_ema": None, "guide_ema_step": None}
+"""Options of a guide, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Setup:
         labels: ``(n,)``, assigned to inputs cyclically, or None.
         weights_sha256: SHA-256 of the model's weights.
         inputs: the images read so far, by option, for the record.
+        ema: the record of the average that was reconstructed; None for the one that the run exported.
         guide: the record of the guide's weights; None without a guide.
         spent: evaluations of each network for one result, by its name, once there are results.
     """
@@ -72,6 +77,7 @@ class Setup:
     labels: Tensor | None
     weights_sha256: str
     inputs: dict[str, Any] = field(default_factory=dict)
+    ema: dict[str, Any] | None = None
     guide: dict[str, Any] | None = None
     spent: dict[str, float] = field(default_factory=dict)
 
@@ -138,6 +144,7 @@ class Setup:
             "task": cfg.task,
             "model": str(cfg.model),
             "weights": cfg.weights,
+            **({} if self.ema is None else {"ema": self.ema}),
             "weights_sha256": self.weights_sha256,
             "process": type(process).__name__,
             "process_settings": self.model.recipe.parts["process"],
@@ -172,24 +179,44 @@ def settings_of(sampler: Sampler) -> dict[str, Any]:
     return settings
 
 
-def choose_model(cfg: DictConfig) -> tuple[Model, dict[str, Any] | None]:
-    """Return the model named in the config, with the sampler, steps and guidance set there, and its guide's record.
+@dataclass(frozen=True)
+class Chosen:
+    """A model with the settings of a command, and the records of its average and its guide; None without."""
+
+    model: Model
+    ema: dict[str, Any] | None
+    guide: dict[str, Any] | None
+
+
+def choose_model(cfg: DictConfig) -> Chosen:
+    """Return the model named in the config, with the average, sampler, steps and guidance set there.
 
     Raises: UserError for invalid options, and for a guide that does not fit the model.
     """
     sampler = plain(cfg.sampler)
     chosen = sampler if sampler.get("_target_") else None
-    model = load_model(str(cfg.model), cfg.weights, allow=plain(cfg.allow), sampler=chosen, steps=cfg.steps)
+    path, average = str(cfg.model), {"ema": cfg.ema, "ema_step": cfg.ema_step}
+    model = load_model(path, cfg.weights, allow=plain(cfg.allow), sampler=chosen, steps=cfg.steps, **average)
+    ema = record_of(chosen_average(path, cfg.weights, **average))
     changes = {key: value for key, value in sampler.items() if value is not None}
     if chosen is None and changes:
         model = with_sampler(model, {**model.recipe.parts["sampler"], **changes})
     settings = (plain(cfg.guidance), plain(cfg.guidance_interval), cfg.guidance_variable)
     if cfg.guide is None:
-        require(cfg.guide_weights == "averaged", f"guide_weights={cfg.guide_weights} is of a guide; give guide=MODEL")
-        return with_guidance(model, *settings), None
-    guide = load_model(str(cfg.guide), cfg.guide_weights, allow=plain(cfg.allow))
+        for key, usual in GUIDE_OPTIONS.items():
+            require(cfg[key] == usual, f"{key}={cfg[key]} is of a guide; give guide=MODEL")
+        return Chosen(with_guidance(model, *settings), ema, None)
+    average = {"ema": cfg.guide_ema, "ema_step": cfg.guide_ema_step}
+    own = record_of(chosen_average(str(cfg.guide), cfg.guide_weights, **average, prefix="guide_"))
+    guide = load_model(str(cfg.guide), cfg.guide_weights, allow=plain(cfg.allow), **average)
     record = {"model": str(cfg.guide), "weights": cfg.guide_weights, "weights_sha256": weights_digest(guide)}
-    return with_guidance(model, *settings, guide, f"guide={cfg.guide}"), record
+    guided = with_guidance(model, *settings, guide, f"guide={cfg.guide}")
+    return Chosen(guided, ema, record | ({} if own is None else {"ema": own}))
+
+
+def record_of(average: Reconstruction | None) -> dict[str, Any] | None:
+    """Return the record of an average that a command has chosen; None for the one that the run exported."""
+    return None if average is None else average.record()
 
 
 def prepare(cfg: DictConfig) -> Setup:
@@ -197,15 +224,17 @@ def prepare(cfg: DictConfig) -> Setup:
     check_counts(cfg)
     world = ranks.meet()
     device = ranks.own_device(pick_device(str(cfg.device)), world)
-    model, guide = choose_model(cfg)
-    model.to(device)
+    chosen = choose_model(cfg)
+    model = chosen.model.to(device)
     labels = plain(cfg.labels)
     require(
         cfg.task == "draw" or model.recipe.num_classes is None or labels is not None,
         f"this model was trained with labels; say for task={cfg.task} what it shows: labels=CLASS",
     )
     cycle = label_cycle(model, labels)
-    return Setup(model, device, Path(str(cfg.out)), cfg, world, cycle, weights_digest(model), guide=guide)
+    return Setup(
+        model, device, Path(str(cfg.out)), cfg, world, cycle, weights_digest(model), ema=chosen.ema, guide=chosen.guide
+    )
 
 
 def read_mask(setup: Setup, like: Tensor) -> Tensor:

@@ -157,13 +157,14 @@ def like_parameters(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, An
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     owners = dict(zip(numbers, parameters, strict=True))
     loaded = {
-        number: {name: _like(value, owners[number]) for name, value in values.items()}
+        number: {name: like(value, owners[number]) for name, value in values.items()}
         for number, values in state["state"].items()
     }
     return {**state, "state": loaded}
 
 
-def _like(value: Any, parameter: Tensor) -> Any:
+def like(value: Any, parameter: Tensor) -> Any:
+    """Return a full tensor sharded and in the memory format of a parameter; what has another shape as it is."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     if isinstance(parameter, DTensor):

@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": Command("dpm_scales.entry.evaluate", "compare samples of a model, or images, with real images"),
     "evolve": Command("dpm_scales.entry.evolve", "apply forward processes to real images, and compare them"),
     "measure": Command("dpm_scales.entry.measure", "measure a model's covariance, for sampling in few steps"),
+    "ema": Command("dpm_scales.entry.ema", "draw a run's quality against the length of its average, post hoc"),
     "push": Command("dpm_scales.entry.push", "upload a model to the Hugging Face Hub, with a page that describes it"),
     "runs": Command(
         "dpm_scales.entry.runs", "list runs, name the best, copy a model out of its run", ("best", "export")

@@ -32,6 +32,7 @@ class ModelSamples:
         number, seed: number and seed of the samples.
         labels: labels ``(number,)``, or None.
         guide: path and weights of the model that guides it, or None.
+        ema: record of the average of the weights that was reconstructed; None for the one that the run exported.
         spent: images that passed through each network, by its name; "samples" are those drawn here so far.
     """
 
@@ -44,6 +45,7 @@ class ModelSamples:
     labels: Tensor | None
     device: torch.device
     guide: dict[str, Any] | None = None
+    ema: dict[str, Any] | None = None
     spent: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
@@ -83,6 +85,7 @@ class ModelSamples:
         return {
             "model": self.source,
             "weights": self.weights,
+            **({} if self.ema is None else {"ema": self.ema}),
             "weights_sha256": weights_digest(self.model),
             "process": type(process).__name__,
             "sampler": type(sampler).__name__,

@@ -30,6 +30,7 @@ from dpm_scales.models.from_diffusers import is_diffusers, read_pipeline
 from dpm_scales.models.hub import fetch, is_on_hub
 from dpm_scales.models.instantiate import root_cause, root_cause_line
 from dpm_scales.models.model import Model, Recipe, build_denoiser, build_sampler
+from dpm_scales.models.post_hoc import Reconstruction, reconstruction
 from dpm_scales.models.seals import checkpoint_step
 from dpm_scales.models.trust import foreign_packages, trusted_names
 from dpm_scales.models.weights_fit import MisfitError, not_finite, require_dtypes
@@ -49,12 +50,18 @@ class _Wanted:
     sampler: Mapping[str, Any] | None = None
     steps: int | None = None
     covariance: bool = True
+    ema: float | None = None
+    ema_step: int | None = None
 
     def recipe(self, values: Any, source: str) -> Recipe:
         """Return the recipe in a file, without its sampler if the caller gives another."""
         if self.sampler is not None and isinstance(values, dict) and "sampler" in values:
             values = {**values, "sampler": None}  # not built, so its class need not be trusted
         return Recipe.from_dict(values, source, self.allow)
+
+    def average(self, path: Path, weights: str) -> Reconstruction | None:
+        """Return the caller's average of the run at `path`; None for the one exported. Raises UserError."""
+        return chosen_average(path, weights, self.ema, self.ema_step)
 
     def with_sampler(self, recipe: Recipe) -> Recipe:
         """Return the recipe with the caller's sampler and steps."""
@@ -71,6 +78,8 @@ def load_model(
     allow: Collection[str] = (),
     sampler: Mapping[str, Any] | None = None,
     steps: int | None = None,
+    ema: float | None = None,
+    ema_step: int | None = None,
 ) -> Model:
     """Return the model of a run folder, an export folder or a checkpoint file, on the CPU, in evaluation mode.
 
@@ -82,11 +91,14 @@ def load_model(
             imported, besides those of dpm_scales.
         sampler: config of a sampler that replaces the model's own.
         steps: number of steps of the sampler; None for its own.
+        ema: length of the power-function average of the weights to reconstruct, a share of the run, from the snapshots
+            in a run folder; None for the average that the run exported.
+        ema_step: step of the snapshot that ends this average; None for the last.
 
-    Raises: UserError if there is no model, if it names a class that is not allowed, or if its weights are not finite
-    or do not fit its config.
+    Raises: UserError if there is no model, if it names a class that is not allowed, if its weights are not finite or do
+    not fit its config, or if its snapshots do not give the average.
     """
-    return _loaded(path, weights, _Wanted(trusted_names(allow), sampler, steps))
+    return _loaded(path, weights, _Wanted(trusted_names(allow), sampler, steps, ema=ema, ema_step=ema_step))
 
 
 def load_to_measure(folder: Path, allow: Collection[str] = ()) -> Model:
@@ -103,6 +115,7 @@ def load_to_measure(folder: Path, allow: Collection[str] = ()) -> Model:
 def _loaded(path: str | Path, weights: str, wanted: _Wanted) -> Model:
     require(weights in WEIGHTS, f"unknown weights {weights!r}: {suggest(str(weights), WEIGHTS)}")
     path = _local(path)
+    average = wanted.average(path, weights)
     if path.is_dir() and not _has_model(path) and is_diffusers(path):
         require(weights != "raw", f"raw weights are in checkpoints only, not in {path}")
         return _with_weights(*read_pipeline(path), str(path), wanted)
@@ -114,31 +127,59 @@ def _loaded(path: str | Path, weights: str, wanted: _Wanted) -> Model:
     else:
         state, values = _checkpointed(tensors, weights)
         recipe, table = wanted.recipe(values, str(tensors)), None
+    state = state if average is None else average.replace_in(state)
     return _with_weights(recipe, state, str(tensors), wanted, table)
 
 
-def export_model(path: str | Path, folder: Path, weights: str = "averaged") -> tuple[Path, list[str]]:
+def chosen_average(
+    path: str | Path, weights: str, ema: float | None, ema_step: int | None = None, prefix: str = ""
+) -> Reconstruction | None:
+    """Return the average that the options of a command choose, None for the one that the run exported.
+
+    Args:
+        path, weights, ema, ema_step: as in `load_model`.
+        prefix: of the options in messages.
+
+    Raises: UserError as `reconstruction`, and for options that exclude each other.
+    """
+    if ema is None:
+        require(ema_step is None, f"{prefix}ema_step={ema_step} ends the average of {prefix}ema=LENGTH; add that")
+        return None
+    require(weights == WEIGHTS[0], f"{prefix}ema={ema} is an average, and {prefix}weights={weights}; leave one out")
+    return reconstruction(_local(path), ema, ema_step, prefix)
+
+
+def export_model(
+    path: str | Path,
+    folder: Path,
+    weights: str = "averaged",
+    ema: float | None = None,
+    ema_step: int | None = None,
+) -> tuple[Path, list[str]]:
     """Copy a model into a new folder, as `load_model` reads it, with its `covariance.safetensors` if it has one.
 
     Nothing is built, so classes of other packages are neither imported nor checked.
 
     Args:
-        path, weights: as in `load_model`; a folder of diffusers is refused.
+        path, weights, ema, ema_step: as in `load_model`; a folder of diffusers is refused.
         folder: appears with all files or not at all.
 
-    Returns: the file that held the weights, and the packages whose classes the model uses.
+    Returns: the file or folder that held the weights, and the packages whose classes the model uses.
 
     Raises: UserError if there is no model, if its weights are damaged or not finite, or if `folder` exists and is not
     empty.
     """
     require(weights in WEIGHTS, f"unknown weights {weights!r}: {suggest(str(weights), WEIGHTS)}")
-    tensors = _weights_file(_local(path), weights)
+    place = _local(path)
+    average = chosen_average(place, weights, ema, ema_step)
+    tensors = _weights_file(place, weights)
     if tensors.suffix == ".safetensors":
         values, source = _exported_recipe(tensors)
         state, table = _exported_weights(tensors), read_covariance(tensors.parent)
     else:
         state, values = _checkpointed(tensors, weights)
         source, table = str(tensors), None
+    state = state if average is None else average.replace_in(state)
     packages = foreign_packages(values)
     if not packages:
         Recipe.from_dict(values, source)
@@ -148,7 +189,7 @@ def export_model(path: str | Path, folder: Path, weights: str = "averaged") -> t
         write_text(made / "config.yaml", yaml.safe_dump(values, sort_keys=False))
         if table is not None and table.weights_sha256 == digest_in(state):
             save_covariance(made, table)
-    return tensors, packages
+    return tensors if average is None else average.folder, packages
 
 
 def export_folder(path: str | Path) -> Path:

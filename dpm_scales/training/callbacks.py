@@ -12,16 +12,19 @@ from dpm_scales.training.ema import EMA
 from dpm_scales.training.health import StopDiverged
 from dpm_scales.training.monitoring import PeriodicEvaluation
 from dpm_scales.training.pictures import SampleGrid
+from dpm_scales.training.power_averages import PowerAverages
 from dpm_scales.training.reporting import LastValidation, LoggedSteps
 
 #: (earlier, later, why)
 ORDER: tuple[tuple[type[Callback], type[Callback], str], ...] = (
     (LoggedSteps, LearningRateMonitor, "the learning rate is logged when the count of steps says so"),
     (StopTogether, Checkpoints, "the step with which a run stops is saved"),
+    (StopDiverged, PowerAverages, "no weights of a run that has diverged are averaged"),
     (StopDiverged, Checkpoints, "no weights of a run that has diverged are saved"),
     (SampleGrid, EMA, "grids show the EMA weights, which EMA swaps out at the end of a validation"),
     (EMA, PeriodicEvaluation, "the EMA holds this step's weights when it is measured"),
     (EMA, Checkpoints, "the EMA holds this step's weights when it is saved"),
+    (PowerAverages, Checkpoints, "the power averages hold this step's weights when they are saved"),
     (PeriodicEvaluation, Checkpoints, "a saved step's figures are in metrics.csv"),
     (LastValidation, Checkpoints, "the last step's checkpoint waits for its validation"),
 )

@@ -47,6 +47,7 @@ LEFT_OUT = ("check_resume", "run_dir", "resume", "logger")
 PARTS = {
     "weights": ("current_model_state",),
     "average of the weights": ("state_dict", "averaging_state"),
+    "power averages": ("power_averages",),  # of ema.power_lengths alone
     "optimiser": ("optimizer_states",),
     "learning rate": ("lr_schedulers",),
     "place in the data": ("ImageDataModule", "global_step"),
@@ -143,10 +144,12 @@ def _compare(whole: Path, killed: Path) -> Iterator[tuple[str, str, str | None]]
         yield name, f"{numbers} numbers", _worst(pairs)
     a, b = (read_tensors(folder / "model" / "model.safetensors") for folder in (whole, killed))
     yield "exported model", f"{sum(v.numel() for v in a.values())} numbers", _worst(list(_leaves(a, b)))
-    for name, pattern in (("metrics", "metrics.csv"), ("sample grids", "samples/*.png")):
+    patterns = {"metrics": "metrics.csv", "sample grids": "samples/*.png", "snapshots": "ema/step-*.safetensors"}
+    for name, pattern in patterns.items():
         first, second = ({path.name: path.read_bytes() for path in folder.glob(pattern)} for folder in (whole, killed))
         differing = sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
-        yield name, f"{sum(map(len, first.values()))} bytes", ", ".join(differing) or None
+        if first or differing or name != "snapshots":
+            yield name, f"{sum(map(len, first.values()))} bytes", ", ".join(differing) or None
     result, other = (json.loads((folder / "result.json").read_text()) for folder in (whole, killed))
     figures = [key for key in result if key not in ("seconds", "overrides")]
     yield (

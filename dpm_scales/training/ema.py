@@ -13,6 +13,7 @@ from torch import Tensor
 from dpm_scales.distributed.fsdp import ShardedStrategy, local, shard, whole
 from dpm_scales.errors import require_number
 from dpm_scales.models.model import Model
+from dpm_scales.models.power_profiles import check_length, exponent_of, newest_weight
 from dpm_scales.training.module import DiffusionModule
 
 
@@ -21,11 +22,16 @@ class EMA(WeightAveraging):
 
     Args:
         decay: in [0, 1].
+        length: of a power-function average in its place, see `models.power_profiles`; None for the exponential one.
+
+    Raises: UserError for values out of range.
     """
 
-    def __init__(self, decay: float = 0.999) -> None:
+    def __init__(self, decay: float = 0.999, length: float | None = None) -> None:
         require_number("ema.decay", decay, 0, 1)
         self.decay = decay
+        self.exponent = None if length is None else exponent_of(check_length("ema.length", length))
+        self._step = 0
         # buffers are constants of the model; averaging would round integers
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
 
@@ -61,6 +67,12 @@ class EMA(WeightAveraging):
         if isinstance(trainer.strategy, ShardedStrategy):
             shard(self.module, self.module.parts.denoiser.network, pl_module.device)
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._step = trainer.global_step  # on the host, and exact, where `count` is a tensor on the device
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the module its own weights, which Lightning's class would overwrite: `last.ckpt` holds both."""
 
@@ -71,6 +83,10 @@ class EMA(WeightAveraging):
         checkpoint["state_dict"] = whole(checkpoint["state_dict"], trainer.is_global_zero)
 
     def _average(self, averages: Sequence[Tensor], currents: Sequence[Tensor], count: Tensor | int) -> None:
+        if self.exponent is not None:
+            weight = newest_weight(self._step, self.exponent)
+            torch._foreach_lerp_([*map(local, averages)], [*map(local, currents)], weight)
+            return
         n = torch.as_tensor(count, dtype=torch.float32, device=averages[0].device)
         decay = torch.clamp((1 + n) / (10 + n), max=self.decay)
         for average, current in zip(map(local, averages), map(local, currents), strict=True):

@@ -101,6 +101,13 @@ RULES = {
     "optimizer.weight_decay": Rule(TAKES),
     "optimizer.max_bad_steps": Rule(TAKES),
     "ema.decay": Rule(TAKES, "the EMA weights are kept"),
+    "ema.length": Rule(
+        WARNED,
+        "the EMA weights are kept, so the average has another profile",
+        "the EMA weights are kept, and their profile is that of neither length while the steps before count",
+    ),
+    "ema.power_lengths": Rule(REFUSED, "the averages begin with a run's first step"),
+    "ema.snapshot_every": Rule(TAKES, "the snapshots are kept; any intervals fit together"),
     "checkpoint": Rule(TAKES, "from the next checkpoint on"),
     "samples": Rule(TAKES),
     "evaluation": Rule(TAKES),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dpm_scales.cli.arguments import typed_packages
 from dpm_scales.cli.output import one_line_warnings, reported
+from dpm_scales.cli.stored import key_of
 from dpm_scales.data import ImageDataModule, ShuffledBatches, listed
 from dpm_scales.distributed.launch import LocalRanks, LostProcessError
 from dpm_scales.distributed.signals import StopTogether, requeue
@@ -50,6 +51,7 @@ from dpm_scales.training.module import DiffusionModule
 from dpm_scales.training.monitoring import periodic_evaluation
 from dpm_scales.training.peers import told_if_one_is_lost
 from dpm_scales.training.pictures import Curves, SampleGrid
+from dpm_scales.training.power_averages import PowerAverages, power_averages, require_resumable_averages
 from dpm_scales.training.reporting import LastValidation, LoggedSteps, MetricsFile, StepBar
 from dpm_scales.training.resumable import require_resumable, restored_in_one_line
 from dpm_scales.training.resuming import KeepOptions, options_of, resume_command, trust_needed, what_changed
@@ -180,7 +182,8 @@ def train_model(
         module.to(memory_format=torch.channels_last)
     kept = CheckpointFolder(run_dir / "checkpoints", cfg.checkpoint.keep_last, cfg.checkpoint.keep_best)
     health = Health(kept.folder, max_bad_steps)
-    average, stop = EMA(cfg.ema.decay), StopTogether()
+    average, stop = EMA(cfg.ema.decay, cfg.ema.length), StopTogether()
+    powers = power_averages(run_dir, health, cfg.ema, cfg.trainer.max_steps)
     evaluations = periodic_evaluation(average, data, cfg.seed, cfg.evaluation)
     check_objective(cfg.objective, [name for evaluation in evaluations for name in evaluation.names()])
     if cfg.logger.get("_target_") is not None:
@@ -191,6 +194,7 @@ def train_model(
         StopDiverged(health),
         SampleGrid(run_dir / "samples", cfg.samples.num_images, cfg.seed, cfg.samples.num_trajectories),
         average,
+        *powers,
         *evaluations,
         LastValidation(),
         Checkpoints(kept, health, cfg.checkpoint.every_n_steps),
@@ -213,7 +217,7 @@ def train_model(
 
     with taken(run_dir) if trainer.is_global_zero else nullcontext():
         return _resume_and_fit(
-            cfg, run_dir, overrides, trainer, module, data, average, stop, rescue, again, ranks or LocalRanks(1)
+            cfg, run_dir, overrides, trainer, module, data, average, powers, stop, rescue, again, ranks or LocalRanks(1)
         )
 
 
@@ -225,6 +229,7 @@ def _resume_and_fit(
     module: DiffusionModule,
     data: ImageDataModule,
     average: EMA,
+    powers: list[PowerAverages],
     stop: StopTogether,
     rescue: Rescue,
     again: str | None,
@@ -239,6 +244,7 @@ def _resume_and_fit(
         resume, checkpoint = found
         require_resumable(checkpoint, resume, trainer, module, data, trusted_names(plain(cfg.allow)))
         check_same_model(current_names(checkpoint["recipe"]), current_names(model.recipe.to_dict()), run_dir)
+        require_resumable_averages(checkpoint, resume, powers, module)
         steps = int(checkpoint["global_step"])
         rate = module.learning_rate * module.rate(steps, cfg.trainer.max_steps)
         changed, warned = what_changed(checkpoint, options_of(cfg), rate)
@@ -266,6 +272,8 @@ def _resume_and_fit(
             warned.append(f"{metrics.path} is missing or empty: what was logged before step {steps} is lost")
         if len(data.val_set) == 0:
             warned.append("there are no validation images: no val/loss, no best.ckpt and no sample grids will be made")
+        if cfg.ema.length is not None and any(key_of(typed) == "ema.decay" for typed in overrides):
+            warned.append(f"ema.decay={cfg.ema.decay} has no effect: ema.length={cfg.ema.length} is in its place")
         for line in warned:
             warnings.warn(line, stacklevel=2)
     metrics.forget_from(steps)

@@ -36,8 +36,9 @@ FILES = (
     *("checkpoints/*.ckpt", "checkpoints/last.damaged"),
     *("samples/step-*.png", "samples/trajectory-*.png", "curves.png"),
     *("model/model.safetensors", "model/config.yaml", "model/covariance.safetensors"),
+    "ema/step-*.safetensors",
 )
-FOLDERS = ("checkpoints", "samples", "model")
+FOLDERS = ("checkpoints", "samples", "model", "ema")
 
 
 @contextmanager

@@ -20,10 +20,12 @@ from torch.distributed.tensor import DTensor
 
 from dpm_scales.data import Digits
 from dpm_scales.metrics import frechet_distance
+from dpm_scales.models.checksums import read_tensors
 from dpm_scales.models.generate import draw
 from dpm_scales.models.io import load_model
 from dpm_scales.training.ema import EMA
 from dpm_scales.training.module import DiffusionModule
+from dpm_scales.training.power_averages import PowerAverages
 from support.cluster_shell import Forked, finish, free_port, job_step, torchrun, wait_for
 from support.evaluate_helpers import Means, small_features
 from support.shell import (
@@ -46,9 +48,18 @@ OPTIONS = (
     *(*SMALL, "optimizer.learning_rate=0.002", "optimizer.warmup_steps=0"),
     *("trainer.max_steps=20", "trainer.limit_val_batches=1.0", "trainer.val_check_interval=10"),
     *("checkpoint.every_n_steps=2", "sampler.steps=2", "training.pairing=nearest", "training.candidates=2"),
+    *("ema.power_lengths=[0.05,0.1]", "ema.snapshot_every=7"),
 )
 STEPS, VALIDATIONS = 20, 2
-STATES = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "bad_steps")
+STATES = (
+    "state_dict",
+    "current_model_state",
+    "averaging_state",
+    "power_averages",
+    "optimizer_states",
+    "lr_schedulers",
+    "bad_steps",
+)
 CURVES = ("train/loss", "train/grad_norm", "val/loss", "val/loss_t0.25", "val/loss_t0.50", "val/loss_t1.00")
 
 
@@ -81,6 +92,7 @@ def test_two_processes_train_as_one_does_with_the_same_batch(alone: Path, pair: 
     for name, value in before.items():
         if value.is_floating_point():
             torch.testing.assert_close(after[name], value, rtol=1e-3, atol=1e-4)
+    assert_snapshots_close(pair, alone, 1e-3)
     assert sorted(files(alone)) == sorted(files(pair))  # one folder, with one process's files
     assert checkpoint(pair)["ImageDataModule"]["world_size"] == settings(pair)["trainer"]["devices"] == 2
     assert settings(pair)["trainer"]["strategy"] == "ddp"
@@ -180,7 +192,9 @@ def counting(path: Path) -> None:
         (optimizer,) = self.trainer.strategy.optimizers
         average = next(c for c in self.trainer.callbacks if isinstance(c, EMA))
         moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        powers = next(c for c in self.trainer.callbacks if isinstance(c, PowerAverages)).averages
         parts = {"weights": [*self.parameters()], "average": [*average.module.parameters()], "moments": moments}
+        parts["powers"] = [value for one in powers for value in one.values()]
         path.write_text(json.dumps({name: numbers(tensors) for name, tensors in parts.items()}))
 
     DiffusionModule.on_train_end = count  # type: ignore[method-assign]
@@ -215,6 +229,18 @@ def assert_close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float)
                 assert_equal(a, b, name)
 
 
+def assert_snapshots_close(run_dir: Path, other: Path, tolerance: float) -> None:
+    """Snapshots of power-function averages, by the largest relative error in the norm."""
+    names = [f"step-{step:06d}.safetensors" for step in (7, 14, STEPS)]
+    assert [path.name for path in sorted((run_dir / "ema").iterdir())] == names
+    for name in names:
+        ours, theirs = (read_tensors(folder / "ema" / name) for folder in (run_dir, other))
+        assert ours.keys() == theirs.keys() and ours["lengths"].tolist() == [0.05, 0.1]
+        for key, value in ours.items():
+            difference = (value.double() - theirs[key].double()).norm()
+            assert difference <= tolerance * theirs[key].double().norm() + tolerance / 10, (name, key)
+
+
 def leaves(a: Any, b: Any) -> list[tuple[Any, Any]]:
     """Pairs at the same places of two containers that have the same places."""
     if isinstance(a, dict):
@@ -233,6 +259,7 @@ def test_sliced_weights_train_as_whole_ones_do(pair: Path, sliced: Path) -> None
         assert len(ours) == len(theirs) == (STEPS if name.startswith("train") else VALIDATIONS), name
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, err_msg=name)
     assert_close(checkpoint(sliced), checkpoint(pair), 1e-4)
+    assert_snapshots_close(sliced, pair, 1e-4)
     assert sorted(files(sliced)) == sorted(files(pair))
     for ours, theirs in zip(sorted(sliced.glob("samples/*")), sorted(pair.glob("samples/*")), strict=True):
         difference = np.asarray(Image.open(ours)).astype(int) - np.asarray(Image.open(theirs))
@@ -241,10 +268,10 @@ def test_sliced_weights_train_as_whole_ones_do(pair: Path, sliced: Path) -> None
 
 @pytest.mark.slow
 def test_each_process_holds_half_of_the_weights(sliced: Path) -> None:
-    """Of their average and the optimiser's moments too."""
+    """Of their averages and the optimiser's moments too."""
     first, second = (json.loads((sliced.parent / f"{rank}.json").read_text()) for rank in range(2))
     size = sum(p.numel() for p in load_model(sliced).denoiser.parameters())
-    for name, count in {"weights": size, "average": size, "moments": 2 * size}.items():
+    for name, count in {"weights": size, "average": size, "moments": 2 * size, "powers": 2 * size}.items():
         (held, total), (other, _) = first[name], second[name]
         assert total == count == held + other and max(held, other) < 0.55 * total, name
 
@@ -282,8 +309,8 @@ def test_ctrl_c_stops_all_processes_with_a_checkpoint(sliced: Path, tmp_path: Pa
         assert_equal(checkpoint(run_dir)[name], checkpoint(sliced)[name], name)
     for name in CURVES:
         assert column(run_dir, name) == column(sliced, name)
-    for folder in ("model", "samples"):
-        assert files(run_dir / folder) == files(sliced / folder)
+    for folder in ("model", "samples", "ema"):
+        assert files(run_dir / folder) == files(sliced / folder) != {}
 
 
 @pytest.mark.slow

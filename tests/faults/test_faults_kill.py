@@ -29,7 +29,10 @@ from support.shell import FAST, SMALL, Outcome, assert_equal, attempt, call, che
 KILLS = int(os.environ.get("DPM_SCALES_KILLS", "4"))
 """SIGKILLs of one run."""
 
-RUN = (*SMALL, *FAST, "trainer.max_steps=24", "checkpoint.every_n_steps=3", "trainer.val_check_interval=7")
+RUN = (
+    *(*SMALL, *FAST, "trainer.max_steps=24", "checkpoint.every_n_steps=3", "trainer.val_check_interval=7"),
+    *("ema.power_lengths=[0.05,0.1]", "ema.snapshot_every=4"),
+)
 
 READERS: dict[str, Callable[[Path], Any]] = {
     ".ckpt": read_checkpoint,
@@ -120,8 +123,8 @@ def assert_same(run_dir: Path, whole: Path) -> None:
     for name in ours.keys() - {"loops", "epoch"}:
         assert_equal(ours[name], theirs[name], name)
     assert (run_dir / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
-    for folder in ("model", "samples"):
-        assert files(run_dir / folder) == files(whole / folder)
+    for folder in ("model", "samples", "ema"):
+        assert files(run_dir / folder) == files(whole / folder) != {}
     assert not list(run_dir.rglob("*.tmp"))
 
 

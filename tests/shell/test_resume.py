@@ -21,7 +21,10 @@ from support.cluster_shell import Forked, wait_for
 from support.shell import FAST, SMALL, assert_equal, attempt, call, checkpoint, files, settings, table, train
 
 #: nine steps; a checkpoint after four and eight of them, validations after three, six and nine
-RUN = (*FAST, "trainer.max_steps=9", "checkpoint.every_n_steps=4", "optimizer.decay=cosine", "ema.decay=0.9")
+RUN = (
+    *(*FAST, "trainer.max_steps=9", "checkpoint.every_n_steps=4", "optimizer.decay=cosine", "ema.decay=0.9"),
+    *("ema.power_lengths=[0.05,0.1]", "ema.snapshot_every=3"),
+)
 #: an epoch of 1438 images: 89 batches, or two and a bit
 BATCHES = {"mid-epoch": "data.batch_size=16", "epochs": "data.batch_size=512"}
 
@@ -71,7 +74,7 @@ def broken_off(run_dir: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str, 
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, average, optimiser, schedule, counters, place in the data, metrics, grids, export."""
+    """Weights, averages, snapshots, optimiser, schedule, counters, place in the data, metrics, grids, export."""
     first, second = checkpoint(a), checkpoint(b)
     assert first.keys() == second.keys()
     for name in first.keys() - {"callbacks", "loops", "epoch"}:  # callbacks know their folder; see below for the loops
@@ -80,7 +83,8 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert checkpoint(run_dir)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"] == 9
     assert (a / "metrics.csv").read_text() == (b / "metrics.csv").read_text()
     assert files(a / "samples") == files(b / "samples")
-    assert files(a / "model") == files(b / "model")
+    for folder in ("model", "ema"):
+        assert files(a / folder) == files(b / folder) != {}
     ours, theirs = (json.loads((run_dir / "result.json").read_text()) for run_dir in (a, b))
     for result in (ours, theirs):
         del result["seconds"], result["overrides"]

@@ -17,7 +17,13 @@ from dpm_scales.models.checksums import write_checkpoint
 from dpm_scales.training.resuming import APART, REFUSED, RULES, TAKES, WARNED, rule_of, rules_table
 from support.shell import CONFIGS, ROOT, Outcome, assert_equal, attempt, call, checkpoint, column, settings, train
 
-RUN = ("optimizer.learning_rate=0.01", "optimizer.warmup_steps=0", "trainer.max_steps=4", "ema.decay=0.9")
+RUN = (
+    "optimizer.learning_rate=0.01",
+    "optimizer.warmup_steps=0",
+    "trainer.max_steps=4",
+    "ema.decay=0.9",
+    "ema.power_lengths=[0.05]",
+)
 DECAY = 0.5 * (1 + math.cos(math.pi * 4 / 8))  # of the cosine, after 4 of 8 steps
 
 
@@ -88,6 +94,7 @@ TAKEN = {
     "optimizer.weight_decay": "0.3",
     "optimizer.max_bad_steps": "7",
     "ema.decay": "0.2",
+    "ema.snapshot_every": "2",
     "checkpoint": "checkpoint.every_n_steps=2",
     "samples": "samples.num_images=2",
     "evaluation": "evaluation.num_samples=30",
@@ -119,6 +126,7 @@ WARNED_OF = {
     "data.seed": "1",
     "data.drop_last": "false",
     "data.window": "",
+    "ema.length": "",  # see tests/shell/test_post_hoc_ema.py
 }
 REFUSED_ONES = {
     "process": "process=heat",
@@ -126,6 +134,7 @@ REFUSED_ONES = {
     "prior": "prior=gaussian",
     "network": "network.embedding_dim=24",
     "conditional": "true",
+    "ema.power_lengths": "[0.07]",
 }
 #: of folders and shards, in their own tests, and those that take long
 ELSEWHERE = {
@@ -263,7 +272,8 @@ def test_what_is_warned_of(run_dir: Path) -> None:
 def test_what_is_refused(key: str, run_dir: Path) -> None:
     outcome, _ = resume(run_dir, *written({key: REFUSED_ONES[key]}), "trainer.max_steps=5")
     assert outcome.status == 2 and outcome.err.count("\n") == 1, outcome.err
-    assert re.search("was trained with .*; choose another run_dir, or leave", outcome.err)
+    said = "begin with a run's first step, so leave" if key.startswith("ema") else "choose another run_dir, or leave"
+    assert re.search(said, outcome.err)
     assert checkpoint(run_dir)["global_step"] == 4
 
 
