@@ -52,6 +52,10 @@ class ImageSet(ABC):
         """Return the options of train.py that select the training images; prepares them where needed."""
 
     @abstractmethod
+    def training_images(self) -> Array:
+        """Return the training images, uint8 (N, C, H, W)."""
+
+    @abstractmethod
     def report(self, images: Array) -> dict[str, float]:
         """Return `fd` and further figures of uint8 samples (N, C, H, W)."""
 
@@ -67,6 +71,9 @@ class _JudgedDigits(ImageSet):
     def __init__(self, cache: Path, source: Path | None = None) -> None:
         super().__init__(cache, source)
         self.judge = self.judge_class()
+
+    def training_images(self) -> Array:
+        return np.asarray(self.judge.train_images)[:, None]
 
     def report(self, images: Array) -> dict[str, float]:
         judge = self.judge
@@ -117,6 +124,10 @@ class CifarSet(ImageSet):
 
     def overrides(self) -> list[str]:
         return ["data=array", f"data.path={self._array('train')}", "data.val_fraction=0.02", "data.random_flip=true"]
+
+    def training_images(self) -> Array:
+        with np.load(self._array("train")) as file:
+            return np.ascontiguousarray(file["images"].transpose(0, 3, 1, 2))
 
     def report(self, images: Array) -> dict[str, float]:
         features, reference = self._embed(images), self._reference()

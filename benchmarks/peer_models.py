@@ -1,0 +1,383 @@
+"""Libraries that are compared by `benchmarks.peers`, each as its documentation or example trains and samples.
+
+| peer | network | optimiser | samples |
+|---|---|---|---|
+| `dpm_scales` | `network=small` | `experiment=fast` | `sampler=auto` and 10 evaluations of DPM-Solver++(2M) |
+| `lucidrains` | `Unet(12, dim_mults=(1, 2, 4, 8))` | Adam at 8e-5, EMA 0.995 every 10 steps | 250 steps of DDIM |
+| `diffusers` | `UNet2DModel`, three levels of 32, 64, 64 | AdamW at 1e-4, cosine, warm-up, EMA | 1000 steps of DDPM |
+| `torchcfm` | `UNetModel(num_channels=32, num_res_blocks=1)` | Adam at 1e-3 | `dopri5`, tolerances 1e-4 |
+| `azula` | `UNet` of 26, 52, 104 channels, two blocks each | Adam at 3e-4 | 64 steps of DDIM |
+
+The settings are those of lucidrains' README, the script `train_unconditional.py` of diffusers, and the MNIST notebooks
+of torchcfm and azula. Widths are changed to give each network about 1.4 to 1.6 M parameters, and the batch is the same
+for all; flips, which would turn digits into their mirror images, are left out. A library is imported when its peer is
+built, so that the time of a cold start contains it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Budget = Callable[[], float]
+"""Returns the seconds that are left."""
+
+
+def batches(images: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Yield batches of the rows of a tensor for ever, in a new random order for each pass."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        for start in range(0, len(images) - batch_size + 1, batch_size):
+            yield images[order[start : start + batch_size]]
+
+
+class Peer(ABC):
+    """A library with a network, trained and sampled.
+
+    Args:
+        images: training images uint8 ``(N, C, H, W)``, on the device of the network.
+        batch_size: images of a step.
+        seed: of weights, order and noise.
+        folder: for files of the run.
+        small: whether to build the smallest network instead, for tests.
+    """
+
+    package: ClassVar[str]
+    sampler: ClassVar[str]
+    network: torch.nn.Module
+    steps = 0
+
+    def __init__(self, images: Tensor, batch_size: int, seed: int, folder: Path, small: bool = False) -> None:
+        self.images, self.batch_size, self.seed, self.folder, self.small = images, batch_size, seed, folder, small
+        torch.manual_seed(seed)
+        self.build()
+
+    @property
+    def version(self) -> str:
+        """The version of the library."""
+        return importlib.metadata.version(self.package)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W of an image."""
+        return (self.images.shape[1], self.images.shape[2], self.images.shape[3])
+
+    @abstractmethod
+    def build(self) -> None:
+        """Import the library and make network and optimiser."""
+
+    @abstractmethod
+    def loss(self, x: Tensor) -> Tensor:
+        """Return the loss ``()`` of floating-point images in [0, 1]."""
+
+    def after_step(self) -> None:  # noqa: B027, optional
+        """Update averages and learning rates."""
+
+    @abstractmethod
+    def inputs(self) -> tuple[Any, ...]:
+        """Return the arguments of the network for one image."""
+
+    def train(self, left: Budget) -> None:
+        """Train until no seconds are left, and one step at least."""
+        network, optimizer, clip = self.network.train(), self.optimizer, self.clip
+        for x in batches(self.images, self.batch_size, self.seed):
+            optimizer.zero_grad()
+            self.loss(x.float() / 255).backward()
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
+            optimizer.step()
+            self.after_step()
+            self.steps += 1
+            if left() <= 0:
+                return
+
+    optimizer: torch.optim.Optimizer
+    clip: float | None = None
+
+    @abstractmethod
+    def generate(self, number: int) -> Tensor:
+        """Return float images in [0, 1]."""
+
+    def samplers(self) -> dict[str, Callable[[int], Tensor]]:
+        """Return functions that draw a number of uint8 images ``(N, C, H, W)``, by their names in the table."""
+
+        def draw(number: int) -> Tensor:
+            with torch.no_grad():
+                return (self.generate(number).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+        return {self.sampler: draw}
+
+
+class Ours(Peer):
+    """This package: one run of `train.py`, whose number of steps follows from the measured seconds of a step."""
+
+    package = "dpm_scales"
+    recipe = "fast"
+
+    @property
+    def version(self) -> str:
+        """The version of this package."""
+        return importlib.metadata.version("dpm-scales")
+
+    def build(self) -> None:
+        import numpy as np
+        from hydra import compose, initialize_config_dir
+
+        from dpm_scales.training.run import train
+
+        path = self.folder / "images.npz"
+        np.savez(path, images=self.images.permute(0, 2, 3, 1).cpu().numpy())
+        accelerator = "gpu" if self.images.is_cuda else "cpu"
+        self.options = [
+            *("data=array", f"data.path={path}", "data.val_fraction=0", f"data.batch_size={self.batch_size}"),
+            *(f"experiment={self.recipe}", f"network={'tiny' if self.small else 'small'}", f"seed={self.seed}"),
+            *(f"trainer.accelerator={accelerator}", "trainer.enable_progress_bar=false"),
+        ]
+        self._compose, self._at, self._train = compose, initialize_config_dir, train
+
+    def loss(self, x: Tensor) -> Tensor:
+        raise NotImplementedError("train.py computes it")
+
+    def train(self, left: Budget) -> None:
+        """Train three short runs, which give the seconds of a step and of all else, then one that fits what is left."""
+        spent = []
+        for name, steps in (("imports", 1), ("one", 1), ("nine", 9)):
+            before = left()
+            self._run(name, steps)
+            spent.append(before - left())
+        step = max(1e-6, (spent[2] - spent[1]) / 8)
+        self.steps = max(1, int((left() - spent[1]) / step) + 1)
+        self._run("run", self.steps)
+
+    def _run(self, name: str, steps: int) -> None:
+        configs = Path(__file__).resolve().parents[1] / "configs"
+        ends = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
+        with self._at(str(configs), version_base="1.3"):
+            cfg = self._compose("train", overrides=[*self.options, *ends])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._train(cfg, self.folder / name, [])
+
+    def inputs(self) -> tuple[Any, ...]:
+        channels = self.network.in_channels
+        device = self.images.device
+        return torch.zeros(1, channels, *self.shape[1:], device=device), torch.ones(1, device=device)
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The trained network."""
+        return self._model().denoiser.network
+
+    def _model(self) -> Any:
+        from dpm_scales.models.io import load_model
+
+        return load_model(self.folder / "run").to(self.images.device)
+
+    def generate(self, number: int) -> Tensor:
+        raise NotImplementedError("samplers() draws bytes")
+
+    def samplers(self) -> dict[str, Callable[[int], Tensor]]:
+        from dpm_scales.models.generate import draw
+        from dpm_scales.samplers import DPMSolver
+
+        model = self._model()
+
+        def of(sampler: Any) -> Callable[[int], Tensor]:
+            chosen = model.replaced(sampler=sampler)
+
+            def images(number: int) -> Tensor:
+                return torch.cat(list(draw(chosen, number, self.seed, batch_size=100, device=self.images.device)))
+
+            return images
+
+        return {"DPM-Solver++(2M), 10": of(DPMSolver(0.0, 10, "logsnr")), "auto": of(model.sampler)}
+
+
+class Lucidrains(Peer):
+    """denoising-diffusion-pytorch."""
+
+    package, sampler, clip = "denoising-diffusion-pytorch", "DDIM, 250", 1.0
+
+    def build(self) -> None:
+        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+        from ema_pytorch import EMA
+
+        channels, size, _ = self.shape
+        network = Unet(8 if self.small else 12, dim_mults=(1, 2) if self.small else (1, 2, 4, 8), channels=channels)
+        steps = (8, 4) if self.small else (1000, 250)
+        diffusion = GaussianDiffusion(network, image_size=size, timesteps=steps[0], sampling_timesteps=steps[1])
+        self.diffusion = diffusion.to(self.images.device)
+        self.network = network
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=8e-5, betas=(0.9, 0.99))
+        self.average = EMA(self.diffusion, beta=0.995, update_every=10)
+
+    def loss(self, x: Tensor) -> Tensor:
+        found: Tensor = self.diffusion(x)
+        return found
+
+    def after_step(self) -> None:
+        self.average.update()
+
+    def inputs(self) -> tuple[Any, ...]:
+        return self.images[:1].float(), torch.zeros(1, device=self.images.device)
+
+    def generate(self, number: int) -> Tensor:
+        self.average.ema_model.eval()
+        images: Tensor = self.average.ema_model.sample(batch_size=number)
+        return images
+
+
+class Diffusers(Peer):
+    """diffusers: UNet2DModel and DDPM."""
+
+    package, sampler, clip = "diffusers", "DDPM, 1000", 1.0
+    epochs, warmup = 100, 500
+
+    def build(self) -> None:
+        from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+        from diffusers.optimization import get_cosine_schedule_with_warmup
+        from diffusers.training_utils import EMAModel
+
+        channels, size, _ = self.shape
+        widths = (32, 32) if self.small else (32, 64, 64)
+        plain = len(widths) - 2
+        self.network = UNet2DModel(
+            sample_size=size,
+            in_channels=channels,
+            out_channels=channels,
+            layers_per_block=1 if self.small else 2,
+            block_out_channels=widths,
+            down_block_types=(*["DownBlock2D"] * plain, "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * plain),
+        ).to(self.images.device)
+        self.scheduler = DDPMScheduler(num_train_timesteps=4 if self.small else 1000)
+        self.pipeline = DDPMPipeline
+        parameters = list(self.network.parameters())
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+        total = self.epochs * -(-len(self.images) // self.batch_size)
+        self.rates = get_cosine_schedule_with_warmup(self.optimizer, self.warmup, total)
+        self.average = EMAModel(
+            parameters, decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75, model_cls=UNet2DModel
+        )
+
+    def loss(self, x: Tensor) -> Tensor:
+        x = 2 * x - 1
+        noise = torch.randn_like(x)
+        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(x),), device=x.device)
+        prediction = self.network(self.scheduler.add_noise(x, noise, t), t).sample
+        return F.mse_loss(prediction, noise)
+
+    def after_step(self) -> None:
+        self.rates.step()
+        self.average.step(self.network.parameters())
+
+    def inputs(self) -> tuple[Any, ...]:
+        return self.images[:1].float(), torch.zeros(1, dtype=torch.long, device=self.images.device)
+
+    def generate(self, number: int) -> Tensor:
+        network = copy.deepcopy(self.network).eval()
+        self.average.copy_to(network.parameters())
+        pipeline = self.pipeline(unet=network, scheduler=self.scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        steps, generator = self.scheduler.config.num_train_timesteps, torch.Generator().manual_seed(self.seed)
+        found = pipeline(number, generator, num_inference_steps=steps, output_type="np").images
+        return torch.from_numpy(found).permute(0, 3, 1, 2)
+
+
+class TorchCFM(Peer):
+    """torchcfm: flow matching with optimal transport within a batch."""
+
+    package, sampler = "torchcfm", "dopri5, 1e-4"
+
+    def build(self) -> None:
+        from torchcfm.conditional_flow_matching import ExactOptimalTransportConditionalFlowMatcher
+        from torchcfm.models.unet import UNetModel
+        from torchdiffeq import odeint
+
+        multiples = [1, 1] if self.small else None
+        network = UNetModel(self.shape, num_channels=32, num_res_blocks=1, channel_mult=multiples)
+        self.network = network.to(self.images.device)
+        self.optimizer = torch.optim.Adam(self.network.parameters())
+        self.matcher = ExactOptimalTransportConditionalFlowMatcher(sigma=0.0)
+        self.solve = odeint
+
+    def loss(self, x: Tensor) -> Tensor:
+        x = 2 * x - 1
+        t, x_t, velocity = self.matcher.sample_location_and_conditional_flow(torch.randn_like(x), x)
+        return torch.mean((self.network(t, x_t) - velocity) ** 2)
+
+    def inputs(self) -> tuple[Any, ...]:
+        return torch.zeros(1, device=self.images.device), self.images[:1].float()
+
+    def generate(self, number: int) -> Tensor:
+        self.network.eval()
+        x = torch.randn(number, *self.shape, device=self.images.device)
+        ends = torch.linspace(0, 1, 2, device=x.device)
+        tolerance = 1e-1 if self.small else 1e-4
+        path = self.solve(lambda t, x: self.network(t, x), x, ends, method="dopri5", atol=tolerance, rtol=tolerance)
+        images: Tensor = (path[-1] + 1) / 2
+        return images
+
+
+class Azula(Peer):
+    """azula."""
+
+    package, sampler = "azula", "DDIM, 64"
+
+    def build(self) -> None:
+        from azula.denoise import KarrasDenoiser
+        from azula.nn.unet import UNet
+        from azula.noise import VPSchedule
+        from azula.sample import DDIMSampler
+
+        channels = self.shape[0]
+        widths, blocks, features = ((8, 16), (1, 1), 16) if self.small else ((26, 52, 104), (2, 2, 2), 64)
+
+        class Conditioned(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.unet = UNet(channels, channels, hid_channels=widths, hid_blocks=blocks, mod_features=features)
+                linear = torch.nn.Linear
+                self.embedding = torch.nn.Sequential(linear(1, features), torch.nn.SiLU(), linear(features, features))
+
+            def forward(self, x_t: Tensor, level: Tensor) -> Tensor:
+                level = level.expand(x_t.shape[0])
+                found: Tensor = self.unet(x_t, self.embedding(level[..., None]))
+                return found
+
+        self.denoiser = KarrasDenoiser(Conditioned(), VPSchedule()).to(self.images.device)
+        self.network = self.denoiser.backbone
+        self.optimizer = torch.optim.Adam(self.denoiser.parameters(), lr=3e-4)
+        self.solver = DDIMSampler
+
+    def loss(self, x: Tensor) -> Tensor:
+        found: Tensor = self.denoiser.loss(2 * x - 1, torch.rand(len(x), device=x.device))
+        return found
+
+    def inputs(self) -> tuple[Any, ...]:
+        return self.images[:1].float(), torch.zeros(1, device=self.images.device)
+
+    def generate(self, number: int) -> Tensor:
+        sampler = self.solver(self.denoiser.eval(), steps=2 if self.small else 64, silent=True)
+        sampler = sampler.to(self.images.device) if isinstance(sampler, torch.nn.Module) else sampler
+        x: Tensor = sampler(sampler.init((number, *self.shape), device=self.images.device))
+        return (x + 1) / 2
+
+
+PEERS: dict[str, type[Peer]] = {
+    "dpm_scales": Ours,
+    "lucidrains": Lucidrains,
+    "diffusers": Diffusers,
+    "torchcfm": TorchCFM,
+    "azula": Azula,
+}
