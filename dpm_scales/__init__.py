@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ImageDataset,
         ImageFolder,
         ImageSource,
+        Mnist5000,
         Photos,
     )
     from dpm_scales.describe import configured
@@ -111,7 +112,7 @@ _PLACES = {
     "samplers": ("DDIM", "Ancestral", "Cold", "DPMSolver", "Dissipation", "Heun", "Sampler", "UniPC"),
     "data": (
         *("BSDS500", "ArraySource", "Digits", "ImageDataModule", "ImageDataset", "ImageFolder", "ImageSource"),
-        "Photos",
+        *("Mnist5000", "Photos"),
     ),
     "images": ("make_grid", "save_png"),
 }
@@ -175,6 +176,7 @@ __all__ = [
     "LowHigh",
     "LowPass",
     "MinSNR",
+    "Mnist5000",
     "Model",
     "NextScale",
     "Noise",

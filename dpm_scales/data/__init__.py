@@ -10,6 +10,7 @@ from dpm_scales.data.downloads import TorchvisionSource
 from dpm_scales.data.files import listed
 from dpm_scales.data.folder import BSDS500, FileImages, ImageFolder
 from dpm_scales.data.hf import HubSource
+from dpm_scales.data.mnist5000 import Mnist5000
 from dpm_scales.data.order import EpochOrder
 from dpm_scales.data.sampler import ShuffledBatches
 from dpm_scales.data.shards import ShardImages, ShardSource
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         digits_data,
         folder_data,
         hf_data,
+        mnist5000_data,
         photos_data,
         shards_data,
         torchvision_data,
@@ -41,6 +43,7 @@ __all__ = [
     "ImageDataset",
     "ImageFolder",
     "ImageSource",
+    "Mnist5000",
     "Photos",
     "ShardImages",
     "ShardSource",
@@ -54,6 +57,7 @@ __all__ = [
     "given_data",
     "hf_data",
     "listed",
+    "mnist5000_data",
     "photos_data",
     "shards_data",
     "torchvision_data",

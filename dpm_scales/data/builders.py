@@ -15,6 +15,7 @@ from dpm_scales.data.datamodule import ImageDataModule
 from dpm_scales.data.downloads import TorchvisionSource
 from dpm_scales.data.folder import BSDS500, ImageFolder
 from dpm_scales.data.hf import HubSource
+from dpm_scales.data.mnist5000 import Mnist5000
 from dpm_scales.data.shards import ShardSource
 from dpm_scales.data.sources import ArraySource, Digits, Photos
 
@@ -40,6 +41,7 @@ def _batches_of(source: type[ImageSource], name: str) -> Callable[..., ImageData
 
 
 digits_data = _batches_of(Digits, "digits_data")
+mnist5000_data = _batches_of(Mnist5000, "mnist5000_data")
 photos_data = _batches_of(Photos, "photos_data")
 folder_data = _batches_of(ImageFolder, "folder_data")
 bsds500_data = _batches_of(BSDS500, "bsds500_data")

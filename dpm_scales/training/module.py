@@ -18,11 +18,16 @@ from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.images import to_range
 from dpm_scales.models.model import Model
 from dpm_scales.rng import CounterRNG
+from dpm_scales.training.muon import Muon, embedding_weights
 from dpm_scales.training.pairing import candidates_of
 from dpm_scales.training.scale_sampling import SCALE_SAMPLINGS, DensityScales, ImportanceScales, check_density
 from dpm_scales.weights import LossWeight
 
 DECAYS = ("cosine", "constant")
+METHODS = ("adamw", "muon")
+AUTO_WARMUP = 100
+"""Most steps of a warm-up that follows from the number of steps."""
+
 BANDS = 4
 MOST_STEPS = 10**9
 """Largest number of steps of a run, its warm-up or an interval."""
@@ -37,10 +42,11 @@ class DiffusionModule(pl.LightningModule):
 
     Args:
         model: denoiser, prior, sampler and recipe; its network gets the labels where the recipe has classes.
-        learning_rate: of AdamW, > 0.
-        warmup_steps: optimiser steps of linear warm-up.
+        learning_rate: of AdamW, > 0; Muon's steps follow from it.
+        warmup_steps: optimiser steps of linear warm-up; "auto" for a tenth of the trainer's max_steps, at most 100.
         decay: "cosine" to zero at the trainer's max_steps, or "constant".
         betas, weight_decay: of AdamW.
+        method: "adamw", or "muon" for the matrices among the weights, see `training.muon`.
         scale_sampling: "uniform", a published density, or "importance": scales whose loss varies more are drawn more
             often, weighted less; see `training.scale_sampling`.
         scale_mean, scale_std: of the normal densities; None for the published ones.
@@ -60,7 +66,7 @@ class DiffusionModule(pl.LightningModule):
         self,
         model: Model,
         learning_rate: float = 1e-3,
-        warmup_steps: int = 100,
+        warmup_steps: int | str = 100,
         decay: str = "cosine",
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
@@ -72,11 +78,16 @@ class DiffusionModule(pl.LightningModule):
         scale_std: float | None = None,
         pairing: str = "none",
         candidates: int | None = None,
+        method: str = "adamw",
     ) -> None:
         super().__init__()
         require_number("optimizer.learning_rate", learning_rate, 0)
-        require_number("optimizer.warmup_steps", warmup_steps, 0, MOST_STEPS, whole=True)
+        if isinstance(warmup_steps, str):
+            require(warmup_steps == "auto", f"optimizer.warmup_steps={warmup_steps}: allowed are numbers and auto")
+        else:
+            require_number("optimizer.warmup_steps", warmup_steps, 0, MOST_STEPS, whole=True)
         require(decay in DECAYS, f"unknown optimizer.decay {decay!r}: {suggest(str(decay), DECAYS)}")
+        require(method in METHODS, f"unknown optimizer.method {method!r}: {suggest(str(method), METHODS)}")
         pair = isinstance(betas, list | tuple) and len(betas) == 2
         require(pair and all(isinstance(b, int | float) and 0 <= b < 1 for b in betas), BETAS + f", got {betas!r}")
         require_number("optimizer.weight_decay", weight_decay, 0)
@@ -89,7 +100,7 @@ class DiffusionModule(pl.LightningModule):
         self.candidates = candidates_of(pairing, candidates, model.denoiser.process)
         self.model = model
         self.learning_rate, self.warmup_steps, self.decay = learning_rate, warmup_steps, decay
-        self.betas, self.weight_decay = (betas[0], betas[1]), weight_decay
+        self.betas, self.weight_decay, self.method = (betas[0], betas[1]), weight_decay, method
         self.seed = seed
         self.loss_weight = loss_weight
         if compile_network:
@@ -167,9 +178,11 @@ class DiffusionModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         # fused: one kernel, and it can skip a step on the device (see configure_gradient_clipping)
-        optimizer = torch.optim.AdamW(
-            self.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True
-        )
+        rate, betas, decay = self.learning_rate, self.betas, self.weight_decay
+        if self.method == "muon":
+            optimizer: torch.optim.AdamW = Muon(self.parameters(), rate, betas, decay, embedding_weights(self))
+        else:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=rate, betas=betas, weight_decay=decay, fused=True)
         optimizer.register_load_state_dict_pre_hook(like_parameters)
         after_step = getattr(self.parts.denoiser.network, "after_step", None)
         if after_step is not None:  # a hook of the optimiser: before checkpoints and EMA see the weights
@@ -182,7 +195,10 @@ class DiffusionModule(pl.LightningModule):
 
     def rate(self, step: int, max_steps: int) -> float:
         """Return the factor in [0, 1] on the learning rate at step `step` >= 0 of `max_steps` (-1: no end)."""
-        rate = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        warmup = self.warmup_steps
+        if isinstance(warmup, str):
+            warmup = min(AUTO_WARMUP, max_steps // 10) if max_steps > 0 else AUTO_WARMUP
+        rate = min(1.0, (step + 1) / (warmup + 1))
         if self.decay == "cosine" and max_steps > 0:
             rate *= 0.5 * (1 + math.cos(math.pi * min(step / max_steps, 1.0)))
         return rate

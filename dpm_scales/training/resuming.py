@@ -94,6 +94,7 @@ RULES = {
         "noise than before; the weights and the order of the images (data.seed) stay",
     ),
     "objective": Rule(TAKES),
+    "optimizer.method": Rule(TAKES, "the moments are kept"),
     "optimizer.learning_rate": Rule(TAKES, "multiplied by warm-up and decay at the current step"),
     "optimizer.warmup_steps": Rule(TAKES, "counted from step 0 of the run"),
     "optimizer.decay": Rule(TAKES),

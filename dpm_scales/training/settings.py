@@ -64,6 +64,10 @@ def check_numbers(cfg: DictConfig) -> None:
         strategy != FSDP or not cfg.compile,
         "compile=true compiles a network in one piece, trainer=fsdp computes it block by block; leave one of them out",
     )
+    require(
+        strategy != FSDP or cfg.optimizer.method != "muon",
+        "optimizer.method=muon needs whole matrices, trainer=fsdp has a part of each on every device; leave one out",
+    )
     if trainer.gradient_clip_val is not None:
         require_number("trainer.gradient_clip_val", trainer.gradient_clip_val, 0)
         require(trainer.gradient_clip_val > 0, "trainer.gradient_clip_val=0 stops all learning; null clips nothing")

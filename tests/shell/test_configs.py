@@ -386,7 +386,8 @@ def _leaves(config: Any, key: str = "") -> dict[str, Any]:
 def test_experiments_hold_only_differences(name: str) -> None:
     """Each value differs from what the same choices give without the experiment."""
     body = raw(CONFIGS / "experiment" / f"{name}.yaml")
-    chosen = [next(iter(entry.items())) for entry in body.pop("defaults")]
+    entries = [entry for entry in body.pop("defaults") if entry != "_self_"]
+    chosen = [next(iter(entry.items())) if isinstance(entry, dict) else ("experiment", entry) for entry in entries]
     without = composed(*(f"{key.removeprefix('override /')}={value}" for key, value in chosen))
     for key, value in _leaves(body).items():
         assert OmegaConf.select(without, key) != value, key

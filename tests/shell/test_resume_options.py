@@ -87,6 +87,7 @@ def test_the_documentation_has_the_table() -> None:
 
 #: one change for every rule; all of a kind are tried together
 TAKEN = {
+    "optimizer.method": "muon",
     "optimizer.learning_rate": "0.002",
     "optimizer.warmup_steps": "9",
     "optimizer.decay": "constant",
@@ -173,7 +174,7 @@ def test_what_takes_effect_is_told_and_taken(run_dir: Path) -> None:
     (group,) = values["optimizer_states"][0]["param_groups"]
     assert group["initial_lr"] == 0.002 and tuple(group["betas"]) == (0.5, 0.6) and group["weight_decay"] == 0.3
     assert values["global_step"] == 6
-    assert column(run_dir, "lr-AdamW")[4:] == pytest.approx([0.002 * 5 / 10, 0.002 * 6 / 10])
+    assert column(run_dir, "lr-Muon")[-2:] == pytest.approx([0.002 * 5 / 10, 0.002 * 6 / 10])
     assert (run_dir / "samples" / "step-000006.png").is_file() and (run_dir / "tensorboard").is_dir()
 
 

@@ -87,6 +87,17 @@ def test_learning_rate(decay: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(rates, 0.01 * warm * cosine, rtol=1e-6)
 
 
+def test_warm_up_follows_from_the_number_of_steps() -> None:
+    """A tenth, at most 100 steps; the same factor as with that number."""
+    auto, ten, hundred = (DiffusionModule(small_model(), warmup_steps=steps) for steps in ("auto", 10, 100))
+    assert [auto.rate(step, 100) for step in range(20)] == [ten.rate(step, 100) for step in range(20)]
+    for steps in (-1, 5000):
+        assert auto.rate(7, steps) == hundred.rate(7, steps) < 0.1
+    assert auto.rate(0, 9) == 1.0
+    with pytest.raises(UserError, match="optimizer.warmup_steps=later: allowed are numbers and auto"):
+        DiffusionModule(small_model(), warmup_steps="later")
+
+
 def test_first_step_is_adams(tmp_path: Path, history: list[dict[str, Tensor]]) -> None:
     """AdamW's first step moves every weight with a gradient by the learning rate, whatever the gradient's size."""
     train(tmp_path / "run", *FAST, "trainer.max_steps=2", "trainer.val_check_interval=2")
