@@ -47,6 +47,7 @@ from dpm_scales.editing import (
 from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.images import LEVELS, make_grid, psnr, save_gif, to_uint8
 from dpm_scales.models.instantiate import plain
+from dpm_scales.networks import require_size
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, OnStep, Sampler
 
@@ -198,6 +199,7 @@ def coarse(cfg: DictConfig) -> None:
     )
     height, width = image_size(cfg) or model.recipe.image_size
     model.prior.check_size((height, width))
+    require_size(model.denoiser.network, (height, width))
     scales = sampler.scales(process)
     shared_steps = int((scales >= branch_at - 1e-9).sum()) - 1
     require(shared_steps < len(scales) - 2, f"branch_at={branch_at:g} leaves no steps to differ in; raise it or steps")

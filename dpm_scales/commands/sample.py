@@ -17,6 +17,7 @@ from dpm_scales.data.image_sets import read_images
 from dpm_scales.errors import UserError
 from dpm_scales.images import make_class_grid, make_grid, save_gif, save_png, to_range, to_uint8
 from dpm_scales.models.model import Model
+from dpm_scales.networks import require_size
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import OnStep
 from dpm_scales.storage import write_text
@@ -56,6 +57,7 @@ def sample(cfg: DictConfig) -> None:
         setup.note("prior_images", images)
     size = size or model.recipe.image_size
     model.prior.check_size(size)
+    require_size(model.denoiser.network, size)
     scales = model.sampler.scales(process).to(setup.device)
     frames: list[Tensor] = []
 

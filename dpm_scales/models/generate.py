@@ -17,6 +17,7 @@ from dpm_scales.errors import UserError, is_whole, require, require_number
 from dpm_scales.images import to_uint8
 from dpm_scales.memory import lacks_memory
 from dpm_scales.models.base import Parts
+from dpm_scales.networks import require_size
 from dpm_scales.rng import CounterRNG
 
 
@@ -94,6 +95,7 @@ def draw(
     process = model.denoiser.process
     height, width = size or model.recipe.image_size
     model.prior.check_size((height, width))
+    require_size(model.denoiser.network, (height, width))
     model.sampler.require_covariance(model.denoiser)
     scales = model.sampler.scales(process).to(device)
     for start in range(0, num_samples, batch_size):

@@ -16,7 +16,7 @@ from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.models.instantiate import CONFIGS, arguments_of, build, read_config, root_cause_line
 from dpm_scales.models.recipe import UNDESCRIBED, Recipe
 from dpm_scales.models.weights_fit import require_fit, within_memory
-from dpm_scales.networks import require_forward
+from dpm_scales.networks import require_forward, require_size
 from dpm_scales.priors import Prior
 from dpm_scales.processes import Process
 from dpm_scales.samplers import Sampler
@@ -53,9 +53,7 @@ def build_denoiser(
     with within_memory("this network"):
         network = make()
     check_network(network, recipe.label_dropout)
-    check_size = getattr(network, "check_size", None)
-    if callable(check_size):
-        check_size(recipe.image_size)
+    require_size(network, recipe.image_size)
     target = build(parts["target"], Target, "target")
     prior = build(parts["prior"], Prior, "prior", {"process": process})
     prior.check(process)

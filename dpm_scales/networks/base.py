@@ -18,7 +18,7 @@ class Network(Protocol):
     """A module built with `in_channels`, `out_channels` and `num_classes` (None without labels) besides its options.
 
     It may have two further methods:
-    `check_size(size)` raises UserError for an image size ``(H, W)`` that it can't take, before anything is trained.
+    `check_size(size)` raises UserError for an image size ``(H, W)`` that it can't take, before training and sampling.
     `after_step()` is called after each step of the optimiser, without gradients, for example to project weights. Under
     FSDP a parameter is then a distributed tensor, sharded along its first dimension.
     """
@@ -44,6 +44,13 @@ def require_forward(network: nn.Module) -> None:
     except TypeError:
         kind = f"{type(network).__module__}.{type(network).__qualname__}"
         raise UserError(f"network: {kind}.forward takes {signature}; it must take (x, t, labels=None)") from None
+
+
+def require_size(network: nn.Module, size: tuple[int, int]) -> None:
+    """Raise UserError if a network that has `check_size` can't take images of `size` (H, W)."""
+    check_size = getattr(network, "check_size", None)
+    if callable(check_size):
+        check_size(size)
 
 
 def require_counts(**counts: object) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import dpm_scales as ds
+from dpm_scales.errors import UserError
 from dpm_scales.models.io import load_model
 from dpm_scales.networks import EDM2
 from dpm_scales.networks.magnitude import MPLayer
@@ -56,6 +57,15 @@ def test_runs_resume_exactly(network: str, process: str, tmp_path: Path) -> None
             torch.testing.assert_close(size, torch.full_like(size, 0.1), rtol=1e-5, atol=0)
     drawn = sample(whole, tmp_path / "samples", "num_samples=2", "labels=[3]")
     assert (drawn / "000001.png").is_file()
+
+
+def test_a_size_that_the_network_can_not_take_is_not_sampled(tmp_path: Path) -> None:
+    folder = train(tmp_path / "run", *TOY["jit"], "trainer.max_steps=1")
+    end = call("sample.py", f"model={folder}", "size=[8,10]", "num_samples=1", "out=out", cwd=tmp_path)
+    one_line(end, "images of 8x10", "multiples of 4")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="images of 8x10"):
+        load_model(folder).sample(1, size=(8, 10))
 
 
 def test_the_learned_weight_trains_from_python(tmp_path: Path) -> None:
