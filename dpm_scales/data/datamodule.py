@@ -187,11 +187,15 @@ class ImageDataModule(Describable, pl.LightningDataModule):
         require(len(train) > 0, "no training images")
         number, total, squares = 0, 0.0, 0.0
         pool = train.pool(max_images)
-        for place in np.linspace(0, len(pool) - 1, min(max_images, len(pool))).round().astype(int).tolist():
-            values = images.to_range(train[pool[place]][0], (0.0, 1.0)).double()
+        places = np.linspace(0, len(pool) - 1, min(max_images, len(pool))).round().astype(int).tolist()
+        together = max(1, 2**16 // (self.channels * self.image_size[0] * self.image_size[1]))
+        for start in range(0, len(places), together):
+            chosen = [train[pool[place]][0] for place in places[start : start + together]]
+            values = images.to_range(torch.stack(chosen), (0.0, 1.0)).double()
             number += values.numel()
-            total += float(values.sum())
-            squares += float(values.square().sum())
+            for image, square in zip(values, values.square(), strict=True):
+                total += float(image.sum())
+                squares += float(square.sum())
         mean = total / number
         return {"mean": mean, "std": math.sqrt(max(squares / number - mean**2, 0.0))}
 

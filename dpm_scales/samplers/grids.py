@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ NO_SIGNAL = 1e6
 """gamma / lambda above which a scale shows nothing of the image: grids by noise level have no use for it."""
 
 GRIDS = ("uniform", "quadratic", "karras", "logsnr")
+
+_found: WeakKeyDictionary[Process, dict[tuple[object, ...], Tensor]] = WeakKeyDictionary()
+"""Scales of noise levels, for each process: 60 steps of bisection, which each sample would repeat three times."""
 
 
 def tables_of(process: Process) -> torch.device | None:
@@ -87,7 +91,10 @@ def _ends(process: Process, name: str) -> tuple[Tensor, Tensor]:
 
 def _at_levels(process: Process, wanted: Tensor, device: torch.device | str | None) -> Tensor:
     """Return the scales of the noise levels `wanted`, the first replaced by 1, and 0 after the last."""
-    ts = scales_at(lambda t: noise_level(process, t), wanted, 1 / process.num_scales)
+    found, key = _found.setdefault(process, {}), (wanted.device, *wanted.tolist())
+    if key not in found:
+        found[key] = scales_at(lambda t: noise_level(process, t), wanted, 1 / process.num_scales)
+    ts = found[key].clone()
     ts[0] = 1.0
     return torch.cat([ts, torch.zeros_like(ts[:1])]).to(device)
 

@@ -306,3 +306,19 @@ def test_auto_sampler_goes_from_scale_to_scale_where_the_network_knows_no_more(p
     sampler = auto_sampler(denoiser)
     assert type(sampler) is Ancestral and len(sampler.scales(process)) == process.num_scales + 1
     sampler.check(denoiser)
+
+
+def test_a_grid_is_found_once_for_each_process_and_handed_out_as_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    process, other = VP(50), VP(50)
+    first = karras_grid(process, 8)
+    kept = first.clone()
+    first.fill_(2.0)
+    monkeypatch.setattr("dpm_scales.samplers.grids.scales_at", lambda *_: pytest.fail("found anew"))
+    assert torch.equal(karras_grid(process, 8), kept)
+    for again in (
+        lambda: karras_grid(process, 9),
+        lambda: karras_grid(process, 8, rho=3.0),
+        lambda: karras_grid(other, 8),
+    ):
+        with pytest.raises(pytest.fail.Exception, match="found anew"):
+            again()

