@@ -163,11 +163,12 @@ def test_runs_of_two_sweeps_in_one_folder_are_two(tmp_path: Path) -> None:
 
 def test_runs_under_their_old_names_go_on(tmp_path: Path) -> None:
     """Every option was in a name once, and a sweep's runs were in runs/."""
-    jobs = [[*ONE_STEP, f"seed={seed}", "ema.decay=0.9123456789"] for seed in (1, 2)]
+    options = [option for option in ONE_STEP if not option.startswith("samples.curves=")]  # a newer one
+    jobs = [[*options, f"seed={seed}", "ema.decay=0.9123456789"] for seed in (1, 2)]
     for job in jobs:
         assert call("train.py", *job, f"run_dir=runs/{plain_name(job)}", cwd=tmp_path).status == 0
     (tmp_path / "runs" / "multirun.yaml").touch()
-    sweep_again = call("train.py", "-m", *ONE_STEP, "seed=1,2", "ema.decay=0.9123456789", cwd=tmp_path)
+    sweep_again = call("train.py", "-m", *options, "seed=1,2", "ema.decay=0.9123456789", cwd=tmp_path)
     assert sweep_again.status == 0 and sweep_again.out.count("is finished (1 steps)") == 2, sweep_again.err
     assert call("train.py", *jobs[0], cwd=tmp_path).out.count("is finished (1 steps)") == 1
     assert len(folders(tmp_path / "runs")) == 2 and len(rows(tmp_path / "runs")) == 2
