@@ -47,6 +47,7 @@ from dpm_scales.editing import (
 from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.images import LEVELS, make_grid, psnr, save_gif, to_uint8
 from dpm_scales.models.instantiate import plain
+from dpm_scales.models.model import Model
 from dpm_scales.networks import require_size
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, OnStep, Sampler
@@ -191,7 +192,7 @@ def coarse(cfg: DictConfig) -> None:
     if branch_at is None:
         branch_at = 1.0 if process.has_constant_noise() else 0.5
     require(process.has_noise(), f"{type(process).__name__} has no noise, so all that share a start are the same")
-    sampler = _random_sampler(setup)
+    sampler = random_sampler(setup.model, setup.cfg.steps, _chosen(setup))
     require(
         sampler.is_random,
         f"sampler {type(sampler).__name__} draws no noise on its way, so all that share a start are the same; "
@@ -286,29 +287,51 @@ def _degraded(setup: Setup, degradation: Degradation, noise_std: float) -> tuple
     return images, to_uint8(y, setup.process.value_range)
 
 
-def _random_sampler(setup: Setup, repeats: int = 0) -> Sampler:
-    """Return the configured sampler, else the ancestral one, whose noise corrects errors of the guided estimates."""
-    process, model, steps = setup.process, setup.model, setup.cfg.steps
-    if plain(setup.cfg.sampler).get("_target_") or not process.has_noise():
+def random_sampler(model: Model, steps: int | None = None, chosen: bool = False, repeats: int = 0) -> Sampler:
+    """Return the model's sampler if it was chosen, else the ancestral one, whose noise corrects guided estimates.
+
+    Args:
+        steps: of the ancestral sampler; None for as many as `EVALUATIONS` allows.
+        chosen: whether the user chose the model's sampler.
+        repeats: how often each step will be repeated.
+    """
+    process = model.denoiser.process
+    if chosen or not process.has_noise():
         return model.sampler
     number = min(process.num_scales, max(1, EVALUATIONS // (1 + repeats))) if steps is None else steps
     sampler = Ancestral(number, noise_color=model.sampler.noise_color, covariance=model.sampler.covariance)
-    sampler.check(setup.denoiser)
+    sampler.check(model.denoiser)
     return sampler
 
 
-def _resampling(setup: Setup) -> Sampler:
-    """Return the sampler with resampling; by default without it for constant noise, which is too weak to help."""
-    repeats = setup.cfg.resample
+def resampling(model: Model, steps: int | None = None, chosen: bool = False, repeats: object = "auto") -> Sampler:
+    """Return a sampler with resampling; by default without it for constant noise, which is too weak to help.
+
+    Args:
+        steps, chosen: as in `random_sampler`.
+        repeats: "auto", or a whole number from 0 to 1000.
+
+    Raises: UserError for other values, and for a sampler that does not fit the model.
+    """
     if repeats == "auto":
-        repeats = 0 if setup.process.has_constant_noise() else RESAMPLE
+        repeats = 0 if model.denoiser.process.has_constant_noise() else RESAMPLE
     require_number("resample", repeats, 0, 1000, whole=True)
-    sampler = _random_sampler(setup, repeats)
+    assert isinstance(repeats, int)
+    sampler = random_sampler(model, steps, chosen, repeats)
     if repeats == 0:
         return sampler
-    resampling = Resampling(sampler, repeats)
-    resampling.check(setup.denoiser)
-    return resampling
+    repeated = Resampling(sampler, repeats)
+    repeated.check(model.denoiser)
+    return repeated
+
+
+def _resampling(setup: Setup) -> Sampler:
+    return resampling(setup.model, setup.cfg.steps, _chosen(setup), setup.cfg.resample)
+
+
+def _chosen(setup: Setup) -> bool:
+    """Return whether the config names a sampler."""
+    return bool(plain(setup.cfg.sampler).get("_target_"))
 
 
 def _finish(setup: Setup, sharp: Tensor | None, seen: Tensor, results: list[Tensor], note: str) -> None:

@@ -33,5 +33,6 @@ COMMANDS = {
     ),
     "plot": Command("dpm_scales.entry.plot", "draw the curves of a run, and the options of a sweep against a metric"),
     "data": Command("dpm_scales.entry.data", "pack images into tar shards, check shards", ("pack", "check", "index")),
+    "studio": Command("dpm_scales.entry.studio", "open a page: processes, schedules, samples and edits in a browser"),
     "init": Command("dpm_scales.entry.init", "write a project with a network and a process of your own"),
 }
