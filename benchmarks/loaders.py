@@ -5,25 +5,25 @@
     python -m benchmarks.loaders --memory --images 100000          # memory of ten epochs
 
 All give shuffled batches of 64 uint8 images (64, 3, H, W) of the same crops of scikit-image's photos. Two figures are
-printed: images per second of wall-clock time, for an idle machine, and images per second of CPU time, of the training
-process and its workers together, which another load changes less. Both are differences of a long and a short run, so
-that starting workers does not count, and the best of some rounds.
+printed: images per second of wall-clock time, and images per second of CPU time, of the training process and its
+workers together, which another load changes less. Both are of differences of a long and a short run, so that starting
+workers does not count. The loaders take turns, and medians over the rounds count, so that another load meets all alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import resource
+import statistics
 import tempfile
 import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,9 @@ def write_sets(place: Path, size: int, number: int) -> None:
         pack(place / source, place / f"shards-{name}", Packing(per_shard, format=kind), lambda *_: lambda _: None)
 
 
-def batches_of(source: data.ImageSource, workers: int, count: int) -> Iterator[Any]:
+def batches_of(source: data.ImageSource, workers: int, count: int, decoded: bool = False) -> Iterator[Any]:
     """Return endless batches of the data module, with one loader for all epochs, as in training."""
-    module = ImageDataModule(source, BATCH, workers)
+    module = ImageDataModule(source, BATCH, workers, decoded=decoded)
     loader = module.train_dataloader()
     done = 0
     while True:
@@ -144,6 +144,7 @@ def loaders(place: Path) -> dict[str, Loader]:
         "hf, png": lambda: data.HubSource(str(place / "images.parquet"), val_fraction=0),
     }
     found: dict[str, Loader] = {name: partial(batches_of, make()) for name, make in sources.items()}
+    found["shards, png, decoded"] = partial(batches_of, shards(place / "shards-png"), decoded=True)
     number = len(list((place / "shards-png").glob("*.tar"))) - 1
     for kind in ("png", "jpg"):
         pattern = f"{place}/shards-{kind}/shard-{{000000..{number:06d}}}.tar"
@@ -171,32 +172,30 @@ def spent(loader: Loader, workers: int, count: int) -> tuple[float, float]:
 
 @dataclass
 class Timing:
-    """Least seconds of some short runs, and of some long ones."""
+    """Wall-clock and CPU seconds of some short runs, and of some long ones."""
 
-    short: tuple[float, float] = (math.inf, math.inf)
-    long: tuple[float, float] = (math.inf, math.inf)
+    short: list[tuple[float, float]] = field(default_factory=list)
+    long: list[tuple[float, float]] = field(default_factory=list)
     batches: int = 0
 
     def add(self, loader: Loader, workers: int, seconds: float) -> None:
-        """Run both once more; the first time, the length of the long one is chosen."""
+        """Run both once more; the first time, caches are filled, and the length of the long one is chosen."""
         few = 4 + 4 * workers
-        self.short = least(self.short, spent(loader, workers, few))
         if not self.batches:
-            each = (spent(loader, workers, 2 * few)[1] - self.short[1]) / few  # caches are warm
+            first = spent(loader, workers, SETS[256] // BATCH)[1]  # of the shortest epoch
+            each = (spent(loader, workers, 2 * few)[1] - spent(loader, workers, few)[1]) / few
+            each = each if each > 0 else first * BATCH / SETS[256]
             self.batches = few + min(max(8, round(seconds / max(each, 2e-4))), 4000)
-        self.long = least(self.long, spent(loader, workers, self.batches))
+        self.short.append(spent(loader, workers, few))
+        self.long.append(spent(loader, workers, self.batches))
 
     def figures(self, workers: int) -> dict[str, float]:
         """Return images per second of wall-clock and of CPU time."""
         images = BATCH * (self.batches - 4 - 4 * workers)
+        middle = [[statistics.median(times) for times in zip(*runs, strict=True)] for runs in (self.long, self.short)]
         return {
-            name: images / max(long - short, 1e-9)
-            for name, long, short in zip(("wall", "cpu"), self.long, self.short, strict=True)
+            name: images / max(long - short, 1e-9) for name, long, short in zip(("wall", "cpu"), *middle, strict=True)
         }
-
-
-def least(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
-    return min(a[0], b[0]), min(a[1], b[1])
 
 
 def table(rows: dict[str, dict[str, float]], sizes: Sequence[int], workers: Sequence[int], figure: str) -> str:
@@ -213,11 +212,12 @@ def table(rows: dict[str, dict[str, float]], sizes: Sequence[int], workers: Sequ
 def throughput(
     sizes: Sequence[int], workers: Sequence[int], seconds: float, rounds: int, only: str
 ) -> dict[str, dict[str, float]]:
-    """Return the figures of all loaders whose names contain `only`, measured in turn, the best of some rounds."""
+    """Return the figures of all loaders whose names contain `only`, measured in turn, medians of some rounds."""
     rows: dict[str, dict[str, float]] = {}
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
+            os.environ["DPM_SCALES_CACHE"] = str(place / "cache")
             write_sets(place, size, SETS[size])
             chosen = {name: loader for name, loader in loaders(place).items() if only in name}
             for number in workers:
@@ -232,8 +232,8 @@ def throughput(
     return rows
 
 
-def memory(images: int, epochs: int, workers: int, per_shard: int = 1000) -> list[list[int]]:
-    """Return the unshared memory in MiB of the process, and of its workers, after each epoch of 8 px images."""
+def memory(images: int, epochs: int, workers: int, per_shard: int = 1000) -> list[list[tuple[float, int]]]:
+    """Return unshared memory in MiB and open files of the process and its workers, after each epoch of 8 px images."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         rng = np.random.default_rng(0)
@@ -245,15 +245,16 @@ def memory(images: int, epochs: int, workers: int, per_shard: int = 1000) -> lis
             module.set_start_batch(done)
             for _ in loader:
                 done += 1
-            found.append([unshared(pid) for pid in (os.getpid(), *children())])
-            print(f"epoch {epoch}: {found[-1]} MiB", flush=True)
+            found.append([held(pid) for pid in (os.getpid(), *children())])
+            told = ", ".join(f"{size:.1f} MiB and {files} files" for size, files in found[-1])
+            print(f"epoch {epoch}: {told}", flush=True)
     return found
 
 
-def unshared(pid: int) -> int:
-    """Return the anonymous resident memory of a process, in MiB."""
+def held(pid: int) -> tuple[float, int]:
+    """Return the anonymous resident memory of a process, in MiB, and its number of open files."""
     match = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    return int(match[1]) // 1024 if match else 0
+    return int(match[1]) / 1024 if match else 0.0, len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def children() -> list[int]:
@@ -266,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, choices=SIZES)
     parser.add_argument("--workers", type=int, nargs="+", default=WORKERS)
     parser.add_argument("--seconds", type=float, default=0.7, help="CPU seconds of each measurement")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the best counts")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of all loaders, of which the median counts")
     parser.add_argument("--only", default="", help="loaders whose names contain this")
     parser.add_argument("--out", type=Path, help="file for the figures, JSON")
     parser.add_argument("--memory", action="store_true", help="measure memory in place of speed")

@@ -167,7 +167,7 @@ def _data_settings(model: Model, images: Any, labels: Any, options: dict[str, An
     return settings, {"images": images, "labels": labels, "num_classes": recipe.num_classes}
 
 
-_BATCH_OPTIONS = ("batch_size", "num_workers", "seed", "pin_memory", "drop_last")
+_BATCH_OPTIONS = ("batch_size", "num_workers", "seed", "pin_memory", "drop_last", "decoded", "on_device")
 _GIVEN_OPTIONS = ("val_fraction", "split_seed", "random_flip", *_BATCH_OPTIONS)
 
 

@@ -203,12 +203,44 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "free some space; what was there is as it was" if full else "choose a writable place"
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {hint}") from error
+        raise _not_written(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _not_written(path: Path, error: OSError) -> UserError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    hint = "free some space; what was there is as it was" if full else "choose a writable place"
+    return UserError(f"cannot write {path}: {error.strerror or error}; {hint}")
+
+
+def open_sized(path: str | Path, size: int) -> int:
+    """Open a file of `size` bytes for reading and writing at any place, by several processes; return its descriptor.
+
+    A new file holds zeros. Its place on the disk is taken at once, so that later writes can't fill the disk.
+
+    Raises: UserError if the file can't be made (permissions, full disk), or if a link is in its place.
+    """
+    path, new = Path(path), False
+    try:
+        make_folder(path.parent)
+        new = not path.exists()
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _SAFE, 0o666)
+        try:
+            require(stat.S_ISREG(os.fstat(descriptor).st_mode), _refusal(path, "no file"))
+            if os.fstat(descriptor).st_size != size:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(descriptor, 0, size)
+                os.ftruncate(descriptor, size)
+        except BaseException:
+            os.close(descriptor)
+            if new:
+                path.unlink(missing_ok=True)
+            raise
+        return descriptor
+    except OSError as error:
+        raise _not_written(path, error) from error
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

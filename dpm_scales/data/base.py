@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,12 @@ class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
     Attributes:
         augmented: whether `get` draws from `rng`. If it does not, none is made, which takes as long as decoding a small
             image.
+        mirrored: whether all that `get` does with `rng` is `maybe_flip`. Images that are mirrored, or not augmented,
+            can be kept decoded.
     """
 
     augmented: bool = True
+    mirrored: bool = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -47,6 +51,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
     def pool(self, count: int) -> Sequence[int]:
         """Return the indices from which a sample of `count` images is taken: all, or at least so many at hand."""
         return range(len(self))
+
+    def identity(self) -> list[Any] | None:
+        """Return plain values that change whenever an image or label does; None if they can't be known."""
+        return None
 
 
 class ImageSource(Describable, ABC):
@@ -84,7 +92,7 @@ class TensorImages(ImageDataset):
     def __init__(self, images: Tensor, labels: Tensor | None = None, random_flip: bool = False) -> None:
         self.images = images
         self.labels = labels
-        self.random_flip = self.augmented = random_flip
+        self.random_flip = self.augmented = self.mirrored = random_flip
 
     def __len__(self) -> int:
         return len(self.images)
@@ -98,7 +106,12 @@ class TensorImages(ImageDataset):
 
 def maybe_flip(image: Tensor, rng: np.random.Generator | None) -> Tensor:
     """Return the image (C, H, W), mirrored left to right with probability 1/2; unchanged without `rng`."""
-    return image.flip(-1) if rng is not None and rng.random() < 0.5 else image
+    return image.flip(-1) if rng is not None and draws_flip(rng) else image
+
+
+def draws_flip(rng: np.random.Generator) -> bool:
+    """Return whether an image is mirrored, one draw from `rng`."""
+    return bool(rng.random() < 0.5)
 
 
 def split_indices(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,18 @@ from torch.utils.data import DataLoader
 
 from dpm_scales import images
 from dpm_scales.data.base import ImageDataset, ImageSource
+from dpm_scales.data.decoded import (
+    DECODED,
+    DecodedImages,
+    DeviceImages,
+    Drawn,
+    Draws,
+    collate_draws,
+    ignore_interrupts,
+    require_keepable,
+)
 from dpm_scales.data.sampler import EpochImages, ShuffledBatches, collate
+from dpm_scales.data.shard_cache import cache_folder
 from dpm_scales.describe import Describable
 from dpm_scales.distributed.lightning_private import batches_processed
 from dpm_scales.errors import is_whole, require
@@ -39,9 +49,11 @@ class ImageDataModule(Describable, pl.LightningDataModule):
         seed: seed of the order and the augmentation, >= 0.
         pin_memory: whether batches are page-locked; None locks them if CUDA is available.
         drop_last: whether to drop an incomplete last batch; otherwise the first images of the order fill it up.
+        decoded: keep decoded images in a file that all processes map into memory, see `decoded`.
+        on_device: keep the training images on the device, where batches are gathered and mirrored.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value out of range, or images that can't be kept.
         OutOfMemoryError: batches larger than the machine's memory.
     """
 
@@ -53,6 +65,8 @@ class ImageDataModule(Describable, pl.LightningDataModule):
         seed: int = 0,
         pin_memory: bool | None = None,
         drop_last: bool = True,
+        decoded: bool = False,
+        on_device: bool = False,
     ) -> None:
         super().__init__()
         require(is_whole(batch_size, 1), f"batch_size={batch_size}: allowed is a whole number >= 1")
@@ -70,6 +84,9 @@ class ImageDataModule(Describable, pl.LightningDataModule):
         self.seed = seed
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.drop_last = drop_last
+        self.decoded, self.on_device = decoded, on_device
+        self._parts: dict[bool, ImageDataset] = {}
+        self._held: DeviceImages | None = None
         self._start_batch = 0
         self._anchor: tuple[pl.Trainer | None, int] | None = None
 
@@ -91,12 +108,22 @@ class ImageDataModule(Describable, pl.LightningDataModule):
     @property
     def train_set(self) -> ImageDataset:
         """Return the training images, which indexing does not augment."""
-        return self.source.train()
+        return self._part(True)
 
     @property
     def val_set(self) -> ImageDataset:
         """Return the validation images."""
-        return self.source.val()
+        return self._part(False)
+
+    def _part(self, train: bool) -> ImageDataset:
+        if train not in self._parts:
+            part = self.source.train() if train else self.source.val()
+            if self.on_device and train:
+                require_keepable(part, "data.on_device=true")
+            if self.decoded and len(part):
+                part = DecodedImages(part, (self.channels, *self.image_size), cache_folder() / DECODED)
+            self._parts[train] = part
+        return self._parts[train]
 
     def prepare_data(self) -> None:
         """Download missing files."""
@@ -115,18 +142,29 @@ class ImageDataModule(Describable, pl.LightningDataModule):
             world_size=self._world_size(),
             order=train.order(self.seed),
         )
+        placed = self.on_device and self.trainer is not None  # whose hooks gather the images
         loader: TrainLoader = TrainLoader(
-            EpochImages(train, self.seed),
+            Draws(train, self.seed) if placed else EpochImages(train, self.seed),
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=collate,
+            collate_fn=collate_draws if placed else collate,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=ignore_interrupts,
         )
         loader.read_state, loader.write_state = self.state_dict, self._restore
         return loader
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Return a batch of images and labels, gathered on the device if they are kept there."""
+        if not isinstance(batch, Drawn):
+            return batch
+        if self._held is None or self._held.device != batch.indices.device:
+            shape = (self.channels, *self.image_size)
+            shown = self.trainer is None or self.trainer.is_global_zero
+            self._held = DeviceImages(self.train_set, shape, batch.indices.device, self.num_workers, shown)
+        return self._held.gather(batch)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return all validation images in order, the last batch possibly smaller; no loader if none are held out."""
@@ -140,7 +178,7 @@ class ImageDataModule(Describable, pl.LightningDataModule):
             collate_fn=collate,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=ignore_interrupts,
         )
 
     def set_start_batch(self, number: int) -> None:
@@ -214,11 +252,6 @@ class ImageDataModule(Describable, pl.LightningDataModule):
             "drop_last": self.drop_last,
             **self.train_set.order(self.seed).keys(),
         }
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ignore Ctrl-C, which reaches every process of a terminal; the training process stops its loaders."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class TrainLoader(DataLoader[Any]):

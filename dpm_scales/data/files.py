@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image
 from torch import Tensor
@@ -68,6 +68,10 @@ class ImageStore(ABC):
         """Return the name of the file for messages."""
         return str(self.root / name)
 
+    def state(self, names: Sequence[str]) -> list[Any]:
+        """Return plain values that change whenever the content of one of these files does."""
+        return [file_state(self.root), list(names)]
+
 
 class FolderStore(ImageStore):
     """All images in a folder tree, except hidden files and those in hidden folders."""
@@ -85,6 +89,9 @@ class FolderStore(ImageStore):
             names = [Path(folder, name).relative_to(root).as_posix() for name in files]
             self.names += [name for name in names if _is_image_name(name)]
         self.names.sort()
+
+    def state(self, names: Sequence[str]) -> list[Any]:
+        return [[name, *file_state(self.root / name)] for name in names]
 
     def open(self, name: str) -> BinaryIO:
         path = self.root / name
@@ -231,6 +238,15 @@ def read_header(file: BinaryIO) -> tuple[tuple[int, int], bool]:
         mark = _END_MARKS.get(picture.format or "", b"")
         file.seek(-min(16, file.seek(0, io.SEEK_END)), io.SEEK_END)
         return (width, height) if turned else (height, width), mark in file.read()
+
+
+def file_state(path: Path) -> list[Any]:
+    """Return the absolute path, size and time of change of a file; only the path if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return [str(path.absolute())]
+    return [str(path.absolute()), status.st_size, status.st_mtime_ns]
 
 
 def listed(names: Collection[str]) -> str:

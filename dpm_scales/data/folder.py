@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,16 @@ class View:
         """Whether the transform depends on draws."""
         return self.random_crop or self.random_flip
 
+    @property
+    def only_mirrors(self) -> bool:
+        """Whether all that depends on draws is a flip."""
+        return self.random_flip and not self.random_crop
+
+    def identity(self) -> list[Any]:
+        """Return what the plain view depends on, as plain values."""
+        center = None if self.center_crop is None else list(self.center_crop)
+        return [self.channels, list(self.size), self.resize_mode, self.rotate_portrait, center]
+
     def __call__(self, image: Tensor, rng: np.random.Generator | None) -> Tensor:
         """Map uint8 (C, h, w) to uint8 (C, *size); without `rng`, crops are centred and nothing is mirrored."""
         if self.center_crop is not None:
@@ -91,7 +102,11 @@ class FileImages(ReplacedImages):
         self.store, self.names, self.view = store, list(names), view
         self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         super().__init__(len(self.names), str(store.root), on_error)
-        self.augmented = view.is_random
+        self.augmented, self.mirrored = view.is_random, view.only_mirrors
+
+    def identity(self) -> list[Any]:
+        labels = None if self.labels is None else self.labels.tolist()
+        return [type(self.store).__name__, self.store.state(self.names), labels, self.view.identity()]
 
     def name(self, index: int) -> str:
         return self.names[index]

@@ -39,7 +39,7 @@ class DatasetImages(ImageDataset):
     ) -> None:
         self.dataset, self.indices, self.shape = dataset, indices, shape
         self.num_classes, self.random_flip = num_classes, random_flip
-        self.augmented = random_flip
+        self.augmented = self.mirrored = random_flip
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -178,6 +178,8 @@ def given_data(
     seed: int = 0,
     pin_memory: bool | None = None,
     drop_last: bool = True,
+    decoded: bool = False,
+    on_device: bool = False,
 ) -> ImageDataModule:
     """Return batches of `GivenImages`.
 
@@ -186,4 +188,4 @@ def given_data(
     again = "resume it there, by ds.train(model, images, run_dir=...), or give data=folder data.root=DIR"
     require(images is not None, f"the images of this run were given in Python; {again}")
     source = GivenImages(images, labels, num_classes, val_fraction, split_seed, random_flip)
-    return ImageDataModule(source, batch_size, num_workers, seed, pin_memory, drop_last)
+    return ImageDataModule(source, batch_size, num_workers, seed, pin_memory, drop_last, decoded, on_device)

@@ -10,6 +10,7 @@ Rows are read undecoded, and images decoded as those of folders are. No pickles 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,8 +80,12 @@ class RowImages(ReplacedImages):
         on_error: str,
     ) -> None:
         super().__init__(len(indices), place, on_error)
-        self.augmented = view.is_random
+        self.augmented, self.mirrored = view.is_random, view.only_mirrors
         self.rows, self.indices, self.columns, self.classes, self.view = rows, indices, columns, classes, view
+
+    def identity(self) -> list[Any]:
+        chosen = hashlib.sha256(np.asarray(self.indices, dtype=np.int64).tobytes()).hexdigest()
+        return ["rows", self.rows._fingerprint, chosen, list(self.columns), self.classes, self.view.identity()]
 
     def describe(self, index: int) -> str:
         return f"{self.place}, row {int(self.indices[index])}"
@@ -112,7 +117,7 @@ class StreamImages(ReplacedImages):
         on_error: str,
     ) -> None:
         super().__init__(number, place, on_error)
-        self.augmented = view.is_random
+        self.augmented, self.mirrored = view.is_random, view.only_mirrors
         self.stream, self.first, self.window, self.columns = stream, first, window, columns
         self.classes, self.view = classes, view
         self._rows: Iterator[Any] = iter(())

@@ -63,6 +63,10 @@ class ReplacedImages(ImageDataset):
         for offset in range(self.number):
             yield (index + offset) % self.number
 
+    def is_replaced(self, index: int) -> bool:
+        """Return whether item `index` was found unreadable, so that another stands in for it."""
+        return bool(self._bad[index])
+
     @property
     def unreadable(self) -> set[str]:
         """Return the names found unreadable so far, by this process and the workers of its loaders."""

@@ -10,10 +10,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from dpm_scales.data.fetch import is_url, shown
-from dpm_scales.data.files import ImageStore
+from dpm_scales.data.files import ImageStore, file_state
 from dpm_scales.data.replaced import LoadingError
 from dpm_scales.data.shard import Keys, Shard
 from dpm_scales.data.shard_cache import DEFAULT_GIGABYTES, ShardCache, cache_folder
@@ -104,6 +104,11 @@ class ShardSet:
         """Return the file of a shard, fetched if necessary. Raises UserError if it can't be."""
         place = self.places[number]
         return self.cache.path(place, self.entries[number]) if is_url(place) else Path(place)
+
+    def state(self, number: int) -> list[Any]:
+        """Return plain values that change whenever the content of a shard does: checksum, or state of the file."""
+        place, entry = self.places[number], self.entries[number]
+        return [entry.sha256, entry.images, *([] if is_url(place) else file_state(Path(place)))]
 
     def expect(self, numbers: Sequence[int]) -> None:
         """Fetch shards ahead, as far as they are fetched at all."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -94,7 +95,7 @@ class ShardImages(ReplacedImages):
         self._starts: list[int] = np.concatenate([[0], np.cumsum(counts)]).tolist()
         self._members: OrderedDict[int, np.ndarray] = OrderedDict()
         super().__init__(self._starts[-1], shards.source, on_error)
-        self.augmented = view.is_random
+        self.augmented, self.mirrored = view.is_random, view.only_mirrors
 
     def order(self, seed: int) -> Windowed:
         return Windowed(self.counts, self.window, seed, on_window=self._expect)
@@ -106,6 +107,12 @@ class ShardImages(ReplacedImages):
             if self.counts[chosen].sum() >= min(count, len(self)):
                 break
         return [i for shard in chosen.tolist() for i in range(self._starts[shard], self._starts[shard + 1])]
+
+    def identity(self) -> list[Any]:
+        shards, keys = [self.shards.state(number) for number in self.numbers], self.shards.keys
+        held = None if self.held is None else [self.held.share, self.held.seed, self.validation]
+        labels = [keys.label, self.classes]
+        return ["shards", shards, self.counts.tolist(), held, keys.image, labels, self.view.identity()]
 
     def name(self, index: int) -> str:
         shard, member = self._place(index)

@@ -15,7 +15,9 @@ from dpm_scales.run_folders.state import Run
 _LOWER = re.compile(r"(best_)?loss(_\w[\w.]*)?|f(id|d_\w+)|k(id|d_\w+)|bits_per_dim|bad_steps", re.ASCII)
 _HIGHER = re.compile(r"precision|recall|density|coverage")
 #: options of the data that do not change the validation images
-SAME_IMAGES = ("batch_size", "num_workers", "pin_memory", "drop_last", "seed", "random_flip", "random_crop")
+SAME_IMAGES = ("batch_size", "num_workers", "pin_memory", "decoded", "on_device", "drop_last", "seed") + (
+    *("random_flip", "random_crop"),
+)
 
 
 def best_runs(runs: Sequence[Run], metric: str, direction: str | None = None) -> list[Run]:

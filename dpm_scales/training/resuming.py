@@ -62,6 +62,8 @@ RULES = {
     "data.drop_last": Rule(WARNED, _ORDER),
     "data.num_workers": Rule(TAKES),
     "data.pin_memory": Rule(TAKES),
+    "data.decoded": Rule(TAKES, "the images are the same"),
+    "data.on_device": Rule(TAKES, "the images are the same"),
     "data.on_error": Rule(TAKES),
     "data.window": Rule(WARNED, _ORDER),
     "data.cache_gb": Rule(TAKES),

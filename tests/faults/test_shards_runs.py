@@ -84,11 +84,17 @@ def test_killed_in_mid_shard_and_resumed_with_other_workers(shards: Path, whole:
     assert_same(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("kept", ["data.decoded=true", "data.on_device=true"])
+def test_images_that_are_kept_train_the_same_model(kept: str, shards: Path, whole: Path, tmp_path: Path) -> None:
+    assert_same(train(tmp_path / "run", *OPTIONS, f"data.root={shards}", kept), whole)
+
+
 @pytest.mark.slow
-def test_two_ranks_have_the_losses_of_one(shards: Path, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("data.num_workers=1",), ("data.on_device=true", "data.decoded=true")])
+def test_two_ranks_have_the_losses_of_one(more: tuple[str, ...], shards: Path, whole: Path, tmp_path: Path) -> None:
     options = [option for option in OPTIONS if not option.startswith("data.batch_size")]
-    run = Forked(job_step(2), *options, "data.batch_size=3", f"data.root={shards}", "run_dir=run", cwd=tmp_path)
-    ends = run.finish()
+    options += ["data.batch_size=3", f"data.root={shards}", "run_dir=run", *more]
+    ends = Forked(job_step(2), *options, cwd=tmp_path).finish()
     assert [end.status for end in ends] == [0, 0], ends[0].err + ends[1].err
     for name in ("train/loss", "val/loss"):
         ours, theirs = column(tmp_path / "run", name), column(whole, name)

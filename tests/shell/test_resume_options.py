@@ -116,6 +116,7 @@ TAKEN = {
     "trainer": "trainer.val_check_interval=2",
     "data.num_workers": "1",
     "data.pin_memory": "false",
+    "data.on_device": "true",
     **dict.fromkeys(("data.on_error", "data.cache_gb", "data.decoder", "data.tries", "data.timeout"), ""),  # see below
     **dict.fromkeys(("data.download", "data.verify"), ""),
     "logger": "logger=tensorboard",

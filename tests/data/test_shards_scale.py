@@ -1,0 +1,120 @@
+"""Shards at scale: memory and open files that stay flat, more ranks than shards, and other libraries as readers."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tracemalloc
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dpm_scales import data
+from dpm_scales.data.sampler import EpochImages, collate
+from dpm_scales.errors import UserError
+from support.shards import number_of, packed, samples, served, tar
+
+COUNT = 40
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("DPM_SCALES_CACHE", str(folder))
+    return folder
+
+
+def epochs(module: data.ImageDataModule) -> Callable[[int], None]:
+    """Return a function that reads so many epochs, with one loader, as training does."""
+    loader, done = module.train_dataloader(), 0
+
+    def read(number: int) -> None:
+        nonlocal done
+        for _ in range(number):
+            module.set_start_batch(done)
+            for _ in loader:
+                done += 1
+
+    return read
+
+
+def traced() -> int:
+    """Return the bytes that Python and NumPy hold."""
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]
+
+
+def test_memory_and_open_files_stay_flat(tmp_path: Path) -> None:
+    """Over epochs of thirty shards, of which four stay open: less than a pointer for each image that was read."""
+    packed(tmp_path / "s", 240)
+    options: dict[str, Any] = {"split": "images", "val_fraction": 0.25, "random_flip": True}
+    source = data.ShardSource(tmp_path / "s", channels=1, window=2, **options)
+    files = len(os.listdir("/proc/self/fd"))
+    tracemalloc.start()
+    try:
+        read = epochs(data.ImageDataModule(source, 12))
+        read(10)  # until the interpreter's free lists are full
+        before = traced()
+        read(4)
+        assert traced() - before < 4 * 4 * 180
+    finally:
+        tracemalloc.stop()
+    assert len(os.listdir("/proc/self/fd")) <= files + 4 == files + source.train().shards.keep
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_more_ranks_than_shards_share_the_batches_of_one(tmp_path: Path, remote: bool) -> None:
+    packed(tmp_path / "s", 40, per_shard=20)
+    with served(tmp_path / "s") as (url, _):
+        source = data.ShardSource(url if remote else tmp_path / "s", channels=1, val_fraction=0, window=1)
+        whole = [sorted(map(number_of, images)) for images, _ in data.ImageDataModule(source, 10).train_dataloader()]
+        parts: list[list[list[int]]] = []
+        for rank in range(5):
+            sampler = data.ShuffledBatches(40, 2, 0, lambda: 0, True, rank, 5, order=source.train().order(0))
+            loader = DataLoader(EpochImages(source.train(), 0), 2, sampler=sampler, collate_fn=collate)
+            parts.append([[number_of(image) for image in images] for images, _ in loader])
+    assert [sorted(sum(batch, [])) for batch in zip(*parts, strict=True)] == whole
+    assert sorted(sum(whole, [])) == list(range(40))
+
+
+def test_empty_sets_end_with_one_line(tmp_path: Path) -> None:
+    """Shards of nothing, of labels alone, and an index of none; an empty shard among others is no fault."""
+    tar(tmp_path / "none" / "a.tar", {})
+    tar(tmp_path / "labels" / "a.tar", {"0.cls": b"1"})
+    tar(tmp_path / "other" / "a.tar", {"0.txt": b"1"})
+    for name in ("none", "labels", "other"):
+        with (
+            warnings.catch_warnings(),
+            pytest.raises(UserError, match="the shards hold no image that can be read") as caught,
+        ):
+            warnings.simplefilter("ignore")
+            data.ShardSource(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "none" / "index.json").write_text(data.shard_scan.index_of([], data.shard.Keys()).to_json())
+    with pytest.raises(UserError, match="the shards hold no image that can be read"):
+        data.ShardSource(tmp_path / "none")
+    tar(tmp_path / "some" / "a.tar", {})
+    tar(tmp_path / "some" / "b.tar", samples(range(4)))
+    tar(tmp_path / "some" / "c.tar", {})
+    part = data.ShardSource(tmp_path / "some", channels=1, val_fraction=0, window=1).train()
+    assert sorted(part.order(0)(0, np.arange(4)).tolist()) == [0, 1, 2, 3]
+    assert [number_of(part[i][0]) for i in range(4)] == [0, 1, 2, 3]
+
+
+def test_datasets_reads_what_is_packed(tmp_path: Path) -> None:
+    """The library's own reader of webdataset's format."""
+    packed(tmp_path / "s", 24)
+    files = sorted(map(str, (tmp_path / "s").glob("*.tar")))
+    cached = str(tmp_path / "hf")
+    rows: Any = datasets.load_dataset("webdataset", data_files=files, split="train", cache_dir=cached)
+    part = data.ShardSource(tmp_path / "s", channels=1, labels="cls", val_fraction=0).train()
+    assert len(rows) == len(part) == 24
+    for row, (image, label) in zip(rows, (part[i] for i in range(24)), strict=True):
+        assert torch.equal(torch.from_numpy(np.array(row["png"].convert("L"))), image[0]) and row["cls"] == label
