@@ -43,6 +43,8 @@ SIZES, WORKERS = (32, 64, 256), (0, 1, 2)
 SETS = {32: 4096, 64: 4096, 256: 1024}
 """Number of images of each size."""
 
+DECODED = "shards, png, decoded"
+
 Loader = Callable[[int, int], Iterator[Any]]
 """Returns endless batches for a number of workers and of batches that will be taken."""
 
@@ -144,7 +146,7 @@ def loaders(place: Path) -> dict[str, Loader]:
         "hf, png": lambda: data.HubSource(str(place / "images.parquet"), val_fraction=0),
     }
     found: dict[str, Loader] = {name: partial(batches_of, make()) for name, make in sources.items()}
-    found["shards, png, decoded"] = partial(batches_of, shards(place / "shards-png"), decoded=True)
+    found[DECODED] = partial(batches_of, shards(place / "shards-png"), decoded=True)
     number = len(list((place / "shards-png").glob("*.tar"))) - 1
     for kind in ("png", "jpg"):
         pattern = f"{place}/shards-{kind}/shard-{{000000..{number:06d}}}.tar"
@@ -182,9 +184,7 @@ class Timing:
         """Run both once more; the first time, caches are filled, and the length of the long one is chosen."""
         few = 4 + 4 * workers
         if not self.batches:
-            first = spent(loader, workers, SETS[256] // BATCH)[1]  # of the shortest epoch
             each = (spent(loader, workers, 2 * few)[1] - spent(loader, workers, few)[1]) / few
-            each = each if each > 0 else first * BATCH / SETS[256]
             self.batches = few + min(max(8, round(seconds / max(each, 2e-4))), 4000)
         self.short.append(spent(loader, workers, few))
         self.long.append(spent(loader, workers, self.batches))
@@ -220,6 +220,8 @@ def throughput(
             os.environ["DPM_SCALES_CACHE"] = str(place / "cache")
             write_sets(place, size, SETS[size])
             chosen = {name: loader for name, loader in loaders(place).items() if only in name}
+            for name in set(chosen).intersection([DECODED]):
+                spent(chosen[name], 0, SETS[size] // BATCH)  # fills the file
             for number in workers:
                 timings = {name: Timing() for name in chosen}
                 for _ in range(rounds):

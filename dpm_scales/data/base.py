@@ -52,6 +52,9 @@ class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
         """Return the indices from which a sample of `count` images is taken: all, or at least so many at hand."""
         return range(len(self))
 
+    def expect(self, indices: Sequence[int]) -> None:  # noqa: B027 - most images are read one by one
+        """Take note of the items that are asked for next: those of a batch, which may be read faster together."""
+
     def identity(self) -> list[Any] | None:
         """Return plain values that change whenever an image or label does; None if they can't be known."""
         return None

@@ -94,6 +94,9 @@ class DecodedImages(ImageDataset):
     def pool(self, count: int) -> Sequence[int]:
         return self.images.pool(count)
 
+    def expect(self, indices: Sequence[int]) -> None:
+        self.images.expect([index for index in indices if self._kept(index) is None])
+
     def get(self, index: int, rng: np.random.Generator | None) -> tuple[Tensor, int]:
         found = self._kept(index)
         if found is None:

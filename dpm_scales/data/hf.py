@@ -82,6 +82,7 @@ class RowImages(ReplacedImages):
         super().__init__(len(indices), place, on_error)
         self.augmented, self.mirrored = view.is_random, view.only_mirrors
         self.rows, self.indices, self.columns, self.classes, self.view = rows, indices, columns, classes, view
+        self._rows: dict[int, dict[str, Any]] = {}  # of the next batch
 
     def identity(self) -> list[Any]:
         chosen = hashlib.sha256(np.asarray(self.indices, dtype=np.int64).tobytes()).hexdigest()
@@ -90,8 +91,15 @@ class RowImages(ReplacedImages):
     def describe(self, index: int) -> str:
         return f"{self.place}, row {int(self.indices[index])}"
 
+    def expect(self, indices: Sequence[int]) -> None:
+        if indices:
+            columns = self.rows[[int(self.indices[index]) for index in indices]]
+            rows = zip(*columns.values(), strict=True)
+            self._rows = {index: dict(zip(columns, row, strict=True)) for index, row in zip(indices, rows, strict=True)}
+
     def load(self, index: int, rng: np.random.Generator | None) -> tuple[Tensor, int]:
-        return item_of(self.rows[int(self.indices[index])], self, index, rng)
+        row = self._rows.pop(index) if index in self._rows else self.rows[int(self.indices[index])]
+        return item_of(row, self, index, rng)
 
 
 class StreamImages(ReplacedImages):

@@ -97,6 +97,11 @@ class EpochImages(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
+    def __getitems__(self, keys: Sequence[Key | int]) -> list[tuple[Tensor, int]]:
+        """Return the images of a batch."""
+        self.images.expect([key if isinstance(key, int) else key[0] for key in keys])
+        return [self[key] for key in keys]
+
     def __getitem__(self, key: Key | int) -> tuple[Tensor, int]:
         index, epoch = (key, 0) if isinstance(key, int) else key
         rng = np.random.default_rng((self.seed, epoch, index)) if self.images.augmented else None
