@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import resource
@@ -42,6 +43,9 @@ BATCH = 64
 SIZES, WORKERS = (32, 64, 256), (0, 1, 2)
 SETS = {32: 4096, 64: 4096, 256: 1024}
 """Number of images of each size."""
+
+HANDED = 2e-3
+"""CPU seconds, at least, of a batch that a worker hands to the training process."""
 
 DECODED = "shards, png, decoded"
 
@@ -176,26 +180,32 @@ def spent(loader: Loader, workers: int, count: int) -> tuple[float, float]:
 class Timing:
     """Wall-clock and CPU seconds of some short runs, and of some long ones."""
 
+    batches: int
     short: list[tuple[float, float]] = field(default_factory=list)
     long: list[tuple[float, float]] = field(default_factory=list)
-    batches: int = 0
 
-    def add(self, loader: Loader, workers: int, seconds: float) -> None:
-        """Run both once more; the first time, caches are filled, and the length of the long one is chosen."""
-        few = 4 + 4 * workers
-        if not self.batches:
-            each = (spent(loader, workers, 2 * few)[1] - spent(loader, workers, few)[1]) / few
-            self.batches = few + min(max(8, round(seconds / max(each, 2e-4))), 4000)
-        self.short.append(spent(loader, workers, few))
-        self.long.append(spent(loader, workers, self.batches))
+    def add(self, loader: Loader, workers: int) -> None:
+        """Run both once more."""
+        self.short.append(spent(loader, workers, few(workers)))
+        self.long.append(spent(loader, workers, few(workers) + self.batches))
 
-    def figures(self, workers: int) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """Return images per second of wall-clock and of CPU time."""
-        images = BATCH * (self.batches - 4 - 4 * workers)
         middle = [[statistics.median(times) for times in zip(*runs, strict=True)] for runs in (self.long, self.short)]
         return {
             name: images / max(long - short, 1e-9) for name, long, short in zip(("wall", "cpu"), *middle, strict=True)
         }
+
+
+def few(workers: int) -> int:
+    """Return the number of batches after which all workers are at work."""
+    return 4 + 4 * workers
+
+
+def seconds_of(loader: Loader) -> float:
+    """Return CPU seconds of a batch, without workers; caches are filled."""
+    first, count = spent(loader, 0, few(0))[1], 32
+    return max((spent(loader, 0, few(0) + count)[1] - first) / count, 1e-4)
 
 
 def table(rows: dict[str, dict[str, float]], sizes: Sequence[int], workers: Sequence[int], figure: str) -> str:
@@ -222,13 +232,15 @@ def throughput(
             chosen = {name: loader for name, loader in loaders(place).items() if only in name}
             for name in set(chosen).intersection([DECODED]):
                 spent(chosen[name], 0, SETS[size] // BATCH)  # fills the file
+            each = {name: seconds_of(loader) for name, loader in chosen.items()}
             for number in workers:
-                timings = {name: Timing() for name in chosen}
+                costs = {name: max(cost, HANDED * bool(number)) for name, cost in each.items()}
+                timings = {name: Timing(max(16, round(seconds / cost))) for name, cost in costs.items()}
                 for _ in range(rounds):
                     for name, loader in chosen.items():
-                        timings[name].add(loader, number, seconds)
+                        timings[name].add(loader, number)
                 for name, timing in timings.items():
-                    found = timing.figures(number)
+                    found = timing.figures()
                     print(f"{size} px, {number} workers, {name}: {found}", flush=True)
                     rows.setdefault(name, {}).update({f"{size},{number},{key}": v for key, v in found.items()})
     return rows

@@ -95,6 +95,7 @@ def _and(parts: Sequence[str]) -> str:
 def _check(argv: Sequence[str], command: str) -> None:
     asked, place = _shards(argv, command, ("index",))
 
+    from dpm_scales.data.fetch import shown
     from dpm_scales.data.shard import Keys
     from dpm_scales.data.shard_check import check_shards
     from dpm_scales.progress import Report
@@ -102,7 +103,7 @@ def _check(argv: Sequence[str], command: str) -> None:
     keys = Keys(asked.options.get("image"), asked.options.get("labels"))
     with Report() as report:
         found = check_shards(place, keys, _cache(asked), report.part, asked.options.get("index"))
-    size = f"{found.bytes / 2**20:.1f} MiB"
+    size, place = f"{found.bytes / 2**20:.1f} MiB", shown(place)
     print(printable(f"{place}: {found.images} images in {found.shards} shards, {size}"))
     for line in found.faults.lines():
         print(printable(f"  {line}"))
@@ -115,7 +116,7 @@ def _check(argv: Sequence[str], command: str) -> None:
 def _index(argv: Sequence[str], command: str) -> None:
     asked, place = _shards(argv, command, ("out",))
 
-    from dpm_scales.data.fetch import is_url
+    from dpm_scales.data.fetch import is_url, shown
     from dpm_scales.data.shard import Keys
     from dpm_scales.data.shard_check import index_shards
     from dpm_scales.data.shard_index import INDEX
@@ -124,7 +125,7 @@ def _index(argv: Sequence[str], command: str) -> None:
     from dpm_scales.storage import write_text
 
     out, located = asked.options.get("out"), locate(place, without=True)
-    require(out is not None or not is_url(place), f"{place}: name the file of the index, out=FILE")
+    require(out is not None or not is_url(place), f"{shown(place)}: name the file of the index, out=FILE")
     keys = Keys(asked.options.get("image"), asked.options.get("labels"))
     with Report() as report:
         index, faults = index_shards(located, keys, _cache(asked), report.part)

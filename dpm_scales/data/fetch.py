@@ -1,14 +1,18 @@
 """Fetch files over HTTP: tried again after stalls, cuts and errors of the server, going on where the last try ended.
 
 Only what was named is asked for. Redirections are followed to other addresses of http and https, never from https to
-http. Addresses are shown without user, password and query, which may be secrets.
+http. Secrets are no part of an address, which messages show and runs store: logins are read from ~/.netrc, or the file
+`$NETRC`, and signatures from `$DPM_SCALES_QUERIES`, each sent to its host alone.
 """
 
 from __future__ import annotations
 
+import base64
 import errno
 import hashlib
 import http.client
+import netrc
+import os
 import random
 import socket
 import ssl
@@ -17,8 +21,9 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import IO, Any, BinaryIO
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
 
 from dpm_scales.errors import UserError, require
 
@@ -26,11 +31,18 @@ SCHEMES = ("http", "https")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds between the first two tries, which double until the longest."""
 
+LEAST_RATE = 1024
+"""Bytes per second, over `timeout` seconds, below which a try ends."""
+
+QUERIES = "DPM_SCALES_QUERIES"
+"""Environment variable of queries that are added to the addresses of a host: "HOST?QUERY", separated by spaces."""
+
+_SECRETS = ("signature", "token", "key", "secret", "passw", "auth", "credential", "jwt", "policy")
 _CHUNK = 2**20
 _AGAIN = (408, 416, 425, 429)  # and all of 500 and above
 _REFUSALS = {
     **dict.fromkeys((301, 302, 303, 307, 308), "; it leads to an address that is not followed"),
-    401: "; it asks for a login",
+    401: "; it asks for a login, which belongs into ~/.netrc: machine HOST login NAME password WORD",
     403: "; access is refused",
     404: "; there is no such file",
 }
@@ -43,7 +55,7 @@ class Patience:
 
     Args:
         tries: number of tries, >= 1.
-        timeout: seconds without a byte that end a try, > 0.
+        timeout: seconds without a byte, or with fewer than `LEAST_RATE` a second, that end a try, > 0.
 
     Raises: UserError for values out of range.
     """
@@ -88,7 +100,19 @@ def check_url(url: str) -> str:
         ok = False
     advice = "allowed are http:// and https://, and paths of a mounted file system"
     require(ok and " " not in url, f"{shown(url)}: {advice}")
+    line = "put a line into ~/.netrc: machine HOST login NAME password WORD"
+    require("@" not in parts.netloc, f"{shown(url)}: the address holds a login; leave it out, and {line}")
     return url
+
+
+def require_storable(place: str) -> None:
+    """Raise UserError for an address with a signature or key in its query, which a run's folder would hold."""
+    if is_url(place) and "?" in place:
+        names = [name.lower() for name, _ in parse_qsl(urlsplit(place).query, keep_blank_values=True)]
+        secret = next((name for name in names if name == "sig" or any(word in name for word in _SECRETS)), None)
+        host = urlsplit(place).netloc
+        instead = f"leave the query out, and set the environment variable {QUERIES}='{host}?{secret}=…'"
+        require(secret is None, f"{shown(place)}: its {secret!r} may be a secret, and runs store addresses; {instead}")
 
 
 def shown(url: str) -> str:
@@ -107,7 +131,40 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         old, new = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
         if new not in SCHEMES or (old == "https" and new == "http"):
             raise FetchError(f"{shown(req.full_url)}: it leads to {new}://, which is not followed")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if request is not None:
+            _log_in(request)
+        return request
+
+
+def _sent(url: str) -> str:
+    """Return an address as it is sent: with escapes, and with the query of its host in `$DPM_SCALES_QUERIES`."""
+    parts = urlsplit(url)
+    queries = [parts.query] if parts.query else []
+    for word in os.environ.get(QUERIES, "").split():
+        host, _, query = word.partition("?")
+        if query and host in (parts.netloc, parts.hostname):
+            queries.append(query)
+    plain = "/%:@!$&'()*+,;=~?"
+    return urlunsplit(parts._replace(path=quote(parts.path, plain), query=quote("&".join(queries), plain), fragment=""))
+
+
+def _log_in(request: urllib.request.Request) -> None:
+    """Add the login of a request's host, if there is one; it is not sent to where the host may redirect to."""
+    host, named = urlsplit(request.full_url).hostname or "", os.environ.get("NETRC", "")
+    try:
+        logins = netrc.netrc(Path(named).expanduser()) if named else netrc.netrc()
+    except FileNotFoundError:
+        return
+    except netrc.NetrcParseError as error:  # whose message may hold a password
+        where = f"{named or '~/.netrc'}, line {error.lineno}"
+        raise FetchError(f"{where}: expected machine HOST login NAME password WORD, in a file for you alone") from error
+    except (OSError, UnicodeError) as error:
+        raise FetchError(f"{named or '~/.netrc'}: can't be read ({type(error).__name__})") from error
+    if host in logins.hosts:
+        name, _, word = logins.hosts[host]
+        encoded = base64.b64encode(f"{name}:{word}".encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {encoded}")
 
 
 def fetch_text(url: str, most: int, patience: Patience = Patience()) -> bytes:  # noqa: B008 - frozen
@@ -186,7 +243,9 @@ class _Download:
         if have and self._mark:
             headers |= {"Range": f"bytes={have}-", "If-Range": self._mark}
         try:
-            with self._opener.open(urllib.request.Request(self.url, headers=headers), timeout=self.timeout) as response:
+            request = urllib.request.Request(_sent(self.url), headers=headers)
+            _log_in(request)
+            with self._opener.open(request, timeout=self.timeout) as response:
                 self._receive(response, have)
         except urllib.error.HTTPError as error:
             error.close()
@@ -212,11 +271,16 @@ class _Download:
         if self.length is not None and total is not None and total != self.length:
             raise _ChangedError(f"it has {total} bytes, and the index says {self.length}")
         limit = self.most if self.length is None else self.length
-        while chunk := response.read(_CHUNK):
+        began, before = time.monotonic(), have
+        while chunk := response.read1(_CHUNK):
             have += len(chunk)
             if have > limit:
                 raise _ChangedError(f"it has more than {limit} bytes")
             self.file.write(chunk)
+            if (now := time.monotonic()) - began > self.timeout:
+                if have - before < LEAST_RATE * (now - began):
+                    raise _AgainError(f"only {have - before} bytes came in {now - began:.3g} seconds")
+                began, before = now, have
         if have < (total if total is not None else self.length or 0):
             raise _AgainError(f"cut off after {have} bytes")
 

@@ -51,10 +51,12 @@ class Keys:
         self.image, self.label = image, label
         member, _, field = (label or "").partition(".")
         self.field = field if member == "json" and field else None
-        self.label_ending = "json" if self.field else label
+        self.label_ending = "json" if self.field else label and label.lower()
+        self._image_ending = image and image.lower()  # members are compared in lower case
 
     def is_image(self, ending: str) -> bool:
-        return ending == self.image if self.image is not None else ending in IMAGE_ENDINGS
+        """Return whether members with this ending, in lower case, are images."""
+        return ending == self._image_ending if self.image is not None else ending in IMAGE_ENDINGS
 
 
 class Shard:

@@ -34,7 +34,7 @@ FETCHERS = 4
 GIB, DEFAULT_GIGABYTES = 2**30, 50.0
 _OURS = re.compile(r"[0-9a-f]{64}\.tar")
 _LEFT = re.compile(r"\.[0-9a-f]{64}\.tar\.[0-9a-f]{12}\.tmp")
-_STALE = 86400.0  # seconds after which a file that nobody has written to was left by a killed process
+_STALE = 600.0  # seconds after which a file that nobody writes to, or locks, was left by a killed process
 
 
 def cache_folder() -> Path:
@@ -156,9 +156,8 @@ class ShardCache:
                     if _OURS.fullmatch(file.name):
                         files.append((status.st_mtime, status.st_size, file.path))
                     elif _LEFT.fullmatch(file.name):
-                        if status.st_mtime < time.time() - _STALE:
-                            os.unlink(file.path)
-                        else:
+                        old = status.st_mtime < time.time() - _STALE
+                        if not (old and self._removed(file.path, file.name[1:3])):
                             size += status.st_size
             used = sum(one[1] for one in files)
             for _, freed, path in sorted(files):
@@ -167,6 +166,20 @@ class ShardCache:
                 with suppress(OSError):
                     os.unlink(path)
                 used -= freed
+
+    def _removed(self, path: str, bucket: str) -> bool:
+        """Remove a file that was left, unless one of its bucket is being fetched; return whether it is gone."""
+        mutex = self._mutex(bucket)
+        if not mutex.acquire(blocking=False):
+            return False
+        try:
+            with lock(self.folder / f"{bucket}.lock", "is being filled by", "wait for it"):
+                os.unlink(path)
+                return True
+        except (UserError, OSError):
+            return False
+        finally:
+            mutex.release()
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_pid": -1, "_mutexes": {}, "_wanted": None}

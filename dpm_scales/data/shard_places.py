@@ -17,7 +17,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from dpm_scales.data.fetch import check_url, is_url, shown
 from dpm_scales.data.files import EXTENSIONS
@@ -53,7 +53,7 @@ class Located:
     def names(self) -> list[str]:
         """Return the names of `tars` in an index, with slashes: of addresses, their last part."""
         if self.is_remote:
-            return [PurePosixPath(urlsplit(tar).path).name for tar in self.tars]
+            return [PurePosixPath(unquote(urlsplit(tar).path)).name for tar in self.tars]
         return [Path(tar).relative_to(self.folder).as_posix() for tar in self.tars]
 
     @property
@@ -170,7 +170,7 @@ def match_index(located: Located, index: ShardIndex) -> list[tuple[str, ShardEnt
         by_base.setdefault(PurePosixPath(one.name).name, []).append(one)
     found = []
     for tar in located.tars:
-        path = urlsplit(tar).path if is_url(tar) else Path(tar).as_posix()
+        path = unquote(urlsplit(tar).path) if is_url(tar) else Path(tar).as_posix()
         parts = PurePosixPath(path).parts
         same = by_base.get(parts[-1], [])
         whole = entries.get("/".join(parts[-2:]))
@@ -187,7 +187,7 @@ def beside(index: str, name: str) -> str:
     """Return the path or address of a shard, whose name is relative to its index."""
     if is_url(index):
         parts = urlsplit(index)
-        return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{name}"))
+        return urlunsplit(parts._replace(path=f"{parts.path.rpartition('/')[0]}/{quote(name)}"))
     return str(Path(index).parent / name)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dpm_scales.data.fetch import is_url, shown
+from dpm_scales.data.fetch import is_url, require_storable, shown
 from dpm_scales.data.files import ImageStore, file_state
 from dpm_scales.data.replaced import LoadingError
 from dpm_scales.data.shard import Keys, Shard
@@ -41,6 +41,7 @@ class ShardSet:
         keys: which members are images and labels.
         cache: of fetched shards.
         keep: number of shards that stay open.
+        sized: whether the sizes of files must be those of the index.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class ShardSet:
         keys: Keys,
         cache: ShardCache,
         keep: int = 16,
+        sized: bool = True,
     ) -> None:
         self.source, self.places, self.entries = source, tuple(places), tuple(entries)
-        self.keys, self.cache, self.keep = keys, cache, keep
+        self.keys, self.cache, self.keep, self.sized = keys, cache, keep, sized
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def __len__(self) -> int:
@@ -81,7 +83,12 @@ class ShardSet:
             reason = str(error)
             known = reason if self.name(number) in reason else f"{self.name(number)}: {reason}"
             raise ShardError(known) from error
-        expected = self.entries[number].images
+        entry, expected = self.entries[number], self.entries[number].images
+        if self.sized and shard.bytes != entry.bytes:
+            shard.close()
+            raise ShardError(
+                f"{self.name(number)}: has {shard.bytes} bytes, and the index says {entry.bytes}; it was changed"
+            )
         if len(shard) != expected:
             shard.close()
             raise ShardError(
@@ -178,6 +185,8 @@ def open_shards(
 
     Raises: UserError if there are no shards, or none that can be read.
     """
+    for place in (root, index):
+        require_storable(str(place))
     cache = cache or ShardCache(cache_folder(), DEFAULT_GIGABYTES)
     located = locate(root, index)
     if located.index is None:
@@ -202,7 +211,7 @@ def open_shards(
         warnings.warn(f"{located.source}: {message}", stacklevel=3)
     entries = tuple(entry for _, entry in pairs)
     require(any(entry.images for entry in entries), f"{located.source}: the shards hold no image that can be read")
-    shards = ShardSet(located.source, [place for place, _ in pairs], entries, keys, cache, keep)
+    shards = ShardSet(located.source, [place for place, _ in pairs], entries, keys, cache, keep, verify != "none")
     return Opened(shards, replace(found, shards=entries), left_out)
 
 

@@ -19,6 +19,7 @@ MAX_HEADER_BYTES = 2**16
 """Maximum size of an extended header, which holds a long name."""
 
 _CHUNK = 2**14  # read at a time: small members and their headers come together
+_AFTER_END = 2**16  # more than writers append to fill a block
 _REGULAR, _DIRECTORY, _NO_DATA = b"0\0" + b"7", b"5", b"123456"
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
@@ -58,6 +59,10 @@ def members(read: Read, length: int) -> Iterator[Member]:
                 raise DamagedTarError("it became shorter while it was read")
         header = chunk[position - start : position - start + BLOCK]
         if header == END:
+            if read(_AFTER_END, position + BLOCK).strip(b"\0"):
+                raise DamagedTarError(
+                    "it holds more after the mark of its end, as if archives were joined; pack it again"
+                )
             return
         kind = header[156:157]
         size = _number(header[124:136])
@@ -85,6 +90,10 @@ def members(read: Read, length: int) -> Iterator[Member]:
             raise DamagedTarError(f"it ends within {printable(name)[:200]!r}, and was cut off; fetch or make it again")
         if regular and not sparse:
             yield Member(name, content, size)
+        if kind == b"S":  # GNU's sparse files have a map, which may go on in blocks of its own
+            more = header[482:483]
+            while more == b"\1":
+                more, content = read(BLOCK, content)[504:505], content + BLOCK
         position = content + _padded(length_here)
         long_name, long_size, sparse = None, None, False
 

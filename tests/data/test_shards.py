@@ -491,7 +491,8 @@ def test_places(tmp_path: Path, copied: Path) -> None:
         f"{tmp_path}/{{0..9999999}}.tar": "more than 1000000 shards",
         f"{tmp_path}/{{3..1}}.tar": "counts down",
         "s3://bucket/a.tar": r"allowed are http:// and https://, and paths of a mounted file system",
-        "https://me:secret@a.b/c-{00..99}.tar?key=1": r"^https://a\.b/c-00\.tar: the shards of an address need",
+        "https://a.b/c-{00..99}.tar?key=1": r"^https://a\.b/c-00\.tar: the shards of an address need",
+        "https://me:secret@a.b/c.tar": r"^https://a\.b/c\.tar: the address holds a login; leave it out, and put a",
     }
     for root, message in cases.items():
         with pytest.raises(UserError, match=message):

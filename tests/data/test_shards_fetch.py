@@ -24,6 +24,7 @@ from dpm_scales.data.shard_index import ShardEntry, ShardIndex
 from dpm_scales.data.shard_places import locate
 from dpm_scales.data.shard_set import ShardError
 from dpm_scales.errors import UserError
+from dpm_scales.storage import lock
 from support.shards import Faults, number_of, packed, served
 
 COUNT = 40
@@ -150,6 +151,18 @@ def test_a_shard_that_changes_while_it_is_fetched(server: tuple[str, Faults, Pat
     assert len(numbers(url)) == COUNT
 
 
+def test_a_trickle_ends_a_try(server: tuple[str, Faults, Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then, which no time limit of the connection ends."""
+    url, faults, folder = server
+    monkeypatch.setattr(fetching, "LEAST_RATE", 10**5)
+    faults.of[SHARD] = ["trickle", "ok"]
+    path = ShardCache(cache, 1, Patience(2, 0.2)).path(f"{url}{SHARD}", entry_of(folder))
+    assert path.read_bytes() == (folder / SHARD).read_bytes()
+    faults.of[SHARD] = ["trickle"]
+    with pytest.raises(FetchError, match=r"the last: only \d+ bytes came in 0\.\d+ seconds"):
+        fetch_text(f"{url}{SHARD}", 10**6, Patience(1, 0.2))
+
+
 def test_an_endless_answer_has_an_end(server: tuple[str, Faults, Path]) -> None:
     url, _, folder = server
     (folder / "index.json").write_bytes(b" " * 2000)
@@ -165,6 +178,45 @@ def test_secrets_in_addresses_are_not_shown() -> None:
             fetch(url, None)  # type: ignore[arg-type]
 
 
+def test_logins_and_signatures_are_sent_to_their_host_alone(
+    server: tuple[str, Faults, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From .netrc and the environment, also after a redirection, which takes neither along."""
+    url, faults, folder = server
+    host = url.split("/")[2]
+    with served(folder) as (other, others):
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password wörd\n")
+        monkeypatch.setenv("DPM_SCALES_QUERIES", f"elsewhere?x=1 {host}?sig=a%2Fb")
+        assert len(numbers(url)) == COUNT
+        basic = "Basic bWU6d8O2cmQ="
+        assert set(faults.secrets) == {("sig=a%2Fb", basic)}
+        faults.of["index.json"] = [f"to {other}index.json".replace("127.0.0.1", "localhost")]
+        assert fetch_text(f"{url}index.json", 10**6, Patience(1, 1)).startswith(b"{")
+        assert others.secrets == [("", "")]
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password word")
+        os.truncate(tmp_path / "netrc", 35)
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 loginn wörd\n")
+        with pytest.raises(FetchError, match="netrc, line 1: expected machine HOST login NAME password WORD") as caught:
+            fetch_text(f"{url}index.json", 10**6, Patience(1, 1))
+        assert "wörd" not in str(caught.value)
+
+
+def test_names_with_other_letters_are_escaped(tmp_path: Path) -> None:
+    packed(tmp_path / "s", 16)
+    index = tmp_path / "s" / "index.json"
+    for name, new in (("shard-000000.tar", "é 0.tar"), ("shard-000001.tar", "ß&+1.tar")):
+        (tmp_path / "s" / name).rename(tmp_path / "s" / new)
+        index.write_text(index.read_text().replace(name, new))
+    with served(tmp_path / "s") as (url, faults):
+        assert numbers(url) == list(numbers(tmp_path / "s"))
+        assert {name for name, _ in faults.asked} == {"index.json", "é 0.tar", "ß&+1.tar"}
+        one = f"{url}%C3%A9%200.tar"
+        made, _ = index_shards(locate(one, without=True), Keys(), ShardCache(tmp_path, 1), _silent)
+        assert made.shards[0].name == "é 0.tar"
+        assert numbers(one, index=index) == numbers(tmp_path / "s")[:8] == numbers(f"{url}é%200.tar", index=index)
+
+
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     with served(tmp_path) as (url, _):
         pass
@@ -175,13 +227,19 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
 def test_single_files_of_an_address_need_an_index(server: tuple[str, Faults, Path], tmp_path: Path) -> None:
     url, faults, folder = server
     pattern = f"{url}shard-{{000000..000003}}.tar?key=secret"
-    with pytest.raises(UserError, match="an index; make one with dpm-scales data index 'ADDRESS' out=FILE"):
+    with pytest.raises(UserError, match="its 'key' may be a secret"):
         numbers(pattern)
+    with pytest.raises(UserError, match="an index; make one with dpm-scales data index 'ADDRESS' out=FILE"):
+        numbers(pattern.partition("?")[0])
     assert faults.asked == []
     index, found = index_shards(locate(pattern, without=True), Keys(None, "cls"), ShardCache(tmp_path, 1), _silent)
     assert not found and index.num_classes == 3 and index.image_size == (2, 3)
     assert list(index.shards) == [entry_of(folder, f"shard-00000{n}.tar") for n in range(4)]
     (tmp_path / "mine.json").write_text(index.to_json())
+    with pytest.raises(UserError, match="its 'key' may be a secret, and runs store .* DPM_SCALES_QUERIES=") as caught:
+        numbers(pattern, index=tmp_path / "mine.json")
+    assert "=secret" not in str(caught.value)
+    pattern = pattern.replace("key=secret", "download=true")
     assert numbers(pattern, index=tmp_path / "mine.json", labels="cls") == numbers(folder)[:32]
     faults.of[SHARD] = ["404"]
     with pytest.raises(FetchError, match=f"{SHARD}: HTTP 404"):
@@ -244,8 +302,45 @@ def test_the_shard_used_longest_ago_goes_first(server: tuple[str, Faults, Path],
     leftover = cache / f".{'0' * 64}.tar.{'1' * 12}.tmp"
     leftover.write_bytes(b"x")
     os.utime(leftover, (0, 0))
+    with lock(cache / "00.lock", "", ""):  # by this process, which may fetch it in another thread
+        held._mutex("00").acquire()
+        held._make_room(0)
+        held._mutex("00").release()
+        assert leftover.exists()
     held.path(f"{url}{SHARD}", entry_of(folder))
     assert not leftover.exists() and (cache / "mine.tar").exists()
+
+
+def test_runs_with_other_limits_share_a_cache(server: tuple[str, Faults, Path], cache: Path) -> None:
+    """The smaller one removes what the larger one will fetch again; both read all images."""
+    url, faults, folder = server
+    bytes_ = entry_of(folder).bytes
+    sizes = {"cache_gb": 2.5 * bytes_ / GIB}, {"cache_gb": 1.0}
+    parts = [data.ShardSource(url, channels=1, val_fraction=0, window=1, **size).train() for size in sizes]
+    shown = [number_of(image) for image, _ in (data.ShardSource(folder, channels=1, val_fraction=0).train())]  # type: ignore[attr-defined]
+    for index in range(0, COUNT, 2):
+        other = COUNT - 1 - index
+        assert [number_of(parts[0][index][0]), number_of(parts[1][other][0])] == [shown[index], shown[other]]
+    parts[0].shards._open.clear()
+    number_of(parts[0][0][0])
+    assert sum(path.stat().st_size for path in cache.glob("*.tar")) <= 5 * bytes_
+
+
+def test_an_interrupt_leaves_nothing_half_fetched(
+    server: tuple[str, Faults, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while bytes come; the next command fetches the shard."""
+    url, faults, folder = server
+    held, entry = ShardCache(cache, 1), entry_of(folder)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(fetching, "_checked", interrupt)
+        held.path(f"{url}{SHARD}", entry)
+    assert [path.suffix for path in cache.iterdir()] == [".lock"] * len(list(cache.iterdir()))
+    assert held.path(f"{url}{SHARD}", entry).read_bytes() == (folder / SHARD).read_bytes()
 
 
 def test_a_shard_that_others_remove_is_fetched_again(server: tuple[str, Faults, Path], cache: Path) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from dpm_scales import data
 from dpm_scales.data.sampler import EpochImages, collate
+from dpm_scales.data.shard_set import ShardError
 from dpm_scales.errors import UserError
 from support.shards import number_of, packed, samples, served, tar
 
@@ -106,6 +107,28 @@ def test_empty_sets_end_with_one_line(tmp_path: Path) -> None:
     part = data.ShardSource(tmp_path / "some", channels=1, val_fraction=0, window=1).train()
     assert sorted(part.order(0)(0, np.arange(4)).tolist()) == [0, 1, 2, 3]
     assert [number_of(part[i][0]) for i in range(4)] == [0, 1, 2, 3]
+
+
+def test_a_shard_that_changes_during_a_run_ends_it(tmp_path: Path) -> None:
+    """Of as many images as before, which would otherwise be trained on in their place; and an index that changes."""
+    packed(tmp_path / "s", 24)
+    part = data.ShardSource(tmp_path / "s", channels=1, val_fraction=0, window=1).train()
+    assert number_of(part[0][0]) >= 0 and len(part.shards.entries) == 3
+    (tmp_path / "s" / "index.json").write_text("{")
+    path = tmp_path / "s" / "shard-000001.tar"
+    path.write_bytes(path.read_bytes() + bytes(512))
+    with pytest.raises(ShardError, match=r"shard-000001\.tar: has \d+ bytes, and the index says \d+; it was changed"):
+        part[8]
+    assert number_of(part[16][0]) >= 0
+
+
+def test_endings_of_any_case(tmp_path: Path) -> None:
+    members = {name.replace("png", "PNG").replace("cls", "Cls"): text for name, text in samples(range(4)).items()}
+    tar(tmp_path / "a.tar", members)
+    for image, labels in ((None, "cls"), ("png", "CLS"), ("PNG", "Cls")):
+        part = data.ShardSource(tmp_path, image=image, labels=labels, channels=1, val_fraction=0).train()
+        assert [(number_of(image), label) for image, label in (part[i] for i in range(4))] == [
+            (0, 0), (1, 1), (2, 2), (3, 0)]  # fmt: skip
 
 
 def test_datasets_reads_what_is_packed(tmp_path: Path) -> None:

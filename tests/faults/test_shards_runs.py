@@ -19,7 +19,7 @@ from dpm_scales.errors import UserError
 from dpm_scales.training.module import DiffusionModule
 from support.cluster_shell import Forked, job_step
 from support.shards import served
-from support.shell import FAST, SMALL, assert_equal, attempt, call, checkpoint, column, files, train
+from support.shell import FAST, SMALL, assert_equal, attempt, call, checkpoint, column, command, files, train
 
 STEPS = 8
 OPTIONS = (
@@ -129,6 +129,23 @@ def test_a_server_that_goes_away_ends_a_run_that_goes_on_when_it_is_back(
         outcome = call("train.py", "run_dir=run", "data.download=true", cwd=tmp_path)
         assert outcome.status == 0, outcome.err
     assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("https://me:hush@a.b/c/", "https://a.b/c/: the address holds a login"),
+        ("https://a.b/c/?X-Amz-Signature=hush", "https://a.b/c/: its 'x-amz-signature' may be a secret"),
+    ],
+)
+def test_secrets_are_neither_shown_nor_stored(address: str, told: str, tmp_path: Path) -> None:
+    end = call("train.py", *OPTIONS, f"data.root='{address}'", "run_dir=run", cwd=tmp_path)
+    assert end.status == 2 and end.err.startswith(f"error: {told}") and len(end.err.splitlines()) == 1
+    assert "hush" not in end.err + end.out
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hush" in path.read_bytes()]
+    for action in ("check", "index"):  # which store no address, so that a signature may be given
+        end = command("data", action, address.replace("https://a.b", "https://127.0.0.1:9"), "tries=1")
+        assert end.status == 2 and "hush" not in end.err + end.out
 
 
 @pytest.mark.parametrize("named", ["data.root", "data.val_root", "data.index"])

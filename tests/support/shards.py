@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
@@ -72,11 +73,17 @@ class Faults:
     """What a server does wrong, by name of the file: each entry is used once, the last one for ever.
 
     Kinds: "500", "404" and other statuses; "cut" after half of what is asked for; "stall" before the first byte;
-    "cut early" and "no ranges", which send the whole file from its beginning; "ok".
+    "trickle", a byte at a time; "cut early" and "no ranges", which send the whole file from its beginning;
+    "to ADDRESS", a redirection; "ok".
+
+    Attributes:
+        asked: names of the files asked for, with the ranges.
+        secrets: their queries and logins.
     """
 
     of: dict[str, list[str]] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
+    secrets: list[tuple[str, str]] = field(default_factory=list)
 
     def next(self, name: str) -> str:
         kinds = self.of.get(name, ["ok"])
@@ -90,8 +97,10 @@ def served(folder: Path, stall: float = 1.0) -> Iterator[tuple[str, Faults]]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            name = self.path.lstrip("/").partition("?")[0]
+            name, _, query = self.path.lstrip("/").partition("?")
+            name = unquote(name)
             faults.asked.append((name, self.headers.get("Range", "")))
+            faults.secrets.append((query, self.headers.get("Authorization", "")))
             kind = faults.next(name)
             path = folder / name
             if kind == "416" and not self.headers.get("Range"):
@@ -120,6 +129,10 @@ def served(folder: Path, stall: float = 1.0) -> Iterator[tuple[str, Faults]]:
             part = data[start:]
             if kind == "stall":
                 time.sleep(stall)
+            if kind == "trickle":
+                for number in range(100):
+                    self.wfile.write(part[number : number + 1])
+                    time.sleep(stall / 10)
             self.wfile.write(part[: len(part) // 2] if kind.startswith("cut") else part)
 
         def log_message(self, *_: object) -> None:
