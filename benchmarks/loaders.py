@@ -193,7 +193,8 @@ class Timing:
         """Return images per second of wall-clock and of CPU time."""
         middle = [[statistics.median(times) for times in zip(*runs, strict=True)] for runs in (self.long, self.short)]
         return {
-            name: images / max(long - short, 1e-9) for name, long, short in zip(("wall", "cpu"), *middle, strict=True)
+            name: BATCH * self.batches / (long - short) if long > short else math.nan
+            for name, long, short in zip(("wall", "cpu"), *middle, strict=True)
         }
 
 
