@@ -3,6 +3,8 @@
     python -m benchmarks.loaders                                   # 32, 64 and 256 px; 0, 1 and 2 workers
     python -m benchmarks.loaders --sizes 64 --workers 0 --seconds 5 --out loaders.json
     python -m benchmarks.loaders --memory --images 100000          # memory of ten epochs
+    python -m benchmarks.loaders --decoders                        # Pillow, simplejpeg and torchvision.io
+    python -m benchmarks.loaders --writing --images 50000          # samples of 32 px written as shards
 
 All give shuffled batches of 64 uint8 images (64, 3, H, W) of the same crops of scikit-image's photos. Two figures are
 printed: images per second of wall-clock time, and images per second of CPU time, of the training process and its
@@ -13,6 +15,7 @@ workers does not count. The loaders take turns, and medians over the rounds coun
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -36,8 +39,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dpm_scales import data
+from dpm_scales.commands import sample_shards
 from dpm_scales.data import ImageDataModule
 from dpm_scales.data.pack import Packing, pack
+from dpm_scales.data.shard import decode
+from dpm_scales.images import png_bytes
 
 BATCH = 64
 SIZES, WORKERS = (32, 64, 256), (0, 1, 2)
@@ -266,6 +272,61 @@ def memory(images: int, epochs: int, workers: int, per_shard: int = 1000) -> lis
     return found
 
 
+def decoders(sizes: Sequence[int], seconds: float, rounds: int) -> list[list[Any]]:
+    """Return files decoded per CPU second, and the largest difference from Pillow's pixels, by size, kind, decoder."""
+    from torchvision import io as vision
+
+    ways: dict[str, Callable[[bytes], Tensor]] = {
+        "pillow": lambda content: decode(content, 3, ""),
+        "simplejpeg": lambda content: decode(content, 3, "", "simplejpeg"),
+        "torchvision.io": lambda content: vision.decode_image(
+            torch.frombuffer(bytearray(content), dtype=torch.uint8), vision.ImageReadMode.RGB
+        ),
+    }
+    found: list[list[Any]] = []
+    for size in sizes:
+        pixels = crops(size, 64)
+        for kind in ("JPEG", "PNG"):
+            files = [io.BytesIO() for _ in pixels]
+            for file, image in zip(files, pixels, strict=True):
+                Image.fromarray(image).save(file, kind, quality=90)
+            contents = [file.getvalue() for file in files]
+            chosen = {name: way for name, way in ways.items() if kind == "JPEG" or name != "simplejpeg"}
+            rates: dict[str, list[float]] = {name: [] for name in chosen}
+            for _ in range(rounds):
+                for name, way in chosen.items():
+                    began, done = time.process_time(), 0
+                    while time.process_time() - began < seconds:
+                        for content in contents:
+                            way(content)
+                        done += len(contents)
+                    rates[name].append(done / (time.process_time() - began))
+            theirs = [ways["pillow"](content).int() for content in contents]
+            for name, way in chosen.items():
+                pairs = zip(contents, theirs, strict=True)
+                worst = max(int((way(content).int() - other).abs().max()) for content, other in pairs)
+                found.append([size, kind, name, round(statistics.median(rates[name])), worst])
+                print("| {} px | {} | {} | {} | {} |".format(*found[-1]), flush=True)
+    return found
+
+
+def writing(images: int) -> dict[str, float]:
+    """Return images per second, wall-clock and CPU, with which samples of 32 px are written as shards of PNG files."""
+    pixels = torch.from_numpy(crops(32, 1000)).permute(0, 3, 1, 2).contiguous()
+    with tempfile.TemporaryDirectory() as folder:
+        wall, cpu = time.perf_counter(), cpu_seconds()
+        for first in range(0, images, sample_shards.PER_SHARD):
+            job = range(first, min(first + sample_shards.PER_SHARD, images))
+            files = ((f"{n:06d}.png", png_bytes(pixels[n % len(pixels)]), None) for n in job)
+            sample_shards.write(Path(folder), job, files)
+        record = {"number": images, "size": (32, 32), "seed": 0, "weights_sha256": ""}
+        sample_shards.begin(Path(folder))
+        sample_shards.finish(Path(folder), record, None, None)
+        found = {"wall": images / (time.perf_counter() - wall), "cpu": images / (cpu_seconds() - cpu)}
+    print(f"{images} samples: {found['wall']:.0f} images per second, {found['cpu']:.0f} of CPU time", flush=True)
+    return found
+
+
 def held(pid: int) -> tuple[float, int]:
     """Return the anonymous resident memory of a process, in MiB, and its number of open files."""
     match = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
@@ -286,7 +347,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="loaders whose names contain this")
     parser.add_argument("--out", type=Path, help="file for the figures, JSON")
     parser.add_argument("--memory", action="store_true", help="measure memory in place of speed")
-    parser.add_argument("--images", type=int, default=20000, help="images of an epoch, with --memory")
+    parser.add_argument("--decoders", action="store_true", help="compare decoders in place of loaders")
+    parser.add_argument("--writing", action="store_true", help="write samples as shards in place of reading")
+    parser.add_argument("--images", type=int, default=20000, help="images of an epoch, or written")
     parser.add_argument("--epochs", type=int, default=10, help="with --memory")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -294,6 +357,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     found: Any
     if args.memory:
         found = memory(args.images, args.epochs, args.workers[-1])
+    elif args.decoders:
+        found = decoders(args.sizes, args.seconds, args.rounds)
+    elif args.writing:
+        found = writing(args.images)
     else:
         found = throughput(args.sizes, args.workers, args.seconds, args.rounds, args.only)
         for figure, about in (("cpu", "images per second of CPU time"), ("wall", "images per second")):

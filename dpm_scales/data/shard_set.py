@@ -42,6 +42,7 @@ class ShardSet:
         cache: of fetched shards.
         keep: number of shards that stay open.
         sized: whether the sizes of files must be those of the index.
+        partial: whether a shard may be damaged after the images that the index counts.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class ShardSet:
         cache: ShardCache,
         keep: int = 16,
         sized: bool = True,
+        partial: bool = False,
     ) -> None:
         self.source, self.places, self.entries = source, tuple(places), tuple(entries)
-        self.keys, self.cache, self.keep, self.sized = keys, cache, keep, sized
+        self.keys, self.cache, self.keep, self.sized, self.partial = keys, cache, keep, sized, partial
         self._open: OrderedDict[int, Shard] = OrderedDict()
 
     def __len__(self) -> int:
@@ -101,11 +103,11 @@ class ShardSet:
     def _opened(self, number: int) -> Shard:
         for _ in range(OPENINGS - 1):
             try:
-                return Shard(self.path(number), self.name(number), self.keys)
+                return Shard(self.path(number), self.name(number), self.keys, self.partial)
             except FileNotFoundError:
                 if not is_url(self.places[number]):
                     raise
-        return Shard(self.path(number), self.name(number), self.keys)
+        return Shard(self.path(number), self.name(number), self.keys, self.partial)
 
     def path(self, number: int) -> Path:
         """Return the file of a shard, fetched if necessary. Raises UserError if it can't be."""
@@ -211,7 +213,8 @@ def open_shards(
         warnings.warn(f"{located.source}: {message}", stacklevel=3)
     entries = tuple(entry for _, entry in pairs)
     require(any(entry.images for entry in entries), f"{located.source}: the shards hold no image that can be read")
-    shards = ShardSet(located.source, [place for place, _ in pairs], entries, keys, cache, keep, verify != "none")
+    sized, partial = verify != "none", located.index is None
+    shards = ShardSet(located.source, [place for place, _ in pairs], entries, keys, cache, keep, sized, partial)
     return Opened(shards, replace(found, shards=entries), left_out)
 
 

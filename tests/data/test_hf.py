@@ -18,6 +18,7 @@ from dpm_scales import data
 from dpm_scales.data.hf import StreamError
 from dpm_scales.data.replaced import UnreadableImageError
 from dpm_scales.errors import UserError
+from support.fake_hub import FakeHub, serving
 from support.shards import encoded, number_of, numbered
 from support.shell import photos
 
@@ -119,6 +120,24 @@ def test_places_of_this_machine(kind: str, folder: Path, tmp_path: Path) -> None
     if kind == "splits on disk":
         with pytest.raises(UserError, match="unknown split='val': .*allowed: test, train"):
             source(place, split="val")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_sets_of_the_hub(streaming: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a revision; only the files of the set are asked for, and a failing Hub ends with one line."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    hub = FakeHub()
+    hub.branches["owner/name"] = {"v1": hub.upload("owner/name", folder)}
+    hub.add("owner/name", {"train-0.parquet": b"other"})
+    options = {"streaming": True, "num_images": COUNT, "val_fraction": 0} if streaming else {"val_split": "validation"}
+    with serving(hub, tmp_path / "hub"):
+        found = data.HubSource("owner/name", channels=1, labels="label", revision="v1", **options)
+        assert numbers(found.train()) == list(range(COUNT)) and found.class_names == ("cat", "dog", "eel")
+        parquet = {name for name in hub.downloads() if name.endswith(".parquet")}
+        assert parquet <= {path.name for path in folder.iterdir()} and "train-00001.parquet" in parquet
+        with pytest.raises(UserError, match="owner/other: ") as caught:
+            data.HubSource("owner/other")
+        assert "\n" not in str(caught.value)
 
 
 def test_integer_columns_are_classes(folder: Path) -> None:

@@ -122,6 +122,25 @@ def test_a_shard_that_changes_during_a_run_ends_it(tmp_path: Path) -> None:
     assert number_of(part[16][0]) >= 0
 
 
+def test_without_an_index_damaged_shards_are_read_up_to_the_damage(tmp_path: Path) -> None:
+    """Cut off, joined to another, and overwritten in the middle; in training too, and by all processes."""
+    whole = tar(tmp_path / "x" / "x.tar", samples(range(6))).read_bytes()
+    other = tar(tmp_path / "x" / "y.tar", samples(range(6, 9))).read_bytes()
+    (tmp_path / "s").mkdir()
+    spoilt = bytearray(whole)
+    spoilt[6144:6656] = b"?" * 512  # the header of the third image
+    for name, content in (("a", whole[:2600]), ("b", whole + other), ("c", bytes(spoilt)), ("d", other)):
+        (tmp_path / "s" / f"{name}.tar").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"3 of 4 shards have faults, and are read as far as they can be; the first"):
+        source = data.ShardSource(tmp_path / "s", channels=1, val_fraction=0, window=2)
+    counts = [entry.images for entry in source.train().shards.entries]
+    assert counts[1] == 6 and counts[3] == 3 and 0 < counts[0] < 6 and 0 < counts[2] < 6
+    expected = [n for first, count in zip((0, 0, 0, 6), counts, strict=True) for n in range(first, first + count)]
+    loader = data.ImageDataModule(source, 2, 1, drop_last=False).train_dataloader()
+    assert {number_of(image) for images, _ in loader for image in images} == set(expected)
+    assert [number_of(source.train()[i][0]) for i in range(len(expected))] == expected
+
+
 def test_endings_of_any_case(tmp_path: Path) -> None:
     members = {name.replace("png", "PNG").replace("cls", "Cls"): text for name, text in samples(range(4)).items()}
     tar(tmp_path / "a.tar", members)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import httpx2
 import huggingface_hub
@@ -77,8 +77,11 @@ class FakeHub:
             return self._create(request, json.loads(body))
         if path == "/api/validate-yaml":
             return self._json(request, {"errors": [], "warnings": []})
-        api = path.startswith("/api/models/")
-        parts = path.removeprefix("/api/models/" if api else "/").split("/")
+        api = path.startswith(("/api/models/", "/api/datasets/"))
+        for prefix in ("/api/models/", "/api/datasets/", "/datasets/", "/"):
+            if path.startswith(prefix):
+                break
+        parts = path.removeprefix(prefix).split("/")
         repo, what, rest = "/".join(parts[:2]), parts[2] if len(parts) > 2 else "", parts[3:]
         signed = request.headers.get("authorization") == f"Bearer {TOKEN}"
         if repo not in self.commits or (repo in self.private and not signed):
@@ -92,17 +95,18 @@ class FakeHub:
             return self._json(request, {"files": files})
         if what == "commit":
             return self._commit(request, repo, "/".join(rest), body)
-        name = rest[0] if what in ("resolve", "tree") else "/".join(rest) or "main"
+        name = rest[0] if what in ("resolve", "tree", "paths-info") else "/".join(rest) or "main"
         commit = self.branches[repo].get(name, name)
         if commit not in self.commits[repo]:
             return self._error(request, 404, "RevisionNotFound")
         files = self.commits[repo][commit]
-        if what == "tree":
+        if what in ("tree", "paths-info"):
             entries = [
                 {"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
                 for n, d in files.items()
             ]
-            return self._json(request, entries)
+            asked = parse_qs(body.decode()).get("paths", []) if what == "paths-info" else []
+            return self._json(request, [entry for entry in entries if what == "tree" or entry["path"] in asked])
         if what == "resolve":
             return self._file(request, files, "/".join(rest[1:]), commit)
         siblings = [{"rfilename": n} for n in sorted(files)]
