@@ -79,7 +79,7 @@ def test_killed_in_mid_shard_and_resumed_with_other_workers(shards: Path, whole:
     assert end.status == -signal.SIGKILL and checkpoint(tmp_path / "run")["global_step"] == 3
     state = checkpoint(tmp_path / "run")["ImageDataModule"]
     assert state["next_batch"] == 3 and state["window"] == 2 and state["num_images"] == 35
-    outcome = call("train.py", "run_dir=run", "data.num_workers=2", cwd=tmp_path)
+    outcome = call("train.py", "run_dir=run", "data.num_workers=2", "data.decoded=true", cwd=tmp_path)
     assert outcome.status == 0 and "data.num_workers 1 -> 2" in outcome.out, outcome.err
     assert_same(tmp_path / "run", whole)
 

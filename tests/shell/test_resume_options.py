@@ -118,7 +118,7 @@ TAKEN = {
     "data.pin_memory": "false",
     "data.on_device": "true",
     **dict.fromkeys(("data.on_error", "data.cache_gb", "data.decoder", "data.tries", "data.timeout"), ""),  # see below
-    **dict.fromkeys(("data.download", "data.verify"), ""),
+    **dict.fromkeys(("data.download", "data.verify", "data.decoded"), ""),
     "logger": "logger=tensorboard",
 }
 WARNED_OF = {
