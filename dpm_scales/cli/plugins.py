@@ -201,7 +201,7 @@ def _node(group: str, target: str) -> dict[str, Any]:
     if group != "data":
         return {"_target_": target}
     options = {"batch_size": 32, "num_workers": 0, "seed": 0, "pin_memory": None, "drop_last": True}
-    options |= {"decoded": False, "on_device": False}
+    options |= {"decoded": False, "on_device": None}
     return {"_target_": "dpm_scales.data.ImageDataModule", "source": {"_target_": target}, **options}
 
 

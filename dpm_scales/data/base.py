@@ -18,6 +18,9 @@ from dpm_scales.errors import require
 NO_LABEL = -1
 """Label of images without a label."""
 
+FLIPPED = 0.5
+"""Probability with which an image is mirrored: the first number of its generator is below it."""
+
 
 class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
     """Training or validation part of a source: items (image uint8 (C, H, W), label), all images of one size.
@@ -109,12 +112,7 @@ class TensorImages(ImageDataset):
 
 def maybe_flip(image: Tensor, rng: np.random.Generator | None) -> Tensor:
     """Return the image (C, H, W), mirrored left to right with probability 1/2; unchanged without `rng`."""
-    return image.flip(-1) if rng is not None and draws_flip(rng) else image
-
-
-def draws_flip(rng: np.random.Generator) -> bool:
-    """Return whether an image is mirrored, one draw from `rng`."""
-    return bool(rng.random() < 0.5)
+    return image.flip(-1) if rng is not None and rng.random() < FLIPPED else image
 
 
 def split_indices(

@@ -20,7 +20,8 @@ from dpm_scales.data.decoded import (
     DeviceImages,
     Drawn,
     Draws,
-    collate_draws,
+    as_it_is,
+    fits,
     ignore_interrupts,
     require_keepable,
 )
@@ -50,7 +51,8 @@ class ImageDataModule(Describable, pl.LightningDataModule):
         pin_memory: whether batches are page-locked; None locks them if CUDA is available.
         drop_last: whether to drop an incomplete last batch; otherwise the first images of the order fill it up.
         decoded: keep decoded images in a file that all processes map into memory, see `decoded`.
-        on_device: keep the training images on the device, where batches are gathered and mirrored.
+        on_device: keep the training images on the device, where batches are gathered and mirrored; None keeps images
+            that are in memory already, if they fit in a quarter of what is free there.
 
     Raises:
         UserError: a value out of range, or images that can't be kept.
@@ -66,7 +68,7 @@ class ImageDataModule(Describable, pl.LightningDataModule):
         pin_memory: bool | None = None,
         drop_last: bool = True,
         decoded: bool = False,
-        on_device: bool = False,
+        on_device: bool | None = None,
     ) -> None:
         super().__init__()
         require(is_whole(batch_size, 1), f"batch_size={batch_size}: allowed is a whole number >= 1")
@@ -142,19 +144,26 @@ class ImageDataModule(Describable, pl.LightningDataModule):
             world_size=self._world_size(),
             order=train.order(self.seed),
         )
-        placed = self.on_device and self.trainer is not None  # whose hooks gather the images
+        placed = self._is_placed(train)
+        joined: Callable[[Any], Any] = as_it_is if placed else collate
         loader: TrainLoader = TrainLoader(
             Draws(train, self.seed) if placed else EpochImages(train, self.seed),
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=collate_draws if placed else collate,
+            collate_fn=joined,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=ignore_interrupts,
         )
         loader.read_state, loader.write_state = self.state_dict, self._restore
         return loader
+
+    def _is_placed(self, train: ImageDataset) -> bool:
+        """Return whether training images are kept on the device of the trainer, whose hooks gather them."""
+        if self.trainer is None or self.on_device is False:
+            return False
+        return self.on_device is True or fits(train, self.trainer.strategy.root_device)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Return a batch of images and labels, gathered on the device if they are kept there."""

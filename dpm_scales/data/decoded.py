@@ -30,11 +30,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dpm_scales.data.base import ImageDataset, TensorImages, draws_flip, maybe_flip
+from dpm_scales.data.base import FLIPPED, ImageDataset, TensorImages, maybe_flip
+from dpm_scales.data.draws import first_draws
 from dpm_scales.data.order import EpochOrder
 from dpm_scales.data.replaced import ReplacedImages
 from dpm_scales.errors import UserError, require
-from dpm_scales.memory import require_memory
+from dpm_scales.memory import available_memory, require_memory
 from dpm_scales.progress import Report
 from dpm_scales.storage import open_sized
 
@@ -45,6 +46,9 @@ VERSION = 1
 """Version of the file; increase it when the same images give other bytes."""
 
 _RECORD = struct.Struct("<Ii")
+FREE_SHARE = 0.25
+"""Largest share of a device's free memory for images that nobody asked to keep there."""
+
 _LOADED = 256  # images brought to the device at a time
 
 
@@ -168,14 +172,25 @@ class Draws(Dataset[tuple[int, bool]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, bool]:
-        index, epoch = key
-        return index, self.images.mirrored and draws_flip(np.random.default_rng((self.seed, epoch, index)))
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Drawn:
+        """Return a whole batch, which torch's loader asks for where it can."""
+        index, epoch = np.asarray(keys, dtype=np.int64).T.copy()
+        mirrored = np.zeros(len(index), dtype=bool)
+        if self.images.mirrored:
+            mirrored = first_draws(self.seed, epoch, index) < FLIPPED
+        return Drawn(torch.from_numpy(index), torch.from_numpy(mirrored))
 
 
-def collate_draws(items: Sequence[tuple[int, bool]]) -> Drawn:
-    indices, mirrored = zip(*items, strict=True)
-    return Drawn(torch.tensor(indices, dtype=torch.int64), torch.tensor(mirrored, dtype=torch.bool))
+def as_it_is(batch: Drawn) -> Drawn:
+    """Return a batch that needs no joining, since `Draws` gives whole ones."""
+    return batch
+
+
+def fits(images: ImageDataset, device: torch.device) -> bool:
+    """Return whether images are in memory, and fit on the device beside a training."""
+    if not isinstance(images, TensorImages):
+        return False
+    return device.type == "cpu" or images.images.nbytes <= FREE_SHARE * available_memory(device)
 
 
 class DeviceImages:

@@ -179,7 +179,7 @@ def given_data(
     pin_memory: bool | None = None,
     drop_last: bool = True,
     decoded: bool = False,
-    on_device: bool = False,
+    on_device: bool | None = None,
 ) -> ImageDataModule:
     """Return batches of `GivenImages`.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales import data
-from dpm_scales.data.decoded import DecodedImages, DeviceImages, Draws, collate_draws
+from dpm_scales.data.decoded import DecodedImages, DeviceImages, Draws
 from dpm_scales.data.replaced import ReplacedImages
 from dpm_scales.data.sampler import EpochImages, collate
 from dpm_scales.errors import UserError
@@ -213,7 +213,7 @@ def test_batches_of_the_device_are_those_of_the_loader(kind: str, flip: bool, pl
     held = DeviceImages(part, (1, 2, 3), torch.device("cpu"), 0, False)
     keys = [(int(i), int(e)) for i, e in np.random.default_rng(0).integers(0, (24, 3), (40, 2))]
     theirs = collate([EpochImages(part, 5)[key] for key in keys])
-    ours = held.gather(collate_draws([Draws(part, 5)[key] for key in keys]))
+    ours = held.gather(Draws(part, 5).__getitems__(keys))
     assert all(a.equal(b) and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True))
     plain = torch.stack([part[i][0] for i, _ in keys])
     assert plain.equal(ours[0]) is not flip

@@ -116,7 +116,7 @@ TAKEN = {
     "trainer": "trainer.val_check_interval=2",
     "data.num_workers": "1",
     "data.pin_memory": "false",
-    "data.on_device": "true",
+    "data.on_device": "false",
     **dict.fromkeys(("data.on_error", "data.cache_gb", "data.decoder", "data.tries", "data.timeout"), ""),  # see below
     **dict.fromkeys(("data.download", "data.verify", "data.decoded"), ""),
     "logger": "logger=tensorboard",

@@ -18,7 +18,7 @@ from support.shell import CONFIGS, call
 
 ENTRY_POINTS = ("train", "sample", "evaluate", "evolve")
 #: null leaves these to something else; the others are given true or false by every config
-MAY_BE_NULL = {"data.pin_memory"}
+MAY_BE_NULL = {"data.pin_memory", "data.on_device"}
 
 
 def every_config() -> Iterator[tuple[str, dict[str, Any]]]:
