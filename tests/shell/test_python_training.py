@@ -41,7 +41,7 @@ NETWORK: dict[str, Any] = {
 }
 SMALL: dict[str, Any] = {
     "data": {"batch_size": 16},
-    "samples": {"num_images": 4},
+    "samples": {"num_images": 4, "curves": False},
     "trainer": {"val_check_interval": 3, "limit_val_batches": 2, "log_every_n_steps": 1, "accelerator": "cpu"},
     "progress": False,
 }
