@@ -136,11 +136,11 @@ def _verdict(results: Mapping[str, Figures], metric: str, asked: Asked, step: in
 
     sign = -1 if results[EXPORTED][metric]["better"] == HIGHER else 1
     best, *_ = sorted((name for name in results if name != EXPORTED), key=lambda name: sign * value(name))
-    exported = f"{metric} {value(EXPORTED):.4g} of the average that the run exported"
+    judged = ", and is no worse" if sign * value(EXPORTED) <= sign * value(best) else ""
+    exported = f"the average that the run exported has {value(EXPORTED):.4g}{judged}"
     until = "" if step is None else f" ema_step={step}"
-    judged = "no length is better than" if sign * value(EXPORTED) <= sign * value(best) else "beside"
     use = f"{program('sample')} model={asked.run} ema={best}{until}"
-    return f"best: ema={best}, {metric} {value(best):.4g}, {judged} {exported}; {use}; {asked.out / 'quality.png'}"
+    return f"best: ema={best}, {metric} {value(best):.4g}; {exported}; {use}; {asked.out / 'quality.png'}"
 
 
 def save_table(path: Path, results: Mapping[str, Figures], averages: Mapping[str, Mapping[str, Any]]) -> None:
@@ -170,10 +170,11 @@ def save_figure(path: Path, results: Mapping[str, Figures], question: Question) 
             spread = np.array(values) + np.outer([-1, 1], errors) if len(errors) == len(own) else None
             band = None if spread is None else {CURVE: spread}
             plots.lines(axis, lengths, {CURVE: values}, styles, band)
+            plots.logarithmic_x(axis, lengths, 12)
             exported = float(results[EXPORTED][name]["value"])
             axis.axhline(exported, color="0.4", linestyle="--", linewidth=1.2, label="the exported average")
             better = own[0]["better"]
-            axis.set(xlabel="length of the average, a share of the run", ylabel=f"{name} ({better} is better)")
+            axis.set(xlabel="length of the average (share of the run)", ylabel=f"{name} ({better} is better)")
             axis.set_title("± standard error" if band else "", fontsize=9)
         plots.legend(drawing, list(axes[0]))
         drawing.suptitle(f"{len(question.fake)} samples by {len(question.real)} real images", fontsize=9)

@@ -151,13 +151,18 @@ def lines(
         if spread is not None and name in spread:
             axes.fill_between(x, *spread[name], color=styles[name].colour, alpha=0.15, linewidth=0)
     if len(x) > 1 and max(x) / min(x) > 20:
-        axes.set_xscale("log")
-        ticks = [x[0]]
-        for value in x[1:]:  # only ticks with room for their labels
-            if value / ticks[-1] > (x[-1] / x[0]) ** (1 / 14):
-                ticks.append(value)
-        axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
-        axes.minorticks_off()
+        logarithmic_x(axes, x)
+
+
+def logarithmic_x(axes: Axes, x: Sequence[float], most: int = 14) -> None:
+    """Make the x-axis logarithmic, with ticks at those of the positive ascending `x` that have room, about `most`."""
+    axes.set_xscale("log")
+    ticks = [x[0]]
+    for value in x[1:]:
+        if value / ticks[-1] > (x[-1] / x[0]) ** (1 / most):
+            ticks.append(value)
+    axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    axes.minorticks_off()
 
 
 def logarithmic(axes: Axes) -> None:

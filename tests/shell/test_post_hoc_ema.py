@@ -245,26 +245,25 @@ def test_what_can_not_be_reconstructed_is_refused_in_one_line(run: Path, tmp_pat
     assert 0.025 < low < 0.05 and 0.1 < high < 0.25
     for length in (low, high):
         assert reconstruction(run, length).error <= 0.1
-    for options, words in (
-        (("ema=0.002",), (f"ema=0.002: the 8 snapshots of {run}", f"from {low:g} to {high:g}", "ema.snapshot_every")),
-        (("ema=0.288",), ("by 4", "up to step 24")),
-        (("ema=0.07", "ema_step=3"), ()),
-        (("ema=0.2", "ema_step=3"), ("the 1 snapshot of", "up to step 3")),
-        (("ema=0.07", "ema_step=25"), ("ema_step=25", "the nearest are 18, 21, 24, and the last is 24")),
-        (("ema=0.07", "ema_step=0"), ("ema_step must be a whole number >= 1",)),
-        (("ema_step=12",), ("ema_step=12 ends the average of ema=LENGTH",)),
-        (("ema=0.07", "weights=raw"), ("ema=0.07 is an average, and weights=raw",)),
-        (("ema=1",), ("ema must be a number >= 0.001",)),
-        (
-            (f"model={run / 'model'}", "ema=0.07"),
-            (f"{run / 'model'} has no snapshots", "ema.power_lengths=[0.05,0.10]"),
-        ),
-        ((f"model={run / 'checkpoints/last.ckpt'}", "ema=0.07"), ("has no snapshots",)),
-        ((f"model={tmp_path / 'none'}", "ema=0.07"), ("no model at",)),
+    for asked, words in (
+        ({"ema": 0.002}, (f"ema=0.002: the 8 snapshots of {run}", f"from {low:g} to {high:g}", "ema.snapshot_every")),
+        ({"ema": 0.288}, ("by 4", "up to step 24")),
+        ({"ema": 0.2, "ema_step": 3}, ("the 1 snapshot of", "up to step 3")),
+        ({"ema": 0.07, "ema_step": 25}, ("ema_step=25", "the nearest are 18, 21, 24, and the last is 24")),
+        ({"ema": 0.07, "ema_step": 0}, ("ema_step must be a whole number >= 1",)),
+        ({"ema_step": 12}, ("ema_step=12 ends the average of ema=LENGTH",)),
+        ({"ema": 0.07, "weights": "raw"}, ("ema=0.07 is an average, and weights=raw",)),
+        ({"ema": 1}, ("ema must be a number >= 0.001",)),
     ):
-        if words:
-            asked = (f"model={run}", *options) if not options[0].startswith("model") else options
-            refusal(call("sample.py", f"out={tmp_path / 'x'}", *ASKED, *asked, cwd=tmp_path), *words)
+        with refused(*words):
+            load_model(run, **asked)  # type: ignore[arg-type]
+    for place in (run / "model", run / "checkpoints" / "last.ckpt"):
+        with refused(f"{place} has no snapshots", "ema.power_lengths=[0.05,0.10]"):
+            load_model(place, ema=0.07)
+    with refused("no model at"):
+        load_model(tmp_path / "none", ema=0.07)
+    out = f"out={tmp_path / 'x'}"
+    refusal(call("sample.py", f"model={run}", out, *ASKED, "ema=0.002", cwd=tmp_path), "ema=0.002: the 8 snapshots")
     assert not (tmp_path / "x").exists()
 
 
