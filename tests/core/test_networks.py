@@ -193,9 +193,8 @@ def test_dynamo_shares_one_graph_between_batch_sizes() -> None:
 
 @pytest.mark.slow
 def test_inductor_gives_the_same() -> None:
-    """Each of its loops is a file of C++ that takes a second to compile: no layer twice."""
     torch._dynamo.reset()
-    network = perturbed(build(**LITTLE, extra_decoder_block=False))
+    network = perturbed(build(**LITTLE))
     with torch.no_grad():  # its backward pass would be compiled too, and nothing looks at that
         compiled = torch.compile(network, fullgraph=True)
         torch.testing.assert_close(compiled(*inputs()), network(*inputs()), rtol=1e-4, atol=1e-4)
