@@ -71,6 +71,9 @@ def values_of(made: Any) -> list[torch.Tensor]:
     if isinstance(made, targets.Target):
         c = made.scalings(moments(ds.VP(), ds.VP().operator(), t, DataSpectrum(), (8, 8)))
         return [c.skip, c.out, c.inner, c.weight]
+    if isinstance(made, weights.Learned):
+        torch.nn.init.ones_(made.series.weight)
+        return [made.log_level(processes.VP(), t)]
     if isinstance(made, weights.LossWeight):
         return [made.of_curves(processes.VP(), t, mu, torch.tensor(0.3))]
     if isinstance(made, schedules.Clock):

@@ -69,7 +69,7 @@ def test_the_models_own_sampler_takes_it_by_one_option(run: Path, tmp_path: Path
     record = json.loads((folder / "sample.json").read_text())
     assert record["sampler"] == "DPMSolver" and record["steps"] == 3 and "covariance" in record
     chosen = choose_model(composed(f"model={run}", "reference=digits", "sampler.covariance=optimal", name="evaluate"))
-    samples = ModelSamples(chosen, str(run), "averaged", None, 2, 0, None, torch.device("cpu"))
+    samples = ModelSamples(chosen.model, str(run), "averaged", None, 2, 0, None, torch.device("cpu"))
     assert samples.origin()["covariance"] == record["covariance"]
 
 

@@ -20,7 +20,7 @@ import dpm_scales as ds
 from dpm_scales.cli.arguments import CURVES, tidy
 from dpm_scales.cli.completion import candidates
 from dpm_scales.cli.options import guidance_settings
-from dpm_scales.commands.evaluate import _drawn
+from dpm_scales.commands import evaluate
 from dpm_scales.evaluation.likelihood import conditions
 from dpm_scales.guidance import Autoguidance, GuidanceCurve
 from dpm_scales.images import load_image, save_png
@@ -185,7 +185,7 @@ def test_evaluation_draws_the_same_guided_samples(desk: Path, models: dict[str, 
     line = ["model=good", "guide=bad", "guidance.low=2", "sampler=ddim", "steps=3"]
     config = composed(*tidy(line, curves=CURVES["evaluate"]), name="evaluate")
     config.model, config.guide = str(desk / "good"), str(desk / "bad")
-    fake = _drawn(config, 3, torch.device("cpu"))
+    fake = evaluate.drawn(config, 3, torch.device("cpu"))
     expected = models["good"].sample(3, guidance={"low": 2}, guide=models["bad"], sampler="ddim", steps=3)
     assert torch.equal(torch.cat([*fake.batches(2)]), expected)
     origin, digest = fake.origin(), weights_digest(models["bad"])
@@ -375,7 +375,7 @@ def test_options_of_curves_are_those_of_their_classes() -> None:
     assert composed("++guidance.low=2", "guidance=3", name="sample").guidance == 3
 
 
-ENDS = ("ance=", "ance_interval=", "ance_variable=", "e=", "e_weights=")
+ENDS = ("ance=", "ance_interval=", "ance_variable=", "e=", "e_ema=", "e_ema_step=", "e_weights=")
 
 
 def test_the_recipe_of_a_guided_model_is_that_of_the_model(models: dict[str, ds.Model]) -> None:

@@ -144,7 +144,7 @@ WRONG = {
     ("best", "metric="): "metric is empty; give it a value, or leave it out",
     ("best", "direction=up"): "unknown direction 'up': allowed: higher, lower",
     ("export",): "name a run and a new folder: python -m dpm_scales runs export RUN out=DIR [weights=averaged|raw] "
-    "[format=diffusers]",
+    "[ema=LENGTH] [format=diffusers]",
     ("export", "no", "out=x"): "no model at no: no such file or folder",
     ("export", ".", "out=x"): "no model in .: neither model/model.safetensors nor checkpoints/last.ckpt",
     ("export", ".", "out=x", "format=onnx"): "unknown format 'onnx': allowed: diffusers",

@@ -93,7 +93,8 @@ def test_images_carry_seed_number_and_weights_and_the_grid_nothing(desk: Path, t
 
 
 HARMLESS = {"model", "allow", "plugins", "out", "overwrite", "batch_size", "device", "trajectory"}
-HARMLESS |= {"guide", "guide_weights"}  # the record has the guide's weights themselves
+# the record has the weights of the average and of the guide themselves
+HARMLESS |= {"guide", "guide_weights", "guide_ema", "guide_ema_step", "ema", "ema_step"}
 GIVEN = {"image": "x", "mask": "x", "start": "x", "end": "x", "blur_sigma": 1, "model": "x", "out": "x"}
 OTHERS = {"labels": 2, "guidance_interval": [0.1, 0.5], "guidance_variable": "logsnr", "size": 16, "steps": 2}
 OTHERS |= {"prior_images": "y", "weights": "raw", "covariance": "white", "through": "noise", "method": "estimate"}

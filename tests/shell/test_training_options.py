@@ -247,7 +247,7 @@ def test_more_samples_than_memory_holds_are_told(tmp_path: Path, monkeypatch: py
     assert "samples.num_images=1000000000000 images of 8x8 would take" in outcome.err
     assert "lower samples.num_images" in outcome.err and list(tmp_path.iterdir()) == []
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("dpm_scales.samplers.loop.Sampler.sample", fail)
