@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from dpm_scales.cli.program import FORM
 
 # Nothing written here has to outlive a power failure, and a small run waits for the disk forty times.
 os.fsync = lambda handle: None
 
 # Two processes that each start a thread per core wait for one another.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_form() -> Iterator[None]:
+    """Forget how a command was typed that a test calls in this process."""
+    os.environ.pop(FORM, None)
+    yield
+    os.environ.pop(FORM, None)
+
 
 #: CPU seconds of the longest files, their processes included; only their order counts, and other files keep theirs
 SECONDS = {

@@ -75,8 +75,9 @@ class Visit:
 
     def choose(self, place: str, text: str) -> None:
         """Choose a value of a list."""
-        self.page.locator(f"#{place} input").click()
-        self.page.get_by_role("option", name=text, exact=True).click()
+        box = self.page.locator(f"#{place}")
+        box.locator("input").click()
+        box.get_by_role("option", name=text, exact=True).click()  # another list may still be open
 
     def paint(self, name: str, *points: tuple[float, float]) -> None:
         """Drag the brush through points, as shares of the width and height."""
