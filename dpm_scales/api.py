@@ -5,28 +5,25 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dpm_scales.cli.composed import composed
 from dpm_scales.data import ImageDataModule, ImageSource
 from dpm_scales.data.given import given_data
 from dpm_scales.data.shard_places import is_shards
 from dpm_scales.describe import Configured, Describable, DescriptionError, describe
-from dpm_scales.errors import UserError, require, require_number, suggest
+from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.models.checksums import read_tensors
-from dpm_scales.models.instantiate import CONFIGS, build, defaults_of, plain, root_cause_line
+from dpm_scales.models.instantiate import CONFIGS, build, defaults_of, plain
 from dpm_scales.models.model import PARTS, Model
 from dpm_scales.training.module import MOST_STEPS
 from dpm_scales.training.reporting import MetricsFile
@@ -242,7 +239,7 @@ def _config(
 ) -> tuple[DictConfig, list[str]]:
     """Return the config of a run, and the overrides of configs/train.yaml that give it."""
     recipe, overrides = model.recipe, []
-    base = _composed([])
+    base = composed("train", [])
     for key, value in choices.items():
         overrides += [f"{key}={value}"] if isinstance(value, str) else _replaced(key, describe(value))
     for part in PARTS:
@@ -259,12 +256,12 @@ def _config(
         values = [*_leaves(settings, "data"), *values]
     else:
         overrides += _replaced("data", data)
-    chosen = _composed(overrides)
+    chosen = composed("train", overrides)
     for key, value in values:
         _require_known(chosen, key)
         if plain(OmegaConf.select(chosen, key, throw_on_missing=False)) != value:
             overrides.append(f"{key}={_text(value)}")
-    return _composed(overrides), overrides
+    return composed("train", overrides), overrides
 
 
 def _require_known(cfg: DictConfig, key: str) -> None:
@@ -277,25 +274,6 @@ def _require_known(cfg: DictConfig, key: str) -> None:
         known = suggest(full, held) if held else f"{parent} has no options"
         require(full in held, f"unknown option {full!r}: {known}")
         parent = full
-
-
-def _composed(overrides: list[str]) -> DictConfig:
-    """Return configs/train.yaml with overrides, whatever Hydra's own state. Raises UserError if they do not fit."""
-    with _hydra_of_our_own(), initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            return compose("train", overrides=overrides)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(root_cause_line(error)) from error
-
-
-@contextmanager
-def _hydra_of_our_own() -> Iterator[None]:
-    instance = GlobalHydra.instance()
-    held, instance.hydra = instance.hydra, None
-    try:
-        yield
-    finally:
-        instance.hydra = held
 
 
 def _replaced(key: str, settings: Any) -> list[str]:

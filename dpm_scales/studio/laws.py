@@ -5,22 +5,18 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from dpm_scales.cli import configs
+from dpm_scales.cli.composed import composed
 from dpm_scales.cli.program import command_line
-from dpm_scales.errors import UserError, require, suggest
-from dpm_scales.models.instantiate import CONFIGS, build, plain, root_cause_line
+from dpm_scales.errors import require, suggest
+from dpm_scales.models.instantiate import CONFIGS, build, plain
 from dpm_scales.models.trust import check_targets
 from dpm_scales.processes import Process
 
@@ -212,23 +208,9 @@ _Dumper.add_representer(
 def _composed(overrides: Sequence[str], folder: Path | None) -> dict[str, Any]:
     """Return the process of configs/train.yaml with overrides. Raises UserError if they don't fit."""
     place = [] if folder is None else [f"hydra.searchpath=['file://{folder.absolute()}']"]
-    with _own_hydra(), initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            settings: dict[str, Any] = plain(compose("train", overrides=[*place, *overrides])[GROUP])
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UserError(root_cause_line(error)) from error
+    settings: dict[str, Any] = plain(composed("train", [*place, *overrides])[GROUP])
     require(isinstance(settings, dict), f"{overrides[0]} is no process: no mapping with a _target_")
     return settings
-
-
-@contextmanager
-def _own_hydra() -> Iterator[None]:
-    instance = GlobalHydra.instance()
-    held, instance.hydra = instance.hydra, None
-    try:
-        yield
-    finally:
-        instance.hydra = held
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
