@@ -215,7 +215,8 @@ class DeviceImages:
         self.device, self.mirrored, number = device, images.mirrored, len(images)
         height, width = shape[1:]
         what = f"data.on_device=true with {number} images of {height}x{width}x{shape[0]}"
-        require_memory(number * (math.prod(shape) + 8), what, "set data.on_device=false", device)
+        if not (isinstance(images, TensorImages) and images.images.device == device):  # else nothing is copied
+            require_memory(number * (math.prod(shape) + 8), what, "set data.on_device=false", device)
         if isinstance(images, TensorImages):
             none = torch.full((number,), -1)
             labels = none if images.labels is None else images.labels

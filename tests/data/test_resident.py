@@ -14,8 +14,9 @@ from torch import Tensor
 from dpm_scales import data
 from dpm_scales.data import datamodule
 from dpm_scales.data.base import TensorImages
-from dpm_scales.data.decoded import fits
+from dpm_scales.data.decoded import DeviceImages, fits
 from dpm_scales.data.draws import first_draws
+from dpm_scales.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -123,3 +124,13 @@ def test_images_stay_on_the_host_where_they_do_not_fit(monkeypatch: pytest.Monke
         assert fits(images, CPU)
     rows = [(torch.zeros(1, 4, 4, dtype=torch.uint8), 0)] * 8
     assert not fits(data.GivenImages(rows).train(), CPU)  # these are read one by one
+
+
+def test_images_that_are_there_already_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a large array on the CPU, which is kept there by default."""
+    images = TensorImages(torch.zeros(8, 1, 1, 2**22, dtype=torch.uint8))
+    monkeypatch.setattr("dpm_scales.memory.available_memory", lambda device=None: 0.0)
+    held = DeviceImages(images, (1, 1, 2**22), CPU, 0, False)
+    assert held.images.data_ptr() == images.images.data_ptr()
+    with pytest.raises(UserError, match=r"data\.on_device=true with 8 images .*set data\.on_device=false"):
+        DeviceImages(images, (1, 1, 2**22), CUDA, 0, False)
