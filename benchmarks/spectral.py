@@ -7,8 +7,9 @@
 
 A row is a list of options of `train.py` beside those that all rows share; `--rows` takes names of processes and of
 groups: `members`, all processes; `blur`, Warm Diffusion by its ratio b of blur to noise; `color`, variance-preserving
-diffusion by the exponent of its noise's spectrum. Each row is trained for each seed, then sampled with every number of
-evaluations and by the model's own sampler, and compared with real images.
+diffusion by the exponent of its noise's spectrum; `blend`, HDFM by the loss of its exact velocity and by the released
+one; `pairing`, white and coloured noise paired with near images. Each row is trained for each seed, then sampled with
+every number of evaluations and by the model's own sampler, and compared with real images.
 
 The budget is the same for all rows: `--images`, seen in training, or `--seconds` of optimisation. The seconds of a step
 of each process are measured beforehand, all processes in turn, and give its number of steps, which end the schedule of
@@ -56,10 +57,19 @@ MEMBERS = (
     *("vp", "ve", "heat", "blurring", "osmosis_diffusion", "inverse_osmosis", "rectified", "hdfm", "warm"),
     *("equal_snr", "power_law", "flicker", "low_pass_flow", "clocked", "cut_off"),
 )
+HALF_BLUR = "weight._target_=benchmarks.half_blur.HalfBlurFlowLoss"
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "members": {name: (f"process={name}",) for name in MEMBERS},
     "blur": {f"warm b={b:g}": ("process=warm", f"process.blur_ratio={b:g}") for b in BLUR_RATIOS},
     "color": {f"power_law a={a:g}": ("process=power_law", f"process.color.exponent={a:g}") for a in EXPONENTS},
+    "blend": {
+        "hdfm flow loss": ("process=hdfm", "weight=flow"),
+        "hdfm half blur loss": ("process=hdfm", "weight=flow", HALF_BLUR, "allow=[benchmarks]"),
+    },
+    "pairing": {
+        "vp paired": ("process=vp", "training.pairing=nearest"),
+        "power_law a=0.5 paired": ("process=power_law", "process.color.exponent=0.5", "training.pairing=nearest"),
+    },
 }
 
 

@@ -40,7 +40,7 @@ START, END = "<!-- tables -->", "<!-- end of tables -->"
 KEY = ("set", "budget", "row", "options", "shared", "seed", "sampler", "asked", "number")
 """What distinguishes two lines of rows.csv."""
 LETTERS = {"2m": "", "sde": " ˢ"}
-GROUPS = {"blur": (r"warm b=(.+)", "blur σ in px per unit of noise, b"), "color": (r"power_law a=(.+)", "exponent α")}
+GROUPS = {"blur": (r"warm b=(\S+)", "blur σ in px per unit of noise, b"), "color": (r"power_law a=(\S+)", "exponent α")}
 
 
 def read_rows(folders: Sequence[Path]) -> list[Row]:

@@ -159,8 +159,11 @@ class FlowLoss(LossWeight):
 
     def of_curves(self, process: Process, t: Tensor, mu: Tensor, variance: Tensor) -> Tensor:
         signal, noise = process.signal_scale(t, mu).clamp(min=_FAINT), process.noise_scale(t, mu)
-        speed = process.flow_speed(t, mu, process.rates(t, mu))
-        return ((speed / noise) ** 2).clamp(max=self.max_weight) * (noise / signal) ** 2
+        return ((self.speed(process, t, mu) / noise) ** 2).clamp(max=self.max_weight) * (noise / signal) ** 2
+
+    def speed(self, process: Process, t: Tensor, mu: Tensor) -> Tensor:
+        """Return D at scales t ``(B,)`` and eigenvalues mu, in the shape of the curves."""
+        return process.flow_speed(t, mu, process.rates(t, mu))
 
     def of_noise(self, snr: Tensor, variance: Tensor) -> Tensor:
         raise NotImplementedError("the flow's loss depends on the speed of the curves too")

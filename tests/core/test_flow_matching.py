@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.half_blur import HalfBlurFlowLoss
 from dpm_scales.denoisers import BaseDenoiser, Denoiser
 from dpm_scales.operators import HeatOperator, PixelOperator
 from dpm_scales.priors import GaussianPrior
@@ -250,6 +251,16 @@ def test_a_frequency_whose_clock_has_not_started_stays_what_it_is() -> None:
     assert 0 < frozen.sum() < frozen.size
     y_s = operator.combine((step.posterior_coef_xt, y), (step.posterior_coef_x0, wrong))
     close(coefficients(y_s.numpy())[..., frozen], coefficients(y.numpy())[..., frozen], 1e-12)
+
+
+def test_the_speed_with_half_of_hdfm_s_blur() -> None:
+    """From v = -(1 - s)(1 + mu / 4) u^(mu / 2) y_0 + epsilon with u = 1 - (1 - s) t, written out."""
+    process, t = Spectral(10, Rectified(1e-4), FlowBlur(1e-4)), 0.37
+    u = 1 - (1 - 1e-4) * t
+    speed = u ** (1 + MU / 2) + t * (1 - 1e-4) * (1 + MU / 4) * u ** (MU / 2)
+    close(HalfBlurFlowLoss().speed(process, float64([t]), MU).squeeze(), speed, 1e-9)
+    rectified = Spectral(10)
+    close(HalfBlurFlowLoss().speed(rectified, float64([t]), MU), FlowLoss().speed(rectified, float64([t]), MU), 1e-9)
 
 
 def test_the_flow_s_loss_on_an_image_prediction_is_its_loss_on_the_velocity() -> None:

@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hydra
 import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import spectral, spectral_tables
+from benchmarks.half_blur import HalfBlurFlowLoss
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
 from dpm_scales.errors import UserError
 from support.shell import CONFIGS, call, composed
@@ -166,7 +168,7 @@ def test_tables() -> None:
 
 @pytest.mark.parametrize("group", sorted(spectral_tables.GROUPS))
 def test_groups_are_plotted_by_their_number(group: str, tmp_path: Path) -> None:
-    rows = spectral.GROUPS[group]
+    rows = [*spectral.GROUPS[group], *spectral.GROUPS["pairing"]]
     lines = [_line(row, seed, "auto", 0, 10.0 + seed) for row in rows for seed in (0, 1)]
     spectral_tables.plot_group(lines, group, "FD", tmp_path / "group.png")
     with Image.open(tmp_path / "group.png") as picture:
@@ -179,3 +181,7 @@ def test_rows_are_configs() -> None:
     assert set(spectral.MEMBERS) <= {path.stem for path in (CONFIGS / "process").glob("*.yaml")}
     assert composed(*spectral.GROUPS["blur"]["warm b=0.5"]).process.blur_ratio == 0.5
     assert composed(*spectral.GROUPS["color"]["power_law a=-0.05"]).process.color.exponent == -0.05
+    half = composed(*spectral.GROUPS["blend"]["hdfm half blur loss"])
+    assert isinstance(hydra.utils.instantiate(half.weight), HalfBlurFlowLoss)
+    paired = composed(*spectral.GROUPS["pairing"]["power_law a=0.5 paired"])
+    assert (paired.training.pairing, paired.process.color.exponent) == ("nearest", 0.5)
