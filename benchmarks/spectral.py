@@ -281,14 +281,15 @@ def chosen_rows(names: Sequence[str], own: Sequence[str]) -> dict[str, tuple[str
     """Return the options of each row.
 
     Args:
-        names: groups and names of processes.
+        names: groups, their rows and processes.
         own: further rows, "NAME=OPTION OPTION ...".
 
     Raises: UserError for a row without a name or options.
     """
+    known = {name: {name: options} for group in GROUPS.values() for name, options in group.items()} | GROUPS
     rows: dict[str, tuple[str, ...]] = {}
     for name in names:
-        rows |= GROUPS.get(name, {name: (f"process={name}",)})
+        rows |= known.get(name, {name: (f"process={name}",)})
     for text in own:
         name, _, options = text.partition("=")
         require(bool(name.strip() and "=" in options), f'--row {text}: expected "NAME=OPTION=VALUE OPTION=VALUE ..."')
@@ -328,7 +329,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", type=Path, metavar="DIR", help="images of cifar10, in train/CLASS and test/CLASS")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="prepared images and features; OUT unless given")
-    parser.add_argument("--rows", nargs="*", default=["members"], metavar="NAME", help="processes or groups")
+    parser.add_argument(
+        "--rows", nargs="*", default=["members"], metavar="NAME", help="processes, groups or rows of groups"
+    )
     parser.add_argument("--row", action="append", default=[], metavar='"NAME=OPTIONS"', help="a row of your own")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--images", type=float, help="images seen in training")

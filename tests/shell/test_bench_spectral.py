@@ -183,5 +183,11 @@ def test_rows_are_configs() -> None:
     assert composed(*spectral.GROUPS["color"]["power_law a=-0.05"]).process.color.exponent == -0.05
     half = composed(*spectral.GROUPS["blend"]["hdfm half blur loss"])
     assert isinstance(hydra.utils.instantiate(half.weight), HalfBlurFlowLoss)
+    chosen = spectral.chosen_rows(["warm b=2", "heat"], ["mine=process=vp data=digits"])
+    assert chosen == {
+        "warm b=2": ("process=warm", "process.blur_ratio=2"),
+        "heat": ("process=heat",),
+        "mine": ("process=vp", "data=digits"),
+    }
     paired = composed(*spectral.GROUPS["pairing"]["power_law a=0.5 paired"])
     assert (paired.training.pairing, paired.process.color.exponent) == ("nearest", 0.5)
