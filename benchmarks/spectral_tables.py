@@ -113,10 +113,10 @@ def table(lines: Sequence[Row], figure: str) -> str:
 
 
 def plot_evaluations(lines: Sequence[Row], figure: str, path: Path) -> None:
-    """Plot quality against evaluations, a line for each process."""
+    """Plot quality against evaluations, a line for each process, if there are several of both."""
     names = [name for name in dict.fromkeys(line["row"] for line in lines) if _plain(name)]
     numbers = sorted({int(line["asked"]) for line in lines} - {0})
-    if len(names) < 2 or not numbers:
+    if len(names) < 2 or len(numbers) < 2:
         return
     styles = plots.looks(names)
     with plots.figure(path, 6.6, 4.2) as (drawing, axes):

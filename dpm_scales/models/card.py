@@ -68,25 +68,25 @@ def write_card(
 def plot_schedule(path: Path, process: Process) -> None:
     """Draw the scale of the signal, lambda_t, and of the noise, gamma_t, against t, for frequencies from 0 up.
 
-    A process without blur has one curve of each.
+    What is the same for all frequencies is one curve.
     """
     device = tables_of(process)
     t = torch.linspace(0, 1, POINTS + 1, dtype=torch.float64, device=device)[1:]
-    largest = process.operator().eigenvalues(64, 64, device).max()
-    one = process.blur is None or bool(largest == 0)
-    mu = largest * torch.tensor(SHARES[:1] if one else SHARES, dtype=torch.float64, device=device)
+    mu = process.operator().eigenvalues(64, 64, device).max() * torch.tensor(SHARES, dtype=torch.float64, device=device)
     shape = (len(t), len(mu))
     signal = process.signal_scale(t, mu)[:, 0].expand(shape).cpu()
     noise = process.noise_scale(t, mu)[:, 0].expand(shape).cpu()
-    same = bool(torch.allclose(noise, noise[:, :1].expand(shape)))
+    one_signal, one_noise = (bool(torch.allclose(curve, curve[:, :1].expand(shape))) for curve in (signal, noise))
+    one = one_signal and one_noise
     t = t.cpu()
     colours = graded(len(mu))
     with figure(path, 7.2, 2.8, ncols=2) as (drawing, axes):
         for j, value in enumerate(mu.tolist()):
             label = None if one else f"$\\mu$ = {value:.3g}"
-            axes[0].plot(t, signal[:, j], color=colours[j], label=label)
-            if j == 0 or not same:
-                axes[1].plot(t, noise[:, j], color=colours[j])
+            if j == 0 or not one_signal:
+                axes[0].plot(t, signal[:, j], color=colours[j], label=label)
+            if j == 0 or not one_noise:
+                axes[1].plot(t, noise[:, j], color=colours[j], label=label)
         axes[0].set(xlabel="scale t", title="signal $\\lambda_t$", ylim=(0, 1.05), xlim=(0, 1))
         axes[1].set(xlabel="scale t", title="noise $\\gamma_t$", xlim=(0, 1))
         if float(noise.max()) > 2:
@@ -94,7 +94,7 @@ def plot_schedule(path: Path, process: Process) -> None:
         else:
             axes[1].set_ylim(0, 1.05 * max(float(noise.max()), 0.01))
         if not one:
-            legend(drawing, axes[:1])
+            legend(drawing, axes[1:] if one_signal else axes[:1])
 
 
 # --- blocks of the page -----------------------------------------------------------------------------------------------

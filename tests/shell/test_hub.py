@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,10 +19,12 @@ import yaml
 from PIL import Image
 
 import dpm_scales as ds
-from dpm_scales.models import draw, load_model, save_model
+from dpm_scales import plots
+from dpm_scales.models import card, draw, load_model, save_model
 from dpm_scales.models.card import plot_schedule, write_card
 from dpm_scales.models.push import push_model
-from dpm_scales.processes import VE, VP, Blurring, BlurringChain, InverseHeat, OsmosisDiffusion, Process
+from dpm_scales.processes import VE, VP, Blurring, BlurringChain, InverseHeat, OsmosisDiffusion, Process, Spectral
+from dpm_scales.schedules import PowerLaw, SpectralClock
 from support.diffusers_folders import write
 from support.fake_hub import FakeHub, push, serving
 from support.oracles import refused
@@ -300,3 +304,24 @@ def test_every_process_has_a_plot(process: Process, tmp_path: Path) -> None:
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size[0] > picture.size[1] > 300
         assert len(set(picture.convert("L").resize((80, 40)).tobytes())) > 10
+
+
+@pytest.mark.parametrize(
+    ("process", "curves"),
+    [(VP(20), (1, 1)), (VP(20, color=PowerLaw(0.5)), (1, 6)), (InverseHeat(20), (6, 1)), (Blurring(20), (6, 1)),
+     (Spectral(20, clock=SpectralClock(1.0)), (6, 6))],
+)  # fmt: skip
+def test_the_plot_has_a_curve_for_each_frequency_where_they_differ(
+    process: Process, curves: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    @contextmanager
+    def figure(*arguments: Any, **options: Any) -> Iterator[Any]:
+        with plots.figure(*arguments, **options) as (drawing, axes):
+            yield drawing, axes
+            drawn.extend(len(axis.lines) for axis in axes)
+
+    monkeypatch.setattr(card, "figure", figure)
+    plot_schedule(tmp_path / "a.png", process)
+    assert tuple(drawn) == curves

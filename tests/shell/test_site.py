@@ -121,7 +121,8 @@ def test_blocks_of_formulas_and_of_code() -> None:
     aligned = formulas.block(["marginal     y_t = lambda_t(L) y_0", "             for every t, gamma_t > 0"])
     assert aligned is not None and aligned.startswith(r"\begin{array}{ll}\text{marginal} & y_{t} = ")
     assert aligned.count("&") == 2
-    for code in (["import dpm_scales as ds", "x_0 = ds.load('a')"], ["python train.py process=vp"], ["a  b", "c  d"]):
+    message = "error: the loss was not finite in 24 steps; resume with optimizer.learning_rate=1e-4, or begin again"
+    for code in (["import dpm_scales", "x_0 = ds.load('a')"], ["python train.py process=vp"], ["a  b"], [message]):
         assert formulas.block(code) is None
 
 
@@ -133,11 +134,12 @@ def test_prose_keeps_code_links_and_what_is_tex_already() -> None:
 
 def test_pages_keep_fences_display_formulas_and_objects_of_the_reference() -> None:
     page = (
-        "x_0\n\n```python\nx_0 = 1\n```\n\n$$\nx_0\n$$\n\n::: dpm_scales.x_0\n    options: {x_0: 1}\n\n"
+        "x_0\n\n```python\nx_0 = 1\n```\n\n$$\nx_0\n$$\n\n$$x_0$$\n\n$$x_0 +\ny_0.$$\n\n"
+        "::: dpm_scales.x_0\n    options: {x_0: 1}\n\n"
         "    y_t = a_t y_0\n\nname   of x_0\nother  of y_0\n"
     )
     made = formulas.markdown(page)
-    assert "```python\nx_0 = 1\n```" in made and "$$\nx_0\n$$" in made
+    assert "```python\nx_0 = 1\n```" in made and "$$\nx_0\n$$\n\n$$x_0$$\n\n$$x_0 +\ny_0.$$\n" in made
     assert "::: dpm_scales.x_0\n    options: {x_0: 1}\n" in made
     assert made.startswith("$x_{0}$\n") and "\n$$\ny_{t} = a_{t} y_{0}\n$$\n" in made
     assert "| name | of $x_{0}$ |" in made

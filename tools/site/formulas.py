@@ -41,6 +41,8 @@ RAISED = {"²": "2", "³": "3", "⁻¹": "-1", "⁻²": "-2", "ᵀ": r"\top", "�
 LOWERED = {"₀": "0", "₁": "1", "₂": "2", "ₖ": "k", "ₛ": "s", "ₜ": "t"}
 HATS = {"ŷ": "y", "ŝ": "s", "σ̂": r"\sigma", "x̂": "x", "t̂": "t", "Ĉ": "C", "ẑ": "z"}
 
+MOST_WORDS = 12
+"""Of a line of a formula with its labels and remarks; a line of more is text."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z]*")
 _WORD_WITH_UNDERSCORE = re.compile(r"[A-Za-z]{2,}(?:_[A-Za-z0-9]+)+")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
@@ -216,8 +218,10 @@ def _is_math(piece: str) -> bool:
 
 
 def _line(line: str) -> tuple[list[str], bool]:
-    """Return the cells of a line of a block as TeX, and whether it holds a formula."""
+    """Return the cells of a line of a block as TeX, and whether it holds a formula. Raises NotAFormula for a message."""
     found, formula = [], False
+    if sum(word not in WORDS and word not in OPERATORS for word in re.findall(r"[A-Za-z]{3,}", line)) > MOST_WORDS:
+        raise NotAFormula(line)
     for piece in re.split(r"\s{2,}", line.strip()):
         if _is_math(piece) or (_RELATION.search(piece) and len(re.findall(r"[A-Za-z]{3,}", piece)) < 3):
             found.append(tex(piece))
@@ -307,9 +311,9 @@ def _markdown(lines: list[str]) -> Iterator[str]:
             yield line
             at += 1
             continue
-        if line.strip() == "$$":
-            end = at + 1
-            while end < len(lines) and lines[end].strip() != "$$":
+        if line.startswith("$$"):
+            end = at + (line.strip() == "$$")
+            while end < len(lines) - 1 and not lines[end].rstrip(" .,\n").endswith("$$"):
                 end += 1
             yield from lines[at : end + 1]
             at = end + 1
