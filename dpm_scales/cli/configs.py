@@ -6,7 +6,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from dpm_scales.models.instantiate import CONFIGS
 GLOBAL = "# @package _global_"
 #: options set from the training data, not by the user
 GIVEN = ("network.in_channels", "network.out_channels", "network.num_classes")
+
+#: switches by entry point that are null unless given, and that no class annotates
+LEFT_TO_THE_MACHINE = {"train": ("compile",)}
 
 
 @dataclass(frozen=True)
@@ -142,13 +145,17 @@ def all_groups(config_name: str) -> list[str]:
 
 
 @functools.cache
-def switches(config_name: str) -> frozenset[str]:
-    """Return the keys that a config of an entry point sets to true or false; empty for a user's own config."""
+def switches(config_name: str) -> Mapping[str, Any]:
+    """Return the switches of an entry point by key: bool, or ``bool | None`` where null is allowed too.
+
+    They are what a config sets to true or false, and `LEFT_TO_THE_MACHINE`; empty for a user's own config.
+    """
     path = CONFIGS / f"{config_name}.yaml"
     if not path.is_file():
-        return frozenset()
+        return {}
     found = [*read_options(path)[1]]
     for group in all_groups(config_name):
         for choice in choices(group):
             found += chosen_options(group, CONFIGS / group / f"{choice}.yaml").values()
-    return frozenset(option.key for option in found if isinstance(option.value, bool))
+    left = dict.fromkeys(LEFT_TO_THE_MACHINE.get(config_name, ()), bool | None)
+    return {**{option.key: bool for option in found if isinstance(option.value, bool)}, **left}

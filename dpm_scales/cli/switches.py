@@ -6,18 +6,18 @@ annotates it as bool; the class may also allow null or certain strings.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpm_scales.models.instantiate import alternatives, hints_of, locate, require_switch
 
 
-def check_switches(settings: Mapping[str, Any], declared: Collection[str], built: bool) -> None:
+def check_switches(settings: Mapping[str, Any], declared: Mapping[str, Any], built: bool) -> None:
     """Raise UserError for the first switch of a composed config that is neither true nor false.
 
     Args:
         settings: plain containers.
-        declared: keys that the package's configs set to true or false.
+        declared: switches of the package's configs, see `configs.switches`.
         built: check the configs of objects, whose classes are imported; otherwise all other configs.
     """
     for where, node in _nodes(settings, ""):
@@ -28,7 +28,8 @@ def check_switches(settings: Mapping[str, Any], declared: Collection[str], built
         for key, value in node.items():
             full = f"{where}{key}"
             if full in declared:  # required, so null can't leave the choice to the class
-                allowed = [one for one in alternatives(hints.get(key, bool)) if one is not type(None)]
+                null = type(None) in alternatives(declared[full])
+                allowed = [one for one in alternatives(hints.get(key, declared[full])) if null or one is not type(None)]
                 require_switch(full, value, allowed)
             elif key in hints:
                 require_switch(full, value, alternatives(hints[key]))

@@ -57,7 +57,6 @@ class DiffusionModule(pl.LightningModule):
         candidates: number of these noises; None for 8.
         seed: of scales and noise, which are functions of (seed, batch number, image): a resumed run draws the same, and
             so does any number of ranks. Dropout differs between ranks.
-        compile_network: whether to compile the network.
 
     Raises: UserError for a value out of range, or a weight that does not fit the process and target.
     """
@@ -71,7 +70,6 @@ class DiffusionModule(pl.LightningModule):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         seed: int = 0,
-        compile_network: bool = False,
         scale_sampling: str = "uniform",
         loss_weight: LossWeight | None = None,
         scale_mean: float | None = None,
@@ -103,8 +101,6 @@ class DiffusionModule(pl.LightningModule):
         self.betas, self.weight_decay, self.method = (betas[0], betas[1]), weight_decay, method
         self.seed = seed
         self.loss_weight = loss_weight
-        if compile_network:
-            model.denoiser.network.compile(fullgraph=True)
 
         # Not buffers: EMA swaps those between the two models.
         #: steps skipped for non-finite gradients: in total, in a row up to now, and the longest row

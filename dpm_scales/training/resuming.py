@@ -114,7 +114,7 @@ RULES = {
     "checkpoint": Rule(TAKES, "from the next checkpoint on"),
     "samples": Rule(TAKES),
     "evaluation": Rule(TAKES),
-    "compile": Rule(TAKES),
+    "compile": Rule(TAKES, "another rounding"),
     "channels_last": Rule(TAKES),
     "trainer.max_steps": Rule(
         TAKES, "cosine decay is stretched to it, so the learning rate jumps; the run prints both values"

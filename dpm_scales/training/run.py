@@ -42,6 +42,7 @@ from dpm_scales.training.checkpoints import (
     find_checkpoint,
     restore_last,
 )
+from dpm_scales.training.compiling import compiled, compiles
 from dpm_scales.training.ema import EMA
 from dpm_scales.training.failures import UnreadableImages, told_in_one_line
 from dpm_scales.training.fit import fit_to_data
@@ -169,7 +170,6 @@ def train_model(
     module = DiffusionModule(
         model,
         seed=cfg.seed,
-        compile_network=bool(cfg.compile),
         scale_sampling=cfg.scale_sampling,
         scale_mean=cfg.scale_mean,
         scale_std=cfg.scale_std,
@@ -286,7 +286,8 @@ def _resume_and_fit(
             shape = (data.batch_size, model.recipe.image_size, data.num_workers)
             told = told_in_one_line(*shape)
             recorded = failure_recorded(run_dir, main)
-            with recorded, restored_in_one_line(trainer, resume), told_if_one_is_lost(run_dir, main), told:
+            whole = compiled(cfg, model.denoiser.network, main)
+            with recorded, restored_in_one_line(trainer, resume), told_if_one_is_lost(run_dir, main), told, whole:
                 trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         except SystemExit:
             # how Lightning ends after Ctrl-C or a signal of SIGNALS
@@ -351,4 +352,5 @@ def _first_line(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, model: Mode
         f"{_images(data)} of {height}x{width}x{model.recipe.channels}, {_classes(cfg, data)}"
         f"batch {' x '.join(map(str, parts))} = {math.prod(parts)}, learning rate {cfg.optimizer.learning_rate:g}, "
         f"steps {cfg.trainer.max_steps}, {trainer.strategy.root_device}, {trainer.precision}"
+        f"{', compiled' if compiles(cfg) else ''}"
     )

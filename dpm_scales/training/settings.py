@@ -96,11 +96,15 @@ def check_grid(num_images: int, recipe: Recipe) -> None:
     )
 
 
+def uses_cuda(cfg: DictConfig) -> bool:
+    """Return whether a run with this config trains on CUDA devices."""
+    return torch.cuda.is_available() and cfg.trainer.accelerator in ("auto", "gpu", "cuda")
+
+
 def precision_of(cfg: DictConfig) -> str:
     """Return the precision by Lightning's name. Raises UserError for an unknown one, and one that overflows."""
-    cuda = torch.cuda.is_available() and cfg.trainer.accelerator in ("auto", "gpu", "cuda")
     wanted = cfg.trainer.precision
-    name = str(("bf16-mixed" if cuda else "32-true") if wanted is None else wanted)
+    name = str(("bf16-mixed" if uses_cuda(cfg) else "32-true") if wanted is None else wanted)
     require(not name.startswith("16"), f"trainer.precision={name} overflows; use bf16-mixed or 32-true")
     require(name in PRECISIONS, f"unknown trainer.precision {name!r}: {suggest(name, PRECISIONS)}")
     return PRECISIONS[name]

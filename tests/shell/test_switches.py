@@ -18,7 +18,7 @@ from support.shell import CONFIGS, call
 
 ENTRY_POINTS = ("train", "sample", "evaluate", "evolve")
 #: null leaves these to something else; the others are given true or false by every config
-MAY_BE_NULL = {"data.pin_memory", "data.on_device"}
+MAY_BE_NULL = {"data.pin_memory", "data.on_device", "compile"}
 
 
 def every_config() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -98,7 +98,7 @@ def test_every_switch_of_every_config() -> None:
 COMMANDS = {
     "train.py run_dir=run conditional=no": "conditional must be true or false, got 'no'",
     "train.py run_dir=run channels_last=7": "channels_last must be true or false, got 7",
-    "train.py run_dir=run compile=off": "compile must be true or false, got 'off'",
+    "train.py run_dir=run compile=off": "compile must be true, false or null, got 'off'",
     "train.py run_dir=run trainer.deterministic=perhaps": "trainer.deterministic must be true, false or 'warn', got",
     "train.py run_dir=run data.pin_memory=maybe": "data.pin_memory must be true, false or null, got 'maybe'",
     "train.py run_dir=run target.clip=n": "target.clip must be true or false, got 'n'",

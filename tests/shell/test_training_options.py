@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import functools
 import re
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from dpm_scales.images import load_image
 from dpm_scales.networks import UNet
 from dpm_scales.sweeps.naming import run_name
 from dpm_scales.tables import short_numbers
+from dpm_scales.training import compiling as compiling_module
 from dpm_scales.training import load_model
 from dpm_scales.training.reporting import MetricsFile
 from dpm_scales.training.trainer import log_interval
@@ -109,14 +112,70 @@ def test_mixed_precision_is_the_networks_alone(process: str) -> None:
 
 def test_compiled_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole network is one graph, here run by torch's own interpreter: what a backend makes of it is its matter."""
-    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
-    compiled = train(tmp_path / "compiled", "compile=true", *FAST)
+    graphs = compiling(monkeypatch)
     plain_run = train(tmp_path / "plain", *FAST)
+    assert not graphs, "on a CPU compile=null compiles nothing"
+    compiled = train(tmp_path / "compiled", "compile=true", *FAST)
+    assert graphs
     np.testing.assert_allclose(column(compiled, "train/loss"), column(plain_run, "train/loss"), rtol=1e-5)
     assert (
         network_weights(checkpoint(compiled)["state_dict"]).keys()
         == network_weights(checkpoint(plain_run)["state_dict"]).keys()
     )
+
+
+def compiling(monkeypatch: pytest.MonkeyPatch, works: bool = True) -> list[Any]:
+    """Have torch's interpreter run what is compiled, or fail; return the graphs that were made."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        if not works:
+            raise RuntimeError("no such device\nat all")
+        return graph.forward
+
+    compile_ = functools.partialmethod(torch.nn.Module.compile, backend=backend)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    return graphs
+
+
+def test_where_compiling_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself, as on CUDA, a run says so in one line and trains as if uncompiled; one that was asked to ends."""
+    plain_run = train(tmp_path / "plain", "compile=false", *FAST)
+    graphs = compiling(monkeypatch, works=False)
+    monkeypatch.setattr(compiling_module, "uses_cuda", lambda cfg: True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outcome = attempt(tmp_path / "auto", *FAST)
+    assert outcome.status == 0 and len(graphs) == 1 and ", compiled\n" in outcome.out, outcome.err
+    assert [str(w.message) for w in caught if "compil" in str(w.message)] == [
+        "compiling the network failed (RuntimeError: no such device); training uncompiled; compile=false silences this"
+    ]
+    ours, other = (checkpoint(run)["state_dict"] for run in (tmp_path / "auto", plain_run))
+    assert ours.keys() == other.keys() and all(torch.equal(ours[name], other[name]) for name in ours)
+    outcome = attempt(tmp_path / "asked", "compile=true", *FAST)
+    assert outcome.status == 2 and outcome.err == (
+        "error: compile=true: compiling the network failed (RuntimeError: no such device); "
+        "leave it out to train uncompiled\n"
+    )
+
+
+def test_compiled_runs_resume_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen on CUDA, here with torch's interpreter; FSDP computes block by block."""
+    graphs = compiling(monkeypatch)
+    monkeypatch.setattr(compiling_module, "uses_cuda", lambda cfg: True)
+    whole = train(tmp_path / "whole", "checkpoint.every_n_steps=2", *FAST)
+    with broken_off(after=3):
+        attempt(tmp_path / "parts", "checkpoint.every_n_steps=2", *FAST)
+    parts = train(tmp_path / "parts", "checkpoint.every_n_steps=2", *FAST)
+    assert graphs
+    for kind in ("state_dict", "current_model_state"):
+        one, other = (checkpoint(run)[kind] for run in (whole, parts))
+        assert not [name for name in one if "_orig_mod" in name]
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert compiling_module.compiles(composed("trainer=ddp"))
+    assert not compiling_module.compiles(composed("trainer=fsdp"))
+    assert not compiling_module.compiles(composed("compile=false"))
 
 
 @pytest.mark.parametrize("layout", ["true", "false"])

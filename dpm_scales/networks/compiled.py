@@ -1,0 +1,104 @@
+"""Compile networks, and compute them as they are where compiling fails.
+
+torch compiles at the first call for each shape of the inputs, and the backward pass at the first gradient. Whether it
+can is found out by a trial before the first such call: an evaluation, and a gradient where one is computed, whose
+effects on random numbers and buffers are undone. So a failure changes nothing: the same call is then computed plainly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpm_scales.errors import printable
+
+Failed = Callable[[str], None]
+"""Called with the reason when compiling fails; may raise."""
+LONGEST_REASON = 200
+
+
+class Guarded:
+    """Calls the compiled form of a network; once compiling has failed, the plain form.
+
+    Args:
+        network: whose parameters and buffers both forms use.
+        compiled, plain: both forms, functions of the same arguments, the first one a tensor.
+        failed: called once, after the plain form has returned: an error of the network itself comes before it.
+    """
+
+    def __init__(
+        self, network: nn.Module, compiled: Callable[..., Tensor], plain: Callable[..., Tensor], failed: Failed
+    ) -> None:
+        self._network, self._compiled, self._plain, self._failed = network, compiled, plain, failed
+        self._tried: set[Any] = set()
+        self._usable = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._usable:
+            return self._plain(*args, **kwargs)
+        given = (*args, *kwargs.values())
+        shapes = tuple((one.shape, one.dtype) if isinstance(one, Tensor) else None for one in given)
+        kind = (shapes, torch.is_grad_enabled(), self._network.training)
+        if kind not in self._tried:
+            reason = self._trial(args, kwargs)
+            if reason is not None:
+                self._usable = False
+                result = self._plain(*args, **kwargs)
+                self._failed(reason)
+                return result
+            self._tried.add(kind)
+        return self._compiled(*args, **kwargs)
+
+    def _trial(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Compile for these arguments; return why that fails, None if it does not."""
+        device = args[0].device
+        buffers = [(buffer, buffer.detach().clone()) for buffer in self._network.buffers()]
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                result = self._compiled(*args, **kwargs)
+                if result.requires_grad:
+                    weights = [p for p in self._network.parameters() if p.requires_grad]
+                    torch.autograd.grad(result.sum(), weights, allow_unused=True)
+        except Exception as error:  # whatever a backend may raise
+            return reason_of(error)
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+        return None
+
+
+def reason_of(error: Exception) -> str:
+    """Return class and first line of what a backend has raised, at most `LONGEST_REASON` characters."""
+    inner = getattr(error, "inner_exception", error)
+    line = next((line.strip() for line in str(inner).splitlines() if line.strip()), "")
+    return printable(f"{type(inner).__name__}: {line}" if line else type(inner).__name__)[:LONGEST_REASON]
+
+
+@contextmanager
+def compiled_training(network: nn.Module, failed: Failed) -> Iterator[None]:
+    """Compile a network in one piece while the body runs, with its hooks.
+
+    Names of parameters stay, and copies of the network are not compiled.
+
+    Args:
+        failed: called if compiling fails, at the first step; the network is then computed plainly.
+    """
+    try:
+        network.compile(fullgraph=True, dynamic=False)
+    except RuntimeError as error:  # an interpreter or system that torch.compile does not know
+        failed(reason_of(error))
+        yield
+        return
+    # `Module.__call__` calls it in place of `_call_impl`; copies of a module leave it out
+    made = network._compiled_call_impl
+    assert made is not None
+    network._compiled_call_impl = Guarded(network, made, network._call_impl, failed)
+    try:
+        yield
+    finally:
+        network._compiled_call_impl = None
