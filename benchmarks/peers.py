@@ -42,7 +42,8 @@ from benchmarks.peer_models import PEERS, Peer
 from benchmarks.peer_tables import write_page
 from benchmarks.spectral import measured, provenance
 from dpm_scales.errors import UserError, require
-from dpm_scales.storage import atomic_write, lock, write_text
+from dpm_scales.locks import lock
+from dpm_scales.storage import atomic_write, write_text
 
 STARTED = "DPM_SCALES_BENCHMARK_STARTED"
 """Environment variable with the time at which a row's process was started."""

@@ -43,11 +43,12 @@ import torch
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
 from benchmarks.spectral_tables import write_tables
 from dpm_scales.errors import UserError, require
+from dpm_scales.locks import lock
 from dpm_scales.models.generate import draw
 from dpm_scales.models.io import load_model
 from dpm_scales.models.model import Model
 from dpm_scales.samplers import DPMSolver, Sampler
-from dpm_scales.storage import lock, write_text
+from dpm_scales.storage import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATIONS = (5, 10, 20, 50)

@@ -1,4 +1,4 @@
-"""Write files and folders of commands: atomically, never through a link, by one process at a time.
+"""Write files and folders of commands: atomically, and never through a link.
 
 Everything that a command writes into a folder is opened here. A folder may come from a stranger, who can put a link,
 a pipe or a device in place of any file or folder that will be written or read.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import socket
 import stat
 import uuid
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ import yaml
 from dpm_scales.errors import UserError, require
 
 #: flags for opening files; some lack on Windows, where a stranger's archive can't create links without extra rights
-_SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _KINDS = {
     stat.S_IFLNK: "a link",
     stat.S_IFDIR: "a folder",
@@ -131,15 +130,15 @@ def entries_below(folder: str | Path) -> Iterator[tuple[os.DirEntry[str], str | 
                 stack.append(entry.path)
                 continue
             elif not entry.is_file(follow_symlinks=False):
-                kind = _kind(entry.path)
-            yield entry, None if kind is None else _refusal(entry.path, kind)
+                kind = kind_of(entry.path)
+            yield entry, None if kind is None else refusal(entry.path, kind)
 
 
 def check_names(folder: str | Path, names: Iterable[str]) -> None:
     """Raise UserError if an entry is neither a file nor a folder; for names that other libraries will write."""
     for name in names:
-        kind = _kind(Path(folder, name))
-        require(kind in (None, "a file", "a folder"), _refusal(Path(folder, name), str(kind)))
+        kind = kind_of(Path(folder, name))
+        require(kind in (None, "a file", "a folder"), refusal(Path(folder, name), str(kind)))
 
 
 def make_folder(folder: str | Path) -> None:
@@ -161,10 +160,10 @@ def make_folder(folder: str | Path) -> None:
             place /= part
             with suppress(FileExistsError):
                 place.mkdir()
-            kind = _kind(place)
+            kind = kind_of(place)
             if kind in ("a file", None):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
-            require(kind == "a folder", _refusal(place, str(kind)))
+            require(kind == "a folder", refusal(place, str(kind)))
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -174,7 +173,7 @@ def check_writable(folder: str | Path) -> None:
     probe = folder / f".write-test-{uuid.uuid4().hex[:12]}"
     try:
         make_folder(folder)
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE, 0o666))
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE, 0o666))
         probe.unlink()
     except OSError as error:
         raise UserError(f"can't write to {folder}: {error.strerror}; choose another folder") from error
@@ -195,7 +194,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     temporary = _temporary(path)
     try:
         make_folder(path.parent)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | SAFE
         with open(os.open(temporary, flags, 0o666), "w+b") as file:
             yield file
             file.flush()
@@ -226,9 +225,9 @@ def open_sized(path: str | Path, size: int) -> int:
     try:
         make_folder(path.parent)
         new = not path.exists()
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _SAFE, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | SAFE, 0o666)
         try:
-            require(stat.S_ISREG(os.fstat(descriptor).st_mode), _refusal(path, "no file"))
+            require(stat.S_ISREG(os.fstat(descriptor).st_mode), refusal(path, "no file"))
             if os.fstat(descriptor).st_size != size:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(descriptor, 0, size)
@@ -261,7 +260,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises: UserError if `folder` exists and is not an empty folder, or can't be created.
     """
     folder = Path(folder)
-    kind = _kind(folder)
+    kind = kind_of(folder)
     require(kind in (None, "a folder"), f"{folder} is {kind}; choose a new folder")
     temporary = _temporary(folder.absolute())
     try:
@@ -307,11 +306,11 @@ def open_regular(path: str | Path) -> BinaryIO:
         UserError: it is a pipe, a socket or a device, which could block the reader or never end.
         OSError: it is missing, a folder, or not readable.
     """
-    kind = _kind(os.path.realpath(path))
+    kind = kind_of(os.path.realpath(path))
     if kind not in ("a file", "a folder", None):
         raise UserError(f"{path} is {kind}, where a file belongs; remove it")
     # checked again once open: another process may have replaced it
-    file = open(os.open(path, os.O_RDONLY | (_SAFE & ~getattr(os, "O_NOFOLLOW", 0))), "rb")
+    file = open(os.open(path, os.O_RDONLY | (SAFE & ~getattr(os, "O_NOFOLLOW", 0))), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise UserError(f"{path} is no file; remove it")
@@ -329,69 +328,11 @@ def read_text(path: str | Path, most: int | None = None) -> str:
     return data.decode("utf-8")
 
 
-@contextmanager
-def lock(path: Path, held: str, advice: str, wait: bool = False) -> Iterator[None]:
-    """Hold a lock in the body that excludes other processes, also on other machines.
-
-    The operating system releases the lock when this process ends, even if it is killed. On a file system without locks,
-    or in a read-only folder, nothing is locked.
-
-    Args:
-        path: the lock file, created if missing; it contains the name of the holder.
-        held, advice: parts of the message ``"FOLDER {held} HOLDER; {advice}"``.
-        wait: wait for the other process instead of raising.
-
-    Raises: UserError if another process holds the lock, or if `path` is not a regular file, such as a link.
-    """
-    descriptor = _locked(path, held, advice, wait)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _locked(path: Path, held: str, advice: str, wait: bool) -> int | None:
-    """Return an open descriptor that holds the lock, or None if locks are not available."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    kind = _kind(path)
-    require(kind in (None, "a file"), _refusal(path, str(kind)))
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _SAFE, 0o666)
-    except OSError:
-        return None
-    try:
-        status = os.fstat(descriptor)
-        # a hard link could overwrite a file in another place
-        require(stat.S_ISREG(status.st_mode) and status.st_nlink <= 1, _refusal(path, "a file with other names"))
-        # not flock, whose locks data-loading processes inherit and keep after this one is killed
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        job = os.environ.get("SLURM_JOB_ID")
-        holder = f"process {os.getpid()} on {socket.gethostname()}" + (f", job {job}" if job else "")
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, holder.encode(), 0)
-    except (BlockingIOError, PermissionError) as error:
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-        os.close(descriptor)
-        known = repr(holder) if holder and not holder.isprintable() else holder or "another process"
-        raise UserError(f"{path.parent} {held} {known}; {advice}") from error
-    except OSError:
-        os.close(descriptor)
-        return None
-    except UserError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def _temporary(path: Path) -> Path:
     return path.with_name(_TEMPORARY.format(name=path.name, mark=uuid.uuid4().hex[:12]))
 
 
-def _kind(path: str | Path) -> str | None:
+def kind_of(path: str | Path) -> str | None:
     """Return the kind of entry at `path`, without following links; None if there is none."""
     try:
         return _KINDS.get(stat.S_IFMT(os.lstat(path).st_mode), "no file")
@@ -399,7 +340,8 @@ def _kind(path: str | Path) -> str | None:
         return None
 
 
-def _refusal(path: str | Path, kind: str) -> str:
+def refusal(path: str | Path, kind: str) -> str:
+    """Return why nothing is written to `path`, which is `kind`, such as "a link"."""
     return f"{str(path)!r} is {kind}, and nothing is written through it; remove it, or choose another folder"
 
 

@@ -18,7 +18,8 @@ from typing import Any
 from dpm_scales.commands.sample_shards import PER_SHARD, begin, numbered_shards
 from dpm_scales.data.image_sets import SHEETS
 from dpm_scales.errors import UserError, require
-from dpm_scales.storage import check_writable, guarded, lock, open_regular, write_text
+from dpm_scales.locks import lock
+from dpm_scales.storage import check_writable, guarded, open_regular, write_text
 
 RECORD = "sample.json"
 FORMAT = "dpm_scales samples"

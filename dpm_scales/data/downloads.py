@@ -16,7 +16,8 @@ from dpm_scales.data.base import ImageDataset, ImageSource, TensorImages
 from dpm_scales.data.files import open_store
 from dpm_scales.data.folder import FileImages, View
 from dpm_scales.errors import UserError, require, suggest
-from dpm_scales.storage import lock, make_folder
+from dpm_scales.locks import lock
+from dpm_scales.storage import make_folder
 
 DATASETS = {
     # name: (channels, native size, where torchvision looks below root)

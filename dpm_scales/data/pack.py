@@ -32,11 +32,11 @@ from dpm_scales.data.shard_scan import digest_of
 from dpm_scales.data.sources import read_arrays
 from dpm_scales.data.tar import TarWriter, members
 from dpm_scales.errors import UserError, is_whole, require
+from dpm_scales.locks import lock
 from dpm_scales.storage import (
     atomic_write,
     check_writable,
     guarded,
-    lock,
     open_regular,
     read_text,
     remove_leftovers,

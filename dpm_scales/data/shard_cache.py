@@ -20,7 +20,8 @@ from pathlib import Path
 from dpm_scales.data.fetch import Patience, fetch, fetch_text, shown
 from dpm_scales.data.shard_index import ShardEntry
 from dpm_scales.errors import UserError, is_number, require
-from dpm_scales.storage import atomic_write, lock, make_folder, write_bytes
+from dpm_scales.locks import lock
+from dpm_scales.storage import atomic_write, make_folder, write_bytes
 
 FOLDER_VARIABLE = "DPM_SCALES_CACHE"
 """Environment variable that names the folder."""

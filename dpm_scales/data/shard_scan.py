@@ -18,7 +18,8 @@ from dpm_scales.data.shard_cache import INDICES
 from dpm_scales.data.shard_index import ShardEntry, ShardIndex, parse_index
 from dpm_scales.data.shard_places import Located, read_index
 from dpm_scales.errors import UserError, require
-from dpm_scales.storage import lock, make_folder, write_text
+from dpm_scales.locks import lock
+from dpm_scales.storage import make_folder, write_text
 
 VERSION = 1
 """Version of the scan; increase it when the same shards give another index."""

@@ -1,10 +1,10 @@
 """Processes: the law of every forward process, and its members."""
 
 from dpm_scales.processes.expanded import ExpandedProcess, StencilProcess
-from dpm_scales.processes.law import MAX_MEAN_LEFT, Context, Gaussian, Process, Scale, as_scale
+from dpm_scales.processes.law import MAX_MEAN_LEFT, Context, Process
 from dpm_scales.processes.members import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Spectral, Warm
 from dpm_scales.processes.osmosis import InverseOsmosis, Osmosis, OsmosisDiffusion, OsmosisFilter
-from dpm_scales.processes.steps import Step
+from dpm_scales.processes.steps import Gaussian, Scale, Step, as_scale
 
 __all__ = [
     "MAX_MEAN_LEFT",

@@ -1,15 +1,20 @@
-"""Checks of a forward process at construction: every step of its chain exists and keeps what the process promises."""
+"""Checks of a forward process at construction: of its arguments, and of its curves.
+
+Every step of the chain must exist and keep what the process promises.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require
+from dpm_scales.errors import UserError, is_whole, require
+from dpm_scales.operators import Operator
+from dpm_scales.schedules import BlurSchedule, Clock, Color, NoiseSchedule, is_number
 
 TOLERANCE = 1e-9
 
@@ -88,3 +93,41 @@ class Chain:
             raise UserError(
                 f"{self.name}: at scale k={k + 1} of {len(bad)}, eigenvalue mu={self.mu[j]:.4g}: {describe(k, j)}"
             )
+
+
+def require_law(
+    process: object,
+    operator: Operator,
+    num_scales: int,
+    min_decay: float,
+    value_range: Sequence[float],
+    noise: NoiseSchedule,
+    blur: BlurSchedule | None,
+    color: Color | None,
+    clock: Clock | None,
+) -> tuple[float, float]:
+    """Return the value range of a process. Raises UserError for arguments out of range."""
+    name = type(process).__name__
+    ok = is_whole(num_scales, 1)
+    require(ok, f"{name}: num_scales must be a whole number >= 1, got {num_scales!r}")
+    ok = is_number(min_decay) and 0 <= min_decay < 1
+    require(ok, f"{name}: min_decay must lie in [0, 1), got {min_decay!r}")
+    values = tuple(value_range) if isinstance(value_range, Sequence) else ()
+    if len(values) != 2 or not all(is_number(v) for v in values) or not values[0] < values[1]:
+        raise UserError(f"{name}: value_range must be [low, high] with low < high, got {value_range!r}")
+    for key, ok, got in (
+        ("noise", isinstance(noise, NoiseSchedule), noise),
+        ("blur", blur is None or isinstance(blur, BlurSchedule), blur),
+        ("color", color is None or isinstance(color, Color), color),
+        ("clock", clock is None or isinstance(clock, Clock), clock),
+    ):
+        require(ok, f"{name}: {key}={got!r} is no {key} schedule; see dpm_scales.schedules")
+    for key, curve in (("color", color), ("clock", clock)):
+        ok = curve is None or operator.largest > 0
+        require(ok, f"{name}: a {key} needs an operator with a spectrum, and {operator!r} has none")
+    require(
+        blur is None or blur.is_gaussian or min_decay > 0,
+        f"{name}: {type(blur).__name__} removes frequencies at once; set min_decay to what is left "
+        "of them, for example 0.01",
+    )
+    return float(values[0]), float(values[1])

@@ -22,20 +22,19 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dpm_scales.describe import Describable
-from dpm_scales.errors import UserError, is_whole, require
+from dpm_scales.errors import UserError
 from dpm_scales.memory import require_memory
 from dpm_scales.operators import Decay, LogCurve, Operator, SpectralFunction, batch_view
-from dpm_scales.processes.checks import Chain
-from dpm_scales.processes.steps import Step
+from dpm_scales.processes.checks import Chain, require_law
+from dpm_scales.processes.steps import Gaussian, Scale, Step, as_scale
 from dpm_scales.rng import CounterRNG, Randomness, white_noise
-from dpm_scales.schedules import BlurSchedule, Clock, Color, NoiseSchedule, is_number
+from dpm_scales.schedules import BlurSchedule, Clock, Color, NoiseSchedule
 
 MAX_MEAN_LEFT = 0.02
 """Largest lambda_1 / gamma_1 of the mean intensity (mu = 0) for which sampling starts from noise alone."""
@@ -44,21 +43,6 @@ DEFAULT_SIZE = (64, 64)
 """(H, W) of the spectrum that a colour's energy refers to until the process is bound to the images' size."""
 
 Context = Tensor | None
-Scale = Tensor | float
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """A Gaussian on images: `mean` in pixels ``(B, C, H, W)``, `std` a function of mu in whitened coordinates."""
-
-    mean: Tensor
-    std: SpectralFunction
-    operator: Operator
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw one image each: ``(B, C, H, W)`` in pixels."""
-        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
-        return self.mean + self.operator.to_pixels(self.operator.apply(self.std, noise))
 
 
 class Process(Describable, nn.Module):
@@ -101,41 +85,14 @@ class Process(Describable, nn.Module):
         clock: Clock | None = None,
     ) -> None:
         super().__init__()
-        ok = is_whole(num_scales, 1)
-        require(ok, f"{type(self).__name__}: num_scales must be a whole number >= 1, got {num_scales!r}")
-        ok = is_number(min_decay) and 0 <= min_decay < 1
-        require(ok, f"{type(self).__name__}: min_decay must lie in [0, 1), got {min_decay!r}")
-        values = tuple(value_range) if isinstance(value_range, Sequence) else ()
-        if len(values) != 2 or not all(is_number(v) for v in values) or not values[0] < values[1]:
-            raise UserError(
-                f"{type(self).__name__}: value_range must be [low, high] with low < high, got {value_range!r}"
-            )
-        for key, ok, got in (
-            ("noise", isinstance(noise, NoiseSchedule), noise),
-            ("blur", blur is None or isinstance(blur, BlurSchedule), blur),
-            ("color", color is None or isinstance(color, Color), color),
-            ("clock", clock is None or isinstance(clock, Clock), clock),
-        ):
-            require(ok, f"{type(self).__name__}: {key}={got!r} is no {key} schedule; see dpm_scales.schedules")
-        for key, curve in (("color", color), ("clock", clock)):
-            ok = curve is None or operator.largest > 0
-            require(ok, f"{type(self).__name__}: a {key} needs an operator with a spectrum, and {operator!r} has none")
-        require(
-            blur is None or blur.is_gaussian or min_decay > 0,
-            f"{type(self).__name__}: {type(blur).__name__} removes frequencies at once; set min_decay to what is left "
-            "of them, for example 0.01",
-        )
+        self.value_range = require_law(self, operator, num_scales, min_decay, value_range, noise, blur, color, clock)
         self._operator, self._largest = operator, operator.largest
         # what `_check_consistency` takes at its peak; all tables together take less
         num_bytes = num_scales * (80 + 40 * len(self._probes()))
         require_memory(num_bytes, f"{type(self).__name__}: num_scales={num_scales}", "lower num_scales")
         self.num_scales = num_scales
         self.min_decay = float(min_decay)
-        self.value_range: tuple[float, float] = (float(values[0]), float(values[1]))
-        self.noise = noise
-        self.blur = blur
-        self.color = color
-        self.clock = clock
+        self.noise, self.blur, self.color, self.clock = noise, blur, color, clock
         noise.bind(num_scales)
         if blur is not None:
             blur.bind(num_scales)
@@ -283,8 +240,7 @@ class Process(Describable, nn.Module):
 
     def flow_speed(self, t: Scale, mu: Tensor, rates: tuple[Tensor, Tensor]) -> Tensor:
         """Return D = lambda gamma' - lambda' gamma, the speed at which signal turns into noise, from the `rates`."""
-        signal_rate, noise_rate = rates
-        return self.signal_scale(t, mu) * noise_rate - signal_rate * self.noise_scale(t, mu)
+        return self.signal_scale(t, mu) * rates[1] - rates[0] * self.noise_scale(t, mu)
 
     def signal_scale(self, t: Scale, mu: Tensor) -> Tensor:
         """Return lambda_t(mu), float64 (VDM: alpha_t, DDPM: sqrt of alpha-bar)."""
@@ -405,8 +361,7 @@ class Process(Describable, nn.Module):
 
         Returns: float64 ``()`` or ``(B,)``, with a guidance image ``(B, C)``; -inf for a deterministic process.
         """
-        t = self._scale(t)
-        op = self.operator(context)
+        t, op = self._scale(t), self.operator(context)
         mu = op.eigenvalues(*size, t.device).expand(size)
         per_mode = 0.5 * math.log(2 * math.pi * math.e) + self.log_noise_scale(t, mu)
         total = per_mode.expand(*per_mode.shape[: -mu.ndim], *size).sum((-2, -1))
@@ -440,11 +395,3 @@ class Process(Describable, nn.Module):
             chain.check_variance_preserving(log_signal, log_noise, type(self.noise).__name__)
         if self.lyapunov:
             chain.check_lyapunov()
-
-
-def as_scale(t: Scale, like: Tensor | None = None) -> Tensor:
-    """Return t as a float64 tensor, on `like`'s device if it is a Python number."""
-    if isinstance(t, Tensor):
-        return t.to(torch.float64)
-    require(0 <= t <= 1, f"a scale t must lie in [0, 1], got {t}")
-    return torch.full((), float(t), dtype=torch.float64, device=None if like is None else like.device)

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from dpm_scales.operators import HeatOperator, LogCurve, Operator, PixelOperator, SpectralFunction
-from dpm_scales.processes.law import Process, Scale, as_scale
+from dpm_scales.processes.law import Process
+from dpm_scales.processes.steps import Scale, as_scale
 from dpm_scales.schedules import (
     BlurSchedule,
     Clock,

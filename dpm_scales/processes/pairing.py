@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dpm_scales.operators import Operator
-from dpm_scales.processes.law import Process, Scale, as_scale
+from dpm_scales.processes.law import Process
+from dpm_scales.processes.steps import Scale, as_scale
 from dpm_scales.rng import Randomness, white_noise
 
 

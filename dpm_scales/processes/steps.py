@@ -1,4 +1,4 @@
-"""The functions of mu that lead from one scale of a process to another and back."""
+"""Scales, the functions of mu that lead from one to another and back, and the Gaussians that they give."""
 
 from __future__ import annotations
 
@@ -8,8 +8,33 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dpm_scales.operators import Decay, LogCurve
+from dpm_scales.errors import require
+from dpm_scales.operators import Decay, LogCurve, Operator, SpectralFunction
 from dpm_scales.schedules import Clock
+
+Scale = Tensor | float
+
+
+def as_scale(t: Scale, like: Tensor | None = None) -> Tensor:
+    """Return t as a float64 tensor, on `like`'s device if it is a Python number."""
+    if isinstance(t, Tensor):
+        return t.to(torch.float64)
+    require(0 <= t <= 1, f"a scale t must lie in [0, 1], got {t}")
+    return torch.full((), float(t), dtype=torch.float64, device=None if like is None else like.device)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A Gaussian on images: `mean` in pixels ``(B, C, H, W)``, `std` a function of mu in whitened coordinates."""
+
+    mean: Tensor
+    std: SpectralFunction
+    operator: Operator
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw one image each: ``(B, C, H, W)`` in pixels."""
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        return self.mean + self.operator.to_pixels(self.operator.apply(self.std, noise))
 
 
 class Curves(Protocol):

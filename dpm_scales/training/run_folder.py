@@ -16,6 +16,7 @@ from dpm_scales.cli.main import is_sweep
 from dpm_scales.cli.messages import one_line
 from dpm_scales.cli.stored import CONFIG_DIR_FILE, CONFIG_FLAGS, CONFIG_FLAGS_FILE, NEVER_STORED, key_of, may_download
 from dpm_scales.errors import UserError, require
+from dpm_scales.locks import lock
 from dpm_scales.models.instantiate import plain
 from dpm_scales.run_folders.files import FAILURE
 from dpm_scales.storage import (
@@ -23,7 +24,6 @@ from dpm_scales.storage import (
     check_folder,
     check_writable,
     guarded,
-    lock,
     make_folder,
     remove_leftovers,
     write_text,
@@ -155,5 +155,5 @@ def _unused(place: Path) -> Path:
 
 
 def only_run(folder: Path) -> AbstractContextManager[None]:
-    """Return a lock that keeps other processes and machines from training in the folder: see `storage.lock`."""
+    """Return a lock that keeps other processes and machines from training in the folder: see `locks.lock`."""
     return lock(folder / ".lock", "is being trained by", "wait for it, or choose another run_dir")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "dpm_scales"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 #: rooms that every room may import
-GROUND = ("errors", "memory", "storage", "describe")
+GROUND = ("errors", "memory", "storage", "locks", "describe")
 ENTRIES = ("train.py", "sample.py", "evaluate.py", "evolve.py")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dpm_scales import data
-from dpm_scales.data.hf import StreamError
+from dpm_scales.data.hf_rows import StreamError
 from dpm_scales.data.replaced import UnreadableImageError
 from dpm_scales.errors import UserError
 from support.fake_hub import FakeHub, serving

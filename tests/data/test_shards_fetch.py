@@ -24,7 +24,7 @@ from dpm_scales.data.shard_index import ShardEntry, ShardIndex
 from dpm_scales.data.shard_places import locate
 from dpm_scales.data.shard_set import ShardError
 from dpm_scales.errors import UserError
-from dpm_scales.storage import lock
+from dpm_scales.locks import lock
 from support.shards import Faults, number_of, packed, served
 
 COUNT = 40

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dpm_scales import storage
+from dpm_scales import locks, storage
 from dpm_scales.errors import UserError
 from dpm_scales.storage import FolderGoneError
 from support.shell import files
@@ -151,13 +151,13 @@ def test_a_lock_is_a_file_of_its_own(kind: str, tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     put(kind, path, victim)
     words = "a file with other names" if kind == "hard link" else f"a {kind}"
-    with pytest.raises(UserError, match=rf"\.lock' is {words}, and nothing is"), storage.lock(path, "is held by", ""):
+    with pytest.raises(UserError, match=rf"\.lock' is {words}, and nothing is"), locks.lock(path, "is held by", ""):
         pytest.fail("entered")
     assert victim.read_text() == "precious"
 
 
 def _hold(path: Path, held: Any) -> None:
-    with storage.lock(path, "is held by", "wait"):
+    with locks.lock(path, "is held by", "wait"):
         held.set()
         time.sleep(100)
 
@@ -169,12 +169,12 @@ def test_a_lock_keeps_other_processes_out(tmp_path: Path) -> None:
     holder = processes.Process(target=_hold, args=(path, held), daemon=True)
     holder.start()
     assert held.wait(60)
-    with pytest.raises(UserError) as caught, storage.lock(path, "is held by", "wait"):
+    with pytest.raises(UserError) as caught, locks.lock(path, "is held by", "wait"):
         pytest.fail("entered")
     assert str(caught.value) == f"{tmp_path} is held by process {holder.pid} on {socket.gethostname()}; wait"
     holder.kill()
     holder.join(60)
-    with storage.lock(path, "is held by", "wait", wait=True):
+    with locks.lock(path, "is held by", "wait", wait=True):
         assert files(tmp_path) == {".lock": f"process {os.getpid()} on {socket.gethostname()}".encode()}
 
 

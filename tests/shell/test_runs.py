@@ -105,7 +105,7 @@ def test_metrics_are_the_last_values_and_the_lowest_validation_loss(tmp_path: Pa
 def test_a_lock_is_seen_without_being_taken(tmp_path: Path) -> None:
     folder = put(tmp_path / "a", checkpoint=40)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom dpm_scales.storage import lock\n"
+        "import sys\nfrom pathlib import Path\nfrom dpm_scales.locks import lock\n"
         f"with lock(Path({str(folder / '.lock')!r}), '', ''):\n    print('held', flush=True)\n    sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True, cwd=ROOT) as holder:
