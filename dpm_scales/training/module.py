@@ -43,8 +43,8 @@ class DiffusionModule(pl.LightningModule):
     Args:
         model: denoiser, prior, sampler and recipe; its network gets the labels where the recipe has classes.
         learning_rate: of AdamW, > 0; Muon's steps follow from it.
-        warmup_steps: optimiser steps of linear warm-up; "auto" for a tenth of the trainer's max_steps, at most 100.
-        decay: "cosine" to zero at the trainer's max_steps, or "constant".
+        warmup_steps: optimiser steps of linear warm-up; "auto" for a tenth of the run, at most 100.
+        decay: "cosine" to zero at the trainer's max_steps, without a number at its max_time; or "constant".
         betas, weight_decay: of AdamW.
         method: "adamw", or "muon" for the matrices among the weights, see `training.muon`.
         scale_sampling: "uniform", a published density, or "importance": scales whose loss varies more are drawn more
@@ -101,6 +101,8 @@ class DiffusionModule(pl.LightningModule):
         self.betas, self.weight_decay, self.method = (betas[0], betas[1]), weight_decay, method
         self.seed = seed
         self.loss_weight = loss_weight
+        #: share of the trainer's max_time that has passed, see `training.time_budget`
+        self.passed = 0.0
 
         # Not buffers: EMA swaps those between the two models.
         #: steps skipped for non-finite gradients: in total, in a row up to now, and the longest row
@@ -187,17 +189,25 @@ class DiffusionModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _rate(self, step: int) -> float:
-        return self.rate(step, self.trainer.max_steps)
+        return self.rate(step, self.trainer.max_steps, self.passed)
 
-    def rate(self, step: int, max_steps: int) -> float:
-        """Return the factor in [0, 1] on the learning rate at step `step` >= 0 of `max_steps` (-1: no end)."""
+    def rate(self, step: int, max_steps: int, passed: float = 0.0) -> float:
+        """Return the factor in [0, 1] on the learning rate.
+
+        Args:
+            step: from 0.
+            max_steps: of the run; -1 if its time ends it.
+            passed: share of its time, in [0, 1].
+        """
+        share = min(step / max_steps, 1.0) if max_steps > 0 else passed
         warmup = self.warmup_steps
-        if isinstance(warmup, str):
-            warmup = min(AUTO_WARMUP, max_steps // 10) if max_steps > 0 else AUTO_WARMUP
-        rate = min(1.0, (step + 1) / (warmup + 1))
-        if self.decay == "cosine" and max_steps > 0:
-            rate *= 0.5 * (1 + math.cos(math.pi * min(step / max_steps, 1.0)))
-        return rate
+        if warmup != "auto":
+            rate = min(1.0, (step + 1) / (int(warmup) + 1))
+        elif max_steps > 0:
+            rate = min(1.0, (step + 1) / (min(AUTO_WARMUP, max_steps // 10) + 1))
+        else:
+            rate = min(1.0, max((step + 1) / (AUTO_WARMUP + 1), 10 * passed))
+        return rate * 0.5 * (1 + math.cos(math.pi * share)) if self.decay == "cosine" else rate
 
     def configure_gradient_clipping(
         self,

@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -63,7 +63,7 @@ def require_resumable(
         "epoch": 0,
         "averaging_state": {"n_averaged": torch.zeros((), dtype=torch.int64)},
         "loops": {"fit_loop": trainer.fit_loop.state_dict()},
-        "callbacks": {callback.state_key: callback.state_dict() for callback in _callbacks(trainer)},
+        "callbacks": {callback.state_key: _state_of(callback) for callback in _callbacks(trainer)},
         "lr_schedulers": [schedule],
         type(data).__qualname__: data.state_dict(),
     }
@@ -103,6 +103,14 @@ class _Started(Callback):
 def _callbacks(trainer: pl.Trainer) -> list[Callback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def _state_of(callback: Callback) -> dict[str, Any]:
+    """Return a callback's state, the seconds of a timer that has not begun as floats."""
+    state = callback.state_dict()
+    if isinstance(callback, Timer):
+        state["time_elapsed"] = {stage: float(seconds) for stage, seconds in state["time_elapsed"].items()}
+    return state
 
 
 def _of_weight(state: Any) -> set[str]:

@@ -119,7 +119,7 @@ RULES = {
     "trainer.max_steps": Rule(
         TAKES, "cosine decay is stretched to it, so the learning rate jumps; the run prints both values"
     ),
-    "trainer.max_time": Rule(TAKES, "includes the time before"),
+    "trainer.max_time": Rule(TAKES, "includes the time before; cosine decay ends with it if `trainer.max_steps=-1`"),
     "trainer.gradient_clip_val": Rule(TAKES),
     "trainer.accumulate_grad_batches": Rule(TAKES),
     "trainer": Rule(TAKES, "devices, strategy, precision, intervals"),
@@ -236,10 +236,13 @@ def what_changed(checkpoint: dict[str, Any], now: dict[str, Any], rate: float) -
     changed = list(changes(stored_options(checkpoint), now))
     names = {f"{key} {_text(old)} -> {_text(new)}": rule_of(key) for key, old, new in changed}
     parts, before = list(names), stored_rate(checkpoint)
-    if before is not None and before != rate:
+    trainer = now["trainer"]
+    timed = trainer["max_steps"] == -1  # the rate falls between the step and its checkpoint too
+    if before is not None and before != rate and (changed or not timed):
         verb = "rises" if rate > before else "falls"
-        stretched = now["optimizer"]["decay"] == "cosine" and any(key == "trainer.max_steps" for key, *_ in changed)
-        why = f", since cosine decay now ends at step {now['trainer']['max_steps']}" if stretched else ""
+        end, key = ("after", "trainer.max_time") if timed else ("at step", "trainer.max_steps")
+        stretched = now["optimizer"]["decay"] == "cosine" and key in [name for name, *_ in changed]
+        why = f", since cosine decay now ends {end} {trainer[key.rpartition('.')[2]]}" if stretched else ""
         parts.append(f"the learning rate {verb} from {before:.4g} to {rate:.4g}{why}")
     line = f"from step {int(checkpoint['global_step'])} on: {'; '.join(parts)}" if parts else ""
     return line, [f"{name}: {rule.warning}" for name, rule in names.items() if rule is not None and rule.warning]

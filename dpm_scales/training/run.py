@@ -64,6 +64,7 @@ from dpm_scales.training.settings import (
     check_objective,
     check_same_model,
 )
+from dpm_scales.training.time_budget import TimeBudget, by_time, share_passed
 from dpm_scales.training.trainer import make_trainer, ranks_to_start, silence_lightning
 from dpm_scales.weights import LossWeight
 
@@ -202,6 +203,8 @@ def train_model(
         KeepOptions(cfg),
         UnreadableImages(data, run_dir / "unreadable.txt"),
     ]
+    if by_time(cfg):
+        callbacks.append(TimeBudget(plain(cfg.trainer.max_time)))
     if cfg.samples.curves:
         callbacks.append(Curves(run_dir / curves.NAME))
     check_grid(cfg.samples.num_images, recipe)
@@ -237,7 +240,7 @@ def _resume_and_fit(
 ) -> Trained:
     """Train from the folder's last checkpoint, if there is one; return and save the result."""
     model, main = module.parts, trainer.is_global_zero
-    resume, steps, changed = None, 0, ""
+    resume, steps, changed, passed = None, 0, "", 0.0
     warned: list[str] = []
     found = find_checkpoint(run_dir / "checkpoints")
     if found is not None:
@@ -246,14 +249,15 @@ def _resume_and_fit(
         check_same_model(current_names(checkpoint["recipe"]), current_names(model.recipe.to_dict()), run_dir)
         require_resumable_averages(checkpoint, resume, powers, module)
         steps = int(checkpoint["global_step"])
-        rate = module.learning_rate * module.rate(steps, cfg.trainer.max_steps)
+        passed = share_passed(checkpoint, plain(cfg.trainer.max_time))
+        rate = module.learning_rate * module.rate(steps, cfg.trainer.max_steps, passed)
         changed, warned = what_changed(checkpoint, options_of(cfg), rate)
         del checkpoint  # as large as weights, EMA and optimiser state together
     del found
-    finished = finished_result(run_dir, cfg.trainer.max_steps)
+    finished = finished_result(run_dir, cfg.trainer.max_steps if passed < 1 else steps)
     if finished is not None:
         if main:
-            more = "raise trainer.max_steps or choose another run_dir"
+            more = f"raise trainer.{'max_steps' if passed < 1 else 'max_time'} or choose another run_dir"
             print(f"{run_dir} is finished ({finished['steps']} steps); {more}")
         return Trained(finished, model, None)
 
