@@ -26,13 +26,14 @@ from dpm_scales.distributed.ranks import World
 from dpm_scales.errors import UserError, require, require_number
 from dpm_scales.images import LEVELS, load_image, make_grid, png_bytes, save_png, to_range, write_bytes
 from dpm_scales.memory import require_memory
-from dpm_scales.models.generate import evaluations, finished, label_cycle, sample_bytes, weights_digest
+from dpm_scales.models.generate import computed, evaluations, finished, label_cycle, sample_bytes, weights_digest
 from dpm_scales.models.guided import with_guidance
 from dpm_scales.models.instantiate import plain
 from dpm_scales.models.io import chosen_average, load_model
 from dpm_scales.models.model import Model, with_sampler
 from dpm_scales.models.parts import described
 from dpm_scales.models.post_hoc import Reconstruction
+from dpm_scales.networks.precision import FULL, precision_name
 from dpm_scales.processes import Process
 from dpm_scales.progress import progress_bar
 from dpm_scales.rng import CounterRNG
@@ -47,7 +48,7 @@ Make = Callable[[Tensor, CounterRNG, "Tensor | None", OnStep], Tensor]
 SHARED_OPTIONS = (
     *("task", "model", "allow", "plugins", "weights", "out", "overwrite", "seed", "batch_size", "device", "size"),
     *("trajectory", "shards", "sampler", "steps", "labels", "guidance", "guidance_interval", "guidance_variable"),
-    *("guide", "guide_weights", "guide_ema", "guide_ema_step", "ema", "ema_step"),
+    *("guide", "guide_weights", "guide_ema", "guide_ema_step", "ema", "ema_step", "precision", "compile"),
 )
 """Options of all tasks that the record stores elsewhere or that change no image; the rest belong to the task."""
 
@@ -138,6 +139,7 @@ class Setup:
             options.pop("num_samples")  # stored as the number of images
         table = self.denoiser.error_variance if sampler.covariance is not None else None
         shards = {"shards": sample_shards.PER_SHARD} if self.in_shards else {}
+        precision = precision_name("precision", cfg.precision)
         return shards | {
             "format": sample_folder.FORMAT,
             "version": sample_folder.VERSION,
@@ -146,6 +148,9 @@ class Setup:
             "weights": cfg.weights,
             **({} if self.ema is None else {"ema": self.ema}),
             "weights_sha256": self.weights_sha256,
+            # as records from before there was a choice, where nothing was chosen
+            **({} if precision == FULL else {"precision": precision}),
+            **({"compile": True} if cfg.compile else {}),
             "process": type(process).__name__,
             "process_settings": self.model.recipe.parts["process"],
             "sampler": type(sampler).__name__,
@@ -222,6 +227,7 @@ def record_of(average: Reconstruction | None) -> dict[str, Any] | None:
 def prepare(cfg: DictConfig) -> Setup:
     """Return the checked model, sampler and device; write nothing."""
     check_counts(cfg)
+    precision_name("precision", cfg.precision)
     world = ranks.meet()
     device = ranks.own_device(pick_device(str(cfg.device)), world)
     chosen = choose_model(cfg)
@@ -321,7 +327,8 @@ def produce(
         own = range(part.start * together, part.stop * together)
         jobs = sample_shards.unfinished(out, total, setup.world) if setup.in_shards else [own]
         batches = sum(-(-len(job) // batch_size) for job in jobs)
-        with progress_bar(setup.world.is_main) as progress, evaluations(setup.model) as counts:
+        how = computed(setup.model, cfg.precision, cfg.compile)
+        with progress_bar(setup.world.is_main) as progress, evaluations(setup.model) as counts, how:
             bar = progress.add_task(str(cfg.task), total=steps * batches)
             for job in jobs:
                 made = files(job, lambda *_: progress.advance(bar))

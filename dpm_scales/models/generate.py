@@ -17,7 +17,8 @@ from dpm_scales.errors import UserError, is_whole, require, require_number
 from dpm_scales.images import to_uint8
 from dpm_scales.memory import lacks_memory
 from dpm_scales.models.base import Parts
-from dpm_scales.networks import require_size
+from dpm_scales.networks import evaluated, require_size
+from dpm_scales.networks.precision import BFLOAT16, FULL, precision_name
 from dpm_scales.rng import CounterRNG
 
 
@@ -123,6 +124,28 @@ def networks_of(model: Parts) -> dict[str, nn.Module]:
     """Return the networks that sampling evaluates by name: "model", and "guide" where one guides it."""
     guide = getattr(model.denoiser, "guide", None)
     return {"model": model.denoiser.network} | ({} if guide is None else {"guide": guide.network})
+
+
+@contextmanager
+def computed(model: Parts, precision: str = FULL, compile: bool = False) -> Iterator[None]:
+    """Compute each of `networks_of` in this precision while the body runs, and compiled if so wanted.
+
+    The state and the sampler's arithmetic keep their precision.
+
+    Args:
+        precision: "32-true" or "bf16-mixed", also "32" and "bf16".
+        compile: whether to compile them, on CUDA as CUDA graphs.
+
+    Raises: UserError for an unknown precision, and if compiling fails.
+    """
+    bfloat16 = precision_name("precision", precision) == BFLOAT16
+    require(isinstance(compile, bool), f"compile must be true or false, got {compile!r}")
+
+    def failed(reason: str) -> None:
+        raise UserError(f"compile=true: compiling the network failed ({reason}); leave it out to sample uncompiled")
+
+    with evaluated(networks_of(model).values(), bfloat16, compile, failed):
+        yield
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from dpm_scales.guidance import GuidanceCurve
 from dpm_scales.images import size_pair, to_range
 from dpm_scales.models.base import Parts
 from dpm_scales.models.export import save_folder
-from dpm_scales.models.generate import draw, pick_labels
+from dpm_scales.models.generate import computed, draw, pick_labels
 from dpm_scales.models.guided import with_guidance
 from dpm_scales.models.instantiate import plain, root_cause_line
 from dpm_scales.models.parts import build_denoiser, build_sampler, make_network, make_part
@@ -25,6 +25,7 @@ from dpm_scales.models.push import push_model
 from dpm_scales.models.recipe import MAX_SIDE, PARTS, UNDESCRIBED, Recipe
 from dpm_scales.models.to_diffusers import export_diffusers
 from dpm_scales.networks import UNet
+from dpm_scales.networks.precision import FULL
 from dpm_scales.priors import Prior
 from dpm_scales.processes import VP, Process
 from dpm_scales.progress import progress_bar
@@ -118,6 +119,8 @@ class Model(Parts):
         batch_size: int = 250,
         device: torch.device | str | None = None,
         progress: bool = False,
+        precision: str = FULL,
+        compile: bool = False,
     ) -> Tensor:
         """Draw images: uint8 ``(num_samples, C, H, W)`` on the CPU, the same as `sample.py` for the same options.
 
@@ -136,8 +139,11 @@ class Model(Parts):
             batch_size: images drawn at once; affects speed and memory only.
             device: to which the model is moved first; None leaves it where it is.
             progress: whether to show a progress bar.
+            precision: of the networks: "32-true", or "bf16-mixed"; the sampler's arithmetic keeps its own.
+            compile: whether to compile the networks, for each size of a batch; worth it for thousands of images.
 
-        Raises: UserError for values out of range, or a sampler or guide that does not fit the model.
+        Raises: UserError for values out of range, a sampler or guide that does not fit the model, and if compiling
+            fails.
         """
         require_number("num_samples", num_samples, 1, whole=True)
         chosen = self if sampler is None and steps is None else self.with_sampler(sampler, steps)
@@ -148,7 +154,7 @@ class Model(Parts):
         training = [(one, one.training) for one in (self, guide) if one is not None]
         total = -(-num_samples // batch_size) if is_whole(batch_size, 1) else 0
         try:
-            with progress_bar(progress) as bar:
+            with progress_bar(progress) as bar, computed(chosen, precision, compile):
                 task = bar.add_task("sample", total=total * (len(chosen.sampler.scales(self.denoiser.process)) - 1))
 
                 def advance(index: int, x: Tensor) -> None:

@@ -7,8 +7,9 @@ effects on random numbers and buffers are undone. So a failure changes nothing: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -102,3 +103,47 @@ def compiled_training(network: nn.Module, failed: Failed) -> Iterator[None]:
         yield
     finally:
         network._compiled_call_impl = None
+
+
+@contextmanager
+def evaluated(networks: Iterable[nn.Module], bfloat16: bool, compiled: bool, failed: Failed) -> Iterator[None]:
+    """Compute networks in another way while the body runs, in place; their hooks are called as before.
+
+    Args:
+        bfloat16: compute convolutions and matrix products in bfloat16, by autocast; the weights stay as they are.
+        compiled: compile each in one piece, anew for each shape of its inputs; on CUDA as a CUDA graph.
+        failed: called if compiling fails; the network is then computed plainly.
+    """
+    changed: list[nn.Module] = []
+    try:
+        for network in networks if bfloat16 or compiled else ():
+            # an attribute of the instance hides the method, and `Module.__call__` calls it between the hooks
+            network.forward = _forward(network, bfloat16, compiled, failed)
+            changed.append(network)
+        yield
+    finally:
+        for network in changed:
+            del network.forward
+
+
+def _forward(network: nn.Module, bfloat16: bool, compiled: bool, failed: Failed) -> Callable[..., Tensor]:
+    plain: Callable[..., Tensor] = network.forward
+    compute, graphed = plain, False
+    if compiled:
+        graphed = next((p.is_cuda for p in network.parameters()), False)
+        try:
+            made = torch.compile(plain, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphed else None)
+            compute = Guarded(network, made, plain, failed)
+        except RuntimeError as error:
+            failed(reason_of(error))
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if graphed:
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(args[0].device.type, torch.bfloat16) if bfloat16 else nullcontext():
+            result = compute(*args, **kwargs)
+        # the next evaluation of a CUDA graph overwrites its result
+        return result.clone() if graphed else result
+
+    return forward

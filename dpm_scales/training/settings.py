@@ -15,11 +15,8 @@ from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.memory import require_memory
 from dpm_scales.models.instantiate import CONFIGS, defaults_of, locate
 from dpm_scales.models.model import PARTS, Recipe
+from dpm_scales.networks.precision import BFLOAT16, FULL, precision_name
 from dpm_scales.training.module import BANDS, MOST_STEPS
-
-#: accepted names, and Lightning's; half precision overflows, and a process computes its curves in 64 bits anyway
-PRECISIONS = {"32": "32-true", "32-true": "32-true", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
-
 
 SECTIONS = ("optimizer", "training", "ema", "checkpoint", "samples", "evaluation")
 """Sections of configs/train.yaml that are no config groups."""
@@ -104,10 +101,8 @@ def uses_cuda(cfg: DictConfig) -> bool:
 def precision_of(cfg: DictConfig) -> str:
     """Return the precision by Lightning's name. Raises UserError for an unknown one, and one that overflows."""
     wanted = cfg.trainer.precision
-    name = str(("bf16-mixed" if uses_cuda(cfg) else "32-true") if wanted is None else wanted)
-    require(not name.startswith("16"), f"trainer.precision={name} overflows; use bf16-mixed or 32-true")
-    require(name in PRECISIONS, f"unknown trainer.precision {name!r}: {suggest(name, PRECISIONS)}")
-    return PRECISIONS[name]
+    usual = BFLOAT16 if uses_cuda(cfg) else FULL
+    return precision_name("trainer.precision", usual if wanted is None else wanted)
 
 
 def check_same_model(before: Any, now: Any, run_dir: Path, key: str = "") -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_scales.errors import UserError
-from dpm_scales.networks import compiled_training
+from dpm_scales.networks import compiled_training, evaluated
 
 Graph = Callable[..., Any]
 
@@ -121,3 +121,32 @@ def test_an_interpreter_without_compilation(monkeypatch: pytest.MonkeyPatch) -> 
     with compiled_training(network, failed.append):
         assert network(torch.randn(2, 1, 4, 6), torch.rand(2)).shape == (2, 1, 4, 6)
     assert failed == ["RuntimeError: torch.compile is not supported here"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_networks_in_bfloat16_keep_weights_and_hooks(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Graph:
+        graphs.append(graph)
+        made: Graph = graph.forward
+        return made
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch.manual_seed(0)
+    network, seen = Small().eval(), []
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    inputs = [(torch.randn(n, 1, 4, 6), torch.rand(n)) for n in (3, 3, 2)]
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = [network(*one) for one in inputs]
+        full = [network(*one) for one in inputs]
+        seen.clear()
+        with evaluated([network], True, compiled, pytest.fail):
+            found = [network(*one) for one in inputs]
+        assert seen == [3, 3, 2] and len(graphs) == (2 if compiled else 0)
+        torch.testing.assert_close(network(*inputs[0]), full[0], rtol=0, atol=0)
+    for one, other, plain in zip(found, expected, full, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        assert not torch.equal(one.float(), plain)
+    assert {p.dtype for p in network.parameters()} == {torch.float32} and "forward" not in vars(network)

@@ -97,6 +97,7 @@ HARMLESS = {"model", "allow", "plugins", "out", "overwrite", "batch_size", "devi
 HARMLESS |= {"guide", "guide_weights", "guide_ema", "guide_ema_step", "ema", "ema_step"}
 GIVEN = {"image": "x", "mask": "x", "start": "x", "end": "x", "blur_sigma": 1, "model": "x", "out": "x"}
 OTHERS = {"labels": 2, "guidance_interval": [0.1, 0.5], "guidance_variable": "logsnr", "size": 16, "steps": 2}
+OTHERS |= {"precision": "bf16"}
 OTHERS |= {"prior_images": "y", "weights": "raw", "covariance": "white", "through": "noise", "method": "estimate"}
 
 

@@ -18,7 +18,11 @@ from support.shell import CONFIGS, call
 
 ENTRY_POINTS = ("train", "sample", "evaluate", "evolve")
 #: null leaves these to something else; the others are given true or false by every config
-MAY_BE_NULL = {"data.pin_memory", "data.on_device", "compile"}
+MAY_BE_NULL = {"data.pin_memory", "data.on_device"}
+
+
+def may_be_null(name: str, key: str) -> bool:
+    return key in MAY_BE_NULL or (name, key) == ("train", "compile")
 
 
 def every_config() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -65,20 +69,21 @@ def test_every_switch_of_every_config() -> None:
         check(settings, name)
         for key, node, last in list(leaves(settings)):
             before, place = node[last], (name, key, node.get("_target_"))
-            if place in done or not (isinstance(before, bool) or key in MAY_BE_NULL):
+            null = may_be_null(name, key)
+            if place in done or not (isinstance(before, bool) or null):
                 continue
             done.add(place)
             seen[name].add(key)
             alone = {"_target_": node["_target_"]} if "_target_" in node else {}
             for part in reversed(key.split(".")[:-1]):  # the config with this option alone
                 alone = {part: alone}
-            words = f"{key} must be true, false or null" if key in MAY_BE_NULL else f"{key} must be true"
+            words = f"{key} must be true, false or null" if null else f"{key} must be true"
             for value in ("maybe", "no", "", 1, None, True, False):
                 target = alone
                 for part in key.split(".")[:-1]:
                     target = target[part]
                 target[last] = value
-                if isinstance(value, bool) or (value is None and key in MAY_BE_NULL):
+                if isinstance(value, bool) or (value is None and null):
                     check(alone, name)
                     continue
                 with pytest.raises(UserError) as caught:
@@ -90,7 +95,7 @@ def test_every_switch_of_every_config() -> None:
         *("data.rotate_portrait", "data.download", "target.clip", "target.equal_weight", "process.guidance_input"),
         *("network.extra_decoder_block", "logger.offline", "sampler._partial_"),
     }
-    assert seen["sample"] >= {"trajectory", "degrade"}
+    assert seen["sample"] >= {"trajectory", "degrade", "compile"}
     assert seen["evaluate"] >= {"any_size", "cache", "download"}
     assert seen["evolve"] >= {"second_draw", "audit", "mixed", "process.guidance_input"}
 
