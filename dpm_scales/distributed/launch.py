@@ -92,7 +92,7 @@ class LocalRanks:
         port, context = _free_port(), multiprocessing.get_context("spawn")
         os.environ["MASTER_PORT"] = port
         ranks = [
-            context.Process(target=_work, args=(self._variables(rank, port), work, arguments))
+            context.Process(target=work_apart, args=(self._variables(rank, port), work, arguments))
             for rank in range(1, self.count)
         ]
         over, patient = threading.Event(), False
@@ -128,8 +128,11 @@ def _free_port() -> str:
         return str(found.getsockname()[1])
 
 
-def _work(variables: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """Do the work of a further rank."""
+def work_apart(variables: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """Call `work(*arguments)` in a started process, with further variables; it ends when its parent is gone.
+
+    It is a process group of its own: the terminal's signals are for the parent.
+    """
     os.setpgid(0, 0)  # the terminal's signals are for rank 0
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_follow, daemon=True).start()
