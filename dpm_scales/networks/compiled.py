@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -80,6 +81,31 @@ def reason_of(error: Exception) -> str:
     return printable(f"{type(inner).__name__}: {line}" if line else type(inner).__name__)[:LONGEST_REASON]
 
 
+def _compiled(
+    network: nn.Module, plain: Callable[..., Tensor], failed: Failed, mode: str | None = None
+) -> Callable[..., Tensor]:
+    """Return the compiled form of a function of a network, guarded, or the function where none can be made."""
+    try:
+        made = torch.compile(_with_own_code(plain), fullgraph=True, dynamic=False, mode=mode)
+    except RuntimeError as error:  # an interpreter or system that torch.compile does not know
+        failed(reason_of(error))
+        return plain
+    return Guarded(network, made, plain, failed)
+
+
+def _with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that calls `function`, with a code object of its own.
+
+    torch keeps and counts graphs by code object, and gives up after eight: without this, all networks of one class that
+    a process makes, as in a sweep, would count as one.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        return function(*args, **kwargs)
+
+    return FunctionType(call.__code__.replace(), globals(), call.__name__, None, call.__closure__)
+
+
 @contextmanager
 def compiled_training(network: nn.Module, failed: Failed) -> Iterator[None]:
     """Compile a network in one piece while the body runs, with its hooks.
@@ -89,16 +115,9 @@ def compiled_training(network: nn.Module, failed: Failed) -> Iterator[None]:
     Args:
         failed: called if compiling fails, at the first step; the network is then computed plainly.
     """
-    try:
-        network.compile(fullgraph=True, dynamic=False)
-    except RuntimeError as error:  # an interpreter or system that torch.compile does not know
-        failed(reason_of(error))
-        yield
-        return
+    made = _compiled(network, network._call_impl, failed)
     # `Module.__call__` calls it in place of `_call_impl`; copies of a module leave it out
-    made = network._compiled_call_impl
-    assert made is not None
-    network._compiled_call_impl = Guarded(network, made, network._call_impl, failed)
+    network._compiled_call_impl = made
     try:
         yield
     finally:
@@ -128,14 +147,8 @@ def evaluated(networks: Iterable[nn.Module], bfloat16: bool, compiled: bool, fai
 
 def _forward(network: nn.Module, bfloat16: bool, compiled: bool, failed: Failed) -> Callable[..., Tensor]:
     plain: Callable[..., Tensor] = network.forward
-    compute, graphed = plain, False
-    if compiled:
-        graphed = next((p.is_cuda for p in network.parameters()), False)
-        try:
-            made = torch.compile(plain, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphed else None)
-            compute = Guarded(network, made, plain, failed)
-        except RuntimeError as error:
-            failed(reason_of(error))
+    graphed = compiled and next((p.is_cuda for p in network.parameters()), False)
+    compute = _compiled(network, plain, failed, "reduce-overhead" if graphed else None) if compiled else plain
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Tensor:

@@ -20,10 +20,10 @@ Graph = Callable[..., Any]
 class Small(nn.Module):
     """Draws random numbers in training, and changes a buffer."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 4) -> None:
         super().__init__()
-        self.first, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.drop, self.last = nn.Dropout(0.5), nn.Conv2d(4, 1, 1)
+        self.first, self.norm = nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.drop, self.last = nn.Dropout(0.5), nn.Conv2d(width, 1, 1)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         if x.shape[1] != 1:
@@ -59,8 +59,7 @@ def steps(network: nn.Module) -> list[Tensor]:
 
 
 def compiling(monkeypatch: pytest.MonkeyPatch, backend: Callable[[Any, Any], Graph]) -> None:
-    compile_ = functools.partialmethod(nn.Module.compile, backend=backend)
-    monkeypatch.setattr(nn.Module, "compile", compile_)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
 
 
 def no_graph(graph: Any, inputs: Any) -> Graph:
@@ -112,11 +111,24 @@ def test_what_the_network_raises_itself_comes_first(monkeypatch: pytest.MonkeyPa
         network(torch.randn(2, 3, 4, 6), torch.rand(2))
 
 
+def test_networks_of_one_class_do_not_use_up_each_others_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the runs of a sweep in one process; torch keeps eight for each function."""
+    compiling(monkeypatch, lambda graph, inputs: graph.forward)
+    networks = [Small(width) for width in (2, 3, 4)]
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        for network in networks:
+            with compiled_training(network, pytest.fail):
+                network(torch.randn(2, 1, 4, 6), torch.rand(2))
+        with evaluated(networks, False, True, pytest.fail):
+            for network in networks:
+                network(torch.randn(2, 1, 4, 6), torch.rand(2))
+
+
 def test_an_interpreter_without_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: nn.Module, **options: Any) -> None:
+    def refuse(*_: Any, **options: Any) -> None:
         raise RuntimeError("torch.compile is not supported here")
 
-    monkeypatch.setattr(nn.Module, "compile", refuse)
+    monkeypatch.setattr(torch, "compile", refuse)
     network, failed = Small(), []
     with compiled_training(network, failed.append):
         assert network(torch.randn(2, 1, 4, 6), torch.rand(2)).shape == (2, 1, 4, 6)

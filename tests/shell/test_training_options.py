@@ -134,8 +134,7 @@ def compiling(monkeypatch: pytest.MonkeyPatch, works: bool = True) -> list[Any]:
             raise RuntimeError("no such device\nat all")
         return graph.forward
 
-    compile_ = functools.partialmethod(torch.nn.Module.compile, backend=backend)
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     return graphs
 
 

@@ -1,0 +1,354 @@
+"""Measure what `docs/speed.md` says of a GPU, in at most 12 minutes on one card.
+
+    python -m benchmarks.speed_gpu --out runs/speed --bsds BSDS500/images
+    python -m benchmarks.speed_gpu --out runs/speed --parts quality --cifar DIR --minutes 14
+    python -m benchmarks.speed_gpu --out runs/toy --toy --device cpu                     # tries the command, in minutes
+
+| part | |
+|---|---|
+| `ceilings` | rates of the card itself: products, convolutions of a training step, copies, in float32 and bfloat16 |
+| `rate PEER WAY` | images/s of training a network of about 35 M parameters on 32 px, in batches of 512 |
+| `share` | the forward process in a training step |
+| `blur` | `heat_blur`, beside other libraries, as a share of the card's copies and products |
+| `osmosis` | the osmosis filter on all images of BSDS500 |
+| `quality` | CIFAR-10 after 1, 3 and 8 minutes from a cold start, ours and the fastest peer; only where it is asked for |
+
+Each part is a process with a time limit of its own, whose result is kept: OUT/PART.json. The same command goes on with
+those that are left. OUT/speed.json has all results, OUT/speed.md the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import blur, osmosis, peers, step
+from benchmarks.peer_models import PEERS, Ours, Peer
+from benchmarks.spectral import provenance
+from benchmarks.speed_tables import page
+from dpm_scales.errors import UserError, require
+from dpm_scales.storage import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+WAYS: dict[str, tuple[str, ...]] = {
+    "bf16+compile": ("trainer.precision=bf16-mixed", "compile=true"),
+    "bf16": ("trainer.precision=bf16-mixed", "compile=false"),
+    "float32": ("trainer.precision=32-true", "compile=false"),
+}
+"""Ways to train, with the options of ours; the peers' examples compile nothing."""
+PROCESSES = ("vp", "blurring", "osmosis_diffusion")
+LARGE_BLURS = ((512, 3, 32, 32), (64, 3, 256, 256))
+LEAST = 5
+"""Seconds that are worth starting a part for."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    batch: int = 512
+    size: int = 32
+    warm: int = 20
+    steps: int = 60
+    turns: int = 15
+    side: int = 8192
+    images: int = 500
+    shares: tuple[int, ...] = (64, 512)
+    blurs: tuple[tuple[int, int, int, int], ...] = (*blur.SHAPES, *LARGE_BLURS)
+
+
+TOY = Sizes(
+    batch=2, size=8, warm=1, steps=2, turns=1, side=64, images=1, shares=(2,), blurs=((2, 3, 8, 8), (1, 1, 16, 8))
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A measurement with its limit in seconds."""
+
+    limit: float
+    run: Callable[[argparse.Namespace, Sizes, torch.device], Row]
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def card(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> Row:
+    """Return the card's own rates in float32 and bfloat16."""
+    network = "tiny" if options.toy else "ddpm"
+    shape = (sizes.batch // 2, device, sizes.size, min(7, sizes.turns), sizes.side, network)
+    return {way: peers.ceilings(*shape, half=way == "bf16") for way in ("float32", "bf16")}
+
+
+def rate(name: str, way: str) -> Callable[[argparse.Namespace, Sizes, torch.device], Row]:
+    """Return the part that measures one library in one of `WAYS`."""
+
+    def run(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> Row:
+        torch.manual_seed(0)
+        shape = (4 * sizes.batch, 3, sizes.size, sizes.size)
+        images = torch.randint(256, shape, dtype=torch.uint8).to(device)
+        with tempfile.TemporaryDirectory() as folder:
+            peer = PEERS[name](images, sizes.batch, 0, Path(folder), options.toy, large=True)
+            seconds = _ours(peer, way, sizes, device) if isinstance(peer, Ours) else _theirs(peer, way, sizes, device)
+            parameters = sum(p.numel() for p in peer.network.parameters())
+            return {
+                "peer": name,
+                "version": peer.version,
+                "way": way,
+                "parameters": parameters,
+                "batch": sizes.batch,
+                "images_per_second": sizes.steps * sizes.batch / seconds,
+                "memory": round(peers.peak_memory(device)),
+            }
+
+    return run
+
+
+class _Clock:
+    """Notes the time after the first steps, and after the last."""
+
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        self.ends, self.device, self.marks = (sizes.warm, sizes.warm + sizes.steps), device, []
+
+    marks: list[float]
+
+    def note(self, done: int) -> None:
+        if done in self.ends:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.marks.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        first, last = self.marks
+        return last - first
+
+
+def _ours(peer: Ours, way: str, sizes: Sizes, device: torch.device) -> float:
+    """Return the seconds of the steps of a whole run of train.py, with EMA, clipping and logging."""
+    from dpm_scales.training.module import DiffusionModule
+
+    clock = _Clock(sizes, device)
+
+    def note(module: Any, *_: Any) -> None:
+        clock.note(module.trainer.global_step)
+
+    peer.options += [*WAYS[way], "samples.num_images=0", "samples.curves=false"]
+    with mock.patch.object(DiffusionModule, "on_train_batch_end", note):
+        peer.run("run", sizes.warm + sizes.steps)
+    return clock.seconds
+
+
+def _theirs(peer: Peer, way: str, sizes: Sizes, device: torch.device) -> float:
+    """Return the seconds of the steps of the peer's own loop."""
+    clock = _Clock(sizes, device)
+
+    def left() -> float:
+        clock.note(peer.steps)
+        return float(clock.ends[1] - peer.steps)
+
+    with torch.autocast(device.type, torch.bfloat16, enabled=way == "bf16"):
+        peer.train(left)
+    return clock.seconds
+
+
+def share(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> Row:
+    """Return the share of the forward process in training steps of the `small` network."""
+    network = "tiny" if options.toy else "small"
+    return {
+        "rows": [
+            step.measure(name, network, (batch, 3, sizes.size, sizes.size), sizes.turns, device) | {"batch": batch}
+            for batch in sizes.shares
+            for name in PROCESSES
+        ]
+    }
+
+
+def blurs(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> Row:
+    """Return times of `heat_blur`, and what they are of the card's copies and products in float32.
+
+    A blur reads and writes each pixel once, and multiplies by one matrix on each axis.
+
+    Raises: UserError unless the ceilings were measured.
+    """
+    ceilings = _stored(options.out, "ceilings")
+    require(ceilings is not None, "blur needs the card's own rates; run the part ceilings first")
+    assert ceilings is not None
+    rows = []
+    for shape in sizes.blurs:
+        row = blur.measure(shape, sizes.turns, device)
+        seconds, pixels = row["milliseconds"]["heat_blur"] / 1e3, float(np.prod(shape))
+        row["of_copy"] = 2 * 4 * pixels / seconds / 1e9 / ceilings["float32"]["copy"]
+        row["of_matrix"] = 2 * pixels * (shape[2] + shape[3]) / seconds / 1e9 / ceilings["float32"]["matrix"]
+        rows.append(row)
+    return {"rows": rows}
+
+
+def filters(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> Row:
+    """Return the seconds of the osmosis filter for the images of a folder. Raises UserError without one."""
+    folder = options.bsds
+    if options.toy:
+        folder = options.out / "toy_images"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)).save(folder / "one.png")
+    require(folder is not None and folder.is_dir(), f"osmosis needs a folder of images: --bsds DIR, got {folder}")
+    given = argparse.Namespace(folder=folder, images=sizes.images, dark=False)
+    return osmosis.whole_set(given, device)
+
+
+def quality(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> Row:
+    """Run the rows of `benchmarks.peers` on CIFAR-10, ours and the fastest peer; return their lines."""
+    fastest = fastest_peer([row for row in map(_read, sorted(options.out.glob("rate *.json"))) if row])
+    chosen = ["dpm_scales", *([] if fastest is None else [fastest])]
+    out = options.out / "quality"
+    given = ["--out", str(out), "--device", options.device, "--peers", *chosen]
+    if options.toy:
+        given += ["--set", "digits", "--seconds", "0.001", "--number", "8", "--batch-size", "4", "--small"]
+    else:
+        require(options.cifar is not None, "quality needs CIFAR-10: --cifar DIR, or the .tar.xz file of such a folder")
+        given += ["--set", "cifar10", "--source", str(_unpacked(options.cifar, options.out)), "--large"]
+        given += ["--seconds", "60", "180", "480", "--number", "2000", "--batch-size", str(sizes.batch)]
+    peers.main(given)
+    return {"rows": [json.loads(path.read_text()) for path in sorted(out.glob("*/*/seed*.json"))]}
+
+
+def _unpacked(path: Path, out: Path) -> Path:
+    """Return the folder that holds train/ and test/: the one given, or the one in an archive."""
+    if path.is_dir():
+        return path
+    folder = out / "cifar10"
+    if not folder.is_dir():
+        with tarfile.open(path) as archive, tempfile.TemporaryDirectory(dir=out) as place:
+            archive.extractall(place, filter="data")
+            Path(place).rename(folder)
+            Path(place).mkdir()
+    found = sorted(folder.rglob("train"))
+    require(bool(found), f"{path}: has no folder train/")
+    return found[0].parent
+
+
+def fastest_peer(rows: Sequence[Row]) -> str | None:
+    """Return the library with the most images/s, ours apart; None without any."""
+    others = [row for row in rows if row["peer"] != "dpm_scales"]
+    return max(others, key=lambda row: row["images_per_second"])["peer"] if others else None
+
+
+def installed(name: str) -> bool:
+    """Return whether a library can be imported."""
+    return name == "dpm_scales" or find_spec(PEERS[name].package.replace("-", "_")) is not None
+
+
+def parts() -> dict[str, Part]:
+    """Return all parts, in their order; the first ones are the most wanted."""
+    ways = [("dpm_scales", way) for way in WAYS] + [(name, way) for way in ("bf16", "float32") for name in PEERS]
+    chosen = [(name, way) for name, way in dict.fromkeys(ways) if installed(name)]
+    rates = {f"rate {name} {way}": Part(150 if "compile" in way else 60, rate(name, way)) for name, way in chosen}
+    others = {"share": Part(60, share), "blur": Part(60, blurs), "osmosis": Part(90, filters)}
+    return {"ceilings": Part(60, card), **others, **rates, "quality": Part(3600, quality)}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> Row | None:
+    found: Row | None = json.loads(path.read_text()) if path.is_file() else None
+    return found
+
+
+def _stored(out: Path, name: str) -> Row | None:
+    return _read(out / f"{name}.json")
+
+
+def run_part(name: str, options: argparse.Namespace) -> None:
+    """Measure one part in this process and keep its result."""
+    device = torch.device(options.device)
+    found = parts()[name].run(options, TOY if options.toy else Sizes(), device)
+    write_text(options.out / f"{name}.json", json.dumps(found | provenance(device), indent=1) + "\n")
+
+
+def start_part(name: str, given: Sequence[str], seconds: float) -> str | None:
+    """Measure one part in a process of its own; return why it has no result, None if it has."""
+    command = [sys.executable, "-m", "benchmarks.speed_gpu", *given, "--part", name]
+    try:
+        done = subprocess.run(command, cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False)
+    except subprocess.TimeoutExpired:
+        return f"not finished in {seconds:.0f} s"
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return None if done.returncode == 0 else (lines[-1] if lines else f"status {done.returncode}")
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> dict[str, str]:
+    """Measure the chosen parts that have no result yet, until the time is up; return why others have none."""
+    deadline = time.monotonic() + 60 * options.minutes
+    missing: dict[str, str] = {}
+    for name in options.parts:
+        if _stored(options.out, name) is not None:
+            continue
+        left = deadline - time.monotonic()
+        if left < LEAST:
+            missing[name] = "no time was left"
+            continue
+        why = start_part(name, given, min(left, parts()[name].limit))
+        if why is not None:
+            missing[name] = why
+        print(f"{name}: {'measured' if why is None else why}", flush=True)
+    return missing
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write the tables."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    known = parts()
+    usual = [name for name in known if name != "quality"]
+    parser = argparse.ArgumentParser(description="Measure speeds on a GPU.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(known), default=usual, metavar="PART", help="all but quality"
+    )
+    parser.add_argument("--minutes", type=float, default=12, help="the time of this call")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--bsds", type=Path, metavar="DIR", help="folder with the images of BSDS500")
+    parser.add_argument(
+        "--cifar", type=Path, metavar="DIR", help="CIFAR-10 as train/CLASS/ and test/CLASS/, or a .tar.xz"
+    )
+    parser.add_argument("--toy", action="store_true", help="the smallest sizes, to try the command")
+    parser.add_argument("--part", choices=list(known), help=argparse.SUPPRESS)
+    options = parser.parse_args(given)
+    options.out = options.out.resolve()
+    given = [str(options.out) if word == str(options.out) else word for word in given]
+    try:
+        if options.part is not None:
+            run_part(options.part, options)
+            return
+        require(options.device != "cuda" or torch.cuda.is_available(), "there is no GPU; --toy --device cpu tries this")
+        options.out.mkdir(parents=True, exist_ok=True)
+        missing = run(options, given)
+        found = {name: row for name in known if (row := _stored(options.out, name)) is not None}
+        absent = [name for name in PEERS if not installed(name)]
+        write_text(options.out / "speed.json", json.dumps({"results": found, "missing": missing}, indent=1) + "\n")
+        text = page(found, missing, absent)
+        write_text(options.out / "speed.md", text)
+        print(text)
+    except UserError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
