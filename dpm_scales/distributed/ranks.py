@@ -58,6 +58,11 @@ class World:
         return range(first, last)
 
 
+def visible_gpus() -> int:
+    """Return the number of CUDA devices that this process sees; does not claim any of them."""
+    return torch.cuda.device_count()
+
+
 def current_world(environment: Mapping[str, str] | None = None) -> World:
     """Return the world by the environment variables of torchrun, srun, or submitit's local executor.
 

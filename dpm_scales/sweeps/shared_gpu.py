@@ -12,7 +12,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, open_dict
 from dpm_scales.cli.arguments import typed_plugins
 from dpm_scales.cli.output import complain, lasting_output, one_line_warnings
 from dpm_scales.cli.plugins import activate
-from dpm_scales.distributed.ranks import current_world
+from dpm_scales.distributed.ranks import current_world, visible_gpus
 from dpm_scales.errors import UserError, require, require_number
 from dpm_scales.sweeps.side_by_side import End, Place, run_side_by_side
 
@@ -85,7 +84,7 @@ def launch(
         current_world().world_size == 1,
         "hydra/launcher=shared_gpu starts all runs from one process: start it without torchrun or srun",
     )
-    found = torch.cuda.device_count()
+    found = visible_gpus()
     together = places(runs_per_gpu, gpus, os.environ, found)
     devices = config.trainer.devices
     require(
