@@ -10,7 +10,9 @@
 
 The settings are those of lucidrains' README, the script `train_unconditional.py` of diffusers, and the MNIST notebooks
 of torchcfm and azula. Widths are changed to give each network about 1.4 to 1.6 M parameters, and the batch is the same
-for all; flips, which would turn digits into their mirror images, are left out. A library is imported when its peer is
+for all; flips, which would turn digits into their mirror images, are left out. With `large`, networks have 35 to 38 M
+parameters: `network=ddpm` with embeddings of 256, lucidrains' `Unet(64)`, diffusers' of `google/ddpm-cifar10-32`, that
+of torchcfm's example of CIFAR-10, azula's with channels 128, 256, 256, 256. A library is imported when its peer is
 built, so that the time of a cold start contains it.
 """
 
@@ -22,12 +24,13 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Choice = TypeVar("Choice")
 Budget = Callable[[], float]
 """Returns the seconds that are left."""
 
@@ -50,6 +53,7 @@ class Peer(ABC):
         seed: of weights, order and noise.
         folder: for files of the run.
         small: whether to build the smallest network instead, for tests.
+        large: whether to build one of about 35 M parameters, for colour images of 32 px on a GPU.
     """
 
     package: ClassVar[str]
@@ -57,8 +61,11 @@ class Peer(ABC):
     network: torch.nn.Module
     steps = 0
 
-    def __init__(self, images: Tensor, batch_size: int, seed: int, folder: Path, small: bool = False) -> None:
-        self.images, self.batch_size, self.seed, self.folder, self.small = images, batch_size, seed, folder, small
+    def __init__(
+        self, images: Tensor, batch_size: int, seed: int, folder: Path, small: bool = False, large: bool = False
+    ) -> None:
+        self.images, self.batch_size, self.seed, self.folder = images, batch_size, seed, folder
+        self.small, self.large = small, large and not small
         torch.manual_seed(seed)
         self.build()
 
@@ -66,6 +73,9 @@ class Peer(ABC):
     def version(self) -> str:
         """The version of the library."""
         return importlib.metadata.version(self.package)
+
+    def _of(self, small: Choice, usual: Choice, large: Choice) -> Choice:
+        return small if self.small else large if self.large else usual
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -140,7 +150,8 @@ class Ours(Peer):
         accelerator = "gpu" if self.images.is_cuda else "cpu"
         self.options = [
             *("data=array", f"data.path={path}", "data.val_fraction=0", f"data.batch_size={self.batch_size}"),
-            *(f"experiment={self.recipe}", f"network={'tiny' if self.small else 'small'}", f"seed={self.seed}"),
+            *(f"experiment={self.recipe}", f"network={self._of('tiny', 'small', 'ddpm')}", f"seed={self.seed}"),
+            *(["network.embedding_dim=256"] if self.large else []),
             *(f"trainer.accelerator={accelerator}", "trainer.enable_progress_bar=false"),
         ]
         self._compose, self._at, self._train = compose, initialize_config_dir, train
@@ -153,13 +164,14 @@ class Ours(Peer):
         spent = []
         for name, steps in (("imports", 1), ("one", 1), ("nine", 9)):
             before = left()
-            self._run(name, steps)
+            self.run(name, steps)
             spent.append(before - left())
         step = max(1e-6, (spent[2] - spent[1]) / 8)
         self.steps = max(1, int((left() - spent[1]) / step) + 1)
-        self._run("run", self.steps)
+        self.run("run", self.steps)
 
-    def _run(self, name: str, steps: int) -> None:
+    def run(self, name: str, steps: int) -> None:
+        """Train for some steps in a folder of this name."""
         configs = Path(__file__).resolve().parents[1] / "configs"
         ends = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"]
         with self._at(str(configs), version_base="1.3"):
@@ -213,7 +225,7 @@ class Lucidrains(Peer):
         from ema_pytorch import EMA
 
         channels, size, _ = self.shape
-        network = Unet(8 if self.small else 12, dim_mults=(1, 2) if self.small else (1, 2, 4, 8), channels=channels)
+        network = Unet(self._of(8, 12, 64), dim_mults=(1, 2) if self.small else (1, 2, 4, 8), channels=channels)
         steps = (8, 4) if self.small else (1000, 250)
         diffusion = GaussianDiffusion(network, image_size=size, timesteps=steps[0], sampling_timesteps=steps[1])
         self.diffusion = diffusion.to(self.images.device)
@@ -249,16 +261,16 @@ class Diffusers(Peer):
         from diffusers.training_utils import EMAModel
 
         channels, size, _ = self.shape
-        widths = (32, 32) if self.small else (32, 64, 64)
-        plain = len(widths) - 2
+        widths: tuple[int, ...] = self._of((32, 32), (32, 64, 64), (128, 256, 256, 256))
+        attends = [level == (1 if self.large else len(widths) - 2) for level in range(len(widths))]
         self.network = UNet2DModel(
             sample_size=size,
             in_channels=channels,
             out_channels=channels,
             layers_per_block=1 if self.small else 2,
             block_out_channels=widths,
-            down_block_types=(*["DownBlock2D"] * plain, "AttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * plain),
+            down_block_types=tuple("AttnDownBlock2D" if one else "DownBlock2D" for one in attends),
+            up_block_types=tuple("AttnUpBlock2D" if one else "UpBlock2D" for one in reversed(attends)),
         ).to(self.images.device)
         self.scheduler = DDPMScheduler(num_train_timesteps=4 if self.small else 1000)
         self.pipeline = DDPMPipeline
@@ -304,8 +316,12 @@ class TorchCFM(Peer):
         from torchcfm.models.unet import UNetModel
         from torchdiffeq import odeint
 
-        multiples = [1, 1] if self.small else None
-        network = UNetModel(self.shape, num_channels=32, num_res_blocks=1, channel_mult=multiples)
+        multiples = self._of([1, 1], None, [1, 2, 2, 2])
+        options: dict[str, Any] = {"num_channels": 32, "num_res_blocks": 1}
+        if self.large:  # its example of CIFAR-10
+            options = {"num_channels": 128, "num_res_blocks": 2, "dropout": 0.1, "num_heads": 4}
+            options |= {"num_head_channels": 64, "attention_resolutions": "16"}
+        network = UNetModel(self.shape, channel_mult=multiples, **options)
         self.network = network.to(self.images.device)
         self.optimizer = torch.optim.Adam(self.network.parameters())
         self.matcher = ExactOptimalTransportConditionalFlowMatcher(sigma=0.0)
@@ -341,7 +357,8 @@ class Azula(Peer):
         from azula.sample import DDIMSampler
 
         channels = self.shape[0]
-        widths, blocks, features = ((8, 16), (1, 1), 16) if self.small else ((26, 52, 104), (2, 2, 2), 64)
+        large: Any = ((128, 256, 256, 256), (2, 2, 3, 3), 512)
+        widths, blocks, features = self._of(((8, 16), (1, 1), 16), ((26, 52, 104), (2, 2, 2), 64), large)
 
         class Conditioned(torch.nn.Module):
             def __init__(self) -> None:

@@ -78,13 +78,15 @@ def train_row(peer_class: type[Peer], settings: dict[str, Any], out: Path) -> di
 
     Args:
         peer_class: the library.
-        settings: `images`, a file of uint8 (N, C, H, W); `seconds`, `batch_size`, `seed`, `number`, `device`, `small`.
+        settings: `images`, a file of uint8 (N, C, H, W); `seconds`, `batch_size`, `seed`, `number`, `device`, `small`,
+            `large`.
         out: file of the samples, without suffix.
     """
     device = torch.device(settings["device"])
     images = torch.from_numpy(np.load(settings["images"])).to(device)
     with tempfile.TemporaryDirectory() as folder:
-        peer = peer_class(images, settings["batch_size"], settings["seed"], Path(folder), settings["small"])
+        sizes = {"small": settings["small"], "large": settings["large"]}
+        peer = peer_class(images, settings["batch_size"], settings["seed"], Path(folder), **sizes)
         built = since_start(device)
         peer.train(lambda: float(settings["seconds"] - since_start(device)))
         trained = since_start(device)
@@ -127,6 +129,7 @@ def run_row(
         "number": options.number,
         "device": options.device,
         "small": options.small,
+        "large": options.large,
     }
     work = folder / f"seed{seed}"
     command = [sys.executable, "-m", "benchmarks.peers", "--row", peer, json.dumps(settings), str(work)]
@@ -165,19 +168,40 @@ def training_images(images: ImageSet, out: Path) -> Path:
 # --- ceilings ---------------------------------------------------------------------------------------------------------
 
 
-def ceilings(batch_size: int, device: torch.device, size: int = 32, turns: int = 7) -> dict[str, float]:
+def ceilings(
+    batch_size: int,
+    device: torch.device,
+    size: int = 32,
+    turns: int = 7,
+    side: int = 1024,
+    network_name: str = "small",
+    half: bool = False,
+) -> dict[str, float]:
     """Return the rates that this machine reaches by itself: GFLOP/s of products and convolutions, GB/s of copies.
 
-    `convolution` is that of all convolutions of the `small` network in forward and backward passes of a training step,
-    each alone, in channels_last; `share` is their part of the seconds of a whole step.
+    `convolution` is that of all convolutions of the network in forward and backward passes of a training step, each
+    alone, in channels_last; `share` is their part of the seconds of a whole step.
+
+    Args:
+        size: of the images in px.
+        side: of the matrices.
+        half: products and convolutions in bfloat16, as autocast computes them.
     """
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        return _ceilings(batch_size, device, size, turns, side, network_name)
+
+
+def _ceilings(
+    batch_size: int, device: torch.device, size: int, turns: int, side: int, network_name: str
+) -> dict[str, float]:
     from benchmarks.step import build
 
-    side = 1024
     a, b = torch.randn(2, side, side, device=device)
+    if torch.is_autocast_enabled(device.type):
+        a, b = a.bfloat16(), b.bfloat16()
     big = torch.empty(2**25, device=device)
     other = torch.empty_like(big)
-    denoiser = build("vp", "small", 1).to(device)
+    denoiser = build("vp", network_name, 1).to(device)
     network = denoiser.network.to(memory_format=torch.channels_last)
     calls: list[tuple[nn.Conv2d, Tensor]] = []
 
@@ -234,7 +258,7 @@ def run(options: argparse.Namespace) -> list[str]:
     """Run the rows that are neither finished nor held by another process; return a line for each that failed."""
     device = torch.device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
-    images = IMAGE_SETS[options.set](options.out)
+    images = IMAGE_SETS[options.set](options.out, options.source)
     machine = options.out / "ceilings.json"
     if not machine.is_file():
         found = {key: round(value, 3) for key, value in ceilings(options.batch_size, device).items()}
@@ -267,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare with other libraries.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", choices=sorted(IMAGE_SETS), default="mnist")
+    parser.add_argument("--source", type=Path, metavar="DIR", help="folder of the images, where the set can be given")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--seconds", nargs="+", type=float, default=[60, 180], help="budgets from a cold start")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -275,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", default="1", help="of the processes on the CPU")
     parser.add_argument("--small", action="store_true", help="smallest networks and few steps, to try the command")
+    parser.add_argument("--large", action="store_true", help="networks of about 35 M parameters, for a GPU")
     parser.add_argument("--tables", action="store_true", help="only write the table")
     parser.add_argument("--csv", type=Path, help="file of all rows, which grows; OUT/peers.csv unless given")
     parser.add_argument("--page", type=Path, metavar="FILE.md", help="page whose table is rewritten")

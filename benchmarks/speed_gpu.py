@@ -11,7 +11,7 @@
 | `share` | the forward process in a training step |
 | `blur` | `heat_blur`, beside other libraries, as a share of the card's copies and products |
 | `osmosis` | the osmosis filter on all images of BSDS500 |
-| `quality` | CIFAR-10 after 1, 3 and 8 minutes from a cold start, ours and the fastest peer; only where it is asked for |
+| `quality` | CIFAR-10 after 1, 3 and 8 minutes from a cold start, ours and the fastest peer; only if asked for |
 
 Each part is a process with a time limit of its own, whose result is kept: OUT/PART.json. The same command goes on with
 those that are left. OUT/speed.json has all results, OUT/speed.md the tables.
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
 import subprocess
 import sys
 import tarfile
@@ -287,7 +287,9 @@ def start_part(name: str, given: Sequence[str], seconds: float) -> str | None:
     """Measure one part in a process of its own; return why it has no result, None if it has."""
     command = [sys.executable, "-m", "benchmarks.speed_gpu", *given, "--part", name]
     try:
-        done = subprocess.run(command, cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False)
+        found = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": found}
+        done = subprocess.run(command, env=environment, timeout=seconds, capture_output=True, text=True, check=False)
     except subprocess.TimeoutExpired:
         return f"not finished in {seconds:.0f} s"
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -319,20 +321,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     usual = [name for name in known if name != "quality"]
     parser = argparse.ArgumentParser(description="Measure speeds on a GPU.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--parts", nargs="+", choices=list(known), default=usual, metavar="PART", help="all but quality"
-    )
+    parser.add_argument("--parts", nargs="+", choices=list(known), default=usual, metavar="PART")
     parser.add_argument("--minutes", type=float, default=12, help="the time of this call")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--bsds", type=Path, metavar="DIR", help="folder with the images of BSDS500")
-    parser.add_argument(
-        "--cifar", type=Path, metavar="DIR", help="CIFAR-10 as train/CLASS/ and test/CLASS/, or a .tar.xz"
-    )
+    parser.add_argument("--cifar", type=Path, metavar="DIR", help="folder of CIFAR-10, or its .tar.xz")
     parser.add_argument("--toy", action="store_true", help="the smallest sizes, to try the command")
     parser.add_argument("--part", choices=list(known), help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     options.out = options.out.resolve()
-    given = [str(options.out) if word == str(options.out) else word for word in given]
     try:
         if options.part is not None:
             run_part(options.part, options)
