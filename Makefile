@@ -1,4 +1,4 @@
-# make demo   train the default model and draw 64 digits, from nothing
+# make demo   train on digits of 32 px and draw 80, from nothing
 # make test   the whole test suite, slow tests included; make test-core: the mathematics alone
 # make coverage   the same with branch coverage of dpm_scales
 # make lint   style and types
@@ -32,8 +32,8 @@ DEPLOY_INSTALLED := $(VENV)/.installed-deploy
 .PHONY: demo test test-core coverage lint lint-deploy docs docs-serve docs-figures
 
 demo: $(INSTALLED)
-	$(PY) train.py run_dir=runs/demo
-	$(PY) sample.py model=runs/demo num_samples=64 seed=0 out=samples/demo overwrite=true
+	$(PY) train.py experiment=demo run_dir=runs/demo
+	$(PY) sample.py model=runs/demo num_samples=80 guidance=2 seed=0 out=samples/demo overwrite=true
 
 # One thread in each test process: two that each start a thread per core wait for one another most of the time.
 test test-core coverage: export OMP_NUM_THREADS := 1
