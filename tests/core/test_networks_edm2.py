@@ -15,7 +15,7 @@ from dpm_scales.errors import UserError
 from dpm_scales.networks import EDM2
 from dpm_scales.networks.edm2 import CosineAttention, MPBlock
 from dpm_scales.networks.magnitude import MPLayer, ScaleWaves, mp_cat, mp_silu, mp_sum, pixel_norm
-from support.networks import CLASSES, check_network_contract, inputs, perturbed
+from support.networks import CLASSES, check_inductor, check_network_contract, inputs, perturbed
 
 
 def build(**changes: Any) -> EDM2:
@@ -219,11 +219,7 @@ def test_the_papers_networks_have_the_papers_size(width: int, millions: float) -
 
 @pytest.mark.slow
 def test_inductor_gives_the_same() -> None:
-    torch._dynamo.reset()
-    network, arguments = perturbed(build(widths=[4, 8], head_dim=8)), inputs(2, 8, 8)
-    with torch.no_grad():  # its backward pass would be compiled too, and nothing looks at that
-        compiled = torch.compile(network, fullgraph=True)
-        torch.testing.assert_close(compiled(*arguments), network(*arguments), rtol=1e-4, atol=1e-4)
+    check_inductor(perturbed(build(widths=[4, 8], head_dim=8, patch_size=2)), inputs(2, 8, 16))
 
 
 @pytest.mark.parametrize(
