@@ -10,10 +10,12 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from dpm_scales.audit import audit
+from dpm_scales.audit import audit, forward, invariances, reverse
 from dpm_scales.audit.corrections import corrections
 from dpm_scales.audit.findings import Verdict
 from dpm_scales.audit.lab import Lab
+from dpm_scales.audit.steady import steady_state
+from dpm_scales.audit.transitions import preserving, reverse_step
 from dpm_scales.errors import UserError
 from dpm_scales.operators import HeatOperator, Operator, OsmosisOperator
 from dpm_scales.processes import (
@@ -38,7 +40,7 @@ from dpm_scales.schedules import (
     LogBlur,
     NoNoise,
 )
-from support.audit_helpers import Verdicts, by_name, photo, verdicts
+from support.audit_helpers import Verdicts, by_name, finding, photo, verdicts
 from support.oracles import refused
 from support.reference import TWINS, Twin, dct_basis, eigenvalues
 from support.shell import CONFIGS, composed
@@ -134,18 +136,18 @@ def test_any_schedule_keeps_its_law(twin: Twin) -> None:
 def test_steps_that_add_nothing_are_no_contradiction() -> None:
     process = InverseHeat(4, blur=ListedBlurSigmas([1, 1, 2, 2]))
     for seed in range(3):
-        row = by_name(audit(process, photo(), seed=seed, samples=200), "Markov property")
+        row = finding(forward.markov, process, seed=seed, samples=200)
         assert row.verdict is Verdict.IN_LAW
 
 
 def test_products_of_the_betas_by_hand() -> None:
     """Eq. (15) for beta = 0.6, three steps: variance 1 - 0.64^3; a schedule that is truncated has one beta before."""
-    row = by_name(audit(VP(3, ConstantBeta(0.6)), photo(), samples=400), "variance-preserving transition")
+    row = finding(preserving, VP(3, ConstantBeta(0.6)), samples=400)
     assert row.verdict is Verdict.IN_LAW and row.measured < 1e-9
     assert f"{1 - 0.64**2:.4g} there" in row.note and row.drawn is not None and row.std_error is not None
     assert abs(row.drawn) < 5 * row.std_error and row.std_error == pytest.approx((2 / (400 * 54)) ** 0.5)
-    assert by_name(audit(VP(8), photo(), samples=100), row.name).verdict is Verdict.IN_LAW
-    other = by_name(audit(VE(8), photo(), samples=100), row.name)
+    assert finding(preserving, VP(8), samples=100).verdict is Verdict.IN_LAW
+    other = finding(preserving, VE(8), samples=100)
     assert other.verdict is Verdict.NOT_APPLICABLE and "alpha = 1 and beta" in other.note
 
 
@@ -159,15 +161,15 @@ def test_step_back_by_hand() -> None:
         total = keep * values + added
         steps.append(np.ptp(values * added / total) / (values * added / total).mean())
         values = total
-    row = by_name(audit(process, photo(), samples=100), "transition", "reverse")
+    row = finding(reverse_step, process, samples=100)
     assert row.verdict is Verdict.IN_LAW and row.measured < 1e-6
     assert f"up to {max(steps):.3g} of their mean, at t = {0.5 * steps.index(max(steps)):.3g}" in row.note
 
 
 def test_only_processes_without_blur_take_permutations() -> None:
     for process in (VP(8, ConstantBeta(0.1)), VE(8)):
-        assert verdicts(audit(process, photo(), samples=100))["forward", "permutation of pixels"] is Verdict.EXACTLY
-    row = by_name(audit(Homogeneous(8), photo(), samples=100), "permutation of pixels")
+        assert finding(invariances.permutation, process, samples=100).verdict is Verdict.EXACTLY
+    row = finding(invariances.permutation, Homogeneous(8), samples=100)
     assert row.verdict is Verdict.NOT_APPLICABLE and row.measured > 0.1
 
 
@@ -196,14 +198,14 @@ def test_printed_and_true_numbers() -> None:
 def test_condition_is_misprinted_only_where_the_signal_falls() -> None:
     """With alpha = 1 both conditions say beta >= 0."""
     for process, verdict in ((VE(6), Verdict.EXACTLY), (VP(6), Verdict.CORRECTED)):
-        row = by_name(audit(process, photo(), samples=100), "condition for the entropy")
+        row = finding(forward.entropy_condition, process, samples=100)
         assert row.verdict is verdict and bool(row.corrected) == (verdict is Verdict.CORRECTED)
 
 
 def test_entropy_is_a_sum_in_which_one_frequency_may_fall() -> None:
     """Five equal steps, then one that is longer: by the recursion of Eq. (36), frequency by frequency."""
     times = [*(0.02 * k for k in range(1, 6)), 0.128]
-    row = by_name(audit(BlurringChain(6, 0.1, ListedDissipationTimes(times)), photo()), "conditional entropy")
+    row = finding(forward.conditional_entropy, BlurringChain(6, 0.1, ListedDissipationTimes(times)), samples=1000)
     mu = np.pi**2 * np.add.outer(np.arange(6) ** 2 / 36, np.arange(9) ** 2 / 81).ravel()
     variances = [np.full_like(mu, 0.01)]
     for step in np.diff(times):
@@ -218,24 +220,24 @@ def test_entropy_is_a_sum_in_which_one_frequency_may_fall() -> None:
 
 def test_noise_of_ones_own_under_blur_is_no_chain_with_one_beta() -> None:
     process = InverseHeat(4, ListedNoise([0.05, 0.08, 0.1, 0.1]), ListedDissipationTimes([1.0, 10.0, 100.0, 1000.0]))
-    row = by_name(audit(process, photo(), samples=200), "steady state")
+    row = finding(steady_state, process, samples=200)
     assert row.verdict is Verdict.CORRECTED and "at every frequency" in row.note
     assert "gamma_1^2 I" in row.corrected and "sum beta" not in row.corrected
-    assert "sum beta_k^2" in by_name(audit(BlurringChain(20), photo(), samples=200), "steady state").corrected
+    assert "sum beta_k^2" in finding(steady_state, BlurringChain(20), samples=200).corrected
 
 
 @pytest.mark.parametrize("level", [0, 20])
 def test_dark_images(level: int) -> None:
     """The guidance image is then far from flat, and a black image has no steady state."""
     image = (photo() // 13).clamp(max=level)
-    assert verdicts(audit(OsmosisDiffusion(50), image, samples=200))["forward", "steady state"] is Verdict.CORRECTED
-    row = by_name(audit(OsmosisFilter(8), image, samples=100), "relative entropy")
+    assert finding(steady_state, OsmosisDiffusion(50), image, samples=200).verdict is Verdict.CORRECTED
+    row = finding(invariances.osmosis_entropy, OsmosisFilter(8), image, samples=100)
     assert row.verdict is (Verdict.EXACTLY if level else Verdict.NOT_APPLICABLE)
 
 
 def test_mean_of_noisy_osmosis_stays_positive() -> None:
     """Where d_min > 0 a single transition sharpens; the marginal, a sum of positive parts, does not."""
-    row = by_name(audit(OsmosisDiffusion(20, value_range=(0.0, 1.0)), photo(), samples=100), "positivity")
+    row = finding(invariances.positivity, OsmosisDiffusion(20, value_range=(0.0, 1.0)), samples=100)
     assert row.verdict is Verdict.IN_EXPECTATION and row.measured >= -1e-5
 
 
@@ -267,7 +269,7 @@ def test_a_process_of_ones_own_is_osmosis_by_its_steady_state() -> None:
 
 @pytest.mark.parametrize("process", [VP(20), InverseHeat(8), BlurringChain(8)], ids=["vp", "heat", "chain"])
 def test_paths_home_have_the_variance_of_the_data(process: Process) -> None:
-    row = by_name(audit(process, photo(), samples=400), "steady state", "reverse")
+    row = finding(reverse.steady_state, process, samples=400)
     assert row.verdict is Verdict.IN_LAW and row.drawn is not None and row.std_error is not None
     c = Lab(process, photo()).data_covariance  # the energy of a Gaussian vector has the variance 2 tr C^2
     assert row.std_error == pytest.approx(float((2 * (c @ c).trace() / 400).sqrt() / c.trace()), rel=0.25)
@@ -276,15 +278,13 @@ def test_paths_home_have_the_variance_of_the_data(process: Process) -> None:
 
 def test_closed_forms_of_steps_say_where_they_are_approximations() -> None:
     """The spectrum of the constant guidance image stands for that of the one that guides."""
-    name = "bounds of a reverse step's entropy"
     noisy, flat = (
-        by_name(audit(OsmosisDiffusion(8, guidance_noise=noise), photo(), samples=100), name, "reverse")
-        for noise in (0.1, 0.0)
+        finding(reverse.entropy_bounds, OsmosisDiffusion(8, guidance_noise=noise), samples=100) for noise in (0.1, 0.0)
     )
     assert "since it takes the spectrum of the constant guidance image" in noisy.note
     differences = [float(row.note.split("differ by ")[1].split(",")[0]) for row in (noisy, flat)]
     assert 1e-5 < differences[0] < 1e-2 and differences[1] < 1e-5, differences
-    assert "since it takes" not in by_name(audit(VP(8), photo(), samples=100), name, "reverse").note
+    assert "since it takes" not in finding(reverse.entropy_bounds, VP(8), samples=100).note
 
 
 def test_one_scale_has_no_step_to_compare() -> None:
@@ -296,7 +296,7 @@ def test_one_scale_has_no_step_to_compare() -> None:
 
 def test_paper_chain_in_the_audit_itself() -> None:
     """The printed sum at step 100 of the paper's chain, in the finding's note."""
-    row = by_name(audit(VP(100, ConstantBeta(0.1)), photo(), samples=200), "transition from the initial state")
+    row = finding(forward.initial_transition, VP(100, ConstantBeta(0.1)), samples=200)
     assert row.scale == 1 and "7.88 there" in row.note and "0.7962" in row.note
     truth = math.sqrt(1 - 0.99**100)
     assert row.measured == pytest.approx(truth, rel=1e-7)
@@ -305,7 +305,7 @@ def test_paper_chain_in_the_audit_itself() -> None:
 
 def test_chain_form_lets_the_entropy_fall_where_the_printed_condition_holds() -> None:
     """Steps of blur that grow: gamma_k^2 = exp(-2 mu dT_k) gamma_{k-1}^2 + beta^2 falls, beta > (1 - alpha) gamma."""
-    row = by_name(audit(BlurringChain(20, 0.1, LogBlur(0.5, 24.0)), photo(), samples=200), "condition for the entropy")
+    row = finding(forward.entropy_condition, BlurringChain(20, 0.1, LogBlur(0.5, 24.0)), samples=200)
     times = np.array([0.0, *(0.5 * (0.5 * 48.0 ** (k / 19)) ** 2 for k in range(20))])
     mu = np.pi**2 * np.add.outer(np.arange(6) ** 2 / 36, np.arange(9) ** 2 / 81).ravel()
     gamma, falls, misled = np.zeros_like(mu), 0, 0
@@ -319,7 +319,7 @@ def test_chain_form_lets_the_entropy_fall_where_the_printed_condition_holds() ->
 
 
 def test_variance_of_the_grey_value_is_that_of_the_paths() -> None:
-    row = by_name(audit(InverseHeat(8, ConstantNoise(0.2)), photo(), samples=400), "average grey value")
+    row = finding(invariances.average_grey, InverseHeat(8, ConstantNoise(0.2)), samples=400)
     assert f"gamma / sqrt(N) = {0.2 / math.sqrt(54):.4g}" in row.note and row.std_error is not None
 
 

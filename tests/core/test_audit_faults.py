@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpm_scales.audit import audit
+from dpm_scales.audit import audit, forward, invariances
 from dpm_scales.audit.findings import Verdict
 from dpm_scales.errors import UserError
 from dpm_scales.operators import Decay, HeatOperator, PixelOperator
@@ -27,7 +27,7 @@ from dpm_scales.processes import (
     as_scale,
 )
 from dpm_scales.schedules import ConstantNoise, LinearTimeBlur, LogBlur, NoiseSchedule, NoNoise
-from support.audit_helpers import by_name, changed, photo
+from support.audit_helpers import by_name, changed, finding, photo
 
 
 class Falling(NoiseSchedule):
@@ -48,7 +48,7 @@ class NoPromise(Process):
 def test_fault_falling_entropy() -> None:
     found = changed(VP(16), NoPromise(Falling()))
     assert found == {("forward", "conditional entropy"), ("reverse", "entropy of the images")}
-    row = by_name(audit(NoPromise(Falling()), photo(), samples=200), "conditional entropy")
+    row = finding(forward.conditional_entropy, NoPromise(Falling()), samples=200)
     assert row.measured == pytest.approx(math.log(0.5 / (1 - 0.5 * 15 / 16))) and row.scale == 1
 
 
@@ -80,7 +80,7 @@ def test_fault_drifting_grey_value() -> None:
     ends = {("forward", "steady state")}
     assert changed(InverseHeat(10, ConstantNoise(0.05), LogBlur(0.5, 24.0)), noisy) == GREY | ends
     assert changed(Homogeneous(10), drained(Homogeneous(10), Draining())) == GREY | ends
-    row = by_name(audit(noisy, photo(), samples=200), "average grey value")
+    row = finding(invariances.average_grey, noisy, samples=200)
     assert row.measured == pytest.approx(0.1, rel=1e-6) and row.scale == 1
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from dpm_scales.audit import audit
 from dpm_scales.audit.findings import Finding, Verdict
+from dpm_scales.audit.lab import Lab
+from dpm_scales.audit.statements import Check
+from dpm_scales.describe import describe
 from dpm_scales.processes import Process
 
 Verdicts = dict[tuple[str, str], Verdict]
@@ -27,10 +32,23 @@ def verdicts(rows: list[Finding]) -> Verdicts:
     return found
 
 
+#: verdicts of healthy processes, by their description
+_healthy: dict[str, Verdicts] = {}
+
+
 def changed(healthy: Process, broken: Process) -> set[tuple[str, str]]:
-    """Return the findings violated by the broken process but not by the healthy one."""
-    before, after = (verdicts(audit(p, photo(), samples=400)) for p in (healthy, broken))
-    return {key for key, verdict in after.items() if verdict is Verdict.VIOLATED and before[key] is not verdict}
+    """Return the findings violated by the broken process but not by the healthy one, which is audited once."""
+    key = json.dumps(describe(healthy))
+    if key not in _healthy:
+        _healthy[key] = verdicts(audit(healthy, photo(), samples=400))
+    before, after = _healthy[key], verdicts(audit(broken, photo(), samples=400))
+    return {name for name, verdict in after.items() if verdict is Verdict.VIOLATED and before[name] is not verdict}
+
+
+@torch.no_grad()
+def finding(check: Check, process: Process, images: Tensor | None = None, seed: int = 0, samples: int = 100) -> Finding:
+    """Return one finding of a process, on the photo if no image is given, without the time of the others."""
+    return check(Lab(process, photo() if images is None else images, seed, samples))
 
 
 def by_name(rows: list[Finding], name: str, direction: str = "forward") -> Finding:
