@@ -1,8 +1,7 @@
-"""The loop of the samplers: grids, what is refused, the last step, reproducibility, labels, reports, devices."""
+"""The loop of the samplers: grids, what is refused, the last step, reproducibility, labels, reports."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -18,14 +17,12 @@ from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import (
     DDIM,
     Ancestral,
-    Cold,
     Dissipation,
     Heun,
     Sampler,
     StepContext,
     auto_sampler,
 )
-from dpm_scales.samplers.measuring import measure_error_variance
 from dpm_scales.schedules import (
     ConstantNoise,
     LinearBeta,
@@ -52,19 +49,11 @@ from support.oracles import (
     named,
     over,
     pixels,
-    pretended_gpu,
     with_target,
 )
 from support.reference import TWINS, Twin
+from support.samplers import SAMPLERS
 
-SAMPLERS: dict[str, Callable[[], Sampler]] = {
-    "ancestral": Ancestral,
-    "ddim-0": lambda: DDIM(0.0, None),
-    "ddim-0.4": lambda: DDIM(0.4, None),
-    "heun": lambda: Heun(None, "uniform"),
-    "dissipation": Dissipation,
-    "cold": Cold,
-}
 samplers = pytest.mark.parametrize("name", list(SAMPLERS))
 TARGETS: dict[str, Callable[[], Target]] = {
     "clean": Clean,
@@ -332,75 +321,3 @@ def test_ideal_noise_network_samples_as_the_ideal_denoiser_does(twin: Twin, samp
     actual = sampler.reverse(with_target(twin, Noise(), network), y, CounterRNG(1, 3))
     expected = sampler.reverse(OracleDenoiser(twin, data), y, CounterRNG(1, 3))
     close(actual.numpy(), expected.numpy(), 1e-8, 1e-8)
-
-
-# --- devices ----------------------------------------------------------------------------------------------------------
-
-
-@samplers
-@over(named("vp-listed", "blurring-listed-discrete", "chain", "homogeneous-log"))
-def test_sampling_stays_on_the_device_and_never_waits_for_it(twin: Twin, name: str) -> None:
-    """Fake tensors refuse mixed devices, and any value read back by the host; the grid is made before."""
-    denoiser, sampler = Denoiser(TinyNetwork(2), twin.build(), Clean()), SAMPLERS[name]()
-    prior = auto_prior(denoiser.process)
-    prior.fit(images(3, 2, 6, 9), denoiser.process)
-    scales = sampler.scales(denoiser.process)[-3:]
-    with pretended_gpu(denoiser, prior):
-        noise, labels = CounterRNG(0, 4, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
-        reports: list[Tensor] = []
-        x = sampler.sample(denoiser, prior, noise, (2, 6, 9), labels, scales.to("cuda"), lambda i, x: reports.append(x))
-        assert x.device.type == "cuda" and x.shape == (4, 2, 6, 9)
-        assert len(reports) == 2 and all(report.device.type == "cuda" for report in reports)
-
-
-@pytest.mark.parametrize("target", ["noise", "velocity", "finer"])
-@over(named("vp-cosine", "blurring"))
-def test_sampling_by_other_targets_stays_on_the_device(twin: Twin, target: str) -> None:
-    denoiser = Denoiser(TinyNetwork(2), twin.build(), TARGETS[target]())
-    scales = Ancestral().scales(denoiser.process)[-3:]
-    with pretended_gpu(denoiser):
-        noise = CounterRNG(0, 4, device="cuda")
-        x = Ancestral().sample(denoiser, GaussianPrior(), noise, (2, 6, 9), scales=scales.to("cuda"))
-        assert x.device.type == "cuda"
-
-
-@over(named("vp-cosine", "blurring"))
-def test_the_optimal_covariance_stays_on_the_device(twin: Twin) -> None:
-    denoiser = Denoiser(TinyNetwork(2), twin.build(), Clean())
-    denoiser.error_variance = measure_error_variance(denoiser, [(images(2, 2, 6, 9).float(), None)])
-    sampler = Ancestral(covariance="optimal")
-    scales = sampler.scales(denoiser.process)[-3:]
-    with pretended_gpu(denoiser):
-        noise = CounterRNG(0, 4, device="cuda")
-        x = sampler.sample(denoiser, GaussianPrior(), noise, (2, 6, 9), scales=scales.to("cuda"))
-        assert x.device.type == "cuda"
-
-
-def test_uniform_grid_is_made_on_the_device() -> None:
-    process = VP(8)
-    with pretended_gpu():
-        assert Ancestral(4).scales(process, "cuda").device.type == "cuda"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_samples_on_a_gpu_are_those_on_the_cpu() -> None:
-    for twin, make in itertools.product(named(*MEMBERS, "vp-listed"), SAMPLERS.values()):
-        denoiser = with_target(twin, Clean(), TinyNetwork())
-        prior = auto_prior(denoiser.process)
-        prior.fit(images(3, 1, H, W), denoiser.process)
-        ends = []
-        for device in ("cpu", "cuda"):
-            denoiser.to(device)
-            prior.to(device)
-            noise = CounterRNG(0, 4, device=device)
-            ends.append(make().sample(denoiser, prior, noise, (1, H, W), dtype=torch.float64).cpu())
-        torch.testing.assert_close(ends[1], ends[0], atol=1e-8, rtol=1e-8)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_karras_grid_is_made_wherever_the_processs_tables_are() -> None:
-    expected = Heun(5).scales(VP(8, LinearBeta()))
-    for device in ("cpu", "cuda"):
-        assert torch.equal(Heun(5).scales(VP(8, LinearBeta()).to("cuda"), device).cpu(), expected)
