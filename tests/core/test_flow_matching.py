@@ -214,7 +214,7 @@ def test_grids_and_the_default_sampler_reach_pure_noise() -> None:
 @pytest.mark.parametrize("spread", [0.0, 1.0, 100.0])
 @pytest.mark.parametrize("name", [*SOLVERS, "ancestral", "sde", "auto"])
 def test_clocks_give_numbers_for_any_spread(name: str, spread: float) -> None:
-    process = VP(50, clock=SpectralClock(spread))
+    process = VP(16, clock=SpectralClock(spread))
     denoiser = GaussianDenoiser(process)
     others: dict[str, Callable[[], Sampler]] = {
         "ancestral": lambda: DDIM(1.0, None),

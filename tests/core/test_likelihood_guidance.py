@@ -109,7 +109,7 @@ def test_bound_holds_with_smooth_guidance_and_with_noise_on_other_images(setting
     training = TRAINING[:count] if count > 1 else IMAGE.round(1)[None] + np.array([[[0.0, -0.04]]])
     process = osmosis(guidance_noise=0.04, **settings)
     prior, denoiser = fitted(process, training), LinearDenoiser(process, pair)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(6)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(4)
     weights = weights / weights.sum()
     matrix = pattern_matrix(1, 2, 0.6) if "guidance_pattern" in settings else np.eye(2)
     reliefs = [np.zeros((1, 2))]

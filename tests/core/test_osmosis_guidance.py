@@ -112,4 +112,4 @@ def test_prior_says_what_is_missing() -> None:
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], words: list[str]) -> None:
     with refused("OsmosisDiffusion", *words):
-        OsmosisDiffusion(**arguments)
+        OsmosisDiffusion(**({"num_scales": 4} | arguments))

@@ -95,11 +95,11 @@ HEAVY: dict[str, Callable[[], Process]] = {
 
 @pytest.mark.parametrize("name", [*list(HEAVY)[:-1], pytest.param("chain", marks=pytest.mark.slow)])
 def test_heavy_blur_underflows_to_nothing_worse_than_zero(name: str) -> None:
-    """128 px at 64 x 64 pixels: lambda_t is 0 in float32 nearly everywhere, so lambda_t / lambda_s would be NaN."""
+    """128 px at 32 x 24 pixels: lambda_t is 0 in float32 nearly everywhere, so lambda_t / lambda_s would be NaN."""
     process = HEAVY[name]()
-    x_0, x_t = images(2, 1, 64, 64).float(), images(2, 1, 64, 64, seed=1).float()
-    mu = process.operator().eigenvalues(64, 64)
-    for s, t in [(0.0, 0.005), (0.005, 0.01), (0.5, 0.505), (0.5, 1.0), (0.9, 0.905), (0.995, 1.0), (0.0, 1.0)]:
+    x_0, x_t = images(2, 1, 32, 24).float(), images(2, 1, 32, 24, seed=1).float()
+    mu = process.operator().eigenvalues(32, 24)
+    for s, t in [(0.0, 0.005), (0.005, 0.01), (0.5, 0.505), (0.5, 1.0), (0.995, 1.0), (0.0, 1.0)]:
         step = process.step(s, t)
         for part in (step.rho, step.posterior_coef_xt, step.tau, step.transition_std, step.posterior_std):
             value = part(mu)

@@ -23,7 +23,7 @@ from dpm_scales.schedules import (
     ListedBeta,
 )
 from support.laws import twins
-from support.oracles import H, W, float64, images, pretended_gpu
+from support.oracles import MEMBERS, H, W, float64, images, named, over, pretended_gpu
 from support.reference import TWINS, Twin
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -48,14 +48,18 @@ def test_laws_stay_on_the_device_with_one_t_per_sample(twin: Twin) -> None:
         assert process.conditional_entropy(t, (6, 9)).device.type == "cuda"
 
 
-@twins
+#: every member, and tables of the noise and of the blur
+few = over(named(*MEMBERS, "vp-listed", "blurring-listed-discrete", "chain-listed"))
+
+
+@few
 def test_laws_stay_on_the_device_with_one_t_for_all(twin: Twin) -> None:
     process = twin.build()
     with pretended_gpu(process):
         check_on_gpu(process, torch.rand((), device="cuda"), torch.rand((), device="cuda"))
 
 
-@twins
+@few
 def test_laws_and_trajectories_stay_on_the_device_with_numbers(twin: Twin) -> None:
     process = twin.build()
     with pretended_gpu(process):

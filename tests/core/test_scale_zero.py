@@ -62,15 +62,15 @@ OTHERS: dict[str, Callable[[], Process]] = {
     "osmosis": lambda: OsmosisFilter(K, LogBlur(0.5, 3.0), tolerance=1e-12),
 }
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
-    "ancestral": lambda: Ancestral(8),
-    "ddim": lambda: DDIM(0.0, 8),
-    "ddim-0.4": lambda: DDIM(0.4, 8),
-    "heun": lambda: Heun(8, "uniform"),
-    "heun-churned": lambda: Heun(8, "uniform", s_churn=4.0, s_noise=1.003),
-    "dpmpp": lambda: DPMSolver(0.0, 8, "uniform"),
-    "dpmpp-sde": lambda: DPMSolver(1.0, 8, "uniform"),
-    "unipc-3": lambda: UniPC(3, 8, "uniform"),
-    "dissipation": lambda: Dissipation(steps=8),
+    "ancestral": lambda: Ancestral(5),
+    "ddim": lambda: DDIM(0.0, 5),
+    "ddim-0.4": lambda: DDIM(0.4, 5),
+    "heun": lambda: Heun(5, "uniform"),
+    "heun-churned": lambda: Heun(5, "uniform", s_churn=4.0, s_noise=1.003),
+    "dpmpp": lambda: DPMSolver(0.0, 5, "uniform"),
+    "dpmpp-sde": lambda: DPMSolver(1.0, 5, "uniform"),
+    "unipc-3": lambda: UniPC(3, 5, "uniform"),
+    "dissipation": lambda: Dissipation(steps=5),
 }
 
 
@@ -150,9 +150,9 @@ def test_curves_whose_scale_zero_is_not_the_image_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "shift"),
-    [(name, shift) for name in ("vp", "blurring") for shift in SHIFTS] + [("osmosis-diffusion", 1 / 32)],
+    [(name, shift) for name in ("vp", "blurring") for shift in (1, 1 / 4, 1 / 32)] + [("osmosis-diffusion", 1 / 32)],
 )
-def test_samples_have_the_images_contrast_at_every_shift(name: str, shift: float) -> None:
+def test_samples_have_the_images_contrast_at_any_shift(name: str, shift: float) -> None:
     for make in SAMPLERS.values():
         x, x_0 = drawn(make(), SHIFTED[name](CosineLogSNR(shift=shift)), Clean())
         close(x.numpy(), x_0.numpy(), 1e-10)
@@ -169,8 +169,8 @@ def test_samples_have_the_images_contrast_with_every_target(name: str, target: t
 @pytest.mark.parametrize("name", OTHERS)
 def test_samples_have_the_images_contrast_with_every_other_process(name: str) -> None:
     process = OTHERS[name]()
-    samplers = [make() for make in SAMPLERS.values()] if process.has_noise() else [Cold(8), Dissipation(steps=1)]
-    for sampler in [*samplers, auto_sampler(OneImage(process, Clean(), images(1, *SIZE)), 8)]:
+    samplers = [make() for make in SAMPLERS.values()] if process.has_noise() else [Cold(5), Dissipation(steps=1)]
+    for sampler in [*samplers, auto_sampler(OneImage(process, Clean(), images(1, *SIZE)), 5)]:
         x, x_0 = drawn(sampler, OTHERS[name](), Clean())
         close(x.numpy(), x_0.numpy(), 1e-10)
 
