@@ -129,7 +129,7 @@ def test_rank_that_fails_alone_does_not_leave_the_first_waiting(
 @pytest.mark.slow
 def test_run_that_is_stopped_with_ctrl_c_resumes_with_the_bits_of_a_job_step(tmp_path: Path) -> None:
     """As a terminal sends it, to the group of the process that was started; that of srun is not disturbed."""
-    started = Forked([{}], *OPTIONS, *TWO, "run_dir=run", cwd=tmp_path, python=sys.executable)
+    started = Forked([{}], *OPTIONS, *TWO, "run_dir=run", cwd=tmp_path)
     wait_for((tmp_path / "run/checkpoints/last.ckpt").exists, started)
     (other,) = children(started.children[0])
     started.signal(signal.SIGINT)

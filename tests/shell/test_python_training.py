@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -354,9 +353,9 @@ print("digest", hashlib.sha256(b"".join(v.numpy().tobytes() for v in model.state
 
 @pytest.mark.slow
 def test_all_ranks_get_the_same_weights(tmp_path: Path) -> None:
-    """With torchrun in an interpreter of its own, and ranks that are forks of this one."""
+    """With torchrun, whose ranks are forks of this process as it is itself."""
     (tmp_path / "program.py").write_text(RANKS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
+    launcher = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "program.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHON_EXEC": warm_python()}
     done = subprocess.run(launcher, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

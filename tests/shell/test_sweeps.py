@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dpm_scales.tables import FORMULA
 from dpm_scales.training.reporting import MetricsFile
 from support.cluster_shell import Forked, wait_for
 from support.shell import FAST, SMALL, call, checkpoint, files, settings
+from support.warm import warm_python
 
 SIX = ("process=vp,heat,blurring", "process.num_scales=4,6", "sampler.steps=null")
 
@@ -59,10 +61,12 @@ def test_six_runs_end_in_six_folders_and_one_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_joblib_runs_them_side_by_side_with_the_same_results(tmp_path: Path) -> None:
+def test_joblib_runs_them_side_by_side_with_the_same_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two workers, which are forks of this process."""
     two = ("process=vp,ve", "trainer.max_steps=4")
     one_by_one = call("train.py", "-m", *SMALL, *two, "run_dir=one", cwd=tmp_path)
     joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    monkeypatch.setattr(sys, "executable", warm_python())
     together = call("train.py", "-m", *SMALL, *two, *joblib, "run_dir=two", cwd=tmp_path)
     get_reusable_executor().shutdown(wait=True)
     assert one_by_one.status == 0 and together.status == 0, together.err
