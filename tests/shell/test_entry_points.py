@@ -15,7 +15,7 @@ from PIL import Image
 from dpm_scales.images import load_image
 from dpm_scales.models.generate import draw
 from dpm_scales.models.io import load_model
-from support.shell import FAST, SMALL, call, column, composed, files, photos, run, sample, settings, train
+from support.shell import FAST, SMALL, call, column, composed, files, photos, sample, settings, train
 
 #: every process, the scales few enough for a small run
 PROCESSES = [
@@ -163,17 +163,3 @@ def test_default_folder_is_named_by_the_overrides(tmp_path: Path) -> None:
 
 def test_experiments_are_the_defaults_with_differences() -> None:
     assert composed("experiment=digits_vp").process == composed().process
-
-
-@pytest.mark.slow
-def test_training_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """What a shell sees: status, no warnings, a model to draw from."""
-    trained = run("train.py", *SMALL, "run_dir=run", cwd=tmp_path)
-    assert trained.status == 0 and "Warning" not in trained.err, trained.err
-    assert len(numbers(sample(tmp_path / "run", tmp_path / "out", "num_samples=3"))) == 3
-
-
-@pytest.mark.slow
-def test_sampling_in_a_process_of_its_own(digits: Path, tmp_path: Path) -> None:
-    drawn = run("sample.py", f"model={digits}", "num_samples=3", "out=out", cwd=tmp_path)
-    assert drawn.status == 0 and "3 images in out" in drawn.out and "Warning" not in drawn.err, drawn.err

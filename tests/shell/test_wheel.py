@@ -161,7 +161,8 @@ def test_the_commands_of_the_wheel(wheel: Path, programs: Path, tmp_path: Path) 
     text = "# @package _global_\ndefaults:\n  - override /process: heat\nprocess: {num_scales: 5}\n"
     (tmp_path / "own" / "experiment" / "mine.yaml").write_text(text)
     options = ("experiment=mine", "sampler.steps=null", "trainer.max_steps=1", "run_dir=run")
-    succeed(command, "train", "--config-dir", "own", *SMALL, *options, cwd=tmp_path)
+    trained = execute(command, "train", "--config-dir", "own", *SMALL, *options, cwd=tmp_path)
+    assert trained.status == 0 and "Warning" not in trained.err, trained.err
     assert settings(tmp_path / "run")["process"]["num_scales"] == 5
 
     refused = execute(command, "train", "run_dir=run", "trainer.max_steps=2", cwd=tmp_path)
@@ -177,8 +178,11 @@ def test_the_commands_of_the_wheel(wheel: Path, programs: Path, tmp_path: Path) 
         ("sample", "model=run", "num_samples=2", "out=drawn"),
         ("evolve", "data=photos", "out=study", "times=[1,10]", "features=null"),
     )
-    out = succeed(programs / "python", "-c", ONE_INTERPRETER, json.dumps(commands), cwd=tmp_path)
-    assert "resuming run/checkpoints/last.ckpt" in out and "step 2/2" in out
+    done = execute(programs / "python", "-c", ONE_INTERPRETER, json.dumps(commands), cwd=tmp_path)
+    assert done.status == 0 and "Warning" not in done.err, done.err
+    assert (
+        "resuming run/checkpoints/last.ckpt" in done.out and "step 2/2" in done.out and "2 images in drawn" in done.out
+    )
     assert (tmp_path / "drawn" / "000001.png").is_file()
     with Image.open(tmp_path / "study" / "trajectories.png") as picture:
         assert np.asarray(picture).std() > 0
