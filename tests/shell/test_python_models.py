@@ -307,12 +307,13 @@ def test_the_model_completes_a_network() -> None:
     assert not list(network.parameters())
     with pytest.raises(ds.UserError, match="no layers yet"):
         network(torch.zeros(1, 1, 8, 8), torch.zeros(1))
-    model = ds.Model(network, ds.OsmosisDiffusion(), image_size=8, channels=3, num_classes=4)
+    process = ds.OsmosisDiffusion(4)
+    model = ds.Model(network, process, image_size=8, channels=3, num_classes=4)
     assert model.denoiser.network is network
     assert (network.in_channels, network.out_channels, network.num_classes) == (6, 3, 4)
     whole = ds.UNet(6, 3, width=8, num_classes=4)
     assert [p.shape for p in whole.parameters()] == [p.shape for p in network.parameters()]
-    assert ds.Model(network, ds.OsmosisDiffusion(), image_size=8, num_classes=4).denoiser.network is network
+    assert ds.Model(network, process, image_size=8, num_classes=4).denoiser.network is network
     assert isinstance(ds.Model(image_size=8).denoiser.network, ds.UNet)
 
 
