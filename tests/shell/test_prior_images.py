@@ -124,7 +124,7 @@ def test_samples_follow_their_image_and_say_so(name: str, desk: Path, tmp_path: 
     assert kept["prior_images"] == "set" and "mod" in kept["order"]
     assert draw(desk, tmp_path / "two", *options, "prior_images=set.zip", "batch_size=2").status == 0
     every = files(tmp_path / "all")
-    for number in range(5):
+    for number in (0, 4):
         alone = draw(desk, tmp_path / str(number), *options, f"prior_images=set/{number % 3}.png")
         assert alone.status == 0, alone.err
         name = f"{number:06d}.png"
