@@ -16,7 +16,9 @@ S_{k+1} = s_k s_{k+1} 2X S_k + S_{k-1}, and run in place in two buffers.
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from dpm_scales.errors import UserError, require
 from dpm_scales.operators.base import SpectralFunction
-from dpm_scales.operators.stencil import CACHE_BYTES, Stencil, blocks, cut
+from dpm_scales.operators.stencil import CACHE_BYTES, Stencil, blocks, cut, may_fuse, white_stencil
 
 SPECTRAL_BOUND = 8.0
 """Largest eigenvalue of L, for every guidance image."""
@@ -243,6 +245,16 @@ def _basis(stencil: Stencil, y: Tensor, degree: int) -> Iterator[Tensor]:
 
 
 def _expand_into(outs: list[Tensor], stencil: Stencil, y: Tensor, coefficients: Sequence[Coefficients]) -> None:
+    table = _one_kernel_table(stencil, y, coefficients)
+    if table is None:
+        expand_by_steps(outs, stencil, y, coefficients)
+        return
+    for out, found in zip(outs, one_kernel(stencil, table, [y], True), strict=True):
+        out.copy_(found)
+
+
+def expand_by_steps(outs: list[Tensor], stencil: Stencil, y: Tensor, coefficients: Sequence[Coefficients]) -> None:
+    """Compute f_1(L) y, f_2(L) y, ... into `outs`, one product a step; see `expand`."""
     signed = [_signed(c) for c in coefficients]
     for k, s in enumerate(_basis(stencil, y, max(map(len, signed)) - 1)):
         for out, c in zip(outs, signed, strict=True):
@@ -253,6 +265,14 @@ def _expand_into(outs: list[Tensor], stencil: Stencil, y: Tensor, coefficients: 
 
 
 def _clenshaw(stencil: Stencil, coefficients: Sequence[Coefficients], ys: Sequence[Tensor]) -> Tensor:
+    table = _one_kernel_table(stencil, ys[0], coefficients)
+    if table is None:
+        return collect_by_steps(stencil, coefficients, ys)
+    return one_kernel(stencil, table, ys, False)[0]
+
+
+def collect_by_steps(stencil: Stencil, coefficients: Sequence[Coefficients], ys: Sequence[Tensor]) -> Tensor:
+    """Return f_1(L) y_1 + f_2(L) y_2 + ..., one product a step; see `collect`."""
     twice = _twice(stencil)
     signed = [_signed(c) for c in coefficients]
     here, other = (torch.zeros_like(ys[0], memory_format=torch.contiguous_format) for _ in range(2))
@@ -274,3 +294,67 @@ def _moments(stencil: Stencil, y: Tensor, grad: Tensor, like: Coefficients) -> T
     degree = like.shape[-1] - 1
     products = [_sign(k) * (s * grad).sum(-1, keepdim=True) for k, s in enumerate(_basis(stencil, y, degree))]
     return torch.stack(products, -1).sum_to_size(like.shape)
+
+
+# --- small images on a GPU: a sweep in one kernel ---------------------------------------------------------------------
+
+MOST_PIXELS, MOST_FUNCTIONS = 4096, 8
+"""Of a sweep in one kernel: a program holds all pixels of an image channel, and the kernel is made for each number."""
+
+
+def _one_kernel_table(stencil: Stencil, y: Tensor, coefficients: Sequence[Coefficients]) -> Tensor | None:
+    """Return the table of coefficients for `one_kernel` where that takes the sweep, otherwise None."""
+    small = y.shape[-1] <= MOST_PIXELS and len(coefficients) <= MOST_FUNCTIONS
+    if not (small and stencil.is_uniform and may_fuse(y) and _one_kernel_right(y.device)):
+        return None
+    return signed_table(coefficients, y)
+
+
+def signed_table(coefficients: Sequence[Coefficients], y: Tensor) -> Tensor | None:
+    """Return s_k c_k of each function, ``(functions, B, C, K + 1)``; None if they are numbers or differ by pixel."""
+    table: list[Tensor] = []
+    terms = max(c.shape[-1] if isinstance(c, Tensor) else 0 for c in coefficients)
+    index = torch.arange(terms, device=y.device)
+    signs = (1 - 2 * (index % 4 >= 2).to(torch.int64)).to(y.dtype)
+    for c in coefficients:
+        if not isinstance(c, Tensor) or c.ndim not in (1, 4) or (c.ndim == 4 and c.shape[2] != 1):
+            return None
+        own = torch.zeros((*y.shape[:2], terms), dtype=y.dtype, device=y.device)
+        own[..., : c.shape[-1]] = c if c.ndim == 1 else c[:, :, 0]
+        table.append(own * signs)
+    return torch.stack(table)
+
+
+def one_kernel(stencil: Stencil, table: Tensor, ys: Sequence[Tensor], expands: bool) -> tuple[Tensor, ...]:
+    """Return the results of `expand`, or of `collect`, from one Triton kernel; see `sweeps`."""
+    from dpm_scales.operators.sweeps import sweep
+
+    twice = _twice(stencil)
+    return sweep(twice.weights, twice.width, table, ys, expands)
+
+
+@functools.cache
+def _one_kernel_right(device: torch.device) -> bool:
+    """Return whether sweeps in one kernel agree on this device with those by steps; tried once per device."""
+    try:
+        generator = torch.Generator(device).manual_seed(0)  # the user's stays as it is
+        draw = functools.partial(torch.rand, device=device, generator=generator)
+        for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
+            for height, width in ((5, 7), (64, 64)):
+                stencil = white_stencil(draw(2, 1, height, width, dtype=dtype) + 0.5)
+                ys = [*draw(2, 2, 1, height * width, dtype=dtype)]
+                numbers = [draw(2, 1, 1, terms, dtype=dtype) / terms for terms in (33, 20)]
+                table = signed_table(numbers, ys[0])
+                assert table is not None
+                outs = [torch.empty_like(ys[0]) for _ in numbers]
+                expand_by_steps(outs, stencil, ys[0], numbers)
+                near = functools.partial(torch.testing.assert_close, atol=tolerance, rtol=tolerance)
+                near(one_kernel(stencil, table, ys[:1], True), tuple(outs))
+                together = collect_by_steps(stencil, numbers, ys)
+                near(one_kernel(stencil, table, ys, False)[0], together)
+    except Exception as error:  # a missing compiler, an unknown card: whatever Triton may raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        line = f"sweeps in one kernel are of no use here ({reason}); osmosis starts two for each degree instead"
+        warnings.warn(line, stacklevel=2)
+        return False
+    return True

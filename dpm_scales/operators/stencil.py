@@ -54,13 +54,21 @@ class Stencil:
     height: int
     width: int
 
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The five weights: diagonal, from right, left, below, above."""
+        return (self.diagonal, self.from_right, self.from_left, self.from_below, self.from_above)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all weights lie in memory alike, as the kernels need them."""
+        return len({(w.shape, _steps(w)) for w in self.weights}) == 1 and self.diagonal.stride(-1) == 1
+
     def bind(self, u: Tensor, out: Tensor) -> Product:
         """Bind the product A u into `out`, both contiguous ``(B, C, N)``, to be taken many times."""
-        weights = (self.diagonal, self.from_right, self.from_left, self.from_below, self.from_above)
-        alike = len({(w.shape, _steps(w)) for w in weights}) == 1 and self.diagonal.stride(-1) == 1
-        if alike and u.is_contiguous() and out.is_contiguous() and _may_fuse(u):
-            return FusedProduct(weights, u, out, self.width)
-        return FiveProducts(weights, u, out, self.width)
+        if self.is_uniform and u.is_contiguous() and out.is_contiguous() and may_fuse(u):
+            return FusedProduct(self.weights, u, out, self.width)
+        return FiveProducts(self.weights, u, out, self.width)
 
     def flat_product(self, u: Tensor) -> Tensor:
         """Return A u for u of shape ``(B, C, N)``."""
@@ -188,7 +196,7 @@ def _steps(weight: Tensor) -> tuple[int, ...]:
     return tuple(step for step, size in zip(weight.stride(), weight.shape, strict=True) if size > 1)
 
 
-def _may_fuse(u: Tensor) -> bool:
+def may_fuse(u: Tensor) -> bool:
     """Return whether Triton can take the product of `u`. Inductor fuses by itself; fake tensors have no memory."""
     ours = u.device.type == "cuda" and u.dtype in (torch.float32, torch.float64)
     return ours and not isinstance(u, FakeTensor) and not torch.compiler.is_compiling() and _fuses_right(u.device)
@@ -198,10 +206,12 @@ def _may_fuse(u: Tensor) -> bool:
 def _fuses_right(device: torch.device) -> bool:
     """Return whether Triton compiles on this device and agrees with five products; tried once per device."""
     try:
+        generator = torch.Generator(device).manual_seed(0)  # the user's stays as it is
         for dtype in (torch.float32, torch.float64):
-            stencil = white_stencil(torch.rand(2, 1, 5, 7, device=device, dtype=dtype) + 0.5)
+            guidance = torch.rand(2, 1, 5, 7, device=device, dtype=dtype, generator=generator) + 0.5
+            stencil = white_stencil(guidance)
             weights = (stencil.diagonal, *(w for w in (stencil.from_right, stencil.from_below) for _ in range(2)))
-            u, start = torch.randn(2, 2, 3, 35, device=device, dtype=dtype).unbind()
+            u, start = torch.randn(2, 2, 3, 35, device=device, dtype=dtype, generator=generator).unbind()
             fused, plain = start.clone(), start.clone()
             FusedProduct(weights, u, fused, 7).add(-0.5)
             FiveProducts(weights, u, plain, 7).add(-0.5)
