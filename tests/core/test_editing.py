@@ -305,12 +305,10 @@ DENOISERS: dict[str, Callable[[], Denoiser]] = {
     "vp, noise target": lambda: with_target(BY_NAME["vp-cosine"], Noise(), TinyNetwork()),
     "osmosis": osmosis,
 }
+MODELS = [*((name, "spectrum") for name in DENOISERS), ("vp-cosine", "white"), ("osmosis", "white")]
 
 
-@pytest.mark.parametrize(
-    ("process", "covariance"),
-    [*((process, "spectrum") for process in DENOISERS), ("vp-cosine", "white"), ("osmosis", "white")],
-)
+@pytest.mark.parametrize(("process", "covariance"), MODELS)
 def test_results_are_consistent_to_rounding(process: str, covariance: str) -> None:
     """A x = y for known pixels and block means, with any network, process, sampler and covariance."""
     denoiser = DENOISERS[process]()
