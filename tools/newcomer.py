@@ -68,7 +68,8 @@ def run(step: Step, folder: Path) -> tuple[float, int]:
     lines = ["bash", "-ec", activate + command]
     start = time.monotonic()
     if step.interrupted:
-        with subprocess.Popen(lines, cwd=folder, start_new_session=True) as started:
+        # also where this tool itself is started in the background, which ignores Ctrl-C
+        with subprocess.Popen(lines, cwd=folder, start_new_session=True, preexec_fn=_heed_ctrl_c) as started:
             try:
                 started.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:
@@ -78,6 +79,10 @@ def run(step: Step, folder: Path) -> tuple[float, int]:
             return time.monotonic() - start, status or 1
     status = subprocess.run(lines, cwd=folder, check=False).returncode
     return time.monotonic() - start, status
+
+
+def _heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def table(rows: Sequence[tuple[str, Step, float, int]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from pathlib import Path
 
@@ -61,10 +62,14 @@ def test_steps_run_in_order_and_the_first_failure_ends_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(newcomer, "PATIENCE_S", 0.3)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a process in the background
     test = 'test "$(cat made.txt)" = "$(printf \'one\\ntwo\\nthree\')"'
     check = "".join(f"\n```sh\n{command}\n```\n" for command in (test, "exit 3", "true"))
     source = repository(tmp_path / "source", PAGE + check)
-    assert newcomer.main(["--source", str(source), "--out", str(tmp_path / "table.md")]) == 1
+    try:
+        assert newcomer.main(["--source", str(source), "--out", str(tmp_path / "table.md")]) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert [line.split("|")[-2].strip() for line in lines[2:]] == ["0", "0", "0", "0", "0", "0", "3", ""]
     assert lines[2].startswith("| readme | Name | `true` |")
