@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
 
+from dpm_scales.data import ShardSource
 from dpm_scales.data.pack import Packing, pack
 from dpm_scales.data.shard_index import ShardIndex
 
@@ -66,6 +68,22 @@ def packed(folder: Path, count: int = 40, per_shard: int = 8, **settings: object
     images = np.stack([numbered(number) for number in range(count)])
     np.savez(source, images=images, labels=np.arange(count) % 3)
     return pack(source, folder, Packing(per_shard=per_shard, labels="folder", **settings), lambda *_: lambda _: None)  # type: ignore[arg-type]
+
+
+def source(root: Any, **options: Any) -> ShardSource:
+    """Return grey images of shards, with labels."""
+    return ShardSource(root, **{"channels": 1, "labels": "cls", **options})
+
+
+def numbers_of(part: Any) -> list[int]:
+    """Return the numbers that the images of a part show; each has its label."""
+    items = [part[i] for i in range(len(part))]
+    assert all(label in (-1, number_of(image) % 3) for image, label in items)
+    return [number_of(image) for image, _ in items]
+
+
+def silent(name: str, total: int) -> Any:
+    return lambda count: None
 
 
 @dataclass
