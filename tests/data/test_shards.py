@@ -38,20 +38,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 numbered images in five shards."""
-    folder = tmp_path_factory.mktemp("set") / "shards"
-    packed(folder, COUNT)
-    return folder
-
-
-@pytest.fixture
-def copied(shards: Path, tmp_path: Path) -> Path:
-    """The same, to be spoilt."""
-    return Path(shutil.copytree(shards, tmp_path / "shards"))
-
-
 def batches(root: Any, start: int = 0, count: int = 3, workers: int = 0, **options: Any) -> list[list[int]]:
     """Numbers in the next batches of five from batch `start` on; three shards are trained on."""
     module = data.ImageDataModule(source(root, window=2, **options), 5, workers, seed=1)

@@ -18,7 +18,7 @@ from dpm_scales.data.shard_index import parse_index
 from dpm_scales.data.shard_places import expand, is_shards, locate
 from dpm_scales.data.shard_set import ShardError
 from dpm_scales.errors import UserError
-from support.shards import encoded, number_of, numbered, numbers_of, packed, samples, silent, source, tar
+from support.shards import encoded, number_of, numbered, numbers_of, samples, silent, source, tar
 
 COUNT = 40
 
@@ -28,20 +28,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("DPM_SCALES_CACHE", str(folder))
     return folder
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 numbered images in five shards."""
-    folder = tmp_path_factory.mktemp("set") / "shards"
-    packed(folder, COUNT)
-    return folder
-
-
-@pytest.fixture
-def copied(shards: Path, tmp_path: Path) -> Path:
-    """The same, to be spoilt."""
-    return Path(shutil.copytree(shards, tmp_path / "shards"))
 
 
 def test_images_and_labels_that_are_faulty_are_replaced_and_counted(tmp_path: Path) -> None:

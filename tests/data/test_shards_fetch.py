@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import shutil
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +13,12 @@ from dpm_scales import data
 from dpm_scales.data import fetch as fetching
 from dpm_scales.data.fetch import FetchError, Patience, fetch, fetch_text, shown
 from dpm_scales.data.shard import Keys
-from dpm_scales.data.shard_cache import GIB, ShardCache
+from dpm_scales.data.shard_cache import ShardCache
 from dpm_scales.data.shard_check import check_shards, index_shards
-from dpm_scales.data.shard_index import ShardEntry, ShardIndex
 from dpm_scales.data.shard_places import locate
 from dpm_scales.data.shard_set import ShardError
 from dpm_scales.errors import UserError
-from dpm_scales.locks import lock
-from support.shards import Faults, number_of, packed, served
+from support.shards import Faults, entry_of, fetched_numbers, number_of, packed, served
 
 COUNT = 40
 SHARD = "shard-000001.tar"
@@ -39,38 +32,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("set") / "shards"
-    packed(folder, COUNT)
-    return folder
-
-
-@pytest.fixture
-def server(shards: Path, tmp_path: Path) -> Iterator[tuple[str, Faults, Path]]:
-    """Address, faults, and the folder that is served."""
-    copy = Path(shutil.copytree(shards, tmp_path / "served"))
-    with served(copy, stall=0.3) as (url, faults):
-        yield url, faults, copy
-
-
-def numbers(root: Any, **options: Any) -> list[int]:
-    part = data.ShardSource(root, **{"channels": 1, "val_fraction": 0, "tries": 4, "timeout": 0.15, **options}).train()
-    return [number_of(part[i][0]) for i in range(len(part))]
-
-
-def entry_of(folder: Path, name: str = SHARD) -> ShardEntry:
-    held = json.loads((folder / "index.json").read_text())["shards"]
-    return next(ShardEntry(s["name"], s["images"], s["bytes"], s["sha256"]) for s in held if s["name"] == name)
-
-
 def test_an_address_gives_what_the_folder_gives(server: tuple[str, Faults, Path], shards: Path) -> None:
     """Each shard is fetched once, and nothing else than the index and the shards."""
     url, faults, _ = server
-    assert numbers(url) == numbers(shards)
+    assert fetched_numbers(url) == fetched_numbers(shards)
     names = sorted(path.name for path in shards.glob("*.tar"))
     assert sorted(name for name, _ in faults.asked) == ["index.json", *names]
-    assert numbers(f"{url}index.json") == numbers(shards)
+    assert fetched_numbers(f"{url}index.json") == fetched_numbers(shards)
     assert [name for name, _ in faults.asked[6:]] == ["index.json"]
 
 
@@ -115,12 +83,12 @@ def test_what_does_not_come_ends_with_one_line(
     url, faults, _ = server
     faults.of[SHARD] = [kind]
     with pytest.raises(ShardError, match=rf"^{url}{SHARD}: {message}") as caught:
-        numbers(url)
+        fetched_numbers(url)
     assert "\n" not in str(caught.value)
     assert sum(name == SHARD for name, _ in faults.asked) == tries
     assert len(list(cache.glob("*.tar"))) == 1 and not list(cache.glob("*.tmp"))  # the shard before it
     faults.of.clear()
-    assert len(numbers(url)) == COUNT
+    assert len(fetched_numbers(url)) == COUNT
 
 
 @pytest.mark.parametrize("longer", [0, 512])
@@ -130,7 +98,7 @@ def test_a_changed_shard_is_refused(server: tuple[str, Faults, Path], longer: in
     (folder / SHARD).write_bytes(content[:100] + b"\1" + content[101:] + bytes(longer))
     reason = r"it has \d+ bytes, and the index says \d+" if longer else r"its SHA-256 is .*…, and the index says .*…"
     with pytest.raises(ShardError, match=rf"{SHARD}: {reason}; it was changed, or the index is an older one"):
-        numbers(url)
+        fetched_numbers(url)
     assert sum(name == SHARD for name, _ in faults.asked) == 2
 
 
@@ -148,7 +116,7 @@ def test_a_shard_that_changes_while_it_is_fetched(server: tuple[str, Faults, Pat
         return original(name)
 
     faults.next = change  # type: ignore[method-assign]
-    assert len(numbers(url)) == COUNT
+    assert len(fetched_numbers(url)) == COUNT
 
 
 def test_a_trickle_ends_a_try(server: tuple[str, Faults, Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +156,7 @@ def test_logins_and_signatures_are_sent_to_their_host_alone(
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
         (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password wörd\n")
         monkeypatch.setenv("DPM_SCALES_QUERIES", f"elsewhere?x=1 {host}?sig=a%2Fb")
-        assert len(numbers(url)) == COUNT
+        assert len(fetched_numbers(url)) == COUNT
         basic = "Basic bWU6d8O2cmQ="
         assert set(faults.secrets) == {("sig=a%2Fb", basic)}
         faults.of["index.json"] = [f"to {other}index.json".replace("127.0.0.1", "localhost")]
@@ -209,12 +177,16 @@ def test_names_with_other_letters_are_escaped(tmp_path: Path) -> None:
         (tmp_path / "s" / name).rename(tmp_path / "s" / new)
         index.write_text(index.read_text().replace(name, new))
     with served(tmp_path / "s") as (url, faults):
-        assert numbers(url) == list(numbers(tmp_path / "s"))
+        assert fetched_numbers(url) == list(fetched_numbers(tmp_path / "s"))
         assert {name for name, _ in faults.asked} == {"index.json", "é 0.tar", "ß&+1.tar"}
         one = f"{url}%C3%A9%200.tar"
         made, _ = index_shards(locate(one, without=True), Keys(), ShardCache(tmp_path, 1), _silent)
         assert made.shards[0].name == "é 0.tar"
-        assert numbers(one, index=index) == numbers(tmp_path / "s")[:8] == numbers(f"{url}é%200.tar", index=index)
+        assert (
+            fetched_numbers(one, index=index)
+            == fetched_numbers(tmp_path / "s")[:8]
+            == fetched_numbers(f"{url}é%200.tar", index=index)
+        )
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
@@ -228,19 +200,19 @@ def test_single_files_of_an_address_need_an_index(server: tuple[str, Faults, Pat
     url, faults, folder = server
     pattern = f"{url}shard-{{000000..000003}}.tar?key=secret"
     with pytest.raises(UserError, match="its 'key' may be a secret"):
-        numbers(pattern)
+        fetched_numbers(pattern)
     with pytest.raises(UserError, match="an index; make one with dpm-scales data index 'ADDRESS' out=FILE"):
-        numbers(pattern.partition("?")[0])
+        fetched_numbers(pattern.partition("?")[0])
     assert faults.asked == []
     index, found = index_shards(locate(pattern, without=True), Keys(None, "cls"), ShardCache(tmp_path, 1), _silent)
     assert not found and index.num_classes == 3 and index.image_size == (2, 3)
     assert list(index.shards) == [entry_of(folder, f"shard-00000{n}.tar") for n in range(4)]
     (tmp_path / "mine.json").write_text(index.to_json())
     with pytest.raises(UserError, match="its 'key' may be a secret, and runs store .* DPM_SCALES_QUERIES=") as caught:
-        numbers(pattern, index=tmp_path / "mine.json")
+        fetched_numbers(pattern, index=tmp_path / "mine.json")
     assert "=secret" not in str(caught.value)
     pattern = pattern.replace("key=secret", "download=true")
-    assert numbers(pattern, index=tmp_path / "mine.json", labels="cls") == numbers(folder)[:32]
+    assert fetched_numbers(pattern, index=tmp_path / "mine.json", labels="cls") == fetched_numbers(folder)[:32]
     faults.of[SHARD] = ["404"]
     with pytest.raises(FetchError, match=f"{SHARD}: HTTP 404"):
         index_shards(locate(pattern, without=True), Keys(), ShardCache(tmp_path, 1, Patience(1, 1)), _silent)
@@ -259,7 +231,7 @@ def test_without_checksums_nothing_is_fetched(server: tuple[str, Faults, Path]) 
     held["shards"][2]["sha256"] = None
     (folder / "index.json").write_text(json.dumps(held))
     with pytest.raises(UserError, match="no checksum of shard-000002.tar; make it again: dpm-scales data index"):
-        numbers(url)
+        fetched_numbers(url)
     assert [name for name, _ in faults.asked] == ["index.json"]
 
 
@@ -268,172 +240,12 @@ def test_what_only_a_folder_names_is_not_fetched(server: tuple[str, Faults, Path
     with pytest.raises(
         UserError, match=r"index\.json is not in .*data.download=false fetches nothing.*data.download=true"
     ):
-        numbers(url, download=False)
+        fetched_numbers(url, download=False)
     assert faults.asked == []
     part = data.ShardSource(url, channels=1, val_fraction=0).train()
     number_of(part[0][0])
     with pytest.raises(ShardError, match=r"shard-000001\.tar is not in .*data.download=false"):
-        numbers(url, download=False)
-    numbers(url)
+        fetched_numbers(url, download=False)
+    fetched_numbers(url)
     faults.asked.clear()
-    assert len(numbers(url, download=False)) == COUNT and faults.asked == []
-
-
-# --- the cache --------------------------------------------------------------------------------------------------------
-
-
-def small(folder: Path, shards: int, **options: Any) -> ShardCache:
-    """A cache with room for so many shards."""
-    return ShardCache(folder, shards * entry_of(folder.parent / "served").bytes / GIB, **options)
-
-
-def test_the_shard_used_longest_ago_goes_first(server: tuple[str, Faults, Path], cache: Path) -> None:
-    url, faults, folder = server
-    held = small(cache, 3)
-    names = [f"shard-00000{n}.tar" for n in (0, 1, 2, 0, 3)]
-    for age, name in enumerate(names):
-        path = held.path(url + name, entry_of(folder, name))
-        os.utime(path, (age, age))
-    # others' files stay: only names of its own are removed
-    (cache / "mine.tar").write_bytes(bytes(10**6))
-    assert {path.stem for path in cache.glob("?" * 64 + ".tar")} == {
-        entry_of(folder, f"shard-00000{n}.tar").sha256 for n in (0, 2, 3)
-    }
-    leftover = cache / f".{'0' * 64}.tar.{'1' * 12}.tmp"
-    leftover.write_bytes(b"x")
-    os.utime(leftover, (0, 0))
-    with lock(cache / "00.lock", "", ""):  # by this process, which may fetch it in another thread
-        held._mutex("00").acquire()
-        held._make_room(0)
-        held._mutex("00").release()
-        assert leftover.exists()
-    held.path(f"{url}{SHARD}", entry_of(folder))
-    assert not leftover.exists() and (cache / "mine.tar").exists()
-
-
-def test_runs_with_other_limits_share_a_cache(server: tuple[str, Faults, Path], cache: Path) -> None:
-    """The smaller one removes what the larger one will fetch again; both read all images."""
-    url, faults, folder = server
-    bytes_ = entry_of(folder).bytes
-    sizes = {"cache_gb": 2.5 * bytes_ / GIB}, {"cache_gb": 1.0}
-    parts = [data.ShardSource(url, channels=1, val_fraction=0, window=1, **size).train() for size in sizes]
-    shown = [number_of(image) for image, _ in (data.ShardSource(folder, channels=1, val_fraction=0).train())]  # type: ignore[attr-defined]
-    for index in range(0, COUNT, 2):
-        other = COUNT - 1 - index
-        assert [number_of(parts[0][index][0]), number_of(parts[1][other][0])] == [shown[index], shown[other]]
-    parts[0].shards._open.clear()
-    number_of(parts[0][0][0])
-    assert sum(path.stat().st_size for path in cache.glob("*.tar")) <= 5 * bytes_
-
-
-def test_an_interrupt_leaves_nothing_half_fetched(
-    server: tuple[str, Faults, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C while bytes come; the next command fetches the shard."""
-    url, faults, folder = server
-    held, entry = ShardCache(cache, 1), entry_of(folder)
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(fetching, "_checked", interrupt)
-        held.path(f"{url}{SHARD}", entry)
-    assert [path.suffix for path in cache.iterdir()] == [".lock"] * len(list(cache.iterdir()))
-    assert held.path(f"{url}{SHARD}", entry).read_bytes() == (folder / SHARD).read_bytes()
-
-
-def test_a_shard_that_others_remove_is_fetched_again(server: tuple[str, Faults, Path], cache: Path) -> None:
-    """An open one is read on; a damaged file is replaced."""
-    url, _, _ = server
-    part = data.ShardSource(url, channels=1, val_fraction=0).train()
-    first = [number_of(part[i][0]) for i in range(8)]
-    for path in cache.glob("*.tar"):
-        path.unlink()
-    assert [number_of(part[i][0]) for i in range(8)] == first
-    again = pickle.loads(pickle.dumps(part))  # as in a worker
-    assert [number_of(again[i][0]) for i in range(8)] == first
-    for path in cache.glob("*.tar"):
-        path.write_bytes(b"short")
-    assert [number_of(pickle.loads(pickle.dumps(part))[i][0]) for i in range(8)] == first
-
-
-def test_a_cache_too_small_for_two_windows(server: tuple[str, Faults, Path]) -> None:
-    url, _, folder = server
-    bytes_ = entry_of(folder).bytes
-    with pytest.raises(
-        UserError, match=r"cache_gb=.* is less than the 0\.00 GiB of two windows .*raise it, or lower window"
-    ):
-        numbers(url, window=2, cache_gb=3.9 * bytes_ / GIB)
-    assert len(numbers(url, window=1, cache_gb=2 * bytes_ / GIB)) == COUNT
-    assert len(numbers(folder, window=2, cache_gb=bytes_ / GIB)) == COUNT  # local shards need none
-
-
-def test_processes_and_threads_share_one_fetch(server: tuple[str, Faults, Path], cache: Path) -> None:
-    """Four processes of two threads each want the same shard while it comes slowly."""
-    url, faults, folder = server
-    faults.of[SHARD] = ["stall", "ok"]
-    entry, held = entry_of(folder), ShardCache(cache, 1, Patience(2, 5))
-    children = []
-    for _ in range(4):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                threads = [threading.Thread(target=held.path, args=(f"{url}{SHARD}", entry)) for _ in range(2)]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
-                status = int(not (cache / f"{entry.sha256}.tar").is_file())
-            finally:
-                os._exit(status)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
-    assert sum(name == SHARD for name, _ in faults.asked) == 1
-
-
-def test_a_fork_does_not_wait_for_a_thread_of_its_parent(server: tuple[str, Faults, Path], cache: Path) -> None:
-    url, _, folder = server
-    held, entry = ShardCache(cache, 1), entry_of(folder)
-    held._mutex(str(entry.sha256)[:2]).acquire()  # by a thread that the child does not have
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            status = int(not held.path(f"{url}{SHARD}", entry).is_file())
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def test_the_next_window_is_fetched_ahead(server: tuple[str, Faults, Path]) -> None:
-    """While the first is trained on; and the batches are those of the folder, with workers too."""
-    url, faults, folder = server
-    options: dict[str, Any] = {"channels": 1, "val_fraction": 0, "window": 2}
-    module = data.ImageDataModule(data.ShardSource(url, **options), 8, seed=3)
-    loader = iter(module.train_dataloader())
-    next(loader)
-    until = time.monotonic() + 5
-    while sum(name.endswith(".tar") for name, _ in faults.asked) < 4 and time.monotonic() < until:
-        time.sleep(0.01)
-    assert sum(name.endswith(".tar") for name, _ in faults.asked) == 4
-    local = data.ImageDataModule(data.ShardSource(folder, **options), 8, num_workers=2, seed=3)
-    remote = data.ImageDataModule(data.ShardSource(url, **options), 8, num_workers=2, seed=3)
-    pairs = list(zip(local.train_dataloader(), remote.train_dataloader(), strict=True))
-    assert len(pairs) == 5 and all(a[0].equal(b[0]) for a, b in pairs)
-    assert sorted(name for name, _ in faults.asked if name.endswith(".tar")) == sorted(
-        p.name for p in folder.glob("*.tar")
-    )
-
-
-def test_a_full_disk_ends_with_one_line(server: tuple[str, Faults, Path], cache: Path, monkeypatch: Any) -> None:
-    url, _, folder = server
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("dpm_scales.data.shard_cache.fetch", full)
-    with pytest.raises(UserError, match="No space left on device; free some space"):
-        ShardCache(cache, 1).path(f"{url}{SHARD}", entry_of(folder))
-    assert not list(cache.glob("*.tmp")) and isinstance(ShardIndex(()), ShardIndex)
+    assert len(fetched_numbers(url, download=False)) == COUNT and faults.asked == []

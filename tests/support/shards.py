@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import tarfile
 import threading
@@ -20,7 +21,7 @@ from PIL import Image
 
 from dpm_scales.data import ShardSource
 from dpm_scales.data.pack import Packing, pack
-from dpm_scales.data.shard_index import ShardIndex
+from dpm_scales.data.shard_index import ShardEntry, ShardIndex
 
 
 def numbered(number: int, size: tuple[int, int] = (2, 3), channels: int = 1) -> np.ndarray:
@@ -84,6 +85,18 @@ def numbers_of(part: Any) -> list[int]:
 
 def silent(name: str, total: int) -> Any:
     return lambda count: None
+
+
+def fetched_numbers(root: Any, **options: Any) -> list[int]:
+    """Return the numbers that the images at an address show, fetched with little patience."""
+    part = ShardSource(root, **{"channels": 1, "val_fraction": 0, "tries": 4, "timeout": 0.15, **options}).train()
+    return [number_of(part[i][0]) for i in range(len(part))]
+
+
+def entry_of(folder: Path, name: str = "shard-000001.tar") -> ShardEntry:
+    """Return what the index of a folder says of a shard."""
+    held = json.loads((folder / "index.json").read_text())["shards"]
+    return next(ShardEntry(s["name"], s["images"], s["bytes"], s["sha256"]) for s in held if s["name"] == name)
 
 
 @dataclass
