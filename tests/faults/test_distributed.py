@@ -42,6 +42,7 @@ from support.shell import (
     settings,
     train,
 )
+from support.states import STATES, assert_close
 
 #: 359 images of validation are no multiple of a batch
 OPTIONS = (
@@ -51,15 +52,6 @@ OPTIONS = (
     *("ema.power_lengths=[0.05,0.1]", "ema.snapshot_every=7"),
 )
 STEPS, VALIDATIONS = 20, 2
-STATES = (
-    "state_dict",
-    "current_model_state",
-    "averaging_state",
-    "power_averages",
-    "optimizer_states",
-    "lr_schedulers",
-    "bad_steps",
-)
 CURVES = ("train/loss", "train/grad_norm", "val/loss", "val/loss_t0.25", "val/loss_t0.50", "val/loss_t1.00")
 
 
@@ -216,21 +208,6 @@ def sliced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def assert_close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
-    """Two checkpoints: their tensors by the largest relative error in the norm, the rest to the last bit."""
-    names = [name for name in STATES if name in ours]
-    assert names == [name for name in STATES if name in theirs]
-    for name in names:
-        pairs = list(leaves(ours[name], theirs[name]))
-        assert pairs, name
-        for a, b in pairs:
-            assert type(a) is type(b) and (not isinstance(a, Tensor) or a.shape == b.shape and a.dtype == b.dtype)
-            if isinstance(a, Tensor) and a.is_floating_point():
-                assert float((a - b).norm()) <= tolerance * float(b.norm()), name
-            else:
-                assert_equal(a, b, name)
-
-
 def assert_snapshots_close(run_dir: Path, other: Path, tolerance: float) -> None:
     """Snapshots of power-function averages, by the largest relative error in the norm."""
     names = [f"step-{step:06d}.safetensors" for step in (7, 14, STEPS)]
@@ -241,17 +218,6 @@ def assert_snapshots_close(run_dir: Path, other: Path, tolerance: float) -> None
         for key, value in ours.items():
             difference = (value.double() - theirs[key].double()).norm()
             assert difference <= tolerance * theirs[key].double().norm() + tolerance / 10, (name, key)
-
-
-def leaves(a: Any, b: Any) -> list[tuple[Any, Any]]:
-    """Pairs at the same places of two containers that have the same places."""
-    if isinstance(a, dict):
-        assert list(a) == list(b)
-        return [pair for key in a for pair in leaves(a[key], b[key])]
-    if isinstance(a, list):
-        assert len(a) == len(b)
-        return [pair for x, y in zip(a, b, strict=True) for pair in leaves(x, y)]
-    return [(a, b)]
 
 
 @pytest.mark.slow
