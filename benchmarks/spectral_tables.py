@@ -169,6 +169,8 @@ def _finish(axes: Any, figure: str, lines: Sequence[Row]) -> None:
     near = real is not None and real > low / 2
     if real is not None and near:
         axes.axhline(real, color="grey", linewidth=0.8)
+        place = axes.get_yaxis_transform()
+        axes.text(0.99, real, f"{REAL}: {_three(real)}", transform=place, ha="right", va="bottom", fontsize="small")
     elif real is not None:
         figure = f"{figure} (real images: {_three(real)})"
     axes.set_ylabel(figure)
