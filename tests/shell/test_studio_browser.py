@@ -98,7 +98,7 @@ class Visit:
         toast = self.page.locator(".toast-body").last
         toast.wait_for(timeout=PATIENCE)
         text = " ".join(toast.inner_text().split())
-        toast.get_by_role("button").first.click()
+        toast.locator(".toast-close").click()
         toast.wait_for(state="hidden", timeout=PATIENCE)
         return text
 
