@@ -29,7 +29,7 @@ STEPS = 24
 RUN = (*FAST, f"trainer.max_steps={STEPS}", "trainer.val_check_interval=24", "checkpoint.every_n_steps=10")
 KEPT = ("ema.power_lengths=[0.05,0.1]", "ema.snapshot_every=3")
 NAME = "denoiser.network.conv_out.weight"
-ASKED = ("sampler=ancestral", "num_samples=3")
+ASKED = ("sampler=ancestral", "steps=20", "num_samples=3")
 
 
 @pytest.fixture(scope="module")
