@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from dpm_scales.errors import UserError, require
 from dpm_scales.operators.base import SpectralFunction
-from dpm_scales.operators.stencil import CACHE_BYTES, Stencil, blocks, cut, may_fuse, white_stencil
+from dpm_scales.operators.stencil import CACHE_BYTES, Stencil, agrees, blocks, cut, may_fuse, white_stencil
 
 SPECTRAL_BOUND = 8.0
 """Largest eigenvalue of L, for every guidance image."""
@@ -336,25 +335,23 @@ def one_kernel(stencil: Stencil, table: Tensor, ys: Sequence[Tensor], expands: b
 @functools.cache
 def _one_kernel_right(device: torch.device) -> bool:
     """Return whether sweeps in one kernel agree on this device with those by steps; tried once per device."""
-    try:
-        generator = torch.Generator(device).manual_seed(0)  # the user's stays as it is
-        draw = functools.partial(torch.rand, device=device, generator=generator)
-        for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
-            for height, width in ((5, 7), (64, 64)):
-                stencil = white_stencil(draw(2, 1, height, width, dtype=dtype) + 0.5)
-                ys = [*draw(2, 2, 1, height * width, dtype=dtype)]
-                numbers = [draw(2, 1, 1, terms, dtype=dtype) / terms for terms in (33, 20)]
-                table = signed_table(numbers, ys[0])
-                assert table is not None
-                outs = [torch.empty_like(ys[0]) for _ in numbers]
-                expand_by_steps(outs, stencil, ys[0], numbers)
-                near = functools.partial(torch.testing.assert_close, atol=tolerance, rtol=tolerance)
-                near(one_kernel(stencil, table, ys[:1], True), tuple(outs))
-                together = collect_by_steps(stencil, numbers, ys)
-                near(one_kernel(stencil, table, ys, False)[0], together)
-    except Exception as error:  # a missing compiler, an unknown card: whatever Triton may raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        line = f"sweeps in one kernel are of no use here ({reason}); osmosis starts two for each degree instead"
-        warnings.warn(line, stacklevel=2)
-        return False
-    return True
+    return agrees(_try_sweeps, device, "sweeps in one kernel are", "osmosis starts two for each degree instead")
+
+
+def _try_sweeps(device: torch.device) -> None:
+    """Raise AssertionError unless sweeps in one kernel are those by steps."""
+    generator = torch.Generator(device).manual_seed(0)  # the user's stays as it is
+    draw = functools.partial(torch.rand, device=device, generator=generator)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
+        for height, width in ((5, 7), (64, 64)):
+            stencil = white_stencil(draw(2, 1, height, width, dtype=dtype) + 0.5)
+            ys = [*draw(2, 2, 1, height * width, dtype=dtype)]
+            numbers = [draw(2, 1, 1, terms, dtype=dtype) / terms for terms in (33, 20)]
+            table = signed_table(numbers, ys[0])
+            assert table is not None
+            outs = [torch.empty_like(ys[0]) for _ in numbers]
+            expand_by_steps(outs, stencil, ys[0], numbers)
+            near = functools.partial(torch.testing.assert_close, atol=tolerance, rtol=tolerance)
+            near(one_kernel(stencil, table, ys[:1], True), tuple(outs))
+            together = collect_by_steps(stencil, numbers, ys)
+            near(one_kernel(stencil, table, ys, False)[0], together)

@@ -205,22 +205,32 @@ def may_fuse(u: Tensor) -> bool:
 @functools.cache
 def _fuses_right(device: torch.device) -> bool:
     """Return whether Triton compiles on this device and agrees with five products; tried once per device."""
+    return agrees(_try_product, device, "Triton is", "osmosis takes five passes instead of one")
+
+
+def agrees(trial: Callable[[torch.device], None], device: torch.device, subject: str, instead: str) -> bool:
+    """Return whether a trial of kernels raises nothing on a device; if it does, one line says what is done instead."""
     try:
-        generator = torch.Generator(device).manual_seed(0)  # the user's stays as it is
-        for dtype in (torch.float32, torch.float64):
-            guidance = torch.rand(2, 1, 5, 7, device=device, dtype=dtype, generator=generator) + 0.5
-            stencil = white_stencil(guidance)
-            weights = (stencil.diagonal, *(w for w in (stencil.from_right, stencil.from_below) for _ in range(2)))
-            u, start = torch.randn(2, 2, 3, 35, device=device, dtype=dtype, generator=generator).unbind()
-            fused, plain = start.clone(), start.clone()
-            FusedProduct(weights, u, fused, 7).add(-0.5)
-            FiveProducts(weights, u, plain, 7).add(-0.5)
-            torch.testing.assert_close(fused, plain)
+        trial(device)
     except Exception as error:  # a missing compiler, an unknown card: whatever Triton may raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"Triton is of no use here ({reason}); osmosis takes five passes instead of one", stacklevel=2)
+        warnings.warn(f"{subject} of no use here ({reason}); {instead}", stacklevel=3)
         return False
     return True
+
+
+def _try_product(device: torch.device) -> None:
+    """Raise AssertionError unless a product in one kernel is that of five passes."""
+    generator = torch.Generator(device).manual_seed(0)  # the user's stays as it is
+    for dtype in (torch.float32, torch.float64):
+        guidance = torch.rand(2, 1, 5, 7, device=device, dtype=dtype, generator=generator) + 0.5
+        stencil = white_stencil(guidance)
+        weights = (stencil.diagonal, *(w for w in (stencil.from_right, stencil.from_below) for _ in range(2)))
+        u, start = torch.randn(2, 2, 3, 35, device=device, dtype=dtype, generator=generator).unbind()
+        fused, plain = start.clone(), start.clone()
+        FusedProduct(weights, u, fused, 7).add(-0.5)
+        FiveProducts(weights, u, plain, 7).add(-0.5)
+        torch.testing.assert_close(fused, plain)
 
 
 def canonical_drift(guidance_image: Tensor) -> tuple[Tensor, Tensor]:
