@@ -201,12 +201,11 @@ class DiffusionModule(pl.LightningModule):
         """
         share = min(step / max_steps, 1.0) if max_steps > 0 else passed
         warmup = self.warmup_steps
-        if warmup != "auto":
-            rate = min(1.0, (step + 1) / (int(warmup) + 1))
-        elif max_steps > 0:
-            rate = min(1.0, (step + 1) / (min(AUTO_WARMUP, max_steps // 10) + 1))
-        else:
-            rate = min(1.0, max((step + 1) / (AUTO_WARMUP + 1), 10 * passed))
+        sooner = 0.0
+        if isinstance(warmup, str):
+            warmup = min(AUTO_WARMUP, max_steps // 10) if max_steps > 0 else AUTO_WARMUP
+            sooner = 0.0 if max_steps > 0 else 10 * passed
+        rate = min(1.0, max((step + 1) / (warmup + 1), sooner))
         return rate * 0.5 * (1 + math.cos(math.pi * share)) if self.decay == "cosine" else rate
 
     def configure_gradient_clipping(

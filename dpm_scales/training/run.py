@@ -204,7 +204,7 @@ def train_model(
         UnreadableImages(data, run_dir / "unreadable.txt"),
     ]
     if by_time(cfg):
-        callbacks.append(TimeBudget(plain(cfg.trainer.max_time)))
+        callbacks.append(TimeBudget())
     if cfg.samples.curves:
         callbacks.append(Curves(run_dir / curves.NAME))
     check_grid(cfg.samples.num_images, recipe)
@@ -249,7 +249,7 @@ def _resume_and_fit(
         check_same_model(current_names(checkpoint["recipe"]), current_names(model.recipe.to_dict()), run_dir)
         require_resumable_averages(checkpoint, resume, powers, module)
         steps = int(checkpoint["global_step"])
-        passed = share_passed(checkpoint, plain(cfg.trainer.max_time))
+        passed = share_passed(trainer, checkpoint)
         rate = module.learning_rate * module.rate(steps, cfg.trainer.max_steps, passed)
         changed, warned = what_changed(checkpoint, options_of(cfg), rate)
         del checkpoint  # as large as weights, EMA and optimiser state together

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,24 +14,26 @@ from torch.optim import Optimizer
 from dpm_scales.training.module import DiffusionModule
 
 
-def seconds_of(max_time: Any) -> float:
-    """Return a duration, "DD:HH:MM:SS" or a mapping of units, in seconds."""
-    duration = Timer(timedelta(**max_time) if isinstance(max_time, dict) else max_time).time_remaining()
-    assert duration is not None
-    return duration
-
-
 def by_time(cfg: DictConfig) -> bool:
     """Return whether the time of a run, and no number of steps, ends the decay of its learning rate."""
     return bool(cfg.trainer.max_steps == -1 and cfg.trainer.max_time is not None)
 
 
-def share_passed(checkpoint: dict[str, Any], max_time: Any) -> float:
-    """Return the share of `max_time` that had passed when a checkpoint was written; 0 without a limit."""
-    if max_time is None:
+def share_passed(trainer: pl.Trainer, checkpoint: dict[str, Any] | None = None) -> float:
+    """Return the share of `trainer.max_time` that has passed, in [0, 1]; 0 without a limit.
+
+    Args:
+        checkpoint: for the share that had passed when it was written.
+    """
+    timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)  # type: ignore[attr-defined]
+    left = None if timer is None else timer.time_remaining()
+    if timer is None or left is None:
         return 0.0
-    elapsed = checkpoint.get("callbacks", {}).get("Timer", {}).get("time_elapsed", {}).get("train", 0.0)
-    return min(1.0, max(0.0, float(elapsed)) / max(seconds_of(max_time), 1e-9))
+    elapsed = timer.time_elapsed()
+    seconds = elapsed + left
+    if checkpoint is not None:
+        elapsed = float(checkpoint.get("callbacks", {}).get("Timer", {}).get("time_elapsed", {}).get("train", 0.0))
+    return 1.0 if elapsed >= seconds else max(0.0, elapsed) / seconds
 
 
 class TimeBudget(Callback):
@@ -42,8 +43,7 @@ class TimeBudget(Callback):
     and a resumed run not those of an uninterrupted one.
     """
 
-    def __init__(self, max_time: Any) -> None:
-        self._seconds = seconds_of(max_time)
+    def __init__(self) -> None:
         self._group: Any = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -65,8 +65,7 @@ class TimeBudget(Callback):
 
     def _tell(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, DiffusionModule)
-        timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
-        share = min(1.0, max(0.0, timer.time_elapsed()) / self._seconds)
+        share = share_passed(trainer)
         if self._group is not None:
             shared = torch.tensor(share, dtype=torch.float64)
             distributed.broadcast(shared, 0, self._group)

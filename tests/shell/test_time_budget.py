@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Timer
 from torch import distributed, multiprocessing
 
 from dpm_scales.training.module import DiffusionModule
-from dpm_scales.training.time_budget import TimeBudget, seconds_of
+from dpm_scales.training.time_budget import TimeBudget, share_passed
 from support.shell import attempt, column, settings, small_model
 
 TIMED = (
@@ -79,8 +79,20 @@ def test_automatic_warm_up_takes_a_tenth_of_the_time_at_most_100_steps() -> None
     assert module.rate(3, -1, passed=0.05) == 0.5 and module.rate(3, -1, passed=0.1) == 1
 
 
-def test_durations() -> None:
-    assert seconds_of("01:02:03:04") == 93784 and seconds_of({"minutes": 2, "seconds": 1}) == 121
+@pytest.mark.parametrize("duration", ["01:02:03:04", {"days": 1, "hours": 2, "minutes": 3, "seconds": 4}])
+def test_shares_of_a_duration(duration: Any) -> None:
+    trainer: Any = SimpleNamespace(callbacks=[Timer(duration)])
+    shares = [
+        share_passed(trainer, {"callbacks": {"Timer": {"time_elapsed": {"train": seconds}}}})
+        for seconds in (-1.0, 0.0, 93784 / 4, 93784.0, 1e9)
+    ]
+    assert shares == [0, 0, 0.25, 1, 1]
+    assert share_passed(trainer) == share_passed(trainer, {}) == share_passed(SimpleNamespace(callbacks=[]), {}) == 0  # type: ignore[arg-type]
+
+
+def test_no_time_at_all_is_a_run_of_no_steps(tmp_path: Path) -> None:
+    done = attempt(tmp_path / "run", *TIMED, "trainer.max_time=00:00:00:00")
+    assert (done.status, "Traceback" in done.err) == (0, False), done.err
 
 
 def _rank(rank: int, folder: str, found: Any) -> None:
@@ -89,7 +101,7 @@ def _rank(rank: int, folder: str, found: Any) -> None:
     timer.load_state_dict({"time_elapsed": {"train": 2.0 + 5 * rank}})
     trainer: Any = SimpleNamespace(world_size=2, callbacks=[timer])
     module = DiffusionModule(small_model())
-    budget = TimeBudget("00:00:00:10")
+    budget = TimeBudget()
     budget.on_fit_start(trainer, module)
     budget.on_train_start(trainer, module)
     found[rank] = module.passed
