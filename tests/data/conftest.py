@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from dpm_scales.data import fetch as fetching
 from support.shards import Faults, packed, served
+
+
+@pytest.fixture
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of a test, and pauses of no time between tries."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("DPM_SCALES_CACHE", str(folder))
+    monkeypatch.setattr(fetching, "FIRST_PAUSE", 0.0)
+    return folder
 
 
 @pytest.fixture(scope="session")

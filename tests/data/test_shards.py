@@ -28,14 +28,9 @@ from dpm_scales.errors import UserError
 from support.shards import encoded, number_of, numbered, numbers_of, packed, samples, silent, source, tar
 from support.shell import files, photos
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 COUNT = 40
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("DPM_SCALES_CACHE", str(folder))
-    return folder
 
 
 def batches(root: Any, start: int = 0, count: int = 3, workers: int = 0, **options: Any) -> list[list[int]]:

@@ -20,26 +20,20 @@ from dpm_scales.errors import UserError
 from dpm_scales.locks import lock
 from support.shards import Faults, entry_of, fetched_numbers, number_of
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 COUNT = 40
 SHARD = "shard-000001.tar"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of a test, and pauses of no time."""
-    monkeypatch.setenv("DPM_SCALES_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetching, "FIRST_PAUSE", 0.0)
-    return tmp_path / "cache"
-
-
-def small(folder: Path, shards: int, **options: Any) -> ShardCache:
-    """A cache with room for so many shards."""
-    return ShardCache(folder, shards * entry_of(folder.parent / "served").bytes / GIB, **options)
+def small(folder: Path, served: Path, shards: int) -> ShardCache:
+    """A cache with room for so many shards of a folder."""
+    return ShardCache(folder, shards * entry_of(served).bytes / GIB)
 
 
 def test_the_shard_used_longest_ago_goes_first(server: tuple[str, Faults, Path], cache: Path) -> None:
     url, faults, folder = server
-    held = small(cache, 3)
+    held = small(cache, folder, 3)
     names = [f"shard-00000{n}.tar" for n in (0, 1, 2, 0, 3)]
     for age, name in enumerate(names):
         path = held.path(url + name, entry_of(folder, name))

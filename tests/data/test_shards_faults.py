@@ -20,14 +20,9 @@ from dpm_scales.data.shard_set import ShardError
 from dpm_scales.errors import UserError
 from support.shards import encoded, number_of, numbered, numbers_of, samples, silent, source, tar
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 COUNT = 40
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("DPM_SCALES_CACHE", str(folder))
-    return folder
 
 
 def test_images_and_labels_that_are_faulty_are_replaced_and_counted(tmp_path: Path) -> None:

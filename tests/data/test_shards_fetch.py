@@ -20,16 +20,10 @@ from dpm_scales.data.shard_set import ShardError
 from dpm_scales.errors import UserError
 from support.shards import Faults, entry_of, fetched_numbers, number_of, packed, served
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 COUNT = 40
 SHARD = "shard-000001.tar"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of a test, and pauses of no time."""
-    monkeypatch.setenv("DPM_SCALES_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetching, "FIRST_PAUSE", 0.0)
-    return tmp_path / "cache"
 
 
 def test_an_address_gives_what_the_folder_gives(server: tuple[str, Faults, Path], shards: Path) -> None:

@@ -23,14 +23,9 @@ from dpm_scales.data.shard_set import ShardError
 from dpm_scales.errors import UserError
 from support.shards import number_of, packed, samples, served, tar
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 COUNT = 40
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("DPM_SCALES_CACHE", str(folder))
-    return folder
 
 
 def epochs(module: data.ImageDataModule) -> Callable[[int], None]:
