@@ -41,9 +41,10 @@ from torch.utils.data import DataLoader
 from dpm_scales import data
 from dpm_scales.commands import sample_shards
 from dpm_scales.data import ImageDataModule
-from dpm_scales.data.pack import Packing, pack
-from dpm_scales.data.shard import decode
 from dpm_scales.images import png_bytes
+from dpm_scales.shards import ShardSource
+from dpm_scales.shards.pack import Packing, pack
+from dpm_scales.shards.shard import decode
 
 BATCH = 64
 SIZES, WORKERS = (32, 64, 256), (0, 1, 2)
@@ -143,7 +144,7 @@ def write_parquet(place: Path) -> None:
 
 def loaders(place: Path) -> dict[str, Loader]:
     """Return all loaders of the sets in a folder, by name."""
-    shards = partial(data.ShardSource, split="images", val_fraction=0, window=4)
+    shards = partial(ShardSource, split="images", val_fraction=0, window=4)
     write_parquet(place)
     sources: dict[str, Callable[[], data.ImageSource]] = {
         "array": lambda: data.ArraySource(place / "array.npy", val_fraction=0),
@@ -260,7 +261,7 @@ def memory(images: int, epochs: int, workers: int, per_shard: int = 1000) -> lis
         rng = np.random.default_rng(0)
         np.save(place / "a.npy", rng.integers(0, 256, (images, 8, 8, 3), dtype=np.uint8))
         pack(place / "a.npy", place / "s", Packing(per_shard, format="ppm"), lambda *_: lambda _: None)
-        module = ImageDataModule(data.ShardSource(place / "s", val_fraction=0), 256, workers)
+        module = ImageDataModule(ShardSource(place / "s", val_fraction=0), 256, workers)
         loader, found, done = module.train_dataloader(), [], 0
         for epoch in range(epochs):
             module.set_start_batch(done)

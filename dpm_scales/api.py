@@ -19,12 +19,12 @@ from torch.utils.data import Dataset
 from dpm_scales.cli.composed import composed
 from dpm_scales.data import ImageDataModule, ImageSource
 from dpm_scales.data.given import given_data
-from dpm_scales.data.shard_places import is_shards
 from dpm_scales.describe import Configured, Describable, DescriptionError, describe
 from dpm_scales.errors import require, require_number, suggest
 from dpm_scales.models.checksums import read_tensors
 from dpm_scales.models.instantiate import CONFIGS, build, defaults_of, plain
 from dpm_scales.models.model import PARTS, Model
+from dpm_scales.shards.places import is_shards
 from dpm_scales.training.module import MOST_STEPS
 from dpm_scales.training.reporting import MetricsFile
 from dpm_scales.training.run import train_model

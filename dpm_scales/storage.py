@@ -34,6 +34,8 @@ _KINDS = {
 #: links that may remain: Weights & Biases recreates this one, to its service's log, for each run and never opens it
 KEPT_LINKS = ("debug-core.log",)
 _TEMPORARY = ".{name}.{mark}.tmp"
+DATA_CACHE = "DPM_SCALES_CACHE"
+"""Environment variable that names the folder of fetched shards and decoded images."""
 
 
 class FolderGoneError(UserError):
@@ -371,3 +373,15 @@ def read_yaml(path: Path) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not YAML: {error or type(error).__name__}") from error
+
+
+def user_cache(name: str) -> Path:
+    """Return the folder `dpm_scales/NAME` in $XDG_CACHE_HOME or in ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "dpm_scales" / name
+
+
+def data_cache() -> Path:
+    """Return the folder of fetched shards and decoded images: `$DPM_SCALES_CACHE`, or that of `user_cache`."""
+    named = os.environ.get(DATA_CACHE, "")
+    return Path(named).expanduser() if named else user_cache("shards")

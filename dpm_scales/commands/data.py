@@ -73,8 +73,8 @@ def _pack(argv: Sequence[str], command: str) -> None:
     numbers = {key: _number(given[key], key) for key in _NUMBERS if key in given}
     words = {key: given[key] for key in _WORDS if key in given}
 
-    from dpm_scales.data.pack import Packing, pack  # these load torch
     from dpm_scales.progress import Report
+    from dpm_scales.shards.pack import Packing, pack  # these load torch
 
     size = _size(given["image_size"]) if "image_size" in given else None
     usual = {} if size is None and "channels" not in given else {"format": "png"}
@@ -95,10 +95,10 @@ def _and(parts: Sequence[str]) -> str:
 def _check(argv: Sequence[str], command: str) -> None:
     asked, place = _shards(argv, command, ("index",))
 
-    from dpm_scales.data.fetch import shown
-    from dpm_scales.data.shard import Keys
-    from dpm_scales.data.shard_check import check_shards
     from dpm_scales.progress import Report
+    from dpm_scales.shards.check import check_shards
+    from dpm_scales.shards.fetch import shown
+    from dpm_scales.shards.shard import Keys
 
     keys = Keys(asked.options.get("image"), asked.options.get("labels"))
     with Report() as report:
@@ -116,12 +116,12 @@ def _check(argv: Sequence[str], command: str) -> None:
 def _index(argv: Sequence[str], command: str) -> None:
     asked, place = _shards(argv, command, ("out",))
 
-    from dpm_scales.data.fetch import is_url, shown
-    from dpm_scales.data.shard import Keys
-    from dpm_scales.data.shard_check import index_shards
-    from dpm_scales.data.shard_index import INDEX
-    from dpm_scales.data.shard_places import locate
     from dpm_scales.progress import Report
+    from dpm_scales.shards.check import index_shards
+    from dpm_scales.shards.fetch import is_url, shown
+    from dpm_scales.shards.index import INDEX
+    from dpm_scales.shards.places import locate
+    from dpm_scales.shards.shard import Keys
     from dpm_scales.storage import write_text
 
     out, located = asked.options.get("out"), locate(place, without=True)
@@ -144,11 +144,12 @@ def _shards(argv: Sequence[str], command: str, more: tuple[str, ...]) -> tuple[W
 
 
 def _cache(asked: Words):  # type: ignore[no-untyped-def]
-    from dpm_scales.data.fetch import Patience
-    from dpm_scales.data.shard_cache import DEFAULT_GIGABYTES, ShardCache, cache_folder
+    from dpm_scales.shards.cache import DEFAULT_GIGABYTES, ShardCache
+    from dpm_scales.shards.fetch import Patience
+    from dpm_scales.storage import data_cache
 
     patience = Patience(asked.number("tries", 8), asked.number("timeout", 30))
-    return ShardCache(cache_folder(), DEFAULT_GIGABYTES, patience)
+    return ShardCache(data_cache(), DEFAULT_GIGABYTES, patience)
 
 
 def _number(text: str, key: str) -> int:

@@ -17,7 +17,7 @@ from dpm_scales.errors import UserError, require, require_number
 from dpm_scales.evaluation.choices import choose_features, choose_metrics, rehearse
 from dpm_scales.evaluation.generated import ModelSamples
 from dpm_scales.evaluation.likelihood import METHODS, check_classes, estimator
-from dpm_scales.evaluation.reference_cache import cache_folder
+from dpm_scales.evaluation.reference_cache import REFERENCES
 from dpm_scales.evaluation.references import RUN_DATA, open_images
 from dpm_scales.memory import require_memory
 from dpm_scales.metrics import Metric
@@ -25,7 +25,7 @@ from dpm_scales.metrics.figures import FEWEST_NEIGHBOURS, check_names, check_num
 from dpm_scales.models.generate import pick_labels
 from dpm_scales.models.hub import is_on_hub
 from dpm_scales.models.instantiate import plain
-from dpm_scales.storage import check_writable
+from dpm_scales.storage import check_writable, user_cache
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -89,7 +89,7 @@ def plan(cfg: DictConfig) -> Question:
         yardstick=yardstick,
         likelihood=likelihood,
         batch_size=cfg.batch_size,
-        cache=cache_folder() if cfg.cache else None,
+        cache=user_cache(REFERENCES) if cfg.cache else None,
         device=device,
         world=world,
         out=out,

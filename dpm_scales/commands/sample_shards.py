@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dpm_scales.data.pack import kept_entry, write_shard
-from dpm_scales.data.shard import Keys, Shard, decode
-from dpm_scales.data.shard_index import INDEX, ShardIndex
-from dpm_scales.data.shard_places import PACKING
 from dpm_scales.distributed.ranks import World
 from dpm_scales.errors import UserError
+from dpm_scales.shards.index import INDEX, ShardIndex
+from dpm_scales.shards.pack import kept_entry, write_shard
+from dpm_scales.shards.places import PACKING
+from dpm_scales.shards.shard import Keys, Shard, decode
 from dpm_scales.storage import remove_leftovers, write_text
 
 PER_SHARD = 1000

@@ -1,4 +1,4 @@
-"""Data sets and batches of uint8 images with integer labels."""
+"""Data sets and batches of uint8 images with integer labels; tar shards of them are in `dpm_scales.shards`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from dpm_scales.data.hf import HubSource
 from dpm_scales.data.mnist5000 import Mnist5000
 from dpm_scales.data.order import EpochOrder
 from dpm_scales.data.sampler import ShuffledBatches
-from dpm_scales.data.shards import ShardImages, ShardSource
 from dpm_scales.data.sources import ArraySource, Digits, Photos
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
         hf_data,
         mnist5000_data,
         photos_data,
-        shards_data,
         torchvision_data,
     )
     from dpm_scales.data.datamodule import ImageDataModule
@@ -45,8 +43,6 @@ __all__ = [
     "ImageSource",
     "Mnist5000",
     "Photos",
-    "ShardImages",
-    "ShardSource",
     "ShuffledBatches",
     "TensorImages",
     "TorchvisionSource",
@@ -59,13 +55,17 @@ __all__ = [
     "listed",
     "mnist5000_data",
     "photos_data",
-    "shards_data",
     "torchvision_data",
 ]
+
+#: names that users' own configs may still look for here
+_MOVED = ("ShardImages", "ShardSource", "shards_data")
 
 
 def __getattr__(name: str) -> Any:
     # the data module needs Lightning, which takes seconds to import
+    if name in _MOVED:
+        return getattr(import_module("dpm_scales.shards"), name)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     places = {"ImageDataModule": "datamodule", "GivenImages": "given", "given_data": "given"}

@@ -16,11 +16,10 @@ from dpm_scales.data.downloads import TorchvisionSource
 from dpm_scales.data.folder import BSDS500, ImageFolder
 from dpm_scales.data.hf import HubSource
 from dpm_scales.data.mnist5000 import Mnist5000
-from dpm_scales.data.shards import ShardSource
 from dpm_scales.data.sources import ArraySource, Digits, Photos
 
 
-def _batches_of(source: type[ImageSource], name: str) -> Callable[..., ImageDataModule]:
+def batches_of(source: type[ImageSource], name: str) -> Callable[..., ImageDataModule]:
     """Return the builder called `name`: of keyword arguments, those of `source` and those of `ImageDataModule`."""
     own, others = (dict(inspect.signature(made).parameters) for made in (source, ImageDataModule))
     del others["source"]
@@ -36,16 +35,16 @@ def _batches_of(source: type[ImageSource], name: str) -> Callable[..., ImageData
     build.__annotations__ = {p.name: hints[p.name] for p in arguments} | {"return": ImageDataModule}
     build.__signature__ = signature  # type: ignore[attr-defined]
     build.__name__ = build.__qualname__ = name
+    build.__module__ = source.__module__
     build.__doc__ = f"Return batches of `{source.__name__}`."
     return build
 
 
-digits_data = _batches_of(Digits, "digits_data")
-mnist5000_data = _batches_of(Mnist5000, "mnist5000_data")
-photos_data = _batches_of(Photos, "photos_data")
-folder_data = _batches_of(ImageFolder, "folder_data")
-bsds500_data = _batches_of(BSDS500, "bsds500_data")
-torchvision_data = _batches_of(TorchvisionSource, "torchvision_data")
-array_data = _batches_of(ArraySource, "array_data")
-shards_data = _batches_of(ShardSource, "shards_data")
-hf_data = _batches_of(HubSource, "hf_data")
+digits_data = batches_of(Digits, "digits_data")
+mnist5000_data = batches_of(Mnist5000, "mnist5000_data")
+photos_data = batches_of(Photos, "photos_data")
+folder_data = batches_of(ImageFolder, "folder_data")
+bsds500_data = batches_of(BSDS500, "bsds500_data")
+torchvision_data = batches_of(TorchvisionSource, "torchvision_data")
+array_data = batches_of(ArraySource, "array_data")
+hf_data = batches_of(HubSource, "hf_data")

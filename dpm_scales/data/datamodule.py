@@ -26,11 +26,11 @@ from dpm_scales.data.decoded import (
     require_keepable,
 )
 from dpm_scales.data.sampler import EpochImages, ShuffledBatches, collate
-from dpm_scales.data.shard_cache import cache_folder
 from dpm_scales.describe import Describable
 from dpm_scales.distributed.lightning_private import batches_processed
 from dpm_scales.errors import is_whole, require
 from dpm_scales.memory import require_memory
+from dpm_scales.storage import data_cache
 
 BYTES_PER_IMAGE, BYTES_PER_PIXEL = 400, 14
 """Minimum memory of a batch in bytes: per image, its Python objects; per pixel and channel, two copies of the loaded
@@ -123,7 +123,7 @@ class ImageDataModule(Describable, pl.LightningDataModule):
             if self.on_device and train:
                 require_keepable(part, "data.on_device=true")
             if self.decoded and len(part):
-                part = DecodedImages(part, (self.channels, *self.image_size), cache_folder() / DECODED)
+                part = DecodedImages(part, (self.channels, *self.image_size), data_cache() / DECODED)
             self._parts[train] = part
         return self._parts[train]
 

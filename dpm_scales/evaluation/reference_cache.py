@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,14 +29,11 @@ from dpm_scales.storage import write_bytes
 VERSION = 1
 """Version of the features; increase it when the same images and weights give other features."""
 
+REFERENCES = "references"
+"""Name of the folder of these files among the caches of this user."""
+
 KEPT_BYTES = 512 * 2**20
 """Maximum size of the features in a file: 65536 images with Inception's 2048 features."""
-
-
-def cache_folder() -> Path:
-    """Return the cache folder, `dpm_scales/references` in $XDG_CACHE_HOME or in ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "dpm_scales" / "references"
 
 
 def reference_key(content: str, network: Extractor) -> str:

@@ -12,12 +12,12 @@ from dpm_scales.data import ArraySource
 from dpm_scales.data.base import ImageSource
 from dpm_scales.data.files import open_store
 from dpm_scales.data.image_sets import ARRAYS, DataImageSet, FileImageSet, ImageSet
-from dpm_scales.data.shard import Keys
-from dpm_scales.data.shard_places import is_shards
-from dpm_scales.data.shard_set import ShardStore, open_shards
 from dpm_scales.errors import UserError, require, suggest
 from dpm_scales.models.instantiate import CONFIGS, build, read_config
 from dpm_scales.models.trust import DATA_ROOMS, check_target, trusted_names, walk_config
+from dpm_scales.shards.places import is_shards
+from dpm_scales.shards.shard import Keys
+from dpm_scales.shards.shard_set import ShardStore, open_shards
 from dpm_scales.storage import read_yaml
 
 if TYPE_CHECKING:

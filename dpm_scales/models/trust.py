@@ -1,8 +1,9 @@
 """Define which classes a file may name; this is the only allow-list.
 
 A command line may name any class of any package, a file may not. The config of a model and the recipe of a checkpoint
-may name classes of the core; the stored options of a run also loss weights and those of `dpm_scales.data`; the data
-config of a run only the latter. Nothing else is imported unless the user trusts its package: `allow=[mynet]`.
+may name classes of the core; the stored options of a run also loss weights and those of `dpm_scales.data` and
+`dpm_scales.shards`; the data config of a run only those two. Nothing else is imported unless the user trusts its
+package: `allow=[mynet]`.
 """
 
 from __future__ import annotations
@@ -20,18 +21,21 @@ MAX_NODES, MAX_DEPTH = 10**5, 50
 
 #: packages whose classes may be named by a model's config, by a run's data config, and by a run's stored options
 MODEL_ROOMS = ("processes", "schedules", "targets", "networks", "priors", "samplers")
-DATA_ROOMS = ("data",)
+DATA_ROOMS = ("data", "shards")
 OPTION_ROOMS = (*MODEL_ROOMS, "weights", *DATA_ROOMS)
 #: classes of these packages that no file may name, and why
 HARMFUL = {
     "dpm_scales.data.TorchvisionSource": "could download to any place",
-    "dpm_scales.data.ShardSource": "could fetch from any address",
+    "dpm_scales.shards.ShardSource": "could fetch from any address",
     "dpm_scales.data.HubSource": "could fetch any set of the Hub",
 }
 #: former names of classes in files of earlier versions, with their present names
 RENAMED = {
     "dpm_scales.priors.GuidancePrior": "dpm_scales.priors.OsmosisPrior",
     "dpm_scales.targets.FinerScale": "dpm_scales.targets.NextScale",
+    "dpm_scales.data.ShardImages": "dpm_scales.shards.ShardImages",
+    "dpm_scales.data.ShardSource": "dpm_scales.shards.ShardSource",
+    "dpm_scales.data.shards_data": "dpm_scales.shards.shards_data",
 }
 ADVICE = "if you trust it, give this option on the command line"
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
@@ -116,6 +120,7 @@ def check_target(
         advice: what the user can do if `allow` does not help.
     """
     text = name if isinstance(name, str) and _NAME.fullmatch(name) else ""
+    text = RENAMED.get(text, text)
     advice = f"; {advice}" if advice else ""
     parts = text.split(".")
     asked = f"{source} asks for {name!r}"

@@ -15,13 +15,14 @@ from torch import Tensor
 from dpm_scales.data import ImageDataModule
 from dpm_scales.errors import require, require_number
 from dpm_scales.evaluation.choices import choose_features, choose_metrics, rehearse
-from dpm_scales.evaluation.reference_cache import cache_folder, reference_features
+from dpm_scales.evaluation.reference_cache import REFERENCES, reference_features
 from dpm_scales.evaluation.references import data_images
 from dpm_scales.images import to_uint8
 from dpm_scales.metrics import FeatureSet, FeatureStatistics, compare
 from dpm_scales.metrics.figures import check_names, check_numbers, extractors, needs_network, needs_rows
 from dpm_scales.models.model import Model
 from dpm_scales.rng import CounterRNG
+from dpm_scales.storage import user_cache
 from dpm_scales.training.ema import EMA
 from dpm_scales.training.module import DiffusionModule
 
@@ -75,7 +76,7 @@ class PeriodicEvaluation(Callback):
         if self.network is not None:
             self.network.to(pl_module.device)
         if trainer.is_global_zero:
-            folder = cache_folder() if self.cache else None
+            folder = user_cache(REFERENCES) if self.cache else None
             settings = (self.batch_size, needs_rows(self.metrics), folder)
             with _own_random_numbers(pl_module.device):
                 self._known = [reference_features(self.reference, source, *settings) for source in self.sources]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpm_scales.data import fetch as fetching
+from dpm_scales.shards import fetch as fetching
 from support.shards import Faults, packed, served
 
 

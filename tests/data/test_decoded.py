@@ -21,6 +21,7 @@ from dpm_scales.data.decoded import DecodedImages, DeviceImages, Draws
 from dpm_scales.data.replaced import ReplacedImages
 from dpm_scales.data.sampler import EpochImages, collate
 from dpm_scales.errors import UserError
+from dpm_scales.shards import ShardSource
 from support.shards import encoded, number_of, numbered, packed, samples, tar
 
 COUNT = 24
@@ -56,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def source(place: Path, kind: str, **options: Any) -> data.ImageSource:
     options = {"channels": 1, "random_flip": True, "val_fraction": 0.2, **options}
     if kind == "shards":
-        return data.ShardSource(place / "shards", labels="cls", window=2, **options)
+        return ShardSource(place / "shards", labels="cls", window=2, **options)
     if kind == "hf":
         return data.HubSource(str(place / "hf"), **options)
     return data.ImageFolder(place / ("images.zip" if kind == "zip" else "folder"), **options)
@@ -161,13 +162,13 @@ def test_unreadable_images_are_counted_in_each_run(cache: Path, tmp_path: Path) 
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            own = data.ShardSource(tmp_path / "shards", channels=1, val_fraction=0)
+            own = ShardSource(tmp_path / "shards", channels=1, val_fraction=0)
             part = data.ImageDataModule(own, 2, decoded=True).train_set
             assert [number_of(part[i][0]) for i in range(6)] == [0, 1, 2, 4, 4, 5]
         assert len(own.train().unreadable) == 1
     with pytest.raises(UserError, match=r"0003\.png"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        own = data.ShardSource(tmp_path / "shards", channels=1, val_fraction=0, verify="none")
+        own = ShardSource(tmp_path / "shards", channels=1, val_fraction=0, verify="none")
         own.train().on_error = "raise"
         _ = DecodedImages(own.train(), (1, 2, 3), cache / "decoded")[3]
 

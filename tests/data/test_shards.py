@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from dpm_scales import data, images
-from dpm_scales.data import shard_scan
 from dpm_scales.data.image_sets import FileImageSet
-from dpm_scales.data.pack import Packing, pack
-from dpm_scales.data.shard import Keys, decode, parse_label
-from dpm_scales.data.shard_set import ShardStore, open_shards
 from dpm_scales.errors import UserError
+from dpm_scales.shards import ShardSource, scan
+from dpm_scales.shards.pack import Packing, pack, write_shard
+from dpm_scales.shards.shard import Keys, decode, parse_label
+from dpm_scales.shards.shard_set import ShardStore, open_shards
 from support.shards import encoded, number_of, numbered, numbers_of, packed, samples, silent, source, tar
 from support.shell import files, photos
 
@@ -48,7 +48,7 @@ def test_what_is_packed_is_read(shards: Path) -> None:
     found = source(shards, val_fraction=0)
     assert (found.channels, found.image_size, found.num_classes) == (1, (2, 3), 3)
     assert sorted(numbers_of(found.train())) == list(range(COUNT)) and len(found.val()) == 0
-    coloured = data.ShardSource(shards, image_size=4, val_fraction=0).train()
+    coloured = ShardSource(shards, image_size=4, val_fraction=0).train()
     image, label = coloured[0]
     assert image.shape == (3, 4, 4) and image.dtype == torch.uint8 and label == -1
 
@@ -79,7 +79,7 @@ def test_parts_of_folders_stay_parts(tmp_path: Path) -> None:
         ("train-000000.tar", "train", 4), ("train-000001.tar", "train", 4), ("train-000002.tar", "train", 1),
         ("val-000000.tar", "val", 3)]  # fmt: skip
     folder = data.ImageFolder(tmp_path / "f", labels="folder")
-    found = data.ShardSource(tmp_path / "s", labels="cls")
+    found = ShardSource(tmp_path / "s", labels="cls")
     assert found.class_names == folder.class_names == ("cat", "dog")
     for ours, theirs in ((found.train(), folder.train()), (found.val(), folder.val())):
         pairs = [
@@ -87,7 +87,7 @@ def test_parts_of_folders_stay_parts(tmp_path: Path) -> None:
             for p in (ours, theirs)
         ]
         assert pairs[0] == pairs[1]
-    halves = data.ShardSource(f"{tmp_path}/s/train-*.tar", val_root=f"{tmp_path}/s/val-000000.tar", labels="cls")
+    halves = ShardSource(f"{tmp_path}/s/train-*.tar", val_root=f"{tmp_path}/s/val-000000.tar", labels="cls")
     assert (len(halves.train()), len(halves.val())) == (9, 3)
 
 
@@ -154,8 +154,8 @@ def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
             writer.write({"__key__": f"cat.s/{n:03d}", "png": image, "cls": n % 3, "seg.png": image, "json": {"l": n}})
     found = source(f"{tmp_path}/set-{{0000..0002}}.tar", val_fraction=0)
     assert numbers_of(found.train()) == list(range(20)) and found.num_classes == 3
-    assert data.ShardSource(tmp_path, labels="json.l", val_fraction=0).num_classes == 20
-    masks = data.ShardSource(tmp_path, image="seg.png", channels=1, val_fraction=0).train()
+    assert ShardSource(tmp_path, labels="json.l", val_fraction=0).num_classes == 20
+    masks = ShardSource(tmp_path, image="seg.png", channels=1, val_fraction=0).train()
     assert number_of(masks[3][0]) == 3
     assert not (tmp_path / "index.json").exists()
 
@@ -165,7 +165,7 @@ def test_a_scan_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     source(tmp_path)
     assert len(list(cache.rglob("*.json"))) == 1
     with monkeypatch.context() as patched:
-        patched.setattr(shard_scan, "scan", None)
+        patched.setattr(scan, "scan", None)
         assert source(tmp_path, val_fraction=0).num_classes == 3
     tar(tmp_path / "a.tar", samples(range(8)))
     assert len(source(tmp_path, val_fraction=0).train()) == 8
@@ -240,7 +240,7 @@ def test_the_same_images_give_the_same_bytes_after_a_kill_too(tmp_path: Path, mo
     (tmp_path / "b.npz").write_bytes((tmp_path / "a.npz").read_bytes())
     settings = Packing(8, labels="folder")
     calls = iter(range(100))
-    original = data.pack.write_shard
+    original = write_shard
 
     def write(*arguments: Any) -> Any:
         if next(calls) == 2:
@@ -250,7 +250,7 @@ def test_the_same_images_give_the_same_bytes_after_a_kill_too(tmp_path: Path, mo
     (tmp_path / "copy").mkdir()
     copy = Path(shutil.copy(tmp_path / "a.npz", tmp_path / "copy" / "a.npz"))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("dpm_scales.data.pack.write_shard", write)
+        patched.setattr("dpm_scales.shards.pack.write_shard", write)
         pack(copy, tmp_path / "b", settings, silent)
     with pytest.raises(UserError, match="its shards are not complete; repeat the command that makes them"):
         source(tmp_path / "b")
@@ -278,7 +278,7 @@ def test_formats_keep_pixels(kind: str, place: str, tmp_path: Path) -> None:
         root = tmp_path / "f.zip"
     index = pack(root, tmp_path / "s", Packing(3, format=kind, shuffle=False), silent)
     assert index.image_size == (5, 7) and [s.images for s in index.shards] == [3, 3, 1]
-    ours, theirs = data.ShardSource(tmp_path / "s", val_fraction=0), data.ImageFolder(root, val_fraction=0)
+    ours, theirs = ShardSource(tmp_path / "s", val_fraction=0), data.ImageFolder(root, val_fraction=0)
     assert all(torch.equal(ours.train()[i][0], theirs.train()[i][0]) for i in range(7))
     names = [name for shard in sorted((tmp_path / "s").glob("*.tar")) for name in tarfile.open(shard).getnames()]
     endings = {"keep": ["png"] * 6 + ["jpg"], "png": ["png"] * 7, "ppm": ["ppm"] * 6 + ["pgm"]}[kind]
@@ -290,12 +290,12 @@ def test_sizes_and_channels(tmp_path: Path) -> None:
     photos(tmp_path / "f", 3, (12, 9), first=3)
     assert pack(tmp_path / "f", tmp_path / "a", Packing(), silent).image_size is None
     with pytest.raises(UserError, match="mixed sizes; set image_size"):
-        data.ShardSource(tmp_path / "a")
+        ShardSource(tmp_path / "a")
     settings = Packing(format="png", image_size=(4, 6), channels=1)
     assert pack(tmp_path / "f", tmp_path / "b", settings, silent).image_size == (4, 6)
     folder = data.ImageFolder(tmp_path / "f", 1, [4, 6], val_fraction=0).train()
     for root, options in ((tmp_path / "a", {"image_size": [4, 6]}), (tmp_path / "b", {})):
-        part = data.ShardSource(root, channels=1, val_fraction=0, **options).train()
+        part = ShardSource(root, channels=1, val_fraction=0, **options).train()
         pixels = [sorted(one[i][0].numpy().tobytes() for i in range(6)) for one in (part, folder)]
         assert pixels[0] == pixels[1]
     with pytest.raises(UserError, match="change pixels, which format=keep copies; give format=png"):

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from dpm_scales import data
-from dpm_scales.data import fetch as fetching
-from dpm_scales.data.fetch import Patience
-from dpm_scales.data.shard_cache import GIB, ShardCache
-from dpm_scales.data.shard_index import ShardIndex
 from dpm_scales.errors import UserError
 from dpm_scales.locks import lock
+from dpm_scales.shards import ShardSource
+from dpm_scales.shards import fetch as fetching
+from dpm_scales.shards.cache import GIB, ShardCache
+from dpm_scales.shards.fetch import Patience
+from dpm_scales.shards.index import ShardIndex
 from support.shards import Faults, entry_of, fetched_numbers, number_of
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -60,8 +61,8 @@ def test_runs_with_other_limits_share_a_cache(server: tuple[str, Faults, Path], 
     url, faults, folder = server
     bytes_ = entry_of(folder).bytes
     sizes = {"cache_gb": 2.5 * bytes_ / GIB}, {"cache_gb": 1.0}
-    parts = [data.ShardSource(url, channels=1, val_fraction=0, window=1, **size).train() for size in sizes]
-    shown = [number_of(image) for image, _ in (data.ShardSource(folder, channels=1, val_fraction=0).train())]  # type: ignore[attr-defined]
+    parts = [ShardSource(url, channels=1, val_fraction=0, window=1, **size).train() for size in sizes]
+    shown = [number_of(image) for image, _ in (ShardSource(folder, channels=1, val_fraction=0).train())]  # type: ignore[attr-defined]
     for index in range(0, COUNT, 2):
         other = COUNT - 1 - index
         assert [number_of(parts[0][index][0]), number_of(parts[1][other][0])] == [shown[index], shown[other]]
@@ -90,7 +91,7 @@ def test_an_interrupt_leaves_nothing_half_fetched(
 def test_a_shard_that_others_remove_is_fetched_again(server: tuple[str, Faults, Path], cache: Path) -> None:
     """An open one is read on; a damaged file is replaced."""
     url, _, _ = server
-    part = data.ShardSource(url, channels=1, val_fraction=0).train()
+    part = ShardSource(url, channels=1, val_fraction=0).train()
     first = [number_of(part[i][0]) for i in range(8)]
     for path in cache.glob("*.tar"):
         path.unlink()
@@ -155,15 +156,15 @@ def test_the_next_window_is_fetched_ahead(server: tuple[str, Faults, Path]) -> N
     """While the first is trained on; and the batches are those of the folder, with workers too."""
     url, faults, folder = server
     options: dict[str, Any] = {"channels": 1, "val_fraction": 0, "window": 2}
-    module = data.ImageDataModule(data.ShardSource(url, **options), 8, seed=3)
+    module = data.ImageDataModule(ShardSource(url, **options), 8, seed=3)
     loader = iter(module.train_dataloader())
     next(loader)
     until = time.monotonic() + 5
     while sum(name.endswith(".tar") for name, _ in faults.asked) < 4 and time.monotonic() < until:
         time.sleep(0.01)
     assert sum(name.endswith(".tar") for name, _ in faults.asked) == 4
-    local = data.ImageDataModule(data.ShardSource(folder, **options), 8, num_workers=2, seed=3)
-    remote = data.ImageDataModule(data.ShardSource(url, **options), 8, num_workers=2, seed=3)
+    local = data.ImageDataModule(ShardSource(folder, **options), 8, num_workers=2, seed=3)
+    remote = data.ImageDataModule(ShardSource(url, **options), 8, num_workers=2, seed=3)
     pairs = list(zip(local.train_dataloader(), remote.train_dataloader(), strict=True))
     assert len(pairs) == 5 and all(a[0].equal(b[0]) for a, b in pairs)
     assert sorted(name for name, _ in faults.asked if name.endswith(".tar")) == sorted(
@@ -177,7 +178,7 @@ def test_a_full_disk_ends_with_one_line(server: tuple[str, Faults, Path], cache:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dpm_scales.data.shard_cache.fetch", full)
+    monkeypatch.setattr("dpm_scales.shards.cache.fetch", full)
     with pytest.raises(UserError, match="No space left on device; free some space"):
         ShardCache(cache, 1).path(f"{url}{SHARD}", entry_of(folder))
     assert not list(cache.glob("*.tmp")) and isinstance(ShardIndex(()), ShardIndex)

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from dpm_scales import data
 from dpm_scales.data.replaced import UnreadableImageError
-from dpm_scales.data.shard import Keys
-from dpm_scales.data.shard_cache import ShardCache
-from dpm_scales.data.shard_check import check_shards
-from dpm_scales.data.shard_index import parse_index
-from dpm_scales.data.shard_places import expand, is_shards, locate
-from dpm_scales.data.shard_set import ShardError
 from dpm_scales.errors import UserError
+from dpm_scales.shards.cache import ShardCache
+from dpm_scales.shards.check import check_shards
+from dpm_scales.shards.index import parse_index
+from dpm_scales.shards.places import expand, is_shards, locate
+from dpm_scales.shards.scan import index_of
+from dpm_scales.shards.shard import Keys
+from dpm_scales.shards.shard_set import ShardError
 from support.shards import encoded, number_of, numbered, numbers_of, samples, silent, source, tar
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -36,7 +36,7 @@ def test_images_and_labels_that_are_faulty_are_replaced_and_counted(tmp_path: Pa
         UserWarning, match=r"1 of 2 shards have faults.*can't be read: a.tar/0003.png.*without a label: a.tar/0005"
     ):
         found = source(tmp_path, val_fraction=0, on_error="skip")
-    (tmp_path / "index.json").write_text(data.shard_scan.index_of([], Keys()).to_json())
+    (tmp_path / "index.json").write_text(index_of([], Keys()).to_json())
     assert found.num_classes == 8 and "0003.png" in "".join(found.left_out.values())
     with pytest.warns(UserWarning, match="stands in for an unreadable one"):
         assert [number_of(found.train()[i][0]) for i in range(10)] == [0, 1, 2, 4, 4, 6, 6, 7, 8, 9]

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from dpm_scales import data
-from dpm_scales.data import fetch as fetching
-from dpm_scales.data.fetch import FetchError, Patience, fetch, fetch_text, shown
-from dpm_scales.data.shard import Keys
-from dpm_scales.data.shard_cache import ShardCache
-from dpm_scales.data.shard_check import check_shards, index_shards
-from dpm_scales.data.shard_places import locate
-from dpm_scales.data.shard_set import ShardError
 from dpm_scales.errors import UserError
+from dpm_scales.shards import ShardSource
+from dpm_scales.shards import fetch as fetching
+from dpm_scales.shards.cache import ShardCache
+from dpm_scales.shards.check import check_shards, index_shards
+from dpm_scales.shards.fetch import FetchError, Patience, fetch, fetch_text, shown
+from dpm_scales.shards.places import locate
+from dpm_scales.shards.shard import Keys
+from dpm_scales.shards.shard_set import ShardError
 from support.shards import Faults, entry_of, fetched_numbers, number_of, packed, served
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -236,7 +236,7 @@ def test_what_only_a_folder_names_is_not_fetched(server: tuple[str, Faults, Path
     ):
         fetched_numbers(url, download=False)
     assert faults.asked == []
-    part = data.ShardSource(url, channels=1, val_fraction=0).train()
+    part = ShardSource(url, channels=1, val_fraction=0).train()
     number_of(part[0][0])
     with pytest.raises(ShardError, match=r"shard-000001\.tar is not in .*data.download=false"):
         fetched_numbers(url, download=False)

@@ -19,8 +19,11 @@ from torch.utils.data import DataLoader
 
 from dpm_scales import data
 from dpm_scales.data.sampler import EpochImages, collate
-from dpm_scales.data.shard_set import ShardError
 from dpm_scales.errors import UserError
+from dpm_scales.shards import ShardSource
+from dpm_scales.shards.scan import index_of
+from dpm_scales.shards.shard import Keys
+from dpm_scales.shards.shard_set import ShardError
 from support.shards import number_of, packed, samples, served, tar
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -52,7 +55,7 @@ def test_memory_and_open_files_stay_flat(tmp_path: Path) -> None:
     """Over epochs of thirty shards, of which four stay open: less than an object for each image that was read."""
     packed(tmp_path / "s", 240)
     options: dict[str, Any] = {"split": "images", "val_fraction": 0.25, "random_flip": True}
-    source = data.ShardSource(tmp_path / "s", channels=1, window=2, **options)
+    source = ShardSource(tmp_path / "s", channels=1, window=2, **options)
     files = len(os.listdir("/proc/self/fd"))
     tracemalloc.start()
     try:
@@ -72,7 +75,7 @@ def test_memory_and_open_files_stay_flat(tmp_path: Path) -> None:
 def test_more_ranks_than_shards_share_the_batches_of_one(tmp_path: Path, remote: bool) -> None:
     packed(tmp_path / "s", 40, per_shard=20)
     with served(tmp_path / "s") as (url, _):
-        source = data.ShardSource(url if remote else tmp_path / "s", channels=1, val_fraction=0, window=1)
+        source = ShardSource(url if remote else tmp_path / "s", channels=1, val_fraction=0, window=1)
         whole = [sorted(map(number_of, images)) for images, _ in data.ImageDataModule(source, 10).train_dataloader()]
         parts: list[list[list[int]]] = []
         for rank in range(5):
@@ -94,15 +97,15 @@ def test_empty_sets_end_with_one_line(tmp_path: Path) -> None:
             pytest.raises(UserError, match="the shards hold no image that can be read") as caught,
         ):
             warnings.simplefilter("ignore")
-            data.ShardSource(tmp_path / name)
+            ShardSource(tmp_path / name)
         assert "\n" not in str(caught.value)
-    (tmp_path / "none" / "index.json").write_text(data.shard_scan.index_of([], data.shard.Keys()).to_json())
+    (tmp_path / "none" / "index.json").write_text(index_of([], Keys()).to_json())
     with pytest.raises(UserError, match="the shards hold no image that can be read"):
-        data.ShardSource(tmp_path / "none")
+        ShardSource(tmp_path / "none")
     tar(tmp_path / "some" / "a.tar", {})
     tar(tmp_path / "some" / "b.tar", samples(range(4)))
     tar(tmp_path / "some" / "c.tar", {})
-    part = data.ShardSource(tmp_path / "some", channels=1, val_fraction=0, window=1).train()
+    part = ShardSource(tmp_path / "some", channels=1, val_fraction=0, window=1).train()
     assert sorted(part.order(0)(0, np.arange(4)).tolist()) == [0, 1, 2, 3]
     assert [number_of(part[i][0]) for i in range(4)] == [0, 1, 2, 3]
 
@@ -110,7 +113,7 @@ def test_empty_sets_end_with_one_line(tmp_path: Path) -> None:
 def test_a_shard_that_changes_during_a_run_ends_it(tmp_path: Path) -> None:
     """Of as many images as before, which would otherwise be trained on in their place; and an index that changes."""
     packed(tmp_path / "s", 24)
-    part = data.ShardSource(tmp_path / "s", channels=1, val_fraction=0, window=1).train()
+    part = ShardSource(tmp_path / "s", channels=1, val_fraction=0, window=1).train()
     assert number_of(part[0][0]) >= 0 and len(part.shards.entries) == 3
     (tmp_path / "s" / "index.json").write_text("{")
     path = tmp_path / "s" / "shard-000001.tar"
@@ -130,7 +133,7 @@ def test_without_an_index_damaged_shards_are_read_up_to_the_damage(tmp_path: Pat
     for name, content in (("a", whole[:2600]), ("b", whole + other), ("c", bytes(spoilt)), ("d", other)):
         (tmp_path / "s" / f"{name}.tar").write_bytes(content)
     with pytest.warns(UserWarning, match=r"3 of 4 shards have faults, and are read as far as they can be; the first"):
-        source = data.ShardSource(tmp_path / "s", channels=1, val_fraction=0, window=2)
+        source = ShardSource(tmp_path / "s", channels=1, val_fraction=0, window=2)
     counts = [entry.images for entry in source.train().shards.entries]
     assert counts[1] == 6 and counts[3] == 3 and 0 < counts[0] < 6 and 0 < counts[2] < 6
     expected = [n for first, count in zip((0, 0, 0, 6), counts, strict=True) for n in range(first, first + count)]
@@ -143,7 +146,7 @@ def test_endings_of_any_case(tmp_path: Path) -> None:
     members = {name.replace("png", "PNG").replace("cls", "Cls"): text for name, text in samples(range(4)).items()}
     tar(tmp_path / "a.tar", members)
     for image, labels in ((None, "cls"), ("png", "CLS"), ("PNG", "Cls")):
-        part = data.ShardSource(tmp_path, image=image, labels=labels, channels=1, val_fraction=0).train()
+        part = ShardSource(tmp_path, image=image, labels=labels, channels=1, val_fraction=0).train()
         assert [(number_of(image), label) for image, label in (part[i] for i in range(4))] == [
             (0, 0), (1, 1), (2, 2), (3, 0)]  # fmt: skip
 
@@ -154,7 +157,7 @@ def test_datasets_reads_what_is_packed(tmp_path: Path) -> None:
     files = sorted(map(str, (tmp_path / "s").glob("*.tar")))
     cached = str(tmp_path / "hf")
     rows: Any = datasets.load_dataset("webdataset", data_files=files, split="train", cache_dir=cached)
-    part = data.ShardSource(tmp_path / "s", channels=1, labels="cls", val_fraction=0).train()
+    part = ShardSource(tmp_path / "s", channels=1, labels="cls", val_fraction=0).train()
     assert len(rows) == len(part) == 24
     for row, (image, label) in zip(rows, (part[i] for i in range(24)), strict=True):
         assert torch.equal(torch.from_numpy(np.array(row["png"].convert("L"))), image[0]) and row["cls"] == label

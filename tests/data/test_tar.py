@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpm_scales.data.tar import DamagedTarError, Member, TarWriter, members
+from dpm_scales.shards.tar import DamagedTarError, Member, TarWriter, members
 from support.shards import tar
 
 RNG = np.random.default_rng(0)

@@ -23,6 +23,7 @@ from PIL import Image
 
 from dpm_scales import data, images
 from dpm_scales.data.files import ZipStore, inspect_images, open_store
+from dpm_scales.shards import ShardSource
 from support.fuzzing import damaged, fuzz, put, returns_or_tells
 from support.shards import packed, tar
 
@@ -131,7 +132,7 @@ def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole.append(tar(path, names, kind).read_bytes())
 
     def read() -> list[bytes]:
-        part = data.ShardSource(path, image_size=4, labels="cls", split="images", val_fraction=0.0).train()
+        part = ShardSource(path, image_size=4, labels="cls", split="images", val_fraction=0.0).train()
         return [image.numpy().tobytes() for image, _ in (part[i] for i in range(len(part)))]
 
     def check(content: bytes) -> None:
@@ -153,7 +154,7 @@ def test_indices_of_shards(tmp_path: Path) -> None:
 
     def check(content: bytes) -> None:
         path.write_bytes(content)
-        returns_or_tells(lambda: data.ShardSource(tmp_path / "s", channels=1, labels="cls").train()[0])
+        returns_or_tells(lambda: ShardSource(tmp_path / "s", channels=1, labels="cls").train()[0])
 
     fuzz(st.one_of(indices(), damaged([json.dumps(whole).encode()])), check)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 import yaml
 
 from dpm_scales.cli.stored import may_download, stored_overrides
-from dpm_scales.data import fetch
-from dpm_scales.data.pack import Packing, pack
 from dpm_scales.errors import UserError
+from dpm_scales.models.trust import DATA_ROOMS, check_target
+from dpm_scales.shards import fetch
+from dpm_scales.shards.pack import Packing, pack
 from dpm_scales.training.module import DiffusionModule
 from support.cluster_shell import Forked, job_step
 from support.shards import served
@@ -155,7 +157,13 @@ def test_addresses_of_a_strangers_folder_are_not_fetched_from(named: str, tmp_pa
     for typed, may in (((), False), (("seed",), False), ((named,), True), (("data.download",), True)):
         stored_overrides(file, typed, ("data.root",))
         assert may_download(tmp_path) is may
-    refused = "dpm_scales.data.ShardSource', which could fetch from any address"
-    file.write_text(yaml.safe_dump(["data={_target_: dpm_scales.data.ShardSource, root: 'https://a.b/c'}"]))
-    with pytest.raises(UserError, match=refused):
-        stored_overrides(file, (), ("data.root",))
+    for name in ("dpm_scales.shards.ShardSource", "dpm_scales.data.ShardSource"):
+        file.write_text(yaml.safe_dump([f"data={{_target_: {name}, root: 'https://a.b/c'}}"]))
+        with pytest.raises(UserError, match=f"{name}', which could fetch from any address"):
+            stored_overrides(file, (), ("data.root",))
+
+
+def test_former_names_of_shards_are_found() -> None:
+    for name in ("ShardImages", "shards_data"):
+        check_target(f"dpm_scales.data.{name}", "f", DATA_ROOMS)
+        assert getattr(import_module("dpm_scales.data"), name) is getattr(import_module("dpm_scales.shards"), name)

@@ -20,7 +20,6 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from dpm_scales.data import ImageDataModule
-from dpm_scales.data.pack import Packing, pack
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.distributed.fsdp import ShardedStrategy
 from dpm_scales.models.instantiate import plain
@@ -28,6 +27,7 @@ from dpm_scales.priors import GaussianPrior, Prior
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Process, Spectral, Warm
 from dpm_scales.samplers import Sampler
 from dpm_scales.schedules import BlurSchedule, NoiseSchedule
+from dpm_scales.shards.pack import Packing, pack
 from dpm_scales.targets import Clean, Target
 from dpm_scales.training.run_folder import Rescue
 from dpm_scales.training.trainer import make_trainer

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpm_scales import data
 from dpm_scales.cli.program import FORM
 from dpm_scales.commands.data import run
 from dpm_scales.entry.start import console
 from dpm_scales.errors import UserError
+from dpm_scales.shards import ShardSource
 from support.shell import call, photos
 
 
@@ -35,7 +35,7 @@ def test_pack_check_and_train(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert capsys.readouterr().out == out
     made = json.loads((tmp_path / "s" / "index.json").read_text())["made"]
     assert made["format"] == "png" and made["image_size"] == [6, 8]
-    source = data.ShardSource("s", channels=1, labels="cls", val_fraction=0.4)
+    source = ShardSource("s", channels=1, labels="cls", val_fraction=0.4)
     assert (source.image_size, source.class_names) == ((6, 8), ("cat", "dog"))
     assert len(source.train()) + len(source.val()) == 9
     run(["check", "s", "labels=cls"])

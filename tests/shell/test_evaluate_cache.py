@@ -16,9 +16,10 @@ from PIL import Image
 from dpm_scales.data import Digits
 from dpm_scales.data.image_sets import ImageSet
 from dpm_scales.evaluation import reference_cache
-from dpm_scales.evaluation.reference_cache import cache_folder, reference_features, reference_key
+from dpm_scales.evaluation.reference_cache import REFERENCES, reference_features, reference_key
 from dpm_scales.evaluation.references import data_images, open_images
 from dpm_scales.metrics import FeatureSet
+from dpm_scales.storage import user_cache
 from support.evaluate_helpers import DIM, Means, noise_images, small_features
 from support.shell import call, files
 
@@ -89,11 +90,11 @@ def test_same_result_with_and_without(tmp_path: Path, real: Path, cache: Path, n
 
 
 def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert cache_folder() == tmp_path / "cache" / "dpm_scales" / "references"
+    assert user_cache(REFERENCES) == tmp_path / "cache" / "dpm_scales" / "references"
     for value in ("", "relative/path"):  # which the XDG rules tell to ignore
         monkeypatch.setenv("XDG_CACHE_HOME", value)
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        assert cache_folder() == tmp_path / "home" / ".cache" / "dpm_scales" / "references"
+        assert user_cache(REFERENCES) == tmp_path / "home" / ".cache" / "dpm_scales" / "references"
 
 
 def test_a_changed_image_is_another_key(real: Path) -> None:

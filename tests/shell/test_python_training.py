@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 
 import dpm_scales as ds
 from dpm_scales import api
-from dpm_scales.data import GivenImages, ShardSource
+from dpm_scales.data import GivenImages
+from dpm_scales.shards import ShardSource
 from support.shards import packed
 from support.shell import (
     ROOT,

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from dpm_scales.commands import sample_shards
-from dpm_scales.data import ShardSource
-from dpm_scales.data.shard import Keys
-from dpm_scales.data.shard_cache import ShardCache
-from dpm_scales.data.shard_check import check_shards
 from dpm_scales.models.io import save_model
 from dpm_scales.models.model import build_model
 from dpm_scales.samplers import Heun
+from dpm_scales.shards import ShardSource
+from dpm_scales.shards.cache import ShardCache
+from dpm_scales.shards.check import check_shards
+from dpm_scales.shards.shard import Keys
 from support.evaluate_helpers import Means, small_features
 from support.shell import call, drawn, files, one_after_the_other, sample, small_model
 

@@ -19,9 +19,9 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image
 
-from dpm_scales.data import ShardSource
-from dpm_scales.data.pack import Packing, pack
-from dpm_scales.data.shard_index import ShardEntry, ShardIndex
+from dpm_scales.shards import ShardSource
+from dpm_scales.shards.index import ShardEntry, ShardIndex
+from dpm_scales.shards.pack import Packing, pack
 
 
 def numbered(number: int, size: tuple[int, int] = (2, 3), channels: int = 1) -> np.ndarray:

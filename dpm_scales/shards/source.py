@@ -20,15 +20,16 @@ from torch import Tensor
 
 from dpm_scales import images
 from dpm_scales.data.base import NO_LABEL, ImageSource
-from dpm_scales.data.fetch import Patience
 from dpm_scales.data.folder import RESIZE_MODES, View, require_one_of
 from dpm_scales.data.order import Windowed
 from dpm_scales.data.replaced import ReplacedImages
-from dpm_scales.data.shard import Keys, decode
-from dpm_scales.data.shard_cache import DEFAULT_GIGABYTES, ShardCache, cache_folder
-from dpm_scales.data.shard_index import ShardIndex
-from dpm_scales.data.shard_set import ShardSet, open_shards
 from dpm_scales.errors import UserError, is_whole, require
+from dpm_scales.shards.cache import DEFAULT_GIGABYTES, ShardCache
+from dpm_scales.shards.fetch import Patience
+from dpm_scales.shards.index import ShardIndex
+from dpm_scales.shards.shard import Keys, decode
+from dpm_scales.shards.shard_set import ShardSet, open_shards
+from dpm_scales.storage import data_cache
 
 SPLITS = ("auto", "parts", "shards", "images")
 POOL_SHARDS = 8
@@ -229,7 +230,7 @@ class ShardSource(ImageSource):
         both = f"split={split} divides root, and val_root is given; leave one out"
         require(val_root is None or split == "auto", both)
         keys = Keys(image, None if labels == "none" else labels)
-        cache = ShardCache(cache_folder(), cache_gb, Patience(tries, timeout), download)
+        cache = ShardCache(data_cache(), cache_gb, Patience(tries, timeout), download)
         shared = (cache, on_error, verify, 2 * window)
         opened = open_shards(root, keys, index, *shared)
         self.left_out = opened.left_out

@@ -13,12 +13,12 @@ from typing import Any
 from dpm_scales import images
 from dpm_scales.data.files import LISTED, read_header
 from dpm_scales.data.folder import VAL_FOLDERS
-from dpm_scales.data.shard import Keys, Shard, decode
-from dpm_scales.data.shard_cache import INDICES
-from dpm_scales.data.shard_index import ShardEntry, ShardIndex, parse_index
-from dpm_scales.data.shard_places import Located, read_index
 from dpm_scales.errors import UserError, require
 from dpm_scales.locks import lock
+from dpm_scales.shards.cache import INDICES
+from dpm_scales.shards.index import ShardEntry, ShardIndex, parse_index
+from dpm_scales.shards.places import Located, read_index
+from dpm_scales.shards.shard import Keys, Shard, decode
 from dpm_scales.storage import make_folder, write_text
 
 VERSION = 1

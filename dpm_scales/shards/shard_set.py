@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dpm_scales.data.fetch import is_url, require_storable, shown
 from dpm_scales.data.files import ImageStore, file_state
 from dpm_scales.data.replaced import LoadingError
-from dpm_scales.data.shard import Keys, Shard
-from dpm_scales.data.shard_cache import DEFAULT_GIGABYTES, ShardCache, cache_folder
-from dpm_scales.data.shard_index import MAX_INDEX_BYTES, ShardEntry, ShardIndex, parse_index
-from dpm_scales.data.shard_places import locate, match_index, read_index
-from dpm_scales.data.shard_scan import digest_of, scanned
 from dpm_scales.errors import UserError, require
-from dpm_scales.storage import open_regular
+from dpm_scales.shards.cache import DEFAULT_GIGABYTES, ShardCache
+from dpm_scales.shards.fetch import is_url, require_storable, shown
+from dpm_scales.shards.index import MAX_INDEX_BYTES, ShardEntry, ShardIndex, parse_index
+from dpm_scales.shards.places import locate, match_index, read_index
+from dpm_scales.shards.scan import digest_of, scanned
+from dpm_scales.shards.shard import Keys, Shard
+from dpm_scales.storage import data_cache, open_regular
 
 OPENINGS = 3
 """Tries to open a fetched shard, which others may remove from the cache before."""
@@ -189,7 +189,7 @@ def open_shards(
     """
     for place in (root, index):
         require_storable(str(place))
-    cache = cache or ShardCache(cache_folder(), DEFAULT_GIGABYTES)
+    cache = cache or ShardCache(data_cache(), DEFAULT_GIGABYTES)
     located = locate(root, index)
     if located.index is None:
         found, left_out = scanned(located, keys, cache.folder)

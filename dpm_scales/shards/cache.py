@@ -17,14 +17,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-from dpm_scales.data.fetch import Patience, fetch, fetch_text, shown
-from dpm_scales.data.shard_index import ShardEntry
 from dpm_scales.errors import UserError, is_number, require
 from dpm_scales.locks import lock
+from dpm_scales.shards.fetch import Patience, fetch, fetch_text, shown
+from dpm_scales.shards.index import ShardEntry
 from dpm_scales.storage import atomic_write, make_folder, write_bytes
-
-FOLDER_VARIABLE = "DPM_SCALES_CACHE"
-"""Environment variable that names the folder."""
 
 INDICES = "indices"
 """Folder, in that folder, of the indices that were fetched, or made of local shards that have none."""
@@ -36,15 +33,6 @@ GIB, DEFAULT_GIGABYTES = 2**30, 50.0
 _OURS = re.compile(r"[0-9a-f]{64}\.tar")
 _LEFT = re.compile(r"\.[0-9a-f]{64}\.tar\.[0-9a-f]{12}\.tmp")
 _STALE = 600.0  # seconds after which a file that nobody writes to, or locks, was left by a killed process
-
-
-def cache_folder() -> Path:
-    """Return the folder, `$DPM_SCALES_CACHE`, or `dpm_scales/shards` in $XDG_CACHE_HOME or in ~/.cache."""
-    named = os.environ.get(FOLDER_VARIABLE, "")
-    if named:
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "dpm_scales" / "shards"
 
 
 class ShardCache:

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpm_scales.data.fetch import FetchError, fetch, is_url, shown
-from dpm_scales.data.shard import Keys, Shard
-from dpm_scales.data.shard_cache import ShardCache
-from dpm_scales.data.shard_index import ShardEntry, ShardIndex
-from dpm_scales.data.shard_places import Located, locate, match_index
-from dpm_scales.data.shard_scan import Faults, Scan, index_of, scan
-from dpm_scales.data.shard_set import index_at
 from dpm_scales.errors import UserError, require
+from dpm_scales.shards.cache import ShardCache
+from dpm_scales.shards.fetch import FetchError, fetch, is_url, shown
+from dpm_scales.shards.index import ShardEntry, ShardIndex
+from dpm_scales.shards.places import Located, locate, match_index
+from dpm_scales.shards.scan import Faults, Scan, index_of, scan
+from dpm_scales.shards.shard import Keys, Shard
+from dpm_scales.shards.shard_set import index_at
 
 Report = Callable[[str, int], Callable[[float], None]]
 """Begins a part of so many steps; returns what is called with the number of steps done."""

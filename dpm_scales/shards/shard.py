@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dpm_scales import images
 from dpm_scales.data.files import EXTENSIONS, MAX_MEMBER_BYTES
-from dpm_scales.data.tar import DamagedTarError, members
 from dpm_scales.errors import UserError, printable, require
+from dpm_scales.shards.tar import DamagedTarError, members
 from dpm_scales.storage import open_regular
 
 IMAGE_ENDINGS = tuple(ending[1:] for ending in EXTENSIONS)

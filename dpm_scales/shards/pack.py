@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 
 from dpm_scales import images
-from dpm_scales.data.fetch import is_url
 from dpm_scales.data.files import FolderStore, ImageStore, inspect_images, listed, open_store
 from dpm_scales.data.folder import RESIZE_MODES, View, class_of_names, require_one_of, split_names
 from dpm_scales.data.image_sets import ARRAYS, READERS
-from dpm_scales.data.shard import MAX_CLASSES
-from dpm_scales.data.shard_index import INDEX, ShardEntry, ShardIndex
-from dpm_scales.data.shard_places import PACKING, read_index
-from dpm_scales.data.shard_scan import digest_of
 from dpm_scales.data.sources import read_arrays
-from dpm_scales.data.tar import TarWriter, members
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.locks import lock
+from dpm_scales.shards.fetch import is_url
+from dpm_scales.shards.index import INDEX, ShardEntry, ShardIndex
+from dpm_scales.shards.places import PACKING, read_index
+from dpm_scales.shards.scan import digest_of
+from dpm_scales.shards.shard import MAX_CLASSES
+from dpm_scales.shards.tar import TarWriter, members
 from dpm_scales.storage import (
     atomic_write,
     check_writable,

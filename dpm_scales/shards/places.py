@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from dpm_scales.data.fetch import check_url, is_url, shown
 from dpm_scales.data.files import EXTENSIONS
-from dpm_scales.data.shard_index import INDEX, MAX_INDEX_BYTES, ShardEntry, ShardIndex, parse_index
 from dpm_scales.errors import UserError, require
+from dpm_scales.shards.fetch import check_url, is_url, shown
+from dpm_scales.shards.index import INDEX, MAX_INDEX_BYTES, ShardEntry, ShardIndex, parse_index
 from dpm_scales.storage import open_regular
 
 PACKING = ".pack.json"

@@ -1,0 +1,6 @@
+"""Batches of shards, with the options of `ShardSource` and of `ImageDataModule` side by side."""
+
+from dpm_scales.data.builders import batches_of
+from dpm_scales.shards.source import ShardSource
+
+shards_data = batches_of(ShardSource, "shards_data")
