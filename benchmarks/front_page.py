@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.pages import with_part
 from dpm_scales.errors import require
 from dpm_scales.storage import write_text
 
@@ -75,12 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "leaderboard")
     options = parser.parse_args(arguments)
     text = options.page.read_text()
-    require(START in text and END in text, f"{options.page} lacks the lines {START} and {END}")
-    before, _, rest = text.partition(START)
-    after = rest.partition(END)[2]
-    write_text(
-        options.page, f"{before}{START}\n\n{section(options.folder, options.table, options.rows)}\n\n{END}{after}"
-    )
+    part = section(options.folder, options.table, options.rows)
+    write_text(options.page, with_part(text, START, END, f"{part}\n", options.page))
 
 
 if __name__ == "__main__":

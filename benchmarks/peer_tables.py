@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from benchmarks.pages import Row, merged, read_csv, with_part, write_csv
 from benchmarks.spectral_tables import spread
 from dpm_scales.errors import require
 from dpm_scales.storage import write_text
-from dpm_scales.tables import csv_text
 
 START, END = "<!-- peers -->", "<!-- end of peers -->"
 KEY = ("set", "peer", "budget", "seed", "sampler", "number", "batch", "machine")
 """What distinguishes two lines of the CSV file."""
 NAMES = {"dpm_scales": "**dpm_scales**"}
-Row = dict[str, Any]
 
 
 def read_rows(out: Path) -> list[Row]:
@@ -37,17 +33,6 @@ def read_rows(out: Path) -> list[Row]:
         row["real_fd"] = round(real["fd"], 4) if same else ""
         lines += [{**row, **entry, **rates} for entry in row.pop("samples")]
     return lines
-
-
-def merged(path: Path, new: Sequence[Row]) -> list[Row]:
-    """Return the lines of a CSV file and new ones, which replace those with the same `KEY`."""
-    old = list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() else []
-    found = {tuple(_plain(line.get(key, "")) for key in KEY): line for line in [*old, *new]}
-    return sorted(found.values(), key=lambda line: (str(line["set"]), float(line["budget"])))
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).removesuffix(".0")
 
 
 def table(lines: Sequence[Row]) -> str:
@@ -116,15 +101,12 @@ def write_page(out: Path, path: Path, page: Path | None) -> str:
 
     Raises: UserError if there are no rows, or the page has no place for the table.
     """
-    lines = merged(path, read_rows(out))
+    lines = merged(read_csv(path), read_rows(out), KEY)
+    lines.sort(key=lambda line: (str(line["set"]), float(line["budget"])))
     require(bool(lines), f"{out}: no finished rows")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, csv_text(list(dict.fromkeys(key for line in lines for key in line)), lines))
+    write_csv(path, lines)
     found = table(lines)
     write_text(out / "peers.md", found)
     if page is not None:
-        before, start, rest = page.read_text().partition(START)
-        _, end, after = rest.partition(END)
-        require(bool(start and end), f"{page}: needs a line {START} and below it a line {END}")
-        write_text(page, f"{before}{START}\n\n{found}\n{END}{after}")
+        write_text(page, with_part(page.read_text(), START, END, found, page))
     return found

@@ -19,8 +19,6 @@ their range. A line of the folders replaces that of the same row, seed and sampl
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -29,12 +27,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.pages import Row, merged, read_csv, with_part, write_csv
 from dpm_scales import plots
 from dpm_scales.errors import require
 from dpm_scales.storage import write_text
-from dpm_scales.tables import csv_text
 
-Row = dict[str, Any]
 REAL = "real images"
 START, END = "<!-- tables -->", "<!-- end of tables -->"
 KEY = ("set", "budget", "row", "options", "shared", "seed", "sampler", "asked", "number")
@@ -52,12 +49,6 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
         lines += [row | entry for entry in samples]
     real = [json.loads(path.read_text()) for folder in folders for path in folder.glob("real.json")]
     return lines + [{"row": REAL, "budget": "", "sampler": "", "asked": 0, "seed": 0} | line for line in real]
-
-
-def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Return the lines of both; of two with the same `KEY` the new one."""
-    found = {tuple(str(line.get(key, "")) for key in KEY): line for line in [*old, *new]}
-    return list(found.values())
 
 
 def spread(values: Sequence[float]) -> str:
@@ -201,11 +192,11 @@ def contests(lines: Sequence[Row]) -> dict[str, list[Row]]:
 def write_tables(out: Path, folders: Sequence[Path] | None = None) -> dict[str, str]:
     """Write rows.csv, tables and plots of the rows in `folders`, by default in `out` itself; return tables by name."""
     path = out / "rows.csv"
-    old = list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() and folders is not None else []
-    lines = merged(old, read_rows([out] if folders is None else folders))
+    old = [] if folders is None else read_csv(path)
+    lines = merged(old, read_rows([out] if folders is None else folders), KEY)
     if not lines:
         return {}
-    write_text(path, csv_text(list(dict.fromkeys(key for line in lines for key in line)), lines))
+    write_csv(path, lines)
     tables = {}
     for name, own in contests(lines).items():
         figure = next((line["figure"] for line in own if line.get("figure")), "FD")
@@ -222,14 +213,11 @@ def page_with(text: str, tables: dict[str, str], folder: str) -> str:
 
     Raises: UserError if the page lacks the markers.
     """
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    require(bool(start and end), f"the page needs a line {START} and below it a line {END}")
     parts = []
     for name, found in tables.items():
         parts.append(f"## {name.replace('_', ' ')}\n\n{found}")
         parts += [f"![{kind}]({folder}/{name}_{kind}.png)\n" for kind in ("evaluations", *GROUPS)]
-    return f"{before}{START}\n\n{chr(10).join(parts)}\n{END}{after}"
+    return with_part(text, START, END, "\n".join(parts), "the page")
 
 
 def _is_absent(line: str, folder: Path) -> bool:

@@ -8,32 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from benchmarks import peer_tables, peers
-from benchmarks.image_sets import IMAGE_SETS, ImageSet
+from benchmarks import pages, peer_tables, peers
+from benchmarks.image_sets import IMAGE_SETS
 from benchmarks.peer_models import PEERS
 from dpm_scales.errors import UserError
-
-
-class Few(ImageSet):
-    """A few 8 px images; the distance is the mean intensity."""
-
-    name, network, batch_size, quality = "few", "tiny", 4, "mean"
-
-    def overrides(self) -> list[str]:
-        raise NotImplementedError("train.py is given the images by the peer")
-
-    def training_images(self) -> np.ndarray[Any, Any]:
-        return np.random.default_rng(0).integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)
-
-    def report(self, images: np.ndarray[Any, Any]) -> dict[str, float]:
-        assert images.dtype == np.uint8 and images.shape == (3, 1, 8, 8)
-        return {"fd": float(images.mean()), "confidence": 0.5}
-
-    def real(self, number: int) -> dict[str, float]:
-        return {"fd": 70.0}
+from support.few_images import Few
 
 
 @pytest.fixture
@@ -104,7 +85,7 @@ def test_rows_run_once_and_the_page_has_the_table(here: Path, tmp_path: Path, mo
 
     # rows of another machine stay beside the new ones, and those of this one are replaced
     other = [{**line, "machine": "another"} for line in lines[:1]]
-    table.write_text(peer_tables.csv_text(list(lines[0]), [*lines, *other]))
+    table.write_text(pages.csv_text(list(lines[0]), [*lines, *other]))
     peers.main([*arguments, "--tables"])
     assert len(list(csv.DictReader(io.StringIO(table.read_text())))) == 5
     assert page.read_text().count("| budget s |") == 2

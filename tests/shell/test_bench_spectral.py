@@ -163,7 +163,9 @@ def test_tables() -> None:
         spectral_tables.page_with("Intro", {}, "folder")
     # a line of the same key replaces the old one, one of another seed is added
     new = [_line("heat", 0, "2m", 5, 31.0), _line("heat", 1, "2m", 5, 32.0)]
-    assert [line["fd"] for line in spectral_tables.merged(lines, new) if line["row"] == "heat"] == [31, 20.04, 50, 32]
+    assert [
+        line["fd"] for line in spectral_tables.merged(lines, new, spectral_tables.KEY) if line["row"] == "heat"
+    ] == [31, 20.04, 50, 32]
 
 
 @pytest.mark.parametrize("group", sorted(spectral_tables.GROUPS))

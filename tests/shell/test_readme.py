@@ -165,7 +165,7 @@ def test_first_rows_of_the_leaderboard(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no table none in .*; there are mnist_9_images"):
         front_page.main([*options, "none"])
     page.write_text("no marks")
-    with pytest.raises(UserError, match="page.md lacks the lines <!-- leaderboard -->"):
+    with pytest.raises(UserError, match="page.md needs a line <!-- leaderboard -->"):
         front_page.main([*options, "mnist_9_images"])
 
 

@@ -1,0 +1,95 @@
+"""Write the table of `benchmarks.budgets` from its finished rows, and keep all rows in a CSV file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.pages import Row, merged, read_csv, with_part, write_csv
+from benchmarks.spectral_tables import spread
+from dpm_scales.errors import require
+from dpm_scales.storage import write_text
+
+START, END = "<!-- budgets -->", "<!-- end of budgets -->"
+KEY = ("set", "trick", "budget", "seed", "average", "number", "machine")
+"""What distinguishes two lines of the CSV file."""
+USUAL = 10
+"""The average of `ema.decay`, in the name of no row."""
+NAMES = {0: "last weights", 5: "EMA over a fifth", 20: "EMA over a twentieth"}
+
+
+def read_rows(out: Path) -> list[Row]:
+    """Return a line for each finished row and average, with the distance of real images."""
+    real_file = out / "real.json"
+    real = json.loads(real_file.read_text()) if real_file.is_file() else {}
+    lines = []
+    for path in sorted(out.glob("*/*/seed*.json")):
+        row = json.loads(path.read_text())
+        same = (real.get("set"), real.get("number")) == (row["set"], row["number"])
+        row["real_fd"] = round(real["fd"], 4) if same else ""
+        lines += [{**row, **entry} for entry in row.pop("samples")]
+    return lines
+
+
+def table(lines: Sequence[Row]) -> str:
+    """Return a Markdown table for each set and machine: a row for each trick, a column for each budget."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for line in lines:
+        groups.setdefault(tuple(str(line[key]) for key in ("set", "machine", "number")), []).append(line)
+    return "\n".join(_group(own) for own in groups.values())
+
+
+def _group(lines: Sequence[Row]) -> str:
+    first = lines[-1]
+    budgets = sorted({float(line["budget"]) for line in lines})
+    rows: dict[str, dict[float, list[Row]]] = {}
+    for line in lines:
+        average = int(line["average"])
+        name = str(line["trick"]) if average == USUAL else f"{line['trick']}, {NAMES[average]}"
+        rows.setdefault(name, {}).setdefault(float(line["budget"]), []).append(line)
+
+    def order(name: str) -> tuple[float, ...]:
+        own = rows[name]
+        return tuple(float(np.mean([float(r["fd"]) for r in own[b]])) if b in own else np.inf for b in budgets[::-1])
+
+    seeds = sorted({int(line["seed"]) for line in lines})
+    commits = ", ".join(sorted({f"{line['commit']}, {line['date']}" for line in lines}))
+    text = [
+        f"{first['set']}, {first['figure']}, {first['number']} samples, lower is better; {first['machine']}; seeds "
+        f"{', '.join(map(str, seeds))}: the mean ± half of the range. In brackets the steps. Commits {commits}.",
+        "",
+        f"| | {' | '.join(f'{budget:g} s' for budget in budgets)} |",
+        "|---" * (len(budgets) + 1) + "|",
+    ]
+    for name in sorted(rows, key=order):
+        cells = [_cell(rows[name].get(budget, [])) for budget in budgets]
+        text.append(f"| {name} | {' | '.join(cells)} |")
+    real = sorted({str(line["real_fd"]) for line in lines} - {""})
+    if real:
+        text.append(f"| real images | {' | '.join([f'{float(real[0]):.3g}'] * len(budgets))} |")
+    return "\n".join(text) + "\n"
+
+
+def _cell(own: Sequence[Row]) -> str:
+    if not own:
+        return ""
+    steps = float(np.mean([float(line["steps"]) for line in own]))
+    return f"{spread([float(line['fd']) for line in own])} ({steps:.0f})"
+
+
+def write_page(out: Path, path: Path, page: Path | None) -> str:
+    """Add the finished rows in `out` to the CSV file `path`; rewrite the table of a page; return the table.
+
+    Raises: UserError if there are no rows, or the page has no place for the table.
+    """
+    lines = merged(read_csv(path), read_rows(out), KEY)
+    require(bool(lines), f"{out}: no finished rows")
+    write_csv(path, lines)
+    found = table(lines)
+    write_text(out / "budgets.md", found)
+    if page is not None:
+        write_text(page, with_part(page.read_text(), START, END, found, page))
+    return found

@@ -1,0 +1,47 @@
+"""Keep the rows of benchmarks in CSV files, and their tables on pages of the documentation."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpm_scales.errors import require
+from dpm_scales.storage import write_text
+from dpm_scales.tables import csv_text
+
+Row = dict[str, Any]
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Return the lines of a CSV file with a head, none if there is no file."""
+    return list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() else []
+
+
+def write_csv(path: Path, lines: Sequence[Row]) -> None:
+    """Write lines under a head of all their keys."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, csv_text(list(dict.fromkeys(key for line in lines for key in line)), lines))
+
+
+def merged(old: Sequence[Row], new: Sequence[Row], key: Sequence[str]) -> list[Row]:
+    """Return the lines of both; of two that agree in `key`, the new one. 60.0 and "60" agree."""
+    found = {tuple(_plain(line.get(name, "")) for name in key): line for line in [*old, *new]}
+    return list(found.values())
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).removesuffix(".0")
+
+
+def with_part(text: str, start: str, end: str, part: str, page: object) -> str:
+    """Return the text of a page with `part` between its lines `start` and `end`.
+
+    Raises: UserError, naming `page`, if it lacks those lines.
+    """
+    before, has_start, rest = text.partition(start)
+    _, has_end, after = rest.partition(end)
+    require(bool(has_start and has_end), f"{page} needs a line {start} and below it a line {end}")
+    return f"{before}{start}\n\n{part}\n{end}{after}"
