@@ -25,6 +25,7 @@ from dpm_scales.metrics.figures import FEWEST_NEIGHBOURS, check_names, check_num
 from dpm_scales.models.generate import pick_labels
 from dpm_scales.models.hub import is_on_hub
 from dpm_scales.models.instantiate import plain
+from dpm_scales.networks.precision import FULL, precision_name
 from dpm_scales.storage import check_writable, user_cache
 
 
@@ -119,6 +120,8 @@ def _check(cfg: DictConfig) -> tuple[Metric, ...]:
     check_counts(cfg, [key for key in ("num_samples", "num_reference") if cfg[key] is not None], 2)
     if cfg.manifold_images is not None:
         require_number("manifold_images", cfg.manifold_images, FEWEST_NEIGHBOURS, whole=True)
+    precision_name("precision", cfg.precision)
+    require(isinstance(cfg.compile, bool), f"compile must be true or false, got {cfg.compile!r}")
     ok = cfg.likelihood is None or cfg.likelihood in METHODS
     require(ok, f"likelihood={cfg.likelihood!r}: allowed is null, {', '.join(METHODS)}")
     ok = cfg.likelihood is None or cfg.model is not None
@@ -129,7 +132,8 @@ def _check(cfg: DictConfig) -> tuple[Metric, ...]:
             require(cfg[key] != RUN_DATA, f"{said}; name the data set or its folder: {key}=NAME_OR_DIR")
     if cfg.samples is not None:
         sampling = {"steps": None, "labels": None, "guidance": 1, "guide": None, "weights": "averaged"}
-        for key, usual in {**sampling, "ema": None, "ema_step": None, **GUIDE_OPTIONS}.items():
+        how = {"precision": FULL, "compile": False}
+        for key, usual in {**sampling, **how, "ema": None, "ema_step": None, **GUIDE_OPTIONS}.items():
             require(cfg[key] == usual, f"{key} is for sampling a model, and samples={cfg.samples} are there already")
         chosen = [value for value in plain(cfg.sampler).values() if value is not None]
         require(not chosen, f"sampler is for sampling a model, and samples={cfg.samples} are there already")
@@ -144,7 +148,8 @@ def drawn(cfg: DictConfig, number: int, device: torch.device) -> ModelSamples:
     model.prior.check_size(model.recipe.image_size)
     guidance = guidance_settings(cfg)
     given = (model, str(cfg.model), cfg.weights, guidance, number, cfg.seed, labels, device)
-    return ModelSamples(*given, guide=chosen.guide, ema=chosen.ema)
+    precision = precision_name("precision", cfg.precision)
+    return ModelSamples(*given, guide=chosen.guide, ema=chosen.ema, precision=precision, compile=cfg.compile)
 
 
 def _check_sizes(real: ImageSet, other: ImageSet | ModelSamples, any_size: bool) -> None:

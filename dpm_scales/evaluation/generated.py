@@ -15,8 +15,9 @@ from dpm_scales.distributed.ranks import World, barrier
 from dpm_scales.metrics import FeatureSet, FeatureStatistics
 from dpm_scales.metrics.base import Extractor
 from dpm_scales.metrics.figures import gather_all
-from dpm_scales.models.generate import draw, evaluations, weights_digest
+from dpm_scales.models.generate import computed, draw, evaluations, weights_digest
 from dpm_scales.models.model import Model
+from dpm_scales.networks.precision import FULL
 from dpm_scales.progress import Report
 
 
@@ -33,6 +34,8 @@ class ModelSamples:
         labels: labels ``(number,)``, or None.
         guide: path and weights of the model that guides it, or None.
         ema: record of the average of the weights that was reconstructed; None for the one that the run exported.
+        precision: in which the network is computed, "32-true" or "bf16-mixed".
+        compile: whether it is compiled.
         spent: images that passed through each network, by its name; "samples" are those drawn here so far.
     """
 
@@ -46,6 +49,8 @@ class ModelSamples:
     device: torch.device
     guide: dict[str, Any] | None = None
     ema: dict[str, Any] | None = None
+    precision: str = FULL
+    compile: bool = False
     spent: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
@@ -69,7 +74,7 @@ class ModelSamples:
                 on_samples(len(x) / steps)
 
         given = (self.model, len(part), self.seed, batch_size)
-        with evaluations(self.model) as counts:
+        with computed(self.model, self.precision, self.compile), evaluations(self.model) as counts:
             yield from draw(*given, labels=labels, device=self.device, on_step=on_step, first=part.start)
         self.spent.update(counts, samples=len(part))
 
@@ -94,6 +99,8 @@ class ModelSamples:
             **({} if table is None else {"covariance": table.record()}),
             "guidance": self.guidance,
             "guide": self.guide,
+            **({} if self.precision == FULL else {"precision": self.precision}),
+            **({"compile": True} if self.compile else {}),
             "network_evaluations": {
                 name: count / self.spent["samples"] for name, count in self.spent.items() if name != "samples"
             },

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dpm_scales.evaluation.generated import ModelSamples
 from dpm_scales.images import load_image
 from dpm_scales.models.generate import computed, draw
 from dpm_scales.models.io import save_model
 from dpm_scales.models.model import Model
+from support.evaluate_helpers import Means, small_features
 from support.shell import call, small_model
 
 COUNT, SIZE = 6, (8, 12)
@@ -127,3 +129,38 @@ def test_every_option_has_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "error: compile=true: compiling the network failed (RuntimeError: no such device); "
         "leave it out to sample uncompiled\n"
     )
+
+
+def test_evaluation_draws_the_same_samples(tmp_path: Path) -> None:
+    """Those of sample.py in bfloat16, by numbers; the record has it."""
+    model = lively()
+    with computed(model, "bf16"):
+        wanted = torch.cat(list(draw(model, 5, seed=3, batch_size=2)))
+    given = (model, "model", "averaged", None, 5, 3, None, torch.device("cpu"))
+    half, full = ModelSamples(*given, precision="bf16-mixed"), ModelSamples(*given)
+    parts = [torch.cat(list(half.batches(2, numbers))) for numbers in (range(3), range(3, 5))]
+    difference = torch.cat(parts).int() - wanted.int()
+    assert difference.abs().max() <= 1  # batches of other sizes round the last bits otherwise
+    assert (torch.cat(list(full.batches(2))).int() != wanted.int()).any()
+    assert half.origin()["precision"] == "bf16-mixed" and not {"precision", "compile"} & set(full.origin())
+    assert ModelSamples(*given, compile=True).origin()["compile"] is True
+
+
+@pytest.mark.filterwarnings("ignore:.*(covariance is singular|px are enlarged)")
+def test_evaluate_takes_both_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "model", lively())
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    np.save(tmp_path / "real.npy", np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8))
+    options = ("model=model", "reference=real.npy", "num_samples=4", "batch_size=4", "measures=[frechet]")
+    with small_features(Means()):
+        outcome = call("evaluate.py", *options, "precision=bf16", "compile=true", "out=judged", cwd=tmp_path)
+    assert outcome.status == 0, outcome.err
+    found = json.loads((tmp_path / "judged" / "evaluation.json").read_text())
+    assert found["fake"]["precision"] == "bf16-mixed" and found["fake"]["compile"] is True
+    assert len(graphs) == 1
