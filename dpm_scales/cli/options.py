@@ -39,12 +39,12 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = name.partition(":")[0]
     require(kind in DEVICES, f"unknown device {name!r}: {suggest(kind, DEVICES)}")
-    require(kind != "cpu" or name in ("cpu", "cpu:0"), f"device={name} is not to be had here; use device=cpu")
+    require(kind != "cpu" or name in ("cpu", "cpu:0"), f"device={name} is not available here; use device=cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device={name} is not to be had here ({reason}); use device=auto") from error
+        raise UserError(f"device={name} is not available here ({reason}); use device=auto") from error
 
 
 def guidance_settings(cfg: DictConfig) -> dict[str, Any] | None:

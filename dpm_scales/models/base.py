@@ -21,7 +21,7 @@ class Parts(nn.Module):
     Attributes:
         denoiser: network, process and target.
         prior: where sampling starts.
-        sampler: used where none is given; another one can be assigned, if it fits.
+        sampler: the default sampler; another one that fits can be assigned.
         recipe: describes all of them.
     """
 
@@ -32,7 +32,7 @@ class Parts(nn.Module):
 
     @property
     def sampler(self) -> Sampler:
-        """The sampler."""
+        """The default sampler. Setting it updates the recipe; raises UserError if it does not fit the denoiser."""
         return self._sampler
 
     @sampler.setter
@@ -45,7 +45,7 @@ class Parts(nn.Module):
 
     @classmethod
     def of(cls, denoiser: Denoiser, prior: Prior, sampler: Sampler, recipe: Recipe) -> Self:
-        """Return a model of parts that fit together and to the recipe."""
+        """Return a model made of parts that fit each other and the recipe."""
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         # in the order of their names in files

@@ -33,16 +33,16 @@ _LONGEST = 12  # values of a list in a table
 def write_card(
     folder: Path, model: Parts, repo: str, licence: str | None = None, run: Path | None = None, size: int | None = None
 ) -> None:
-    """Write `README.md`, `schedule.png` and, of a run with sample grids, `samples.png` into a folder.
+    """Write `README.md`, `schedule.png` and, for a run with sample grids, `samples.png` into a folder.
 
     Args:
         repo: name on the Hub, owner/name.
-        licence: the Hub's identifier of a licence, "mit"; None for no statement.
-        run: folder of the run that trained the model; its last sample grid and the figures in its result.json are
+        licence: the Hub's identifier of a licence, such as "mit"; None for no statement.
+        run: folder of the run that trained the model; its last sample grid and the numbers in its result.json are
             shown.
-        size: bytes of the model's file.
+        size: size of the model's file in bytes.
 
-    Raises: UserError for a licence that is no identifier, and for a damaged result.json.
+    Raises: UserError for a licence that is not an identifier, and for a damaged result.json.
     """
     ok = licence is None or _LICENCE.fullmatch(licence) is not None
     require(ok, f"licence={licence!r}: give the Hub's identifier of a licence, for example mit, apache-2.0 or other")
@@ -68,7 +68,7 @@ def write_card(
 def plot_schedule(path: Path, process: Process) -> None:
     """Draw the scale of the signal, lambda_t, and of the noise, gamma_t, against t, for frequencies from 0 up.
 
-    What is the same for all frequencies is one curve.
+    A scale that is the same for all frequencies is drawn as one curve.
     """
     device = tables_of(process)
     t = torch.linspace(0, 1, POINTS + 1, dtype=torch.float64, device=device)[1:]
@@ -201,7 +201,7 @@ def _parts(model: Parts) -> str:
 
 
 def _settings(values: dict[str, Any]) -> str:
-    """Return the arguments of a part in a line; those of parts inside in braces, long lists shortened."""
+    """Return the arguments of a part on one line: those of nested parts in braces, long lists shortened."""
     found = []
     for key, value in values.items():
         if isinstance(value, dict):
@@ -226,13 +226,13 @@ def _training(results: dict[str, Any]) -> str:
 
 
 def _first_line(thing: object) -> str:
-    """Return the first paragraph of the docstring of a thing's class in one line; "" without one."""
+    """Return the first paragraph of the docstring of an object's class on one line; "" without one."""
     text = " ".join((inspect.getdoc(type(thing)) or "").split("\n\n")[0].split())
     return printable(_DEFAULT.sub(lambda found: found[1] and ")", text))  # the model's own schedules are listed
 
 
 def _cell(text: object) -> str:
-    """Return text for a table's cell, in which no character ends the cell, the line or a block of code."""
+    """Return text escaped for a table cell: no character ends the cell, the line or a block of code."""
     return printable(" ".join(str(text).split())).replace("|", r"\|").replace("`", "'").replace("<", "&lt;")
 
 

@@ -1,9 +1,9 @@
 """Read and write checkpoints and tensors with a SHA-256 over every byte, so that damage is detected.
 
 A checkpoint is torch's zip file, followed by one line of fixed length with the format's version, the step and the
-SHA-256 of all preceding bytes. torch stores a CRC of every tensor but never checks it: it detects one in ten flipped
-bits. In `model.safetensors` the SHA-256 is in the header, computed with zeros in its place. Either way there is only
-one file, which appears with its checksum or not at all.
+SHA-256 of all preceding bytes. torch stores a CRC of every tensor but never checks it, so that it detects only one in
+ten flipped bits. In `model.safetensors` the SHA-256 is in the header, computed with zeros in its place. Either way
+there is only one file, which appears with its checksum or not at all.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DamagedFileError(UserError):
 
 
 class _HashingFile:
-    """A file for `torch.save` that hashes what is written and keeps errors, which torch would replace by its own."""
+    """A file for `torch.save` that hashes what is written and keeps errors, which torch would replace with its own."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.hash = file, hashlib.sha256()
@@ -143,7 +143,7 @@ def is_plain_tensor(value: Any) -> bool:
 
 
 def _digest(file: BinaryIO, size: int, start: bytes = b"") -> str:
-    """Return the SHA-256 of the first `size` bytes of a file, in which `start` replaces its beginning."""
+    """Return the SHA-256 of the first `size` bytes of a file, with `start` in place of its first bytes."""
     file.seek(len(start))
     digest, left = hashlib.sha256(start), size - len(start)
     while left > 0 and (chunk := file.read(min(_CHUNK, left))):

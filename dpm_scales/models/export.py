@@ -18,7 +18,7 @@ WEIGHTS_FILE, CONFIG_FILE, COVARIANCE_FILE = "model.safetensors", "config.yaml",
 
 
 def save_model(folder: Path, model: Parts, state: dict[str, Tensor] | None = None) -> None:
-    """Write the files of a model into `folder`, each atomically; remove a `covariance.safetensors` of other weights.
+    """Write a model's files into `folder`, each atomically; remove a `covariance.safetensors` for other weights.
 
     Args:
         state: weights in place of the model's own.
@@ -44,7 +44,7 @@ def save_covariance(folder: Path, table: ErrorVariance) -> Path:
 
 
 def read_covariance(folder: Path) -> ErrorVariance | None:
-    """Return what a model's folder holds of its covariance, None if nothing. Raises UserError if that is damaged."""
+    """Return the covariance stored in a model's folder, None without one. Raises UserError if the file is damaged."""
     path = folder / COVARIANCE_FILE
     if not path.is_file():
         return None
@@ -55,7 +55,7 @@ def read_covariance(folder: Path) -> ErrorVariance | None:
 
 
 def digest_in(state: dict[str, Tensor]) -> str:
-    """Return the digest of the denoiser, see `denoiser_digest`, whose weights are in a model's `state_dict`."""
+    """Return the digest of the denoiser's weights in a model's `state_dict`; see `denoiser_digest`."""
     prefix = "denoiser."
     return denoiser_digest(
         {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -1,7 +1,7 @@
 """Read a folder that diffusers wrote, a pipeline of `UNet2DModel` and a scheduler, as a model's recipe and weights.
 
 diffusers numbers the steps of a chain from 0: its step i is scale k = i + 1 here, and "the step before 0" is the image.
-Only JSON and safetensors are read. The recipe then passes the checks of a model of one's own, see `models.io`.
+Only JSON and safetensors are read. The recipe then goes through the same checks as any other, see `models.io`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WEIGHT_FILES = (WEIGHTS, f"unet/{WEIGHTS}")
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 MAX_JSON_BYTES = 2**24
-#: names of the attention's layers in files of diffusers before 0.15, with their present names
+#: names of attention layers in files written by diffusers before 0.15, with their present names
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION = re.compile(r"(.*attentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)")
 TARGETS = {"epsilon": "Noise", "sample": "Clean", "v_prediction": "Velocity"}
@@ -65,7 +65,7 @@ def read_pipeline(folder: Path) -> tuple[Recipe, dict[str, Tensor]]:
     """Return the recipe and the weights, named as in `Model.modules`, of a pipeline in a folder.
 
     Raises: UserError for a pipeline with other parts than a `UNet2DModel` and one of the `SCHEDULERS`, for options
-    without an equal here, and for weights that are no safetensors.
+    without an equivalent here, and for weights that are not in a safetensors file.
     """
     files = _open(folder)
     recipe = _recipe(files, str(folder))
@@ -140,7 +140,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def no_weights(place: str, wanted: str, names: Iterable[str]) -> str:
-    """Return the message for a place that has the files `names`, and none with weights."""
+    """Return the error message for a folder or repository whose files, `names`, do not include `wanted`."""
     found = sorted(name for name in names if Path(name).suffix in (*PICKLES, ".safetensors", ".json"))
     pickles = [name for name in found if Path(name).suffix in PICKLES]
     if pickles:
@@ -171,7 +171,7 @@ def _recipe(files: _Files, source: str) -> Recipe:
     parts["network"] = {"_target_": "dpm_scales.networks.DiffusersUNet", **network, **parts["network"]}
     classes = files.unet_config.get("num_class_embeds")
     recipe = Recipe(parts, files.unet_config.get("in_channels", 3), size, classes)
-    return Recipe.from_dict(recipe.to_dict(), source)  # what a file holds is checked like one of our own
+    return Recipe.from_dict(recipe.to_dict(), source)  # checked like a config of our own
 
 
 def _network(files: _Files, settings: _Settings) -> dict[str, Any]:
@@ -289,7 +289,7 @@ def _vp(settings: _Settings, sampler: dict[str, Any], clips: bool) -> dict[str, 
     clip = clips and bool(settings.need("clip_sample", True, (True, False), "is no switch"))
     if settings.values.get("thresholding"):
         settings.need("sample_max_value", 1.0, (1.0, 1), "with thresholding=true is a dynamic threshold")
-        clip = True  # a threshold of at least and at most 1
+        clip = True  # a dynamic threshold clamped to [1, 1]
     elif clip:
         settings.need("clip_sample_range", 1.0, (1.0, 1), "clips beyond the value range")
     target: dict[str, Any] = {"_target_": f"dpm_scales.targets.{TARGETS[prediction]}"}
@@ -362,4 +362,4 @@ SCHEDULERS: dict[str, Callable[[_Settings], dict[str, Any]]] = {
     "UniPCMultistepScheduler": _unipc,
     "ScoreSdeVeScheduler": _ve,
 }
-"""What is made of each scheduler; a sampler of the same kind is the model's own, any other may be chosen."""
+"""Readers of schedulers by class name. The model's default sampler is of the scheduler's kind; others can be chosen."""

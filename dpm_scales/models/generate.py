@@ -121,20 +121,20 @@ def finished(x: Tensor, value_range: tuple[float, float], first: int) -> Tensor:
 
 
 def networks_of(model: Parts) -> dict[str, nn.Module]:
-    """Return the networks that sampling evaluates by name: "model", and "guide" where one guides it."""
+    """Return the networks that sampling evaluates, by name: "model", and "guide" if it has one."""
     guide = getattr(model.denoiser, "guide", None)
     return {"model": model.denoiser.network} | ({} if guide is None else {"guide": guide.network})
 
 
 @contextmanager
 def computed(model: Parts, precision: str = FULL, compile: bool = False) -> Iterator[None]:
-    """Compute each of `networks_of` in this precision while the body runs, and compiled if so wanted.
+    """Evaluate each of `networks_of` in a given precision, and compiled on request, while the body runs.
 
     The state and the sampler's arithmetic keep their precision.
 
     Args:
         precision: "32-true" or "bf16-mixed", also "32" and "bf16".
-        compile: whether to compile them, on CUDA as CUDA graphs.
+        compile: whether to compile the networks, on CUDA as CUDA graphs.
 
     Raises: UserError for an unknown precision, and if compiling fails.
     """
@@ -204,6 +204,6 @@ def largest_activation(network: nn.Module, size: tuple[int, int, int]) -> int:
 def weights_digest(model: Parts) -> str:
     """Return the SHA-256 of a model's named weights as hexadecimal digits; it does not depend on the file's format.
 
-    The weights of a guide are not the model's.
+    The weights of a guide are left out.
     """
     return tensors_digest(entry for entry in model.state_dict().items() if not entry[0].startswith("denoiser.guide."))

@@ -28,7 +28,7 @@ M = TypeVar("M", bound=Parts)
 Weight = float | GuidanceCurve
 
 CURVES = (LowHigh, ListedGuidance)
-"""Curves that a config gives by their arguments alone; the first is that of arguments which several have."""
+"""Curves that a config can give by their arguments alone; arguments that fit several mean the first."""
 NAMED = 3  # largest number of differences in a message
 
 
@@ -90,14 +90,14 @@ def with_guidance(
     Args:
         guidance: as for `guidance_weight`.
         interval, variable: as for `ClassifierFreeGuidance`.
-        guide: a worse model of the same process, to lead away from in place of the answer without labels.
-        guide_name: the guide's, for messages.
+        guide: a worse model of the same process, whose prediction replaces the one without labels.
+        guide_name: name of the guide in messages.
 
     Raises: UserError for invalid values, for models that were trained without label dropout and have no guide, and for
     guides that do not fit or would have no effect.
     """
     weight = guidance_weight(guidance)
-    guided_interval(interval)  # of no effect for a weight of 1, and no less wrong
+    guided_interval(interval)  # checked even for a weight of 1, where it has no effect
     if weight == 1:
         require(guide is None, f"{guide_name} has no effect with guidance=1; set more, guidance=2, or leave it out")
         return model
@@ -115,7 +115,7 @@ def with_guidance(
         "only; drop guidance=, train with label_dropout=0.1, or give a worse model, guide=MODEL",
     )
     guided = ClassifierFreeGuidance(model.denoiser, classes, weight, interval, variable)
-    return model.replaced(denoiser=guided)  # has all that sampling uses of a denoiser
+    return model.replaced(denoiser=guided)  # has every attribute of a denoiser that sampling uses
 
 
 def _autoguided(
@@ -127,15 +127,15 @@ def _autoguided(
     require(mismatch is None, f"{name}: {mismatch}")
     labelled = model.recipe.num_classes is not None and guide.recipe.num_classes is not None
     guided = Autoguidance(model.denoiser, guide.denoiser, weight, interval, variable, labelled)
-    # both must answer without labels, where a likelihood asks for it
+    # predictions without labels, as for a likelihood, need label dropout in both
     dropout = 0.0 if labelled and guide.recipe.label_dropout == 0 else model.recipe.label_dropout
     return model.replaced(denoiser=guided, recipe=replace(model.recipe, label_dropout=dropout))
 
 
 def _mismatch(model: Parts, guide: Parts) -> str | None:
-    """Return what keeps a guide from guiding the model, in one line; None if nothing does.
+    """Return in one line why a guide does not fit the model; None if it fits.
 
-    It needs the model's process, images and target, and its labels or none.
+    It must have the model's process, image shape and target, and the model's classes or none.
     """
     advice = "give a worse model of the same process and images"
     own, other = model.recipe, guide.recipe
@@ -181,7 +181,7 @@ def _differences(own: Process, other: Process) -> list[str]:
     changes = [f"{key} is {there.get(key)!r:.40} there and {here.get(key)!r:.40} here" for key in keys]
     learnt, theirs = own.state_dict(), other.state_dict()
     unlike = [] if changes else [name for name in learnt if not _equal(learnt[name], theirs.get(name))]
-    return changes + [f"{name}, measured from the training images, is another" for name in unlike]
+    return changes + [f"{name}, measured from the training images, differs" for name in unlike]
 
 
 def _equal(own: Tensor, other: Tensor | None) -> bool:

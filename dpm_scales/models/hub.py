@@ -1,7 +1,7 @@
 """Find models on the Hugging Face Hub: ``hf://owner/name`` or ``hf://owner/name@revision``.
 
 Only the files that a model consists of are downloaded, into huggingface_hub's own cache, where they are found again
-without a network. What lies there is then checked like any folder.
+without a network. The folder in the cache is then checked like any other.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def fetch(place: str) -> Path:
             f"{repo} is no dpm_scales model; it has {_listed(_names(repo, folder.name))}, where a model has "
             "config.yaml and model.safetensors, or the files of a diffusers pipeline"
         )
-    if not _has_any(folder, weights):  # a snapshot is of one commit, so what is there stays valid
+    if not _has_any(folder, weights):  # a snapshot is of one commit, so files already there stay valid
         folder = _download(repo, folder.name, weights)
     if not _has_any(folder, weights):
         raise UserError(no_weights(repo, weights[0], _names(repo, folder.name)))
@@ -141,7 +141,7 @@ def _listed(names: Sequence[str]) -> str:
 
 @contextmanager
 def readable_errors(repo: str, revision: str | None = None, cached: bool = True) -> Iterator[None]:
-    """Replace the errors that huggingface_hub raises in the body by a UserError of one line.
+    """Replace the errors that huggingface_hub raises in the body with a UserError of one line.
 
     Args:
         cached: whether the cache could have served the body without a network.

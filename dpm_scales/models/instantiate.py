@@ -27,10 +27,10 @@ def plain(config: Any) -> Any:
 
 
 def read_config(file: Path, key: str) -> dict[str, Any]:
-    """Return one of the package's YAML files as resolved plain containers, without its list of other configs.
+    """Return one of the package's YAML files as resolved plain containers, without its defaults list.
 
     Args:
-        key: the option that names the file, for messages.
+        key: name of the option that chooses the file, for messages.
 
     Raises: UserError if the file has values that only a command line can provide.
     """
@@ -74,7 +74,7 @@ def build(
             from hydra.utils import instantiate
             from omegaconf import OmegaConf
 
-            # under its key, so that Hydra names what has no value yet
+            # under its key, so that Hydra's error about a missing value names it in full
             built = instantiate(OmegaConf.create({where: settings})[where], _convert_="all", **kwargs)
     except Exception as error:
         root = root_cause(error)
@@ -94,7 +94,7 @@ def build(
 
 
 def _own_alone(value: Any) -> bool:
-    """Return whether all classes named in nested plain containers are this package's, and no key is Hydra's alone."""
+    """Return whether nested containers name classes of this package only, and no keys that need Hydra itself."""
     if isinstance(value, list):
         return all(map(_own_alone, value))
     if not isinstance(value, dict):

@@ -60,7 +60,7 @@ class _Wanted:
         return Recipe.from_dict(values, source, self.allow)
 
     def average(self, path: Path, weights: str) -> Reconstruction | None:
-        """Return the caller's average of the run at `path`; None for the one exported. Raises UserError."""
+        """Return the average that the caller chose from the run at `path`; None for the exported one."""
         return chosen_average(path, weights, self.ema, self.ema_step)
 
     def with_sampler(self, recipe: Recipe) -> Recipe:
@@ -84,16 +84,16 @@ def load_model(
     """Return the model of a run folder, an export folder or a checkpoint file, on the CPU, in evaluation mode.
 
     Args:
-        path: also ``hf://owner/name[@revision]``, a model on the Hugging Face Hub; and a folder that diffusers wrote, a
-            pipeline of `UNet2DModel`, see `models.from_diffusers`.
+        path: one of these; ``hf://owner/name[@revision]``, a model on the Hugging Face Hub; or a folder that diffusers
+            wrote, a pipeline of `UNet2DModel`, see `models.from_diffusers`.
         weights: "averaged", or "raw" for the weights of the last step, which only checkpoints hold.
-        allow: packages, modules or classes that you trust, ``["mynet"]``: the model may name their classes, which are
-            imported, besides those of dpm_scales.
+        allow: packages, modules or classes that you trust, such as ``["mynet"]``: besides those of dpm_scales, the
+            model may name their classes, which are then imported.
         sampler: config of a sampler that replaces the model's own.
         steps: number of steps of the sampler; None for its own.
-        ema: length of the power-function average of the weights to reconstruct, a share of the run, from the snapshots
-            in a run folder; None for the average that the run exported.
-        ema_step: step of the snapshot that ends this average; None for the last.
+        ema: length, as a share of the run, of the power-function average of the weights to reconstruct from the
+            snapshots in a run folder; None for the average that the run exported.
+        ema_step: step of the snapshot at which this average ends; None for the last.
 
     Raises: UserError if there is no model, if it names a class that is not allowed, if its weights are not finite or do
     not fit its config, or if its snapshots do not give the average.
@@ -138,7 +138,7 @@ def chosen_average(
 
     Args:
         path, weights, ema, ema_step: as in `load_model`.
-        prefix: of the options in messages.
+        prefix: prefix of the options' names in messages.
 
     Raises: UserError as `reconstruction`, and for options that exclude each other.
     """
@@ -162,7 +162,7 @@ def export_model(
 
     Args:
         path, weights, ema, ema_step: as in `load_model`; a folder of diffusers is refused.
-        folder: appears with all files or not at all.
+        folder: created with all files or not at all.
 
     Returns: the file or folder that held the weights, and the packages whose classes the model uses.
 
@@ -193,7 +193,7 @@ def export_model(
 
 
 def export_folder(path: str | Path) -> Path:
-    """Return the folder of an exported model, in which files can be put beside `model.safetensors`.
+    """Return the folder that holds the `model.safetensors` of an exported model, where more files can be put.
 
     Args:
         path: a run folder or an export.
@@ -301,7 +301,7 @@ def _with_weights(
     except Exception as error:
         raise _refused(error, source) from error
     require_finite_weights(state, source)
-    denoiser.error_variance = table  # of whatever weights: a sampler that uses it looks
+    denoiser.error_variance = table  # perhaps for other weights: a sampler that uses it checks
     asked = wanted.with_sampler(recipe)
     try:
         sampler = build_sampler(asked.parts["sampler"], denoiser)

@@ -1,4 +1,4 @@
-"""Define a model: a denoiser with a prior and a sampler, which draws images, measures its loss and is saved."""
+"""Define a model: a denoiser, a prior and a sampler, with methods that draw images, compute the loss and save it."""
 
 from __future__ import annotations
 
@@ -45,14 +45,15 @@ class Model(Parts):
     DistributedDataParallel, can train it.
 
     Args:
-        network: ``forward(x, t, labels=None)``, see `networks.UNet`, which is completed for the images; or
-            ``configured(MyNet, ...)``, which gets `in_channels`, `out_channels` and `num_classes`. None for `UNet()`.
+        network: a module with ``forward(x, t, labels=None)``, such as `networks.UNet`, which gets its channels and
+            classes from the model; or ``configured(MyNet, ...)``, which gets `in_channels`, `out_channels` and
+            `num_classes`. None for `UNet()`.
         process: the forward process. None for `VP()`.
         image_size: side of the images in pixels, or (height, width).
-        channels: of the images, 1 grey or 3 RGB.
+        channels: number of image channels, 1 for grey or 3 for RGB.
         target: what the network predicts: a `Target`, or the name of a file in configs/target.
-        prior: where sampling starts: a `Prior`, or the name of a file in configs/prior; "auto" by the process.
-        sampler: a `Sampler`, or the name of a file in configs/sampler; "auto" by process and target.
+        prior: where sampling starts: a `Prior`, or the name of a file in configs/prior; "auto" suits the process.
+        sampler: a `Sampler`, or the name of a file in configs/sampler; "auto" suits process and target.
         num_classes: number of labels of a conditional model; None for a model without labels.
         class_names: one name per label.
         label_dropout: share of the labels to drop while training, for classifier-free guidance; in [0, 1).
@@ -132,15 +133,15 @@ class Model(Parts):
             guidance: weight of guidance: 0 ignores the labels, 1 follows them, more exaggerates them; or a curve of
                 weights by frequency, `LowHigh(1, 3)`, or its arguments, ``{"low": 1, "high": 3}``.
             guidance_interval: (low, high), the scales to guide; None for all.
-            guidance_variable: of the interval: "t" or "logsnr".
-            guide: a worse model of the same process; guidance leads away from its answer in place of that without
-                labels (autoguidance). It is moved to the model's device.
-            size: of the images in pixels; None for that of the training images.
+            guidance_variable: variable of the interval: "t" or "logsnr".
+            guide: a worse model of the same process, whose prediction replaces the one without labels (autoguidance).
+                It is moved to the model's device.
+            size: size of the images in pixels, one side or (height, width); None for that of the training images.
             batch_size: images drawn at once; affects speed and memory only.
-            device: to which the model is moved first; None leaves it where it is.
+            device: device to which the model is moved first; None leaves it where it is.
             progress: whether to show a progress bar.
-            precision: of the networks: "32-true", or "bf16-mixed"; the sampler's arithmetic keeps its own.
-            compile: whether to compile the networks, for each size of a batch; worth it for thousands of images.
+            precision: precision of the networks, "32-true" or "bf16-mixed"; the sampler's arithmetic keeps its own.
+            compile: whether to compile the networks, once per batch size; pays off for thousands of images.
 
         Raises: UserError for values out of range, a sampler or guide that does not fit the model, and if compiling
             fails.
@@ -198,11 +199,12 @@ class Model(Parts):
             x_0: images ``(B, C, H, W)``, uint8, or floating point in the process's value range.
             t: scales in (0, 1], ``(B,)`` or one number; None draws them, uniformly and spread evenly over the batch.
             labels: ``(B,)`` integers, for a conditional model, which drops some of them in training mode.
-            generator: of scales and noise, on the model's device; a number is a seed, with the same noise on every
-                device; None for torch's own generator.
+            generator: source of scales and noise: a generator on the model's device, or a seed, which gives the same
+                noise on every device; None for torch's own generator.
             loss_weight: weight of each scale; None for the target's own.
 
-        Raises: UserError for images or labels of another type or shape, or out of range where that is on the CPU.
+        Raises: UserError for images or labels of another type or shape. Values out of range are detected only in
+            tensors on the CPU.
         """
         x_0 = self._images(x_0)
         count, device = x_0.shape[0], x_0.device
@@ -274,13 +276,13 @@ class Model(Parts):
     ) -> None:
         """Measure the network's error by scale and frequency, for samplers with ``covariance="optimal"``.
 
-        It is saved with the model, and has to be measured again when the weights have changed.
+        The result is saved with the model, and must be measured again after the weights have changed.
 
         Args:
             images: training images ``(N, C, H, W)``, uint8, or floating point in the process's value range; about 1000.
                 The network is evaluated 32 times for each.
             labels: ``(N,)`` integers, for a conditional model.
-            seed: of the noise; image i gets that of (seed, i).
+            seed: seed of the noise; that of image i depends on (seed, i) alone.
             batch_size: images at once; affects speed and memory only.
             progress: whether to show a progress bar.
 
@@ -313,9 +315,8 @@ class Model(Parts):
     def save(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.yaml` into a folder, made if missing; `load_model` reads them.
 
-        Beside them lies `covariance.safetensors`, if it was measured for the model's weights.
-
-        An earlier model in the folder is replaced.
+        Also write `covariance.safetensors`, if it was measured for these weights. An earlier model in the folder is
+        replaced.
 
         Raises: UserError, and writes nothing, if the folder holds anything else, if a part can't be described by plain
         values, or if a weight is not finite.
@@ -345,7 +346,7 @@ def _existing(device: torch.device | str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={str(device)!r} is not to be had here ({root_cause_line(error)})") from error
+        raise UserError(f"device={str(device)!r} is not available here ({root_cause_line(error)})") from error
 
 
 def _uniform(noise: Randomness, count: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Make the parts of a model: from the configs of a recipe, or from objects, which are described in its place."""
+"""Make the parts of a model: from the configs in a recipe, or from objects, whose configs then make up the recipe."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def build_denoiser(
 
 
 def check_network(network: nn.Module, label_dropout: float) -> None:
-    """Raise UserError for a network without weights, or of another `forward`; and if labels are to be dropped from one
-    that has no index for "no label".
+    """Raise UserError for a network without trainable weights or with another `forward`, and for label dropout if the
+    network has no index for "no label".
     """
     trainable = any(parameter.requires_grad for parameter in network.parameters())
     require(trainable, f"network: {type(network).__name__} has no weights to train")
@@ -88,7 +88,7 @@ def make_part(value: object, kind: type, where: str, given: dict[str, Any] | Non
         value: an object, which is used as it is; a class with arguments; or the name of a file in ``configs/WHERE``.
         kind: what the part must be.
         where: the part's name.
-        given: arguments for a config that is a function of other parts.
+        given: arguments for a config with `_partial_`, a function of other parts.
 
     Raises: UserError for anything else.
     """
@@ -105,13 +105,13 @@ def make_part(value: object, kind: type, where: str, given: dict[str, Any] | Non
 
 
 def part_names(where: str) -> list[str]:
-    """Return the names in configs/WHERE that choose a part alone; none where parts are made of others."""
+    """Return the names of the files in configs/WHERE that describe a part on their own; none for composed parts."""
     files = [] if where in COMPOSED else sorted((CONFIGS / where).glob("*.yaml"))
     return [file.stem for file in files if read_config(file, where).get("_target_") is not None]
 
 
 def realised(value: Configured, kind: type, where: str, **given: Any) -> Any:
-    """Return the object of a class with arguments, and with those of `given` besides.
+    """Return the object that a class makes of its arguments and those in `given`.
 
     Raises: UserError if the class does not take them, or makes something other than `kind`.
     """
@@ -129,7 +129,7 @@ def realised(value: Configured, kind: type, where: str, **given: Any) -> Any:
 
 
 def _objects(value: Any, where: str) -> Any:
-    """Return a value with objects in place of classes with arguments."""
+    """Return a value in which every nested `Configured` is replaced with its object."""
     if isinstance(value, Configured):
         return realised(value, object, where)
     if isinstance(value, list | tuple):
@@ -198,7 +198,7 @@ def _try(network: nn.Module, shape: tuple[int, int, int], channels: int, num_cla
     try:
         with torch.no_grad():
             found = functional_call(network, meta, (x, t, labels))
-    except NotImplementedError:  # operations without shapes of their own
+    except NotImplementedError:  # an operation without a kernel for the meta device
         return
     except Exception as error:
         reason = root_cause_line(error)

@@ -1,4 +1,4 @@
-"""Snapshots of power-function averages, and the average of any length that follows from them after training (EDM2).
+"""Store snapshots of power-function averages, and reconstruct the average of any length after training (EDM2).
 
 A run writes `ema/step-N.safetensors`: the averages of the parameters, in float32, with their lengths. Half precision
 would be too coarse: short averages are differences of snapshots, with coefficients whose magnitudes add up to 10 or 50.
@@ -26,16 +26,16 @@ from dpm_scales.storage import open_regular
 FOLDER = "ema"
 """Folder of the snapshots in that of a run."""
 LARGEST_ERROR = 0.1
-"""Largest distance of a fitted profile from the wanted one, as a share of its norm."""
+"""Largest allowed L2 distance of a fitted profile from its target, divided by the target's norm."""
 MOST_SNAPSHOTS = 128
-"""Largest number of snapshots that are read; of more, these, evenly spaced."""
+"""Largest number of snapshots to read; of more, this many are read, evenly spaced."""
 _NAME = re.compile(r"step-(\d{6,18})\.safetensors", re.ASCII)
 _TRIED = 60
-"""Lengths tried to find those that can be reconstructed, evenly spaced in their logarithm."""
+"""Number of lengths tried to find those that can be reconstructed, evenly spaced in their logarithm."""
 
 
 def write_snapshot(folder: Path, step: int, lengths: Sequence[float], averages: Sequence[Mapping[str, Tensor]]) -> None:
-    """Write the averages of the parameters after a step, by length and name, atomically and with a checksum."""
+    """Write the averages of the parameters after a step, one by name for each length, atomically, with a checksum."""
     tensors = {
         f"{number}/{name}": value.detach().cpu().contiguous()
         for number, average in enumerate(averages)
@@ -63,8 +63,8 @@ class Stored:
     """An average in a snapshot.
 
     Attributes:
-        path: of the snapshot.
-        place: of the average in the snapshot.
+        path: file of the snapshot.
+        place: index of the average in the snapshot.
     """
 
     path: Path
@@ -81,7 +81,7 @@ class Reconstruction:
         length: σ_rel in EDM2, the standard deviation of its profile divided by the number of steps.
         step: number of steps that it averages.
         terms: stored averages with their coefficients, which add up to 1; a stored average is a single term.
-        error: distance of the combined profile from the wanted one, as a share of its norm.
+        error: L2 distance of the combined profile from the exact one, divided by the norm of the latter.
     """
 
     length: float
@@ -95,14 +95,14 @@ class Reconstruction:
         return self.terms[0][0].path.parent
 
     def record(self) -> dict[str, Any]:
-        """Return what identifies it, as plain values."""
+        """Return length, step, number of snapshots and error as plain values."""
         number = len({term.path for term, _ in self.terms})
         return {"length": self.length, "step": self.step, "snapshots": number, "profile_error": self.error}
 
     def parameters(self) -> dict[str, Tensor]:
-        """Return the averaged parameters by name, added up in float64 and then of the snapshots' type.
+        """Return the averaged parameters by name, summed in float64 and cast to the snapshots' dtype.
 
-        Raises: UserError for a snapshot that is damaged, or that does not hold what a run writes.
+        Raises: UserError for a snapshot that is damaged, or whose averages do not fit those of the others.
         """
         total: dict[str, Tensor] = {}
         kinds: dict[str, torch.dtype] = {}
@@ -138,16 +138,16 @@ class Reconstruction:
 
 
 def reconstruction(run: Path, length: object, step: object = None, prefix: str = "") -> Reconstruction:
-    """Return how the average of a length follows from the snapshots of a run; their weights are not read yet.
+    """Return the combination of a run's snapshots that gives the average of a length; their weights are not read yet.
 
     Args:
         run: the run's folder.
         length: in [SHORTEST, LONGEST].
-        step: of one of the snapshots, which ends the average; None for the last.
-        prefix: of the options `ema` and `ema_step` in messages.
+        step: step of the snapshot at which the average ends; None for the last.
+        prefix: prefix of the options `ema` and `ema_step` in messages.
 
-    Raises: UserError for values out of range, a run without snapshots, a step without one, and a length too far from
-    what they hold.
+    Raises: UserError for values out of range, a run without snapshots, a step without one, and a length that they
+    reconstruct with an error above `LARGEST_ERROR`.
     """
     wanted = check_length(f"{prefix}ema", length)
     stored, end = _until(run, step, prefix)
@@ -201,7 +201,7 @@ def _fitted(stored: Sequence[Stored], step: int, length: float) -> tuple[list[fl
 
 
 def _range(stored: Sequence[Stored], step: int) -> tuple[float, float]:
-    """Return the shortest and longest of some lengths whose profiles are fitted well; a stored one is."""
+    """Return the shortest and the longest length whose profile is fitted well, or which is stored for the step."""
     ratio = LONGEST / SHORTEST
     tried = [min(SHORTEST * ratio ** (k / (_TRIED - 1)), LONGEST) for k in range(_TRIED)]
     good = [length for length in tried if _fitted(stored, step, length)[1] <= LARGEST_ERROR]

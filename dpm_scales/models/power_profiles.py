@@ -68,7 +68,7 @@ def inner_products(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) 
 
 
 def fit(steps: Sequence[int], lengths: Sequence[float], step: int, length: float) -> tuple[list[float], float]:
-    """Return the combination of stored averages that is nearest to the average of a length, and how near it is.
+    """Return the combination of stored averages that is nearest to the average of a length, and its distance.
 
     The coefficients minimise the distance of the profiles in L2 under the condition that they add up to 1. The paper
     has no such condition, since its networks normalise their weights: here the part of a weight that never changes is

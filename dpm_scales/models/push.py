@@ -27,14 +27,14 @@ def push_model(
     Args:
         repo: owner/name, also ``hf://owner/name``.
         private: whether a new repository is private; None for the owner's default.
-        licence: the Hub's identifier of a licence, "mit", for the page.
+        licence: the Hub's identifier of a licence, such as "mit", for the page.
         run: folder of the run that trained the model: its last samples and final figures are on the page.
-        message: of the commit.
+        message: message of the commit; None for a standard one.
         card: False leaves the page as it is on the Hub.
 
     Returns: the address of the commit.
     Raises: UserError, before anything is uploaded, for a model that can't be saved and invalid arguments; and without
-    huggingface_hub, a token, a network or the right to write there.
+    huggingface_hub, a token, a network or write access.
     """
     repo = check_repository(repo)
     package = hub()

@@ -26,7 +26,7 @@ class Recipe:
 
     Args:
         parts: configs of process, target, network, prior and sampler.
-        channels, image_size: of the training images.
+        channels, image_size: number of channels, and (H, W) in pixels, of the training images.
         num_classes: number of classes that the network was trained on, or None for no labels.
         label_dropout: fraction of labels dropped in training, so that the network also learns "no label".
     """
@@ -45,6 +45,7 @@ class Recipe:
         return next((str(part[UNDESCRIBED]) for part in found), None)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the content of `config.yaml` as plain containers."""
         image = {"channels": self.channels, "height": self.image_size[0], "width": self.image_size[1]}
         names = list(self.class_names) if self.class_names else None
         labels: dict[str, Any] = {"num_classes": self.num_classes, "class_names": names}

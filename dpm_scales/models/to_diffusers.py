@@ -1,8 +1,8 @@
 """Write a model as a folder that diffusers loads: ``DiffusionPipeline.from_pretrained(folder)``.
 
-Only what diffusers has too can be written: a network `DiffusersUNet`, without blur, as DDPMPipeline or DDIMPipeline
+Only what diffusers also has can be written: a network `DiffusersUNet`, without blur, as DDPMPipeline or DDIMPipeline
 (variance preserving) or ScoreSdeVePipeline (variance exploding). With the same noise these give the images of the
-ancestral sampler and of DDIM, up to the float32 of diffusers' tables; the grid is ours, `timestep_spacing` trailing.
+ancestral sampler and of DDIM, up to the float32 of diffusers' tables; our grid is their `timestep_spacing="trailing"`.
 Where estimates are clipped, DDIMPipeline needs `use_clipped_model_output=True`.
 """
 
@@ -36,9 +36,8 @@ def export_diffusers(model: Parts, folder: str | Path, kind: str | None = None) 
     """Write `model_index.json`, `unet/` and `scheduler/` into `folder`, each file atomically.
 
     Args:
-        kind: of a variance-preserving model, "ddpm" for the chain with noise or "ddim" for the one without; by default
-            that of the model's own sampler, "ddim" for a sampler without an equal there, as one with a `noise_color` or
-            a `covariance`.
+        kind: pipeline of a variance-preserving model: "ddpm" (stochastic) or "ddim" (deterministic); by default "ddpm"
+            if the model's own sampler is `Ancestral`, without `noise_color` and `covariance`, and "ddim" otherwise.
 
     Raises: UserError, before anything is written, for a model that diffusers can't express, with the reason.
     """
@@ -80,7 +79,7 @@ def export_diffusers(model: Parts, folder: str | Path, kind: str | None = None) 
 
 
 def _prediction(model: Parts) -> tuple[str, bool]:
-    """Return diffusers' name of what the network predicts, and whether the estimate of the clean image is clipped."""
+    """Return diffusers' name for the prediction target, and whether the estimate of the clean image is clipped."""
     target: Any = model.denoiser.target
     name = PREDICTIONS.get(type(target))
     require(name is not None, f"the model {_NO}: it has no name for the target {type(target).__name__}")
@@ -164,7 +163,7 @@ def _unet(network: DiffusersUNet, size: tuple[int, int]) -> Any:
 
 
 def _write(folder: Path, pipeline: str, scheduler: str, options: dict[str, Any], unet: Any) -> None:
-    """Have diffusers write its files beside, and put each in its place."""
+    """Let diffusers write its files into a temporary folder, and copy each into `folder` atomically."""
     import diffusers
 
     built = getattr(diffusers, pipeline)(unet, getattr(diffusers, scheduler)(**options))

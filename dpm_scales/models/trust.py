@@ -1,9 +1,9 @@
 """Define which classes a file may name; this is the only allow-list.
 
 A command line may name any class of any package, a file may not. The config of a model and the recipe of a checkpoint
-may name classes of the core; the stored options of a run also loss weights and those of `dpm_scales.data` and
-`dpm_scales.shards`; the data config of a run only those two. Nothing else is imported unless the user trusts its
-package: `allow=[mynet]`.
+may name classes of the core; the stored options of a run also those of `dpm_scales.weights`, `dpm_scales.data` and
+`dpm_scales.shards`; the data config of a run only those of the last two. Nothing else is imported unless the user
+trusts its package: `allow=[mynet]`.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def check_target(
         require(text not in HARMFUL, f"{asked}, which {HARMFUL.get(text)}{advice}")
         room = f"dpm_scales.{parts[1]}"
         found = getattr(import_module(room), parts[2], None)
-        require(_is_defined_in(found, room), f"{asked}, which this version of dpm_scales has not{advice}")
+        require(_is_defined_in(found, room), f"{asked}, which this version of dpm_scales does not have{advice}")
         return
     trusted = next((prefix for prefix in allow if f"{text}.".startswith(f"{prefix}.")), None)
     if trusted is None:

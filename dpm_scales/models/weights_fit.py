@@ -1,8 +1,8 @@
 """Compare the weights in a file with the model that its config describes, before allocating that model's memory.
 
-A network of a million channels, or of a billion blocks, takes one line in a stranger's config. The weights in the file
-bound what the config may request: the network is built on torch's meta device, where weights have shapes but no
-memory, and building stops when it has more of them than the file.
+One line in an untrusted config can describe a network of a million channels or a billion blocks. The weights in the
+file bound what the config may request: the network is built on torch's meta device, where weights have shapes but no
+memory, and building stops when it has more tensors than the file.
 """
 
 from __future__ import annotations

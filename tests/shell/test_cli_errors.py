@@ -246,7 +246,7 @@ SAMPLE = {
     "model=labels out=out labels=[1,cat]": "unknown label 'cat'; allowed: 0..9",
     "model=labels out=out labels=[]": "labels is empty",
     "model=digits out=out device=foo": "unknown device 'foo': allowed: auto, cpu, cuda",
-    "model=digits out=out device=cuda:x": "device=cuda:x is not to be had here",
+    "model=digits out=out device=cuda:x": "device=cuda:x is not available here",
     "model=nowhere out=out": "no model at nowhere: no such file or folder",
     "model=good out=out": "no model in good: neither model/model.safetensors nor checkpoints/last.ckpt",
     "model=good/000.png out=out": "good/000.png is not a checkpoint of dpm_scales",
@@ -268,7 +268,7 @@ SAMPLE = {
     "model=digits out=out steps=1000000000000000000000": "exceeds the process's num_scales=1000; lower steps",
     "model=digits out=out seed=9223372036854775808": "seed must be a whole number >= 0 and <= 9.22337e.18, got 922",
     "model=labels out=out guidance=1e300": "guidance must be a number >= 0 and <= 1e.30, got 1e.300",
-    "model=digits out=out device=cpu:99": "device=cpu:99 is not to be had here; use device=cpu",
+    "model=digits out=out device=cpu:99": "device=cpu:99 is not available here; use device=cpu",
     "model=digits out=out size=true": "size must be a number of pixels or .height,width., got True",
 }
 
@@ -283,7 +283,7 @@ def test_sample(command: str, place: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_sample_on_a_device_that_is_not_there(place: Path) -> None:
     outcome = call("sample.py", "model=digits", "out=out", "device=cuda", cwd=place)
-    assert_one_line(outcome, "device=cuda is not to be had here .*; use device=auto")
+    assert_one_line(outcome, "device=cuda is not available here .*; use device=auto")
 
 
 # --- what is no mistake -----------------------------------------------------------------------------------------------

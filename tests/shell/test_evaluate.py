@@ -262,7 +262,7 @@ MISTAKES = {
     "samples=fake reference=real compile=true": "compile is for sampling a model",
     "samples=fake reference=real precision=16": "precision=16 overflows; use bf16-mixed or 32-true",
     "samples=fake reference=real compile=null": "compile must be true or false, got None",
-    "samples=fake reference=real device=cuda:99": "device=cuda:99 is not to be had here",
+    "samples=fake reference=real device=cuda:99": "device=cuda:99 is not available here",
     "samples=fake reference=real out=file.txt": "can't write to file.txt",
     "samples=fake reference=real likelihood=exact": "likelihood='exact'",
     "samples=fake reference=real refernce=real": "unknown option 'refernce': did you mean 'reference'",

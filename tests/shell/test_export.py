@@ -223,11 +223,11 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "imported by a room": (
         lambda c: c["target"].update(_target_="dpm_scales.targets.dataclass"),
-        "asks for 'dpm_scales.targets.dataclass', which this version of dpm_scales has not",
+        "asks for 'dpm_scales.targets.dataclass', which this version of dpm_scales does not have",
     ),
     "not there": (
         lambda c: c["process"].update(_target_="dpm_scales.processes.Future"),
-        "asks for 'dpm_scales.processes.Future', which this version of dpm_scales has not",
+        "asks for 'dpm_scales.processes.Future', which this version of dpm_scales does not have",
     ),
     "no name": (lambda c: c["target"].update(_target_=3), "may only use the classes of dpm_scales"),
     "_args_": (lambda c: c["process"].update(_args_=[1]), "holds the key '_args_'"),

@@ -254,7 +254,7 @@ def test_what_a_colour_has_learnt_is_compared() -> None:
         return model
 
     with_guidance(colourful(1), 2.0, guide=colourful(1))
-    with refused("color.log_power, measured from the training images, is another"):
+    with refused("color.log_power, measured from the training images, differs"):
         with_guidance(colourful(1), 2.0, guide=colourful(2))
 
 
