@@ -1,4 +1,4 @@
-"""The order of a run's callbacks: Lightning calls each hook of all of them in the order of their list."""
+"""Check the order of a run's callbacks: Lightning calls each hook in the order of the list."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Check that a killed run ends as an uninterrupted one, with these options: `python train.py check_resume=true`.
+"""Check for some options that a killed and resumed run ends like an undisturbed one: `train.py check_resume=true`.
 
-Three short runs in a temporary folder, each in a process of its own: one undisturbed; one that gets SIGKILL in the
-middle of a step, some steps after its checkpoint; and the same one resumed. Then every tensor and figure is compared,
-to the last bit. `python -m dpm_scales.training.check_resume N train OPTIONS` trains and dies after step N.
+Three short runs in a temporary folder, each in its own process: one undisturbed; one that gets SIGKILL in the middle
+of a step, some steps after its checkpoint; and the same one resumed. Then every tensor and figure is compared, to the
+last bit. `python -m dpm_scales.training.check_resume N train OPTIONS` trains and dies after step N.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ BRIEF = {
     "trainer.log_every_n_steps": 1,
     "samples.num_images": 4,
 }
-#: options that are ignored: without meaning here, or with effects elsewhere
+#: options to leave out: without meaning here, or with effects outside the temporary folder
 LEFT_OUT = ("check_resume", "run_dir", "resume", "logger")
 PARTS = {
     "weights": ("current_model_state",),
     "average of the weights": ("state_dict", "averaging_state"),
-    "power averages": ("power_averages",),  # of ema.power_lengths alone
+    "power averages": ("power_averages",),  # only with ema.power_lengths
     "optimiser": ("optimizer_states",),
     "learning rate": ("lr_schedulers",),
     "place in the data": ("ImageDataModule", "global_step"),
     "skipped steps": ("bad_steps",),
-    "density of the scales": ("importance",),  # of scale_sampling=importance alone
+    "density of the scales": ("importance",),  # only with scale_sampling=importance
 }
 
 
 def check_resume(cfg: DictConfig, overrides: list[str]) -> int:
     """Print what was compared and the verdict; return 0 if all is the same, 1 if not.
 
-    Raises: UserError if a run fails by itself, or has no step between its first checkpoint and its last.
+    Raises: UserError if a run fails on its own, or has no step between its first checkpoint and its last.
     """
     require(not is_sweep(), "check_resume=true checks one run; leave -m out")
     given = [o for o in overrides if key_of(o) not in LEFT_OUT]
@@ -105,7 +105,7 @@ def _train(options: list[str], kill_at: int | None, cwd: Path) -> None:
     arguments = module_arguments("train", *options)
     if kill_at is not None:
         arguments = ["-m", __name__, str(kill_at), "train", *options]
-    # a session of its own, so that the processes of further devices go with it
+    # its own session, so that the processes of other devices are killed with it
     process = subprocess.Popen(
         [sys.executable, *arguments],
         env=child_environment(),

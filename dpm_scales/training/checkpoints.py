@@ -27,7 +27,7 @@ from dpm_scales.training.health import Health
 from dpm_scales.training.module import MOST_STEPS
 from dpm_scales.training.run_folder import Rescue
 
-#: what resuming needs beside the weights
+#: keys that resuming needs besides the weights
 NEEDED = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "averaging_state", "bad_steps", "global_step")
 
 
@@ -63,8 +63,8 @@ class CheckpointFolder:
 
     Args:
         folder: made at the first checkpoint.
-        keep_last: newest checkpoints kept, `last.ckpt` included; >= 1.
-        keep_best: best checkpoints kept, `best.ckpt` included; 0 for none.
+        keep_last: number of newest checkpoints to keep, `last.ckpt` included; >= 1.
+        keep_best: number of best checkpoints to keep, `best.ckpt` included; 0 for none.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2, keep_best: int = 1) -> None:
@@ -83,7 +83,7 @@ class CheckpointFolder:
             self._prune("step", steps[-(self.keep_last - 1) :] if self.keep_last > 1 else [])
 
     def save_best(self, trainer: pl.Trainer, ranked: list[int]) -> None:
-        """Write this step's checkpoint at its place among the best, whose steps `ranked` names, best first."""
+        """Write this step's checkpoint as one of the best; `ranked` lists their steps, best first."""
         step = trainer.global_step
         if trainer.is_global_zero and ranked[0] == step and self.keep_best > 1:
             self._keep(self.best, "best-step", step)
@@ -109,7 +109,7 @@ class CheckpointFolder:
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the checkpoint to resume from and its content; None if there are none.
+    """Return the checkpoint to resume from and its content; None if there is none.
 
     It is `last.ckpt`; if that is damaged, the undamaged one with the most steps, with a warning.
 
@@ -147,17 +147,17 @@ def restore_last(good: Path) -> None:
 
 
 class Checkpoints(Callback):
-    """Writes the checkpoints of a run, of weights after a finite step alone.
+    """Writes the checkpoints of a run, only when the last step was finite.
 
-    `last.ckpt` every n steps, after the step with which `StopTogether` ends the run, and at the end of training.
-    `best.ckpt`, and the next best, by validation loss; of equal losses the earlier one is the better.
+    `last.ckpt` is written every n steps, after the step with which `StopTogether` ends the run, and at the end of
+    training; `best.ckpt`, and the next best, by validation loss, where of equal losses the earlier one ranks first.
 
     Where a validation follows a step, the step's checkpoint waits for the validation's end: a run resumed from between
     the two would skip it.
 
     Args:
         folder: names the files, and removes those that are not kept.
-        health: judges the weights.
+        health: decides whether the weights may be saved.
         every_n_steps: optimiser steps from one `last.ckpt` to the next, >= 1.
     """
 
@@ -170,7 +170,7 @@ class Checkpoints(Callback):
 
     @property
     def state_key(self) -> str:
-        """The name of this callback's state in checkpoints, which is that of the first release."""
+        """Name of this callback's state in checkpoints, kept from the first release."""
         return "BestCheckpoint"
 
     def state_dict(self) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class Checkpoints(Callback):
         if trainer.sanity_checking or loss is None or not math.isfinite(float(loss)) or not self.health.good(trainer):
             return
         step = trainer.global_step
-        # a run resumed from an earlier checkpoint meets its own steps again
+        # a run resumed from an earlier checkpoint repeats its own steps
         earlier = [(value, done) for value, done in self._ranked if done < step]
         self._ranked = sorted([*earlier, (float(loss), step)])[: self.folder.keep_best]
         ranked = [done for _, done in self._ranked]

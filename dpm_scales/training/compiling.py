@@ -1,4 +1,4 @@
-"""Compile the network of a run: `compile=null` does on CUDA, and trains it as it is where that fails."""
+"""Compile the network of a run: `compile=null` compiles on CUDA, and trains uncompiled if that fails."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dpm_scales.training.settings import uses_cuda
 
 
 def compiles(cfg: DictConfig) -> bool:
-    """Return whether a run compiles its network: as `compile` says; if null, on CUDA, and not sharded by FSDP."""
+    """Return whether a run compiles its network: as `compile` says; if null, on CUDA unless sharded by FSDP."""
     return bool(cfg.compile) if cfg.compile is not None else uses_cuda(cfg) and str(cfg.trainer.strategy) != FSDP
 
 
 def compiled(cfg: DictConfig, network: nn.Module, main: bool) -> AbstractContextManager[None]:
-    """Return a context in which the network is compiled, if the run wants it; it holds the body of training.
+    """Return a context for training, in which the network is compiled if the options say so.
 
     If compiling fails, `compile=null` prints a line and trains the plain network; `compile=true` raises UserError.
 

@@ -1,4 +1,4 @@
-"""EMA of the weights."""
+"""Average the weights of a run while it trains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class EMA(WeightAveraging):
 
     Args:
         decay: in [0, 1].
-        length: of a power-function average in its place, see `models.power_profiles`; None for the exponential one.
+        length: length of a power-function average in its place, see `models.power_profiles`; None for the EMA.
 
     Raises: UserError for values out of range.
     """
@@ -37,24 +37,24 @@ class EMA(WeightAveraging):
 
     @property
     def state_key(self) -> str:
-        """The name of this callback's state in checkpoints, which keeps that of the first release."""
+        """Name of this callback's state in checkpoints, kept from the first release."""
         return "WeightAverage"
 
     @property
     def module(self) -> DiffusionModule:
-        """The module with the EMA weights, from the beginning of `Trainer.fit`."""
+        """The module with the EMA weights; it exists from the beginning of `Trainer.fit`."""
         assert self._average_model is not None
         module = self._average_model.module
         assert isinstance(module, DiffusionModule)
         return module
 
     def model(self) -> Model:
-        """Return the model with EMA weights, in evaluation mode; if sharded, all ranks must compute it together."""
+        """Return the model with EMA weights, in evaluation mode; if sharded, all ranks must evaluate it together."""
         self.module.eval()
         return self.module.parts
 
     def averaged(self, keep: bool = True) -> dict[str, Tensor]:
-        """Return the state of denoiser and prior with EMA weights; called by all ranks, empty unless `keep`."""
+        """Return the state of denoiser and prior with EMA weights, empty unless `keep`; all ranks must call it."""
         state: dict[str, Tensor] = whole(self.module.model.state_dict(), keep)
         return state
 
@@ -74,7 +74,7 @@ class EMA(WeightAveraging):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the module its own weights, which Lightning's class would overwrite: `last.ckpt` holds both."""
+        """Keep the module's own weights, which Lightning's class would overwrite: `last.ckpt` holds both."""
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Failures of memory and files in the middle of a run, reported with what to change."""
+"""Report failures of memory and files in the middle of a run, with what to change."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ MOST_NAMES = 1000
 """Largest number of unreadable images that `unreadable.txt` lists."""
 
 
-#: what torch says when tensors can't be sent between processes
+#: torch's messages when tensors can't be sent between processes
 _FEW_FILES = ("Too many open files", "received 0 items of ancdata")
 
 
 @contextmanager
 def told_in_one_line(batch_size: int, image_size: tuple[int, int], num_workers: int) -> Iterator[None]:
-    """Turn a lack of memory or of open files, and the death of a loader process, into an OutOfMemoryError.
+    """Turn a lack of memory or of file handles, and the death of a loader process, into an OutOfMemoryError.
 
     Args:
-        batch_size: images of a batch on one device.
+        batch_size: images per batch on one device.
         image_size: (H, W) in pixels.
-        num_workers: loader processes.
+        num_workers: number of loader processes.
     """
     try:
         yield
@@ -62,7 +62,7 @@ def told_in_one_line(batch_size: int, image_size: tuple[int, int], num_workers: 
 class UnreadableImages(Callback):
     """Warns of images that could not be read, at each validation and at the end if there are new ones.
 
-    Their names are in the run folder's `unreadable.txt`, which is written once there are any.
+    Their names are written to the run folder's `unreadable.txt`.
     """
 
     def __init__(self, data: ImageDataModule, path: Path) -> None:

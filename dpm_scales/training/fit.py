@@ -1,4 +1,4 @@
-"""Measure the training data before the first step: its spectrum, and what a prior starts from."""
+"""Measure the training data before the first step: its spectrum, and the images that a prior starts from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPECTRUM_IMAGES = 2000  # enough for a curve of 26 numbers
 
 
 def fit_to_data(model: Model, data: ImageDataModule) -> Model:
-    """Fit the model's buffers to the training data, and return it with the recipe that follows from them.
+    """Fit the model's buffers to the training data, and return the model with the recipe that results.
 
     The data's spectrum is measured, the target's "auto" choices are resolved by it, and a prior that starts from
     training images gets them. The modules are shared with `model`, whose recipe stays as it was.

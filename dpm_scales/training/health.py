@@ -1,7 +1,7 @@
 """Handle non-finite losses: their steps are skipped, and a run with too many ends with advice.
 
-A step whose gradients are not finite is skipped on the device and counted there (see `DiffusionModule`). The host looks
-at the count where it waits for the device anyway: whenever a checkpoint is due, and every `CHECK_STEPS` steps.
+A step whose gradients are not finite is skipped on the device and counted there (see `DiffusionModule`). The host reads
+the count where it waits for the device anyway: whenever a checkpoint is due, and every `CHECK_STEPS` steps.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Health:
     """Checks whether a run's weights may be saved.
 
     Args:
-        folder: of the run's checkpoints.
-        max_bad_steps: steps in a row without a finite loss after which the run ends.
+        folder: folder of the run's checkpoints.
+        max_bad_steps: number of consecutive steps without a finite loss after which the run ends.
     """
 
     def __init__(self, folder: Path, max_bad_steps: int) -> None:
@@ -40,7 +40,7 @@ class Health:
         self.folder, self.max_bad_steps = folder, max_bad_steps
 
     def good(self, trainer: pl.Trainer) -> bool:
-        """Return whether the last step was finite, the same on all ranks; waits for the device.
+        """Return whether the last step was finite, the same answer on all ranks; waits for the device.
 
         Raises: UserError if the run has diverged: too many steps in a row were not finite, or a weight is not.
         """
@@ -68,8 +68,8 @@ class Health:
         """Raise UserError that says `what`, and how to resume from weights that were good.
 
         Args:
-            row: steps in a row that were not finite, up to now.
-            options: that the run is to be resumed with; None for a lower learning rate.
+            row: number of consecutive steps up to now that were not finite.
+            options: options to resume the run with; None for a lower learning rate.
         """
         if not trainer.is_global_zero:
             raise SystemExit(0)  # the first rank reports

@@ -1,4 +1,4 @@
-"""The loggers beside metrics.csv: TensorBoard, Weights & Biases or the user's own, with the run's hyper-parameters."""
+"""Build the loggers beside metrics.csv: TensorBoard, Weights & Biases or the user's own, with the run's options."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def further_loggers(cfg: DictConfig, run_dir: Path, main: bool) -> list[Logger]:
 def _show_hyperparameters(logger: TensorBoardLogger, config: dict[str, Any], objective: str) -> None:
     """Fill TensorBoard's HPARAMS page, with the run's objective as its metric.
 
-    Lightning would log a value of the metric, too, which nobody has measured yet.
+    Lightning would also log a value of the metric, before any has been measured.
     """
     from torch.utils.tensorboard.summary import hparams
 
@@ -53,11 +53,11 @@ def _show_hyperparameters(logger: TensorBoardLogger, config: dict[str, Any], obj
 
 
 def _flat(config: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """The options and values of nested mappings, as TensorBoard takes them."""
+    """Yield the values in nested mappings by dotted key, in types that TensorBoard accepts."""
     for name, value in config.items():
         key = f"{above}{name}"
         if isinstance(value, dict):
             yield from _flat(value, f"{key}.")
         else:
-            # TensorBoard would make a number of a truth value, and takes no null
+            # TensorBoard would turn a bool into a number, and accepts no None
             yield key, value if type(value) in (int, float, str) else json.dumps(value)

@@ -26,7 +26,7 @@ from dpm_scales.weights import LossWeight
 DECAYS = ("cosine", "constant")
 METHODS = ("adamw", "muon")
 AUTO_WARMUP = 100
-"""Most steps of a warm-up that follows from the number of steps."""
+"""Largest number of steps of an automatic warm-up."""
 
 BANDS = 4
 MOST_STEPS = 10**9
@@ -42,21 +42,21 @@ class DiffusionModule(pl.LightningModule):
 
     Args:
         model: denoiser, prior, sampler and recipe; its network gets the labels where the recipe has classes.
-        learning_rate: of AdamW, > 0; Muon's steps follow from it.
+        learning_rate: learning rate of AdamW, >= 0; Muon's steps follow from it.
         warmup_steps: optimiser steps of linear warm-up; "auto" for a tenth of the run, at most 100.
-        decay: "cosine" to zero at the trainer's max_steps, without a number at its max_time; or "constant".
-        betas, weight_decay: of AdamW.
+        decay: "cosine", to zero at the trainer's max_steps, or at its max_time if max_steps is -1; or "constant".
+        betas, weight_decay: AdamW's.
         method: "adamw", or "muon" for the matrices among the weights, see `training.muon`.
         scale_sampling: "uniform", a published density, or "importance": scales whose loss varies more are drawn more
-            often, weighted less; see `training.scale_sampling`.
-        scale_mean, scale_std: of the normal densities; None for the published ones.
+            often and weighted less; see `training.scale_sampling`.
+        scale_mean, scale_std: parameters of the normal densities; None for the published ones.
         loss_weight: weight of each scale in the training loss; None for the target's own, which validation always uses.
             The parameters of a learned one are trained too, with the optimiser of the network.
-        pairing: "nearest" gives each image the nearest of several noises, as they are no longer independent then;
-            validation pairs nothing.
+        pairing: "none", or "nearest": each image gets the nearest of several noises, so that the two are no longer
+            independent, see `processes.pairing`. Validation never pairs.
         candidates: number of these noises; None for 8.
-        seed: of scales and noise, which are functions of (seed, batch number, image): a resumed run draws the same, and
-            so does any number of ranks. Dropout differs between ranks.
+        seed: seed of scales and noise, which depend on (seed, batch number, image) alone: a resumed run draws the same,
+            and so does any number of ranks. Dropout differs between ranks.
 
     Raises: UserError for a value out of range, or a weight that does not fit the process and target.
     """
@@ -105,7 +105,7 @@ class DiffusionModule(pl.LightningModule):
         self.passed = 0.0
 
         # Not buffers: EMA swaps those between the two models.
-        #: steps skipped for non-finite gradients: in total, in a row up to now, and the longest row
+        #: numbers of steps skipped for non-finite gradients: in total, consecutive up to now, most consecutive
         self.bad_steps = torch.zeros(3)
         self._band_sums = torch.zeros(2, BANDS, dtype=torch.float64)
         num_scales = model.denoiser.process.num_scales
@@ -132,7 +132,7 @@ class DiffusionModule(pl.LightningModule):
             self._density.edges = self._density.edges.to(self.device)
 
     def on_train_start(self) -> None:
-        """Apply this run's options, in place of those that a checkpoint has restored."""
+        """Apply this run's options in place of those that were restored from a checkpoint."""
         optimizer = cast(torch.optim.Optimizer, self.optimizers(use_pl_optimizer=False))
         schedule = cast(torch.optim.lr_scheduler.LambdaLR, self.lr_schedulers())
         rate = self.learning_rate * self._rate(schedule.last_epoch)
@@ -167,7 +167,7 @@ class DiffusionModule(pl.LightningModule):
         return (importance.to(losses.dtype) * losses).mean()
 
     def _dropped(self, labels: Tensor | None, x_0: Tensor, first: int) -> Tensor | None:
-        """Return the labels, the recipe's share of them dropped; which ones depends on the images' numbers alone."""
+        """Return labels with the recipe's share of them dropped; which ones depends on the images' numbers alone."""
         recipe = self.parts.recipe
         if labels is None or recipe.num_classes is None or recipe.label_dropout == 0:
             return labels
@@ -195,9 +195,9 @@ class DiffusionModule(pl.LightningModule):
         """Return the factor in [0, 1] on the learning rate.
 
         Args:
-            step: from 0.
-            max_steps: of the run; -1 if its time ends it.
-            passed: share of its time, in [0, 1].
+            step: number of the step, from 0.
+            max_steps: number of steps of the run; -1 if it ends by time.
+            passed: share of that time that has passed, in [0, 1].
         """
         share = min(step / max_steps, 1.0) if max_steps > 0 else passed
         warmup = self.warmup_steps
@@ -265,7 +265,7 @@ class DiffusionModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         total, row, _ = checkpoint["bad_steps"]
-        self.bad_steps = torch.tensor([total, row, row])  # the longest row is counted anew in each session
+        self.bad_steps = torch.tensor([total, row, row])  # the longest streak is counted anew in each session
         if self._importance is not None and "importance" in checkpoint:
             self._importance.load(checkpoint["importance"])
 

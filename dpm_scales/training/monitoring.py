@@ -32,13 +32,13 @@ PREFIX = "eval/"
 class PeriodicEvaluation(Callback):
     """Logs metrics of samples against the run's images, every n steps and after the last, with the EMA weights.
 
-    Sample i has the same noise every time. Ranks share the samples, and the first one measures. The random numbers of
-    training are left as they are, and checkpoints hold nothing of it.
+    Sample i has the same noise every time. All ranks draw a share of the samples, and the first one computes the
+    metrics. The random numbers of training are unaffected, and checkpoints hold no state of this callback.
 
     Args:
         average: EMA of the run.
         data: images of the run.
-        seed: of the samples.
+        seed: seed of the samples.
         settings: section `evaluation` of configs/train.yaml.
 
     Raises: UserError for a value out of range, a missing feature network, or fewer than two reference images.
@@ -57,7 +57,7 @@ class PeriodicEvaluation(Callback):
         self.reference = data_images(data.source, split, "the run's data", settings.num_reference)
         require(len(self.reference) >= 2, f"evaluation.split={split} has {len(self.reference)} images, and needs 2")
         check_numbers(self.metrics, len(self.reference), self.num_samples)
-        with _own_random_numbers(torch.device("cpu")):  # it is built with random weights first
+        with _own_random_numbers(torch.device("cpu")):  # building a network draws its initial weights
             self.network = None
             if needs_network(self.metrics):
                 self.network = choose_features(settings.features, settings.inception, key="evaluation.features")
@@ -105,7 +105,7 @@ class PeriodicEvaluation(Callback):
         """Return the features ``(num_samples, d)`` of the samples of all ranks by each extractor, on the CPU."""
         trainer, recipe = pl_module.trainer, model.recipe
         share = -(-self.num_samples // trainer.world_size)
-        # the last rank may draw more than are needed: sharded weights want as many batches on each
+        # the last rank may draw more than needed: with sharded weights all ranks must run equally many batches
         start = trainer.global_rank * share
         stop = start + share
         scales = model.sampler.scales(model.denoiser.process, pl_module.device)  # checked when the model was built
@@ -128,7 +128,7 @@ class PeriodicEvaluation(Callback):
 def periodic_evaluation(
     average: EMA, data: ImageDataModule, seed: int, settings: DictConfig
 ) -> list[PeriodicEvaluation]:
-    """Return the callback that the section `evaluation` asks for, in a list that is otherwise empty."""
+    """Return a list with the callback that the section `evaluation` configures; empty without `every_n_steps`."""
     return [] if settings.every_n_steps is None else [PeriodicEvaluation(average, data, seed, settings)]
 
 

@@ -10,10 +10,10 @@ long rows of convolutions all of them run on Gram matrices, with one product of 
 
     P = a + b A + c A^2,    Q <- P Q,    A <- P A P,    A_0 = X_0 X_0^T,    X = Q X_0
 
-A step is the learning rate times
-0.2 sqrt(max(n, m)), which has the root mean square of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training"),
-times `MATRIX_RATE`. Embeddings and their layers act on one vector of an image, not on all its pixels, and are AdamW's:
-as matrices they would take more than half of the iteration's seconds in the `small` network.
+A step is X times the learning rate times 0.2 sqrt(max(n, m)), which gives it the root mean square of AdamW's (Liu et
+al. 2025, "Muon is scalable for LLM training"), times `MATRIX_RATE`. Embeddings and their layers act on one vector per
+image, not on all its pixels, and are left to AdamW: as matrices they would take more than half of the iteration's time
+in the `small` network.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from dpm_scales.networks.blocks import ScaleEmbedding
 
 ROUNDS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""a, b, c of the published iteration, which takes singular values from about 0.01 on to between 0.7 and 1.2."""
+"""a, b, c of the published iteration, which maps singular values above about 0.01 to between 0.7 and 1.2."""
 
 LONG_ROWS = 2
-"""Length of rows over their number from which Gram matrices need fewer operations."""
+"""Ratio m / n from which on Gram matrices need fewer operations."""
 
 NARROWEST = 16
-"""Fewest channels, in and out, of the weights that are matrices: the first and last layers and those of one channel
-each are AdamW's."""
+"""Smallest number of channels, in and out, of weights that are stepped as matrices: first, last and depthwise layers
+are left to AdamW."""
 
 MATRIX_RATE = 2.0
-"""Step of a matrix over that of AdamW, both as root mean squares."""
+"""Ratio of a matrix's step to AdamW's, in root mean square."""
 
 
 def is_matrix(parameter: Tensor) -> bool:
@@ -57,7 +57,7 @@ def embedding_weights(network: nn.Module) -> Iterator[Tensor]:
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Return matrices with singular values near 1 and the same singular vectors.
+    """Return matrices ``(K, n, m)`` with the same singular vectors, and singular values near 1.
 
     Args:
         matrices: ``(K, n, m)``; zeros stay zeros.
@@ -95,9 +95,9 @@ class Muon(torch.optim.AdamW):
     from one to the other. Weight decay is AdamW's.
 
     Args:
-        parameters: of one network, not sharded.
+        parameters: parameters of one network, not sharded.
         lr, betas, weight_decay: as for AdamW; betas[0] is also the momentum.
-        excluded: parameters that are AdamW's whatever their shape.
+        excluded: parameters left to AdamW whatever their shape.
     """
 
     def __init__(

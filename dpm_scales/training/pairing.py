@@ -1,4 +1,4 @@
-"""The options of pairing images with noises in training, see `processes.pairing`."""
+"""Check the options for pairing images with noises in training, see `processes.pairing`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dpm_scales.processes import Process
 PAIRINGS = ("none", "nearest")
 USUAL = 8
 MOST = 1024
-"""Each candidate is a batch of noise to draw; beyond that training does little else."""
+"""Largest number of candidates: each is a batch of noise to draw, and with more, training does little else."""
 
 
 def candidates_of(pairing: str, candidates: int | None, process: Process) -> int:
@@ -16,7 +16,7 @@ def candidates_of(pairing: str, candidates: int | None, process: Process) -> int
 
     Args:
         pairing: "none" or "nearest".
-        candidates: of "nearest"; None for `USUAL`.
+        candidates: number of noises for "nearest"; None for `USUAL`.
 
     Raises: UserError for an unknown name, a number out of range, and a process without noise.
     """

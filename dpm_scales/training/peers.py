@@ -71,7 +71,7 @@ def _is_held(run_dir: Path) -> bool:
 
 
 def _leave_message(text: str | None) -> None:
-    """Set what torchrun's report says of this rank if it fails; None for nothing."""
+    """Write the message that torchrun reports if this rank fails; None removes it."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         return

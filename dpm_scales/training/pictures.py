@@ -1,6 +1,6 @@
-"""Draw pictures at each validation, on the first rank: samples, their way through the scales, and the run's curves.
+"""Draw pictures at each validation, on the first rank: samples, their trajectories, and the run's curves.
 
-Loggers that take images get each picture, pixel by pixel the file in the run's folder. Nothing here draws from the
+Loggers that take images get each picture, identical to the file in the run's folder. Nothing here draws from the
 random streams of training.
 """
 
@@ -32,7 +32,7 @@ TRAJECTORY_COLUMNS = 8
 
 
 def show(trainer: pl.Trainer, name: str, image: Tensor) -> None:
-    """Give a uint8 image ``(C, H, W)`` to the loggers that take images."""
+    """Send a uint8 image ``(C, H, W)`` to the loggers that take images."""
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(name, [image.permute(1, 2, 0).numpy()], step=trainer.global_step)
@@ -47,10 +47,10 @@ class SampleGrid(Callback):
     no further evaluations of the network.
 
     Args:
-        folder: of the pictures.
-        num_images: samples in the grid; 0 for no pictures.
-        seed: of the noise.
-        num_trajectories: rows of the strip; 0 for none.
+        folder: folder of the pictures.
+        num_images: number of samples in the grid; 0 for no pictures.
+        seed: seed of the noise.
+        num_trajectories: number of samples in the strip; 0 for no strip.
 
     Raises: UserError for a number below 0.
     """
@@ -99,7 +99,7 @@ class SampleGrid(Callback):
             strip = titled_columns(titles, [column.cpu() for column in columns])
             pictures["trajectories"] = (f"trajectory-{trainer.global_step:06d}.png", strip)
         for name, (file, picture) in pictures.items():
-            with suppress(FolderGoneError):  # in the middle of a validation, of which no checkpoint is made
+            with suppress(FolderGoneError):  # in the middle of a validation, where no checkpoint can be made
                 save_png(self.folder / file, picture)
             show(trainer, name, picture)
 
@@ -107,10 +107,10 @@ class SampleGrid(Callback):
 def shown_steps(scales: Sequence[float]) -> set[int]:
     """Return the numbers of the steps whose results are shown, at most `TRAJECTORY_COLUMNS`, the last among them.
 
-    Of many steps those that end nearest to evenly spaced scales, as grids are dense where little changes.
+    Of many steps, those are shown that end nearest to evenly spaced scales, since grids are dense where little changes.
 
     Args:
-        scales: one more than there are steps, descending to 0.
+        scales: the grid, one more than there are steps, descending to 0.
     """
     ends = scales[1:]
     if len(ends) <= TRAJECTORY_COLUMNS:
@@ -135,7 +135,7 @@ class Curves(Callback):
     """Draws `curves.png` of a run's metrics at each validation, once they are in `metrics.csv`.
 
     Args:
-        path: of the file.
+        path: file to write.
     """
 
     def __init__(self, path: Path) -> None:

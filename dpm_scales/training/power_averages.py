@@ -1,4 +1,4 @@
-"""Power-function averages of the weights, kept beside the EMA, and snapshots of them for post-hoc EMA (EDM2)."""
+"""Keep power-function averages of the weights beside the EMA, and write snapshots of them for post-hoc EMA (EDM2)."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from dpm_scales.training.module import MOST_STEPS, DiffusionModule
 KEY = "power_averages"
 """Key of a checkpoint: the lengths, and for each the averages of the parameters by name."""
 SNAPSHOTS = 32
-"""Snapshots of a run whose `ema.snapshot_every` is null."""
+"""Number of snapshots of a run whose `ema.snapshot_every` is null."""
 
 
 class PowerAverages(Callback):
-    """Keeps averages of the parameters with power-function profiles, see `models.power_profiles`, sharded as they are.
+    """Keeps averages of the parameters with power-function profiles, see `models.power_profiles`, sharded like them.
 
-    They are written to `ema/step-N.safetensors` every n steps and after the last one. Averages and their snapshots are
-    functions of the weights after each step alone: a resumed run has the same ones.
+    They are written to `ema/step-N.safetensors` every n steps and after the last one. Averages and their snapshots
+    depend only on the weights after each step: a resumed run has the same ones.
 
     Args:
-        folder: of the run.
-        health: judges the weights.
-        lengths: of the averages, distinct, in [SHORTEST, LONGEST].
+        folder: folder of the run.
+        health: decides whether the weights may be saved.
+        lengths: lengths of the averages, distinct, in [SHORTEST, LONGEST].
         every_n_steps: optimiser steps from one snapshot to the next, >= 1.
 
     Raises: UserError for values out of range.
@@ -56,7 +56,7 @@ class PowerAverages(Callback):
 
     @property
     def averages(self) -> list[dict[str, Tensor]]:
-        """Return the averages of the parameters by name, for each length, from the beginning of `Trainer.fit`."""
+        """Return for each length the averages of the parameters by name; empty before `Trainer.fit`."""
         return self._averages
 
     def on_load_checkpoint(
@@ -70,7 +70,7 @@ class PowerAverages(Callback):
         checkpoint[KEY] = {"lengths": list(self.lengths), "averages": whole(self._averages, trainer.is_global_zero)}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the averages, of the parameters' shards, or of what a checkpoint held."""
+        """Start the averages from the parameters, or from the averages in a checkpoint, sharded like the parameters."""
         parameters = {name: value.detach() for name, value in _parameters(pl_module)}
         if self._loaded is None:
             self._averages = [{name: value.clone() for name, value in parameters.items()} for _ in self.lengths]
@@ -84,7 +84,7 @@ class PowerAverages(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = self._written = trainer.global_step
         if trainer.is_global_zero:
-            remove_later(self.folder, self._step)  # of a run that was killed after its checkpoint
+            remove_later(self.folder, self._step)  # written by a run that was killed after its checkpoint
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -104,7 +104,7 @@ class PowerAverages(Callback):
             self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
-        """Write a snapshot of weights after a finite step; called by all ranks."""
+        """Write a snapshot if the last step was finite; called by all ranks."""
         if not self.health.good(trainer):
             return
         self._written = self._step
@@ -129,14 +129,14 @@ def check_lengths(lengths: Any) -> tuple[float, ...]:
 
 
 def power_averages(folder: Path, health: Health, settings: DictConfig, max_steps: int) -> list[PowerAverages]:
-    """Return the callback that the section `ema` asks for, in a list that is otherwise empty.
+    """Return a list with the callback that the section `ema` configures; empty without `power_lengths`.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         settings: section `ema` of configs/train.yaml.
-        max_steps: of the run; -1 if its time ends it.
+        max_steps: number of steps of the run; -1 if it ends by time.
 
-    Raises: UserError for values out of range, and for an interval that has no effect or is needed.
+    Raises: UserError for values out of range, and for an interval that has no effect or is missing.
     """
     lengths, every = plain(settings.power_lengths), settings.snapshot_every
     if lengths is None:

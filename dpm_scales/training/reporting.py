@@ -1,4 +1,4 @@
-"""Reporting: steps that loggers count, the last validation, the progress bar, metrics.csv."""
+"""Report a run: the steps that loggers count, the last validation, the progress bar, metrics.csv."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOSS_EVERY = 50
 
 
 class LoggedSteps(Callback):
-    """Makes loggers count optimiser steps, and logs the last one whatever the interval."""
+    """Makes loggers count optimiser steps, and logs the last step whatever the interval."""
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -57,7 +57,7 @@ class StepBar(ProgressBar):
         self._started = (0.0, 0)
 
     def disable(self) -> None:
-        """Called by Lightning on all ranks but the first."""
+        """Disable the bar; Lightning does so on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
@@ -112,10 +112,10 @@ class StepBar(ProgressBar):
 
 
 class MetricsFile(Logger):
-    """`metrics.csv`: one row for each time something is logged; a resumed run appends to it.
+    """Logger for `metrics.csv`: one row for each time something is logged; a resumed run appends to it.
 
-    Lightning's CSVLogger rewrites from memory, so that a resumed run would lose the rows before it. If the run's
-    folder is gone, rows are kept in memory alone, and the next checkpoint reports it.
+    Lightning's CSVLogger rewrites the file from memory, so that a resumed run would lose the rows before it. If the
+    run's folder is gone, rows are kept in memory alone, and the next checkpoint reports it.
 
     Raises: UserError if the file at `path` is not a run's table.
     """
@@ -139,7 +139,7 @@ class MetricsFile(Logger):
 
     @property
     def is_empty(self) -> bool:
-        """Whether the file has no rows."""
+        """True if the file has no rows."""
         return not self._rows
 
     def text(self) -> str:
@@ -165,7 +165,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The run's config.yaml holds them."""
+        """Do nothing: the run's config.yaml holds the hyper-parameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

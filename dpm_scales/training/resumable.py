@@ -42,7 +42,7 @@ def require_resumable(
     """Raise UserError unless everything in a checkpoint is of the kind that this run would write.
 
     Missing and additional keys are left to the code that reads them. Weights and the optimiser's moments are compared
-    if the model is the same; if not, `check_same_model` has a better message than that shapes differ.
+    only if the model is the same; if not, `check_same_model` gives a better message than that shapes differ.
     """
     own = module.parts.recipe.to_dict()  # whose classes are imported already
     classes = {node["_target_"] for node in walk_config(own, "recipe") if isinstance(node, dict) and "_target_" in node}
@@ -57,7 +57,7 @@ def require_resumable(
     del schedule["lr_lambdas"]  # a plain function, of which nothing is stored
     wanted: dict[str, Any] = {}
     module.on_save_checkpoint(wanted)
-    del wanted["recipe"]  # which is compared by itself
+    del wanted["recipe"]  # compared separately
     wanted |= {
         "global_step": 0,
         "epoch": 0,
@@ -78,7 +78,7 @@ def require_resumable(
 
 @contextmanager
 def restored_in_one_line(trainer: pl.Trainer, path: Path | None) -> Iterator[None]:
-    """Turn an exception while `Trainer.fit` restores the checkpoint at `path`, before training, into a UserError."""
+    """Turn an exception raised while `Trainer.fit` restores the checkpoint at `path` into a UserError."""
     started = _Started()
     _callbacks(trainer).insert(0, started)
     try:
@@ -106,7 +106,7 @@ def _callbacks(trainer: pl.Trainer) -> list[Callback]:
 
 
 def _state_of(callback: Callback) -> dict[str, Any]:
-    """Return a callback's state, the seconds of a timer that has not begun as floats."""
+    """Return a callback's state; the seconds of a timer are floats even before it has started."""
     state = callback.state_dict()
     if isinstance(callback, Timer):
         state["time_elapsed"] = {stage: float(seconds) for stage, seconds in state["time_elapsed"].items()}
@@ -114,7 +114,7 @@ def _state_of(callback: Callback) -> dict[str, Any]:
 
 
 def _of_weight(state: Any) -> set[str]:
-    """Return the names of the loss weight's parameters in a state; none for what is no state."""
+    """Return the names of the loss weight's parameters in a state; empty for a value that is not a mapping."""
     return {name for name in state if str(name).startswith("loss_weight.")} if isinstance(state, dict) else set()
 
 
@@ -182,7 +182,7 @@ def _odd_optimizer(states: Any, group: dict[str, Any], parameters: list[nn.Param
 
 
 def _odd_weights(checkpoint: dict[str, Any], module: DiffusionModule) -> str | None:
-    """Return which weights do not fit the model, or None; buffers of a prior may have any size, as the data has."""
+    """Return which weights do not fit the model, or None; buffers may have any size, since a prior's may."""
     parameters, wanted = dict(module.named_parameters()), module.state_dict()
     for key in ("state_dict", "current_model_state"):
         found = checkpoint.get(key)

@@ -1,4 +1,4 @@
-"""What may change when a run is resumed: a table of rules, and the lines that report the changes.
+"""Define what may change when a run is resumed: a table of rules, and the lines that report the changes.
 
 A checkpoint contains the options of its run, which a resumed run compares with its own. Options that would change the
 model are refused (by the checkpoint's recipe); the others take effect from the resumed step.
@@ -24,16 +24,16 @@ from dpm_scales.models.trust import current_names
 
 TAKES, WARNED, REFUSED, APART = "takes effect", "takes effect, with a warning", "refused", "not a training option"
 KEY = "options"
-"""Key of a checkpoint: the options as JSON text, so that a stranger's file holds plain values only."""
+"""Key of a checkpoint: the options as JSON text, so that an untrusted file holds plain values only."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What happens if an option has changed.
+    """Effect of a changed option on a resumed run.
 
     Attributes:
         kind: one of `TAKES`, `WARNED`, `REFUSED`, `APART`.
-        note: what it means, for the documentation.
+        note: consequences of the change, for the documentation.
         warning: printed by the run; empty if the data module warns, with the number of images.
     """
 
@@ -171,7 +171,7 @@ def rules_table() -> str:
 
 
 def options_of(cfg: DictConfig) -> dict[str, Any]:
-    """Return a run's options, resolved, without those that name its folder: the bytes do not depend on where it is."""
+    """Return a run's resolved options, without those that name its folder, so that checkpoints do not depend on it."""
     options: dict[str, Any] = plain(cfg)
     kept = {key: value for key, value in options.items() if key not in RULES or RULES[key].kind != APART}
     return {**kept, "logger": {"_target_": kept["logger"]["_target_"]}}
@@ -207,7 +207,7 @@ def stored_rate(checkpoint: dict[str, Any]) -> float | None:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], section: str = "") -> Iterator[Change]:
-    """Yield the options that differ; of a section whose class differs, that alone. Options of one side are ignored."""
+    """Yield the options that differ; only the class of a section where that differs. Unmatched options are ignored."""
     old_class, new_class = (str(side.get("_target_")).rpartition(".")[2] for side in (before, now))
     if old_class != new_class:
         yield section, old_class, new_class
@@ -226,12 +226,12 @@ def what_changed(checkpoint: dict[str, Any], now: dict[str, Any], rate: float) -
     """Compare the options of a checkpoint's run with those of the run that resumes it.
 
     Args:
-        checkpoint: that is resumed.
-        now: options of the run, as of `options_of`.
+        checkpoint: the checkpoint to resume.
+        now: options of the run, from `options_of`.
         rate: the learning rate of the next step with them.
 
-    Returns: a line that names each change and what becomes of the learning rate, empty if nothing changes; and a line
-        for each change that is warned of.
+    Returns: a line that names each change, that of the learning rate included, empty if nothing changes; and a warning
+        for each change that needs one.
     """
     changed = list(changes(stored_options(checkpoint), now))
     names = {f"{key} {_text(old)} -> {_text(new)}": rule_of(key) for key, old, new in changed}

@@ -69,7 +69,7 @@ from dpm_scales.training.trainer import make_trainer, ranks_to_start, silence_li
 from dpm_scales.weights import LossWeight
 
 REPORT_DELAY = 3
-"""Seconds after which a rank reports an error: rank 0 would report the same one first, and end this rank."""
+"""Seconds that a rank waits before it reports an error: rank 0 may report the same one first, and end this rank."""
 
 
 def _recipe(cfg: DictConfig, data: ImageDataModule) -> Recipe:
@@ -91,8 +91,8 @@ class Trained:
     """A run that has taken all its steps.
 
     Attributes:
-        result: what result.json holds: `overrides`, `steps`, `seconds`, and the last ``val/`` and ``eval/`` metrics.
-        model: with the recipe that follows from the training data; its weights are those of the last step.
+        result: content of result.json: `overrides`, `steps`, `seconds`, and the last ``val/`` and ``eval/`` metrics.
+        model: the model with the recipe fitted to the training data; its weights are those of the last step.
         state: EMA weights of the model; None for a run that was finished before, and on other ranks of a command.
     """
 
@@ -112,7 +112,7 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
         overrides: the command line's options, ``KEY=VALUE``, stored in the folder.
 
     Returns:
-        What result.json holds: `overrides`, `steps`, `seconds`, and the last ``val/`` and ``eval/`` metrics.
+        The content of result.json: `overrides`, `steps`, `seconds`, and the last ``val/`` and ``eval/`` metrics.
 
     Raises:
         UserError: an option out of range, a folder or checkpoint that can't be used, or a diverged run.
@@ -126,7 +126,7 @@ def train(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, Any
 
 
 def _train_further_rank(settings: dict[str, Any], run_dir: Path, overrides: list[str]) -> None:
-    """Train as a rank that rank 0 has started; an error that rank 0 does not have too is printed in one line."""
+    """Train as a rank that rank 0 has started; print an error in one line, unless rank 0 reports the same one."""
     silence_lightning()
     one_line_warnings()
     with reported():
@@ -161,8 +161,8 @@ def train_model(
     Args:
         cfg, run_dir, overrides: as for `train`.
         model: its denoiser and prior are trained and fitted in place.
-        data: prepared.
-        again: how to resume the run, for messages; None for the command line.
+        data: images, after `prepare_data`.
+        again: how to resume the run, for messages; None for the command that does.
         ranks: starts the other ranks, which build the same from the config; None if there are none to start.
     """
     recipe = model.recipe
@@ -283,7 +283,7 @@ def _resume_and_fit(
     metrics.forget_from(steps)
     trainer.loggers = [metrics, *further_loggers(cfg, run_dir, main)]
     start = time.perf_counter()
-    # further ranks download nothing to a place that this one may not
+    # other ranks must not download to a place where this one may not
     settings = {**plain(cfg), "data": trusted_data(cfg, run_dir)}
     with ranks.others(_train_further_rank, settings, run_dir, overrides):
         try:
@@ -347,7 +347,7 @@ def _classes(cfg: DictConfig, data: ImageDataModule) -> str:
 
 
 def _first_line(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, model: Model, data: ImageDataModule) -> str:
-    """Return what is trained on what; batch = images per rank x ranks x accumulated batches."""
+    """Return a line on model, data and options; batch = images per rank x ranks x accumulated batches."""
     height, width = model.recipe.image_size
     parts = [data.batch_size, trainer.world_size, *([n] if (n := trainer.accumulate_grad_batches) > 1 else [])]
     return (

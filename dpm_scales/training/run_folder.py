@@ -1,4 +1,4 @@
-"""The folder of a run: its files, its lock, and where a run is saved if the folder disappears."""
+"""Manage the folder of a run: its files, its lock, and where the run is saved if the folder disappears."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ FOLDERS = ("checkpoints", "samples", "model", "ema")
 
 @contextmanager
 def taken(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder, made if it is missing, for this process alone, and write only into real folders in it.
+    """Lock the run folder, made if missing, for this process alone; writes go only into real folders in it.
 
     Raises:
-        UserError: something in it is not what a run would write there, or another process holds it.
+        UserError: a file or folder is where a run would write the other, or another process holds the lock.
     """
     in_sweep = is_sweep() and run_dir.parent.is_dir()  # then that folder is the one that was named
     with guarded(run_dir.parent) if in_sweep else nullcontext():
@@ -72,7 +72,7 @@ def prepare(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, s
     for place in config_dirs(config_flags()):
         texts[CONFIG_DIR_FILE] = f"{place}\n"
     replaced = [flag for flag in config_flags() if flag.startswith(CONFIG_FLAGS)]
-    if replaced or (run_dir / CONFIG_FLAGS_FILE).is_file():  # a resumed run may have replaced them by the usual ones
+    if replaced or (run_dir / CONFIG_FLAGS_FILE).is_file():  # a resumed run may be back to the usual ones
         texts[CONFIG_FLAGS_FILE] = "".join(f"{flag}\n" for flag in replaced)
     for name, text in texts.items():
         write_text(run_dir / name, text)
@@ -81,7 +81,7 @@ def prepare(cfg: DictConfig, run_dir: Path, overrides: list[str]) -> dict[str, s
 
 @contextmanager
 def failure_recorded(run_dir: Path, records: bool) -> Iterator[None]:
-    """Write the line of an error that leaves the body into the folder, if this process `records`; a signal is none."""
+    """Write the message of an exception raised in the body into the folder if `records`; signals are not recorded."""
     try:
         yield
     except Exception as error:
@@ -124,7 +124,7 @@ class Rescue:
         self.metrics: Callable[[], str] | None = None
 
     def save(self, error: FolderGoneError, write: Callable[[Path], None]) -> FolderGoneError:
-        """Save the run in a new folder by `write`, and return the error that names the folder."""
+        """Save the run in a new folder by calling `write`, and return the error that names the folder."""
         for place in (self._beside(), Path(tempfile.gettempdir()) / f"{self.run_dir.name[:80]}-rescued"):
             if place is None:
                 continue

@@ -40,8 +40,8 @@ class DensityScales:
 
     Args:
         kind: "logit_normal", "log_normal" or "logsnr".
-        process: the last two follow its gamma / lambda at mu = 0, that of the noise schedule under a colour or a clock.
-        mean, std: of the normal densities; None for the published ones.
+        process: gives gamma / lambda at mu = 0 for the last two; under a colour or a clock, that of the noise schedule.
+        mean, std: parameters of the normal densities; None for the published ones.
 
     Raises: UserError for parameters that the density does not have or that are out of range, and for a process whose
     noise does not grow with t.
@@ -62,7 +62,7 @@ class DensityScales:
             f"scale_sampling={kind} needs noise that grows with t, and that of {type(process).__name__} does not; use "
             "uniform, logit_normal or importance",
         )
-        if float(level[-1]) > math.log(NO_SIGNAL):  # as grids by noise level have it
+        if float(level[-1]) > math.log(NO_SIGNAL):  # as in grids by noise level
             level[-1] = 2 * level[-2] - level[-3] if self.num_scales > 2 else level[-2] + 1
         self.edges = level
 
@@ -92,7 +92,7 @@ def check_density(kind: str, mean: float | None, std: float | None) -> None:
 class ImportanceScales:
     """Draws scales by the second moments of their losses, on the device of `state`.
 
-    `state` ``(2, bins)``, float64, is stored in checkpoints: mean squared losses, and how many went into each.
+    `state` ``(2, bins)``, float64, is stored in checkpoints: mean squared losses, and the number averaged in each.
     """
 
     def __init__(self, num_scales: int) -> None:
@@ -100,7 +100,7 @@ class ImportanceScales:
         self.state = torch.zeros(2, min(BINS, num_scales), dtype=torch.float64)
 
     def load(self, state: list[list[float]]) -> None:
-        """Restore a stored state. Raises UserError for one of another number of bins."""
+        """Restore a stored state. Raises UserError if its number of bins differs."""
         tensor = torch.tensor(state, dtype=torch.float64)
         ok = tensor.shape == self.state.shape
         require(ok, f"the stored density of scales has shape {tuple(tensor.shape)}, not {tuple(self.state.shape)}")
@@ -122,11 +122,11 @@ class ImportanceScales:
         return k / self.num_scales, sizes[index] / (self.num_scales * shares[index])
 
     def observe(self, t: Tensor, loss: Tensor) -> Tensor:
-        """Return what `update` needs of losses ``(B,)`` at t ``(B,)``, to be summed over ranks: ``(2, bins)``."""
+        """Return the sums ``(2, bins)`` of losses ``(B,)`` at t ``(B,)`` for `update`, to be added up over ranks."""
         squares = loss.detach().to(torch.float64) ** 2
         finite = torch.isfinite(squares)
         seen = torch.stack([torch.where(finite, squares, 0.0), finite.to(torch.float64)])
-        # by a sum, whose order does not change from run to run, as that of an indexed one on a GPU would
+        # a masked sum is deterministic; an indexed one on a GPU would not be
         member = self._bins(t)[:, None] == torch.arange(self.state.shape[1], device=t.device)
         return (seen[:, :, None] * member).sum(1)
 
@@ -162,5 +162,5 @@ class ImportanceScales:
 
 
 def _sums(values: Tensor) -> Tensor:
-    """Return the `cumsum`, in an order that does not change from run to run on a GPU."""
+    """Return the cumulative sum, deterministic also on a GPU, where `torch.cumsum` is not."""
     return (values * torch.ones(len(values), len(values), dtype=values.dtype, device=values.device).tril()).sum(1)

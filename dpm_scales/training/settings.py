@@ -1,4 +1,4 @@
-"""Check a run's options before anything is made, which would otherwise fail late or deep inside a library."""
+"""Check a run's options before anything is made; wrong ones would otherwise fail late or deep inside a library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dpm_scales.networks.precision import BFLOAT16, FULL, precision_name
 from dpm_scales.training.module import BANDS, MOST_STEPS
 
 SECTIONS = ("optimizer", "training", "ema", "checkpoint", "samples", "evaluation")
-"""Sections of configs/train.yaml that are no config groups."""
+"""Sections of configs/train.yaml that are not config groups."""
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -28,7 +28,7 @@ def check_keys(cfg: DictConfig) -> None:
     read = {"": [*PARTS, "data", "weight", "trainer", "logger", *known]}
     read |= {section: list(known[section]) for section in SECTIONS}
     for section, names in read.items():
-        kind = f"{section} holds options, {section}.NAME=VALUE, and is none itself: got {section}={cfg.get(section)}"
+        kind = f"{section} holds options, {section}.NAME=VALUE, and is not one itself: got {section}={cfg.get(section)}"
         require(not section or OmegaConf.is_dict(cfg.get(section)), kind)
         for key in cfg[section] if section else cfg:
             if key not in names:
@@ -55,7 +55,7 @@ def check_numbers(cfg: DictConfig) -> None:
     strategy = str(trainer.strategy)
     require(
         strategy in ("auto", FSDP) or strategy.startswith("ddp"),
-        f"trainer.strategy={strategy}: allowed are auto, ddp (whole weights on every device) and fsdp (slices of them)",
+        f"trainer.strategy={strategy}: allowed are auto, ddp (whole weights on every device) and fsdp (shards of them)",
     )
     require(
         strategy != FSDP or not cfg.compile,
@@ -99,7 +99,7 @@ def uses_cuda(cfg: DictConfig) -> bool:
 
 
 def precision_of(cfg: DictConfig) -> str:
-    """Return the precision by Lightning's name. Raises UserError for an unknown one, and one that overflows."""
+    """Return the precision by Lightning's name. Raises UserError for an unknown one and float16, which overflows."""
     wanted = cfg.trainer.precision
     usual = BFLOAT16 if uses_cuda(cfg) else FULL
     return precision_name("trainer.precision", usual if wanted is None else wanted)
@@ -108,7 +108,7 @@ def precision_of(cfg: DictConfig) -> str:
 def check_same_model(before: Any, now: Any, run_dir: Path, key: str = "") -> None:
     """Raise UserError, naming the first key, if a run would resume as another model. The sampler may change.
 
-    An argument that an earlier version of a class did not have had its present default then.
+    An argument that an earlier version of a class did not have is taken to have had its present default.
     """
     if key == "sampler" or before == now:
         return

@@ -15,7 +15,7 @@ from dpm_scales.training.module import DiffusionModule
 
 
 def by_time(cfg: DictConfig) -> bool:
-    """Return whether the time of a run, and no number of steps, ends the decay of its learning rate."""
+    """Return whether the learning rate of a run decays with its time instead of its number of steps."""
     return bool(cfg.trainer.max_steps == -1 and cfg.trainer.max_time is not None)
 
 
@@ -23,7 +23,7 @@ def share_passed(trainer: pl.Trainer, checkpoint: dict[str, Any] | None = None) 
     """Return the share of `trainer.max_time` that has passed, in [0, 1]; 0 without a limit.
 
     Args:
-        checkpoint: for the share that had passed when it was written.
+        checkpoint: if given, the share is that which had passed when it was written.
     """
     timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)  # type: ignore[attr-defined]
     left = None if timer is None else timer.time_remaining()
@@ -37,10 +37,10 @@ def share_passed(trainer: pl.Trainer, checkpoint: dict[str, Any] | None = None) 
 
 
 class TimeBudget(Callback):
-    """Tell the module at each step which share of `trainer.max_time` has passed, by the clock of rank 0.
+    """Updates the module's share of `trainer.max_time` that has passed at each step, by the clock of rank 0.
 
-    The rate of a step then depends on the speed of the machine, so that the same seed does not give the same weights,
-    and a resumed run not those of an uninterrupted one.
+    The rate of a step then depends on the speed of the machine: the same seed does not give the same weights, nor does
+    a resumed run give those of an uninterrupted one.
     """
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ from dpm_scales.training.settings import precision_of
 
 
 def follow_environment(cfg: DictConfig) -> ClusterEnvironment:
-    """Return how ranks are started; if torchrun or srun did, set the trainer's devices and machines to theirs.
+    """Return the cluster environment; if torchrun or srun started ranks, set the trainer's devices and nodes to theirs.
 
     One command line then serves one rank and many, and Lightning does not guess: inside a batch script it would wait
     for ranks that nobody starts.
