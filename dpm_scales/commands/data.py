@@ -1,4 +1,4 @@
-"""`dpm-scales data`: pack images into tar shards, check shards, make their index. Only the work itself loads torch."""
+"""`dpm-scales data`: pack images into tar shards, check shards, index them. Only the work itself loads torch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ usage: {0} pack FOLDER|ZIP|ARRAY out=DIR [per_shard=1000] [labels=folder] [KEY=V
        {0} check DIR|TARS|ADDRESS [labels=cls] [index=FILE]
        {0} index DIR|TARS|ADDRESS [out=FILE] [labels=cls]
 
-Pack images into tar shards, for training with data=webdataset; read shards whole and say what is wrong with them;
-make the index of shards that have none.
+Pack images into tar shards, for training with data=webdataset; read whole shards and report their faults;
+write the index of shards that have none.
 
-pack: the same images and options give the same bytes; repeat the command to go on after a kill
+pack: the same images and options give the same bytes; repeat the command to resume after a kill
   out=DIR              a new folder, for the shards and index.json
   per_shard=1000       images of each shard but the last
   labels=folder        number the folders, or take the labels of an .npz file; by default none
   image_size=64        or HEIGHT,WIDTH: bring images to this size; by default they keep theirs
-  resize_mode=resize_crop  none, resize, crop or resize_crop, as of data=folder
+  resize_mode=resize_crop  none, resize, crop or resize_crop, as for data=folder
   channels=3           1 grey, 3 RGB; by default as they are
   format=keep          copies files; png: pixels without loss; ppm: uncompressed, the fastest to read
   shuffle=true         permute the images of each part with seed=0
@@ -33,9 +33,9 @@ pack: the same images and options give the same bytes; repeat the command to go 
 check, index
   labels=cls           ending of the labels' members, or json.FIELD; by default none
   image=jpg            ending of the images' members; by default that of any image
-  index=FILE           of shards that have none beside them
+  index=FILE           for shards that have none beside them
   out=FILE             by default index.json beside the shards
-  tries=8, timeout=30  of addresses: tries of each file, and seconds without a byte that end one
+  tries=8, timeout=30  for addresses: tries per file, and seconds without data after which one fails
 
 Patterns are quoted: 'DIR/train-*.tar', 'https://example.org/train-{{000..099}}.tar'."""
 HELP_FLAGS = ("-h", "--help")

@@ -91,7 +91,7 @@ def deblur(cfg: DictConfig) -> None:
     else:
         size = (images.shape[1], images.shape[2], images.shape[3])
         restored = _restored(setup, degradation, images, size, noise_std, _resampling(setup))
-        note = "each estimate bent"
+        note = "each estimate guided towards the image"
     with restored as results:
         _finish(setup, sharp, images, results, note)
 
@@ -120,7 +120,7 @@ def interpolate(cfg: DictConfig) -> None:
     refuse_sampler(cfg, "follows the probability flow by DDIM steps")
     setup = prepare(cfg)
     process, denoiser = setup.process, setup.denoiser
-    require(process.has_noise(), f"{type(process).__name__} has no noise, and so but one way down; nothing is between")
+    require(process.has_noise(), f"{type(process).__name__} has no noise, so there is nothing to interpolate between")
     check_estimates(denoiser)
     flow = cfg.through == "flow" or (cfg.through == "auto" and not process.has_constant_noise())
     require(not flow or cfg.num_samples == 1, "through=flow leads to one sequence for each pair; drop num_samples=")
@@ -291,7 +291,7 @@ def random_sampler(model: Model, steps: int | None = None, chosen: bool = False,
     """Return the model's sampler if it was chosen, else the ancestral one, whose noise corrects guided estimates.
 
     Args:
-        steps: of the ancestral sampler; None for as many as `EVALUATIONS` allows.
+        steps: number of steps of the ancestral sampler; None for as many as `EVALUATIONS` allows.
         chosen: whether the user chose the model's sampler.
         repeats: how often each step will be repeated.
     """
@@ -305,7 +305,7 @@ def random_sampler(model: Model, steps: int | None = None, chosen: bool = False,
 
 
 def resampling(model: Model, steps: int | None = None, chosen: bool = False, repeats: object = "auto") -> Sampler:
-    """Return a sampler with resampling; by default without it for constant noise, which is too weak to help.
+    """Return a sampler with resampling; by default without it for constant noise, which is too weak for it to help.
 
     Args:
         steps, chosen: as in `random_sampler`.

@@ -1,4 +1,4 @@
-"""`dpm-scales ema`: measure the samples of averages of several lengths, and draw their quality against the length."""
+"""`dpm-scales ema`: sample with averages of several lengths, and draw the samples' quality against the length."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def draw_quality(cfg: DictConfig, asked: Asked) -> None:
 
 
 def usual_lengths(run: Path, step: int | None) -> tuple[float, ...]:
-    """Return those of `LENGTHS` that a run's snapshots reconstruct; the possible ones nearest to them if none is."""
+    """Return those of `LENGTHS` that a run's snapshots reconstruct; if none, the shortest and longest possible ones."""
     low, high = possible_lengths(run, step)
     return tuple(length for length in LENGTHS if low <= length <= high) or tuple(sorted({low, high}))
 
@@ -91,14 +91,14 @@ def _metric(asked: str | None, names: Sequence[str]) -> str:
 
 
 def _figures(question: Question, file: Path) -> tuple[Figures, bool]:
-    """Return the figures of a question, and whether they had to be measured: `file` keeps them."""
+    """Return the figures of a question, and whether they had to be measured, not read from `file`, which keeps them."""
     wanted = _identity(Answer(question, {}, None, None, None, []).to_dict())
     known = _read(file)
     names = {*check_names(question.metrics, question.network)}
     if known is not None and _identity(known) == wanted and {*known["figures"]} == names:
         return known["figures"], False
     answer = measure(question)
-    if answer is None:  # of another process
+    if answer is None:  # the first process has it
         return {}, True
     content = answer.to_dict()
     write_text(file, json.dumps(content, indent=1) + "\n")
@@ -106,7 +106,7 @@ def _figures(question: Question, file: Path) -> tuple[Figures, bool]:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """Return the content of an evaluation's file; None if there is none, or none that this version reads."""
+    """Return the content of an evaluation's file; None if it is missing, damaged or of another version."""
     try:
         found = json.loads(read_text(file, MAX_BYTES))
         figures = found["figures"]
@@ -129,7 +129,7 @@ def _called(name: str) -> str:
 
 
 def _verdict(results: Mapping[str, Figures], metric: str, asked: Asked, step: int | None) -> str:
-    """Return the line that says which length is best by a figure, beside the average that the run exported."""
+    """Return a line that reports the best length by a figure, compared with the average that the run exported."""
 
     def value(name: str) -> float:
         return float(results[name][metric]["value"])
@@ -144,7 +144,7 @@ def _verdict(results: Mapping[str, Figures], metric: str, asked: Asked, step: in
 
 
 def save_table(path: Path, results: Mapping[str, Figures], averages: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write a table with a row per average: what it is, and each figure with its standard error if it has one."""
+    """Write a table with a row per average: its record, and each figure with its standard error if it has one."""
     rows = []
     for name, figures in results.items():
         row: dict[str, Any] = {"average": name, **averages.get(name, {})}

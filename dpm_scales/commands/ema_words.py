@@ -1,4 +1,4 @@
-"""The arguments of `dpm-scales ema`: its own, and those of evaluate.py, which it passes on. Imports no torch."""
+"""Parse the arguments of `dpm-scales ema`: its own, and those of evaluate.py, which it passes on. Imports no torch."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ _KEY = re.compile(r"[+~]*([a-z][\w./]*)", re.ASCII)
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command is asked for.
+    """The command's arguments.
 
     Attributes:
         run: the run's folder.
-        lengths: to measure; empty for the usual ones.
+        lengths: lengths to measure; empty for the usual ones.
         metric: name of the figure that ranks them; None for the first.
         out: folder of the results.
-        options: for the config of evaluate.py, KEY=VALUE, and flags.
+        options: options of evaluate.py, KEY=VALUE, and flags.
     """
 
     run: Path
@@ -67,7 +67,7 @@ class Asked:
 
 
 def asked_of(argv: Sequence[str]) -> Asked:
-    """Return what the arguments after `dpm-scales ema` ask for. Raises UserError for arguments that can't be used."""
+    """Parse the arguments after `dpm-scales ema`. Raises UserError for arguments that can't be used."""
     usage = f"{program('ema')} RUN [lengths=0.03,0.05,0.1]"
     words: list[str] = []
     own: dict[str, str] = {}

@@ -46,7 +46,7 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def plan(cfg: DictConfig) -> Question:
-    """Return what the config asks for, all options checked, all files opened and the model loaded.
+    """Return the question that the config describes, with all options checked, all files opened and the model loaded.
 
     Raises: UserError for invalid options, OutOfMemoryError if the features would not fit into memory.
     """
@@ -98,7 +98,7 @@ def plan(cfg: DictConfig) -> Question:
 
 
 def _likelihood(cfg: DictConfig, fake: ImageSet | ModelSamples, run: Path | None) -> LikelihoodQuestion | None:
-    """Return the question for bits per dimension, None if there is none. Raises UserError if it has no answer."""
+    """Return the question for bits per dimension; None if they are not wanted. Raises UserError if it has no answer."""
     if cfg.likelihood is None or not isinstance(fake, ModelSamples):
         return None
     estimator(fake.model, cfg.likelihood, cfg.likelihood_scales, cfg.likelihood_draws)
@@ -141,7 +141,7 @@ def _check(cfg: DictConfig) -> tuple[Metric, ...]:
 
 
 def drawn(cfg: DictConfig, number: int, device: torch.device) -> ModelSamples:
-    """Return the samples that a config asks for, not yet drawn. Raises UserError for invalid options."""
+    """Return the samples that a config describes, not yet drawn. Raises UserError for invalid options."""
     chosen = choose_model(cfg)
     model = chosen.model
     labels = pick_labels(model, plain(cfg.labels), number)

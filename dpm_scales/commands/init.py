@@ -25,7 +25,7 @@ tests, a Makefile (train, sample, evaluate, resume, runs, test) and a batch scri
 HELP_FLAGS = ("-h", "--help")
 SUFFIX, MARK = ".template", "@package@"
 TEMPLATES = Path(str(files("dpm_scales") / "templates" / "project"))
-#: names of the templates for files and folders that are named otherwise in a project
+#: template names of files and folders that have other names in a project
 NAMED = {"package": MARK, "test_package.py": f"test_{MARK}.py", "dot-gitignore": ".gitignore"}
 #: folders of a project
 TAKEN = ("configs", "evaluation", "runs", "samples", "sweeps", "tests")
@@ -58,10 +58,10 @@ def check_name(name: str) -> None:
     """Raise UserError unless a package of a project can have this name."""
     hint = "give another, name=PACKAGE"
     require(bool(_NAME.fullmatch(name)), f"{name!r} is no name of a Python package (letters, digits, _); {hint}")
-    require(not keyword.iskeyword(name), f"{name!r} is a word of Python's; {hint}")
+    require(not keyword.iskeyword(name), f"{name!r} is a keyword of Python; {hint}")
     require(name not in TAKEN, f"{name!r} is another folder of the project; {hint}")
     found = importlib.util.find_spec(name)
-    exists = found is not None and found.origin is not None  # a folder without modules is none
+    exists = found is not None and found.origin is not None  # a folder without __init__.py does not count
     require(not exists, f"there is a module {name!r} already, which the project would hide; {hint}")
 
 
@@ -70,7 +70,7 @@ def write_project(folder: Path, name: str) -> None:
 
     Args:
         folder: new, or empty.
-        name: of the package; see `check_name`.
+        name: name of the package; see `check_name`.
 
     Raises: UserError if the folder is neither, or can't be written.
     """

@@ -80,7 +80,7 @@ def match(cfg: DictConfig) -> None:
 
 @torch.no_grad()
 def energies(entry: Entry, images: NumberedImages, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the energy of clean images per frequency ``(H, W)`` and of a process's per octave ``(T, octaves)``.
+    """Return the energy of clean images per frequency ``(H, W)``, and of a process's per octave ``(T, octaves)``.
 
     Both are means over images and channels, where white is 1. Portrait images are rotated, larger ones centre-cropped.
     """

@@ -44,7 +44,7 @@ examples:
 #: fewest options that are shown at once, in a sweep and in a search
 MANY, MANY_SEARCHED = 3, 2
 SEARCHED = "study.db"
-#: as for a table of runs, but for what has a column of its own there
+#: options that are not drawn: those of a table of runs, except the one that has a column of its own there
 UNDRAWN = tuple(key for key in UNSHOWN if key != "trainer.max_steps")
 DEFAULT_METRIC = "val/loss"
 

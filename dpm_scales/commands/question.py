@@ -1,4 +1,4 @@
-"""Measure image sets against each other: the question, with everything it needs, and the answer, saved and shown."""
+"""Compare image sets: a question with everything that it needs, and its answer, which is saved and shown."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ class LikelihoodQuestion:
 
 @dataclass(frozen=True)
 class Question:
-    """Two sets of images to compare, and how; all checked.
+    """Two sets of images to compare, with the settings of the comparison, all checked.
 
     Attributes:
-        metrics: what is measured.
-        network: gives the features, on `device`; None if no metric uses any.
+        metrics: metrics to compute.
+        network: feature network, on `device`; None if no metric uses one.
         real: the reference.
         fake: images, or samples of a model, which the processes of `world` share.
         yardstick: further real images, compared like `fake`; None for none.
-        likelihood: None if no bits per dimension are asked for.
+        likelihood: question for bits per dimension; None for none.
         batch_size: images at a time.
         cache: folder for the features of real images; None for no cache.
         out: folder for the results, writable; None for none.
@@ -81,10 +81,10 @@ class Answer:
     """The measures of a question.
 
     Attributes:
-        figures: measures by name, of `fake`.
-        bounds: the same of the yardstick; None without one.
-        bits: of the held-out images, given their labels if the model has any; None if not asked for.
-        bits_without_labels: None if not asked for, or if the model was trained with all labels, or none.
+        figures: measures of `fake` by name.
+        bounds: measures of the yardstick by name; None without one.
+        bits: bits per dimension of the held-out images, given their labels if the model has any; None if not wanted.
+        bits_without_labels: the same without labels; None if not wanted, or unless trained with label dropout.
         doubts: caveats, one line each.
     """
 

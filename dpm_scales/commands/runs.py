@@ -131,7 +131,7 @@ def _warn(line: str) -> None:
 
 
 def _time(seconds: float) -> str | None:
-    """Return a time in ISO 8601, UTC; None for none, and for one that no calendar has."""
+    """Return a time in ISO 8601, UTC; None for 0, and for one out of the calendar's range."""
     try:
         return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds") if seconds else None
     except (ValueError, OverflowError, OSError):
@@ -154,7 +154,7 @@ def _fields(run: Run) -> dict[str, Any]:
 
 
 def _as_json(run: Run) -> dict[str, Any]:
-    """Return all that is known of a run; numbers that are not finite, which JSON lacks, as null."""
+    """Return everything known about a run, with null for numbers that are not finite, which JSON lacks."""
     return _fields(run) | {
         "metrics": {name: value if math.isfinite(value) else None for name, value in run.metrics.items()},
         "options": run.overrides,

@@ -1,4 +1,4 @@
-"""Tables of runs on a terminal: one for each folder of runs."""
+"""Show tables of runs on a terminal, one for each folder of runs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def table(runs: Sequence[Run], width: int, now: float) -> Group:
 def given_where_varied(runs: Sequence[Run], unshown: Collection[str] = UNSHOWN) -> dict[Path, dict[str, str]]:
     """Return for each folder the options in which the runs differ, with their values; empty where not given.
 
-    A value that was not given is that of the resolved options, where it is a plain one, or the name of its class.
+    A value that was not given is taken from the resolved options: a plain value, or the name of a class.
 
     Args:
         unshown: options to leave out.
@@ -99,7 +99,7 @@ def _resolved(config: dict[str, Any], key: str) -> str:
 
 
 def _columns(runs: Sequence[Run], now: float, width: int) -> dict[str, list[str]]:
-    """Return the cells of all columns that have some, by head."""
+    """Return the cells of all columns, by the columns' heads."""
     longest = width if width == UNLIMITED else max(SHORTEST_NAME, min(width // 3, LONGEST_NAME))
     varied = given_where_varied(runs)
     keys = list(varied[runs[0].folder])
@@ -128,12 +128,12 @@ def _metric_order(name: str) -> tuple[int, str]:
 
 
 def _is_number(name: str) -> bool:
-    """Return whether a column holds numbers, which are aligned at their end."""
+    """Return whether a column holds numbers, which are right-aligned."""
     return name in ("steps", "changed", "size") or _is_shown(name)
 
 
 def _importance(name: str) -> int:
-    """Return the rank of a column where not all fit: the lowest are shown first."""
+    """Return the priority of a column if not all fit: the lowest numbers are shown first."""
     first = ("run", "state", "steps", "val/loss", "changed")
     last = ("val/best_loss", "train/loss", "size")
     is_metric = name.startswith(("eval/", PREFIX))

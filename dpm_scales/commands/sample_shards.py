@@ -1,8 +1,8 @@
 """Write the samples of `sample.py … shards=true` as tar shards: `samples-000000.tar`, … and `index.json`.
 
-Shard k holds the samples 1000 k … 1000 k + 999, each as `000123.png`, the file that is written without shards, and of a
-conditional model `000123.cls`. A shard appears whole or not at all, and the index last: a command that was killed goes
-on with the shards that are missing. Devices share the shards.
+Shard k holds the samples 1000 k … 1000 k + 999, each as `000123.png`, the file that is written without shards, and for
+a conditional model also `000123.cls`. Shards are written atomically, and the index last: a command that was killed
+resumes with the missing shards. Each device writes a part of the shards.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def shard_name(number: int) -> str:
 
 
 def numbered_shards(folder: Path) -> list[Path]:
-    """Return the shards of samples in a folder, and what belongs to them."""
+    """Return the shards of samples in a folder, with their index and the mark of `begin`."""
     return [*sorted(folder.glob("samples-[0-9]*.tar")), *(p for n in (INDEX, PACKING) if (p := folder / n).exists())]
 
 
@@ -43,7 +43,7 @@ def begin(folder: Path) -> None:
 
 
 def unfinished(folder: Path, total: int, world: World) -> list[range]:
-    """Return the numbers of the samples of each shard that this process has to draw."""
+    """Return, for each shard that this process still has to draw, the numbers of its samples."""
     jobs = []
     for number in world.part(-(-total // PER_SHARD)):
         job = range(number * PER_SHARD, min((number + 1) * PER_SHARD, total))
@@ -74,10 +74,10 @@ def write(folder: Path, job: range, images: Iterator[tuple[str, bytes, int | Non
 
 
 def finish(folder: Path, record: Mapping[str, Any], classes: int | None, names: tuple[str, ...] | None) -> None:
-    """Write the index of the shards of a command, when all are there.
+    """Write the index of a command's shards, once all are there.
 
     Args:
-        record: of the command, with `number` and `size`.
+        record: the command's record, with `number` and `size`.
         classes, names: number and names of the labels, None without.
     """
     count = -(-int(record["number"]) // PER_SHARD)

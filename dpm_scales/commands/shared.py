@@ -67,7 +67,7 @@ class Setup:
         inputs: the images read so far, by option, for the record.
         ema: the record of the average that was reconstructed; None for the one that the run exported.
         guide: the record of the guide's weights; None without a guide.
-        spent: evaluations of each network for one result, by its name, once there are results.
+        spent: evaluations of each network per result, by the network's name; filled once there are results.
     """
 
     model: Model
@@ -92,7 +92,7 @@ class Setup:
 
     @property
     def in_shards(self) -> bool:
-        """Whether results are written as tar shards."""
+        """True if results are written as tar shards."""
         return bool(self.cfg.get("shards", False))
 
     def images(self, key: str) -> Tensor:
@@ -148,7 +148,7 @@ class Setup:
             "weights": cfg.weights,
             **({} if self.ema is None else {"ema": self.ema}),
             "weights_sha256": self.weights_sha256,
-            # as records from before there was a choice, where nothing was chosen
+            # left out where nothing was chosen, as in records from before there was a choice
             **({} if precision == FULL else {"precision": precision}),
             **({"compile": True} if cfg.compile else {}),
             "process": type(process).__name__,
@@ -170,7 +170,7 @@ class Setup:
 
 
 def settings_of(sampler: Sampler) -> dict[str, Any]:
-    """Return a sampler's arguments as plain values; those that can't be described as they are."""
+    """Return a sampler's arguments by name, as plain values where they can be described."""
     settings: dict[str, Any] = {}
     for name in inspect.signature(type(sampler)).parameters:
         value = getattr(sampler, name, None)

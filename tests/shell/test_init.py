@@ -153,7 +153,7 @@ WRONG = {
     ("müll",): f"'müll' is no name of a Python package (letters, digits, _); {HINT}",
     ("a", "name=my-net"): f"'my-net' is no name of a Python package (letters, digits, _); {HINT}",
     ("a", "name=../up"): f"'../up' is no name of a Python package (letters, digits, _); {HINT}",
-    ("class",): f"'class' is a word of Python's; {HINT}",
+    ("class",): f"'class' is a keyword of Python; {HINT}",
     ("dpm_scales",): f"there is a module 'dpm_scales' already, which the project would hide; {HINT}",
     ("dpm-scales",): f"there is a module 'dpm_scales' already, which the project would hide; {HINT}",
     ("torch",): f"there is a module 'torch' already, which the project would hide; {HINT}",
