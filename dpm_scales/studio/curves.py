@@ -5,8 +5,9 @@ With E_k the energy of the photo's DCT coefficients near the eigenvalue mu_k, wh
     power(t, mu)     = lambda_t(mu)^2 E(mu) / n(mu) + gamma_t(mu)^2                      its mean over the noise
     variance(t)      = sum_{k > 0} (lambda_t(mu_k)^2 E_k + gamma_t(mu_k)^2 n_k) / N      likewise, over N pixels
 
-where the operator is diagonal in the DCT basis. Osmosis is not: there both are those of the image that is shown. Curves
-are evaluated at `KNOTS` frequencies and are linear in between, so that a slider need not wait for all frequencies.
+where the operator is diagonal in the DCT basis. That of osmosis is not: both are then measured on the image that is
+shown. Curves are evaluated at `KNOTS` frequencies and are linear in between, so that a slider need not wait for all
+frequencies.
 """
 
 from __future__ import annotations
@@ -48,11 +49,10 @@ class View:
     """A photo under a process, always with the same noise.
 
     Args:
-        name: of the process.
-        process: bound to the size of the photo. If its noise has a colour, it is fitted to the photo, where it is that
-            of the data.
+        name: name of the process.
+        process: bound to the size of the photo. A noise colour that is measured from data is fitted to the photo.
         image: uint8 ``(C, H, W)``.
-        seed: of the noise and of the context.
+        seed: seed of the noise and of the context.
     """
 
     def __init__(self, name: str, process: Process, image: Tensor, seed: int = 0) -> None:
@@ -81,7 +81,7 @@ class View:
 
     @property
     def is_stretched(self) -> bool:
-        """Whether images are shown with their own contrast, from their smallest to their largest value."""
+        """True if images are shown with stretched contrast, from their smallest to their largest value."""
         return not self.entry.keeps_grey
 
     def _unit(self, x: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class View:
 
     @cached_property
     def _energy(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Knots mu_k, and E_k and n_k of the coefficients but that of the mean, which is constant."""
+        """Knots mu_k, with E_k and n_k; the coefficient of the mean, which is constant, is left out."""
         u = HEAT.analysis(self._unit(self.x_0)).square().mean((0, 1)).flatten()[1:]
         own = self.process.operator().eigenvalues(*self.image.shape[-2:])
         mu = (own if own.numel() > 1 else HEAT.eigenvalues(*self.image.shape[-2:])).flatten()[1:]
@@ -124,7 +124,7 @@ class View:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the operator is diagonal in the DCT basis."""
+        """True if the operator is diagonal in the DCT basis."""
         return self.operator.is_diagonal
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Draw samples of a model with their trajectory, and invent the painted part of an image."""
+"""Draw samples of a model with their trajectory, and inpaint images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dpm_scales.run_folders.find import find_runs
 
 MAX_SAMPLES, MAX_RESULTS, MAX_STEPS = 64, 12, 1000
 FRAMES = 40
-"""Most frames of a trajectory that are kept."""
+"""Largest number of frames kept of a trajectory."""
 
 STRIP_ROWS, STRIP_COLUMNS = 4, 10
 CELL = 64
@@ -33,22 +33,22 @@ CELL = 64
 OWN = "the model's own"
 ALL = "all in turn"
 SECONDS = 300
-"""Longest time of one call."""
+"""Time limit of one call."""
 
 OnShare = Callable[[float], None]
-"""Is called with the finished share of the work, in [0, 1]."""
+"""Callback that receives the finished share of the work, in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Samples and what they were on the way.
+    """Samples and frames of their trajectory.
 
     Attributes:
         images: uint8 ``(N, C, H, W)``.
         frames: likewise after some of the steps, the last one included.
         scales: t of each frame.
         labels: class of each sample; None without classes.
-        names: of the classes.
+        names: names of the classes.
     """
 
     images: Tensor
@@ -96,7 +96,7 @@ class Models:
         require(name in self.places, f"unknown model {name!r}: {suggest(str(name), known)}")
         assert name is not None
         if self._loaded is None or self._loaded[0] != name:
-            self._loaded = None  # two need not fit into memory
+            self._loaded = None  # two may not fit into memory together
             model = load_model(self.places[name], allow=self.allow)
             self._loaded = (name, model.to(self.device))
         return self._loaded[1]
@@ -168,9 +168,9 @@ def sample(
         sampler: a name of `sampler_names`.
         steps: None for the sampler's own number.
         label: one of `class_choices`.
-        seconds: longest time.
+        seconds: time limit.
 
-    Raises: UserError for values out of range, a sampler that does not fit the model, and when the time is over.
+    Raises: UserError for values out of range, a sampler that does not fit the model, and when time is up.
     """
     require_number("number", number, 1, MAX_SAMPLES, whole=True)
     require_number("seed", seed, 0, whole=True)
@@ -208,12 +208,12 @@ def inpaint(
     on_share: OnShare | None = None,
     seconds: float = SECONDS,
 ) -> Tensor:
-    """Invent a part of an image, as ``sample.py task=inpaint`` does, and keep the rest.
+    """Inpaint a part of an image, as ``sample.py task=inpaint`` does, and keep the rest.
 
     Args:
         image: uint8 ``(C, H, W)`` of the model's channels and size.
-        hole: bool ``(H, W)``, True where to invent.
-        steps, label, seconds: as in `sample`; the number of steps before they are repeated.
+        hole: bool ``(H, W)``, True in the part to inpaint.
+        steps, label, seconds: as in `sample`; steps without their repetitions.
 
     Returns: uint8 ``(number, C, H, W)``.
     Raises: UserError for values out of range, a hole that is empty or all of the image, and models without an estimate
@@ -244,7 +244,7 @@ def inpaint(
 
 
 def describe_sampler(model: Model, steps: int | None) -> str:
-    """Return a line on the sampler with which `inpaint` works."""
+    """Return a line on the sampler that `inpaint` uses."""
     sampler = resampling(model, steps)
     count = len(sampler.scales(model.denoiser.process)) - 1
     repeats = sampler.repeats if isinstance(sampler, Resampling) else 0
@@ -258,7 +258,7 @@ def enlargement(images: Tensor) -> int:
 
 
 class _Watch:
-    """Reports each step, and ends the work when its time is over.
+    """Callback that reports each step, and raises UserError when time is up.
 
     Attributes:
         kept: numbers of the steps whose frame is kept.

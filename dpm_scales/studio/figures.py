@@ -22,10 +22,10 @@ WIDTH = 10.2
 REFERENCE = {"color": "0.45", "linestyle": ":", "linewidth": 1.4}
 FREQUENCY_LINES = dict(zip(FREQUENCIES, ("-", (0, (5, 1.5)), (0, (1.2, 1.2))), strict=True))
 POWER_FLOOR = 1e-9
-"""Least power that is drawn: below it images are rounded."""
+"""Smallest power that is drawn: below it rounding errors dominate."""
 
 LOWEST_SNR = -80.0
-"""Least signal-to-noise ratio that is drawn, in dB."""
+"""Smallest signal-to-noise ratio that is drawn, in dB."""
 
 CYCLES = "frequency (cycles/px)"
 SCALE = "scale t"
@@ -118,7 +118,7 @@ def scale_space(views: Sequence[View], images: Sequence[Any], t: float) -> Image
 
 
 def edited_schedule(edited: Schedule, usual: Schedule, name: str) -> Image:
-    """Draw an edited schedule, and the one that it was made from as dots."""
+    """Draw an edited schedule, and in grey the one that it was made from."""
     colour = styles([name])[0]["color"]
     panels: list[tuple[str, Mapping[float, Any], Mapping[float, Any]]] = [
         (r"signal scale $\lambda_t$", edited.signal, usual.signal),

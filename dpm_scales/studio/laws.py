@@ -26,12 +26,12 @@ PARTS = ("noise", "blur", "color", "clock")
 
 NONE = "none"
 MAX_SCALES = 2000
-"""Greatest num_scales of an edited process."""
+"""Largest num_scales of an edited process."""
 
 MAX_TEXT = 2000
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}", re.ASCII)
 _COMPOSING = threading.Lock()
-"""Hydra has one state for the whole process."""
+"""Lock for composing configs: Hydra's state is global."""
 
 _HIDDEN = ("_target_", "_partial_")
 
@@ -41,9 +41,9 @@ class Parameter:
     """A parameter of a process that can be edited.
 
     Attributes:
-        key: dotted, below the process: ``noise.logsnr_min``.
-        value: as YAML.
-        comment: what the config says of it; empty if nothing.
+        key: dotted key below the process, such as ``noise.logsnr_min``.
+        value: value as YAML.
+        comment: the config's comment on it, empty without one.
     """
 
     key: str
@@ -93,7 +93,7 @@ class Laws:
         return found
 
     def _incomplete(self, part: str, choice: str) -> bool:
-        """Return whether a config has values that only the user can give."""
+        """Return whether a config has mandatory values, which only the user can give."""
         options = configs.chosen_options(f"{GROUP}/{part}", CONFIGS / GROUP / part / f"{choice}.yaml")
         return any(option.value == "???" for option in options.values())
 
@@ -150,7 +150,7 @@ class Laws:
         Args:
             values: YAML by dotted key, as in `Parameter`.
 
-        Raises: UserError for a key that the process has not, and for text that is no plain value.
+        Raises: UserError for a key that the process does not have, and for text that is not a plain value.
         """
         settings = self.settings(name, parts)
         known = [key for key, _ in _leaves(settings)]
@@ -185,7 +185,7 @@ def build_process(settings: dict[str, Any], size: tuple[int, int]) -> Process:
 
 
 def export(settings: Mapping[str, Any], name: str) -> str:
-    """Return a config as the YAML of ``process/NAME.yaml``, with its use on the first lines."""
+    """Return a config as the YAML of ``process/NAME.yaml``, with the command that uses it as a comment on top."""
     require(_NAME.fullmatch(name) is not None, f"name {name!r}: allowed are a-z, 0-9 and _, at most 40, a letter first")
     taken = name in configs.choices(GROUP)
     require(not taken, f"{name} is the name of a process of dpm_scales; choose another")
@@ -223,7 +223,7 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _value(key: str, text: str) -> Any:
-    """Return YAML text as a number, a word, a switch, null or a flat list of numbers. Raises UserError for others."""
+    """Return YAML text as a number, a word, a bool, None or a flat list of numbers. Raises UserError for others."""
     require(len(text) <= MAX_TEXT, f"{key}: at most {MAX_TEXT} characters")
     try:
         value = yaml.safe_load(text)

@@ -14,7 +14,7 @@ TITLE = "dpm_scales studio"
 INTRODUCTION = """# dpm_scales studio
 Every process is one law, *y_t = λ_t(L) y_0 + γ_t(L) ε*: an operator *L*, a signal scale *λ* and a noise scale *γ*."""
 CACHE_SECONDS = 1800
-"""Pictures that were shown are removed after this time."""
+"""Age at which pictures that were shown are removed."""
 
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 MONOSPACED = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
@@ -31,7 +31,7 @@ footer { display: none !important; }"""
 
 @dataclass(frozen=True)
 class Studio:
-    """What the page works on.
+    """The processes and models of a page.
 
     Attributes:
         laws: the processes to choose from.

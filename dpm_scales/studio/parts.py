@@ -1,4 +1,4 @@
-"""Components that the tabs share: images, a brush, the choice of a photo, and callbacks that report in one line."""
+"""Provide what the tabs share: images, a brush, the choice of a photo, and callbacks that report in one line."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ BRUSH_CSS = """.brush canvas { width: 100%; image-rendering: pixelated; touch-ac
 .brush-tools button { border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 2px 10px; }
 .brush-tools button[aria-pressed=true] { background: #D55E00; color: white; }"""
 CURVES = {"concurrency_id": "curves", "concurrency_limit": 1}
-"""Figures are drawn one at a time: matplotlib's settings are those of the whole process."""
+"""Limits for events that draw figures, one at a time: matplotlib's settings are global."""
 
 BRUSH_JS = Path(__file__).with_name("brush.js")
 CANVAS_SIDE = 512
-"""Least side in pixels of the canvas that a small image is enlarged to."""
+"""Longer side in pixels to which a small image is about enlarged on its canvas."""
 
 
 def reporting(function: Callable[..., Result]) -> Callable[..., Result]:
     """Wrap a callback: a user's mistake becomes one line on the page, and so does any other error, without traceback.
 
-    An error that is no user's mistake is also printed on standard error.
+    An error that is not a user's mistake is also printed on standard error.
     """
 
     @functools.wraps(function)
@@ -69,7 +69,7 @@ def reporting(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def escaped(text: str) -> str:
-    """Return text as Markdown that shows it as it is."""
+    """Return text with the special characters of Markdown escaped."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|$~-])", r"\\\1", text)
 
 
@@ -82,8 +82,8 @@ def picture(label: str, elem_id: str, pixelated: bool = False, clickable: bool =
     """Return a component that shows an image.
 
     Args:
-        pixelated: whether pixels stay visible where it is enlarged.
-        clickable: whether places in it are clicked, which Gradio finds only in images that are not enlarged.
+        pixelated: whether pixels stay visible when it is enlarged.
+        clickable: whether the places of clicks are needed, which Gradio finds only in images that are not enlarged.
     """
     classes = ["picture", *(["pixelated"] if pixelated else []), *([] if clickable else ["wide"])]
     return gr.Image(
@@ -168,7 +168,7 @@ class PhotoChoice:
         """Call `changed(photo, *inputs)` whenever another photo or size is chosen.
 
         Args:
-            limits: of calls at the same time, as `CURVES`.
+            limits: limits of concurrent calls, such as `CURVES`.
         """
         kept = [self.original, self.photo, self.note]
         sides = [] if self.side is None else [self.sides]

@@ -20,7 +20,7 @@ MAX_PIXELS = 25 * 10**6
 """Largest upload, in pixels: it bounds the memory and the time of decoding."""
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Formats of uploads; others are not even looked at."""
+"""Formats of uploads; the decoders of others are never tried."""
 
 SIDES = (128, 256, 384, 512)
 """Longer side in pixels to which larger images can be reduced."""
@@ -43,7 +43,7 @@ class Photo:
     """An image of moderate size.
 
     Attributes:
-        name: of the file or the example.
+        name: name of the file or the example.
         image: uint8 ``(C, H, W)``, C = 1 or 3.
         original: (H, W) before it was reduced.
     """
@@ -79,7 +79,7 @@ def read_upload(content: bytes, name: str = "upload") -> Photo:
 
     The header is checked before anything is decoded.
 
-    Raises: UserError for a file that is too large, that is no image of `FORMATS`, or that is damaged.
+    Raises: UserError for a file that is too large, not an image in one of the `FORMATS`, or damaged.
     """
     name = printable(name[-NAME_LENGTH:])
     limit = f"allowed are {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} megapixels"
@@ -98,7 +98,7 @@ def read_upload(content: bytes, name: str = "upload") -> Photo:
 
 @cache
 def example(name: str) -> Photo:
-    """Return one of `EXAMPLES`, reduced likewise. Raises UserError for another name."""
+    """Return one of `EXAMPLES`, reduced to at most the last of `SIDES`. Raises UserError for another name."""
     require(name in EXAMPLES, f"unknown example {name!r}; allowed: {', '.join(EXAMPLES)}")
     from skimage import data
 

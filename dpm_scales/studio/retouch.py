@@ -16,7 +16,7 @@ from dpm_scales.images import LEVELS, load_image, to_range, to_uint8
 from dpm_scales.studio.photos import MAX_BYTES, SIDES
 
 OFFSET = 1 / LEVELS
-"""Added to all pixels meanwhile, since osmosis needs positive values."""
+"""Added to all pixels while solving, since osmosis needs positive values."""
 
 TOLERANCE = 1e-4
 PREFIX = "data:image/png;base64,"

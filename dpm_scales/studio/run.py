@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def prepare(words: Sequence[str], options: dict[str, str]) -> Studio:
-    """Return what the page works on. Raises UserError for models, configs and devices that don't exist."""
+    """Return the processes and models of the page. Raises UserError for models, configs or devices that don't exist."""
     from dpm_scales.cli.options import pick_device
     from dpm_scales.models.trust import trusted_names
     from dpm_scales.studio.drawn import Models, find_models

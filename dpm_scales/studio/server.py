@@ -1,4 +1,4 @@
-"""Serve the page on one machine: nothing is fetched, and of the machine's files only what the page made is readable."""
+"""Serve the page on one machine: nothing is fetched, and only files that the page made can be read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ READABLE = (
     *("/gradio_api/queue/", "/gradio_api/upload", "/gradio_api/heartbeat/", "/gradio_api/cancel", "/gradio_api/reset"),
     *("/gradio_api/file=", "/gradio_api/startup-events", "/gradio_api/app_id", "/gradio_api/component_server"),
 )
-"""Beginnings of the paths that the page asks for; all others are refused."""
+"""Prefixes of the paths that the page requests; all others are refused."""
 
 POLICY = "; ".join(
     (
@@ -53,10 +53,10 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class Guard:
-    """A wrapper around the server's application that refuses what the page does not ask for.
+    """A wrapper around the server's application that refuses requests which the page does not make.
 
-    It refuses requests for other hosts than the one it listens on (a web page elsewhere must not reach it under a name
-    of its own), other paths, larger bodies, addresses in place of files, and files that were not uploaded.
+    It refuses requests for other hosts than the one it listens on (DNS rebinding), other paths, larger bodies,
+    addresses in place of files, and files that were not uploaded.
 
     Args:
         app: the application.
@@ -159,7 +159,7 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a function that gives the body once, and then what else is received."""
+    """Return a receiver that returns the body first, and then what else is received."""
     waiting = [body]
 
     async def again() -> Message:
@@ -203,7 +203,7 @@ def is_loopback(host: str) -> bool:
 def private_folder() -> Iterator[Path]:
     """Yield a folder for uploads and pictures, readable by this user alone, which is removed afterwards.
 
-    Gradio takes its settings from the environment: no analytics, no sharing, no folders of its own.
+    Meanwhile Gradio's settings in the environment allow no analytics, no sharing and no folders of its own.
     """
     with TemporaryDirectory(prefix="dpm_scales_studio_") as name:
         settings = {
@@ -234,8 +234,8 @@ def application(page: Any, folder: Path, host: str, css: str, theme: Any) -> App
     Args:
         page: the `gradio.Blocks`.
         folder: as `private_folder` yields it.
-        host: on which it will listen; on loopback only its own names are answered.
-        css, theme: of the page.
+        host: the host on which it will listen; on loopback, requests under other names are refused.
+        css, theme: style of the page.
     """
     import fastapi
     import gradio

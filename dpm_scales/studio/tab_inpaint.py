@@ -1,4 +1,4 @@
-"""The tab of inpainting: a model invents the painted part of an image."""
+"""The inpainting tab: a model invents the painted part of an image."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class InpaintTab:
         self.models = models
 
     def take(self, photo: Photo, name: str) -> tuple[Tensor, Any]:
-        """Return a photo as the model's images are, and the value of the brush."""
+        """Return a photo with the shape of the model's images, and the value of the brush."""
         model = self.models.load(name)
         channels = model.recipe.channels
         require(channels in (1, 3), f"this model has images of {channels} channels; they can't be shown")
@@ -53,7 +53,7 @@ class InpaintTab:
         """Return a sample, the values of the brush and the labels, no example, and a line on the sample.
 
         Args:
-            label: of the sample; None for another model than before, whose first class is taken.
+            label: class of the sample; None after a change of the model, for its first class.
         """
         model = self.models.load(name)
         image = sample(model, 1, whole(seed or 0), label=label).images[0]

@@ -1,4 +1,4 @@
-"""The tab of osmosis: a shadow removed, or an object cloned into another photo, both with a brush."""
+"""The osmosis tab: a shadow removed, or an object cloned into another photo, both with a brush."""
 
 from __future__ import annotations
 

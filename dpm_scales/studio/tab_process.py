@@ -1,4 +1,4 @@
-"""The tab of processes: a photo under two processes, with a slider for the scale."""
+"""The process tab: a photo under two processes, with a slider for the scale."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ProcessTab:
         """Return a photo under a process; the last ones are kept, with their curves."""
         key = (name, id(photo.image), photo.size, seed)
         for known, view in self._views:
-            # the identity of an image that is alive is its own
+            # ids are unique only among live objects
             if known == key and view.image is photo.image:
                 return view
         process = self.laws.process(name, photo.size)
@@ -65,7 +65,7 @@ class ProcessTab:
         return Drawn([("Original", shown(photo.image)), *titled], scale_space(views, images, t))
 
     def compare(self, photo: Photo, first: str, second: str, t: float, seed: float | None) -> list[Any]:
-        """Return the same as updates of the page."""
+        """Return what `draw` returns as updates of the page."""
         drawn = self.draw(photo, first, second, t, seed)
         return [*(gr.Image(value=image, label=title) for title, image in drawn.pictures), drawn.figure]
 

@@ -1,4 +1,4 @@
-"""The tab of samples: a grid drawn from a model, its trajectory step by step, and a strip from noise to image."""
+"""The samples tab: a grid drawn from a model, its trajectory step by step, and a strip from noise to image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_MODEL = (
     f"`{command_line('studio', 'runs/demo')}`."
 )
 WORK = {"concurrency_id": "model", "concurrency_limit": 1}
-"""One model is at work at a time."""
+"""Limits for events that run a model, one at a time."""
 
 
 class SamplesTab:

@@ -1,4 +1,4 @@
-"""The tab of schedules: the parameters of a process edited, drawn at once, and written as a config for `train`."""
+"""The schedule tab: the parameters of a process edited, drawn at once, and written as a config for `train`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpm_scales.studio.photos import SIDE
 
 FIRST, NAME = "blurring", "my_process"
 FIELDS = 20
-"""Most parameters of a process."""
+"""Largest number of parameters of a process."""
 
 PART_LABELS = {"noise": "Noise schedule", "blur": "Blur schedule", "color": "Noise colour", "clock": "Clock"}
 
