@@ -187,7 +187,7 @@ def _may_choose(options: Iterable[str], group: str, name: str) -> bool:
 
 
 def _is_object(option: str) -> bool:
-    """Return whether an option replaces an object by another, `KEY={_target_:…}`."""
+    """Return whether an option replaces an object with another, `KEY={_target_:…}`."""
     key, _, value = option.partition("=")
     return value.startswith("{") and "_target_" in value and key[0] not in "+~"
 
@@ -259,7 +259,7 @@ def with_stored_overrides(argv: Iterable[str]) -> list[str]:
 
 
 def _require_flags(flags: list[str], run_dir: Path) -> None:
-    """Raise UserError if the run was trained with a flag that replaces all configs, and none of its name is given."""
+    """Raise UserError if the run was trained with a flag that replaces all configs and is not given again."""
     for flag in stored_config_flags(run_dir):
         name, _, value = flag.partition("=")
         again = f"{name} {shlex.quote(value)}"
@@ -328,14 +328,14 @@ def trust_options() -> list[str]:
 
 
 def trust_words(packages: Iterable[str]) -> list[str]:
-    """Return ``plugins=[…]`` for the active plugins and ``allow=[…]`` for packages that are none of theirs."""
+    """Return ``plugins=[…]`` for the active plugins and ``allow=[…]`` for packages that do not belong to them."""
     names = [plugin.name for plugin in active_plugins()]
     others = sorted(set(packages) - set(trusted_packages()))
     return [f"{key}=[{','.join(values)}]" for key, values in {"plugins": names, "allow": others}.items() if values]
 
 
 def typed_packages(overrides: Iterable[str]) -> list[str]:
-    """Return the other packages whose classes are named in the options of a run, sorted alphabetically."""
+    """Return the packages other than dpm_scales whose classes are named in a run's options, sorted alphabetically."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     plain = [one for one in parsed if not one.is_sweep_override() and not one.is_delete()]
     named = [

@@ -27,7 +27,7 @@ from dpm_scales.errors import UserError
 from dpm_scales.models.instantiate import CONFIGS
 
 FLAGS = sorted({flag for flag in (*PLAIN_FLAGS, *VALUE_FLAGS) if flag.startswith("--")} - {"--shell-completion"})
-#: default values that say nothing
+#: default values that are not worth offering
 _NO_VALUE = ("", "null", MISSING)
 
 

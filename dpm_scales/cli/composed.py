@@ -1,4 +1,4 @@
-"""Compose a config of the package from Python, whether or not Hydra is at work in this process."""
+"""Compose a config of the package from Python, whether or not Hydra is running in this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpm_scales.models.instantiate import CONFIGS, root_cause_line
 
 
 def composed(name: str, overrides: Sequence[str]) -> DictConfig:
-    """Return the config `name` with these overrides; Hydra's global state is afterwards as it was.
+    """Return the config `name` with these overrides, and restore Hydra's global state.
 
     Raises: UserError for overrides that do not compose.
     """

@@ -148,7 +148,7 @@ def all_groups(config_name: str) -> list[str]:
 def switches(config_name: str) -> Mapping[str, Any]:
     """Return the switches of an entry point by key: bool, or ``bool | None`` where null is allowed too.
 
-    They are what a config sets to true or false, and `LEFT_TO_THE_MACHINE`; empty for a user's own config.
+    They are the options that a config sets to true or false, and `LEFT_TO_THE_MACHINE`; empty for a user's own config.
     """
     path = CONFIGS / f"{config_name}.yaml"
     if not path.is_file():

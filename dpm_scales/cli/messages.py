@@ -25,6 +25,7 @@ PLACE_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errn
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and its chain of causes."""
     link: BaseException | None = error
     while link is not None:
         yield link

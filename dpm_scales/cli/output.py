@@ -1,4 +1,4 @@
-"""Print: one line for an error, and no failure if nobody reads, so that closing a terminal ends no training."""
+"""Print errors as one line, and never fail because nobody reads: closing a terminal must not end training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dpm_scales.errors import UserError, printable
 #: error numbers of a reader that is gone: a pager or `head` that exited, a terminal that was closed
 _LEFT = (errno.EPIPE, errno.EIO)
 
-#: what moves a progress bar and colours a table, kept; else controls of a terminal and of the direction of writing
+#: sequences that move progress bars and colour tables, which are kept; other controls of a terminal, and bidi controls
 _CONTROLS = re.compile(
     "\x1b\\[(?:[0-9;]*[mKAG]|\\?25[hl])|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
 
 
 def without_controls(text: str) -> str:
-    """Return `text` with escapes for characters that a file name must not bring to a terminal, as bidi controls."""
+    """Return `text` with escapes for characters that a file name must not send to a terminal, such as bidi controls."""
     return _CONTROLS.sub(lambda found: found[0] if len(found[0]) > 1 else printable(found[0]), text)
 
 

@@ -3,7 +3,7 @@
 Reading the entry points of the named packages imports nothing. A name that was switched on is a choice of its group:
 `network=dit` chooses the class that the package announces as `dit` in the group `dpm_scales.networks`. The folder
 announced in `dpm_scales.configs` joins the places where configs are found. As with `allow=[PACKAGE]`, files may name
-classes of the package; nothing stores that.
+classes of the package; this trust is never stored.
 
 Nothing here imports torch.
 """
@@ -43,7 +43,7 @@ CHOICES = {
 #: groups of entry points, with the options whose values their names become
 VALUES = {f"{PREFIX}metrics": "measures", f"{PREFIX}features": "features"}
 GROUPS = (*CHOICES, *VALUES, CONFIGS_GROUP)
-#: names of the options' own values
+#: values of these options that dpm_scales provides
 SHIPPED_VALUES = {"measures": ("frechet", "kernel", "manifolds"), "features": ("auto", "inception", "efflite0")}
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
@@ -53,13 +53,13 @@ _PACKAGE = re.compile(r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?", re.ASCII)
 
 @dataclass(frozen=True)
 class Plugin:
-    """What an installed package announces.
+    """The classes and configs that an installed package announces.
 
     Attributes:
-        name: as pip knows it.
+        name: name of the distribution, as pip knows it.
         packages: packages to import from, which are trusted.
         classes: names of classes by (group of configs, or option; name).
-        folder: of its configs, or None.
+        folder: folder of its configs, or None.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Plugin:
 
 @dataclass
 class _Active:
-    """The plugins of the running command, and what they have put into Hydra's store of configs."""
+    """The plugins of the running command, and the entries that they have put into Hydra's store of configs."""
 
     plugins: tuple[Plugin, ...] = ()
     stored: list[tuple[str, str]] = field(default_factory=list)
@@ -94,10 +94,10 @@ def plugin_names(value: Any) -> tuple[str, ...]:
 
 
 def find_plugins(names: Iterable[str]) -> tuple[Plugin, ...]:
-    """Return what the named packages announce; nothing of them is imported.
+    """Return the plugins of the named packages, without importing them.
 
-    Raises: UserError for a package that is not installed or announces nothing, for an entry point that is none, and
-        for a name that is announced twice or that of a config of this package.
+    Raises: UserError for a package that is not installed or announces nothing, for an invalid entry point, and for a
+        name that is announced twice or taken by a config of this package.
     """
     plugins = tuple(_read(name) for name in names)
     owners: dict[tuple[str, str], str] = {}
@@ -130,7 +130,7 @@ def _read(name: str) -> Plugin:
         is_class = entry.group != CONFIGS_GROUP
         form = _CLASS if is_class else _MODULE
         example = "package.module:Class" if is_class else "package.folder"
-        require(bool(form.fullmatch(entry.value)), f"{announced}, which has not the form {example}")
+        require(bool(form.fullmatch(entry.value)), f"{announced}, which does not have the form {example}")
         package = entry.value.partition(":")[0].partition(".")[0]
         own = package != "dpm_scales" and package not in sys.stdlib_module_names
         require(own, f"{announced}, which is not its own")
@@ -231,13 +231,13 @@ def trusted_packages() -> list[str]:
 
 
 def announcing(group: str, choice: str) -> list[str]:
-    """Return the installed packages that announce a choice; nothing of them is imported."""
+    """Return the installed packages that announce a choice, without importing them."""
     found = set()
     for name in _installed():
         try:
             if (group, choice) in _read(name).choices():
                 found.add(name)
-        except UserError:  # none that could be switched on
+        except UserError:  # it can't be switched on
             continue
     return sorted(found)
 
@@ -245,7 +245,7 @@ def announcing(group: str, choice: str) -> list[str]:
 def _class_of(option: str, name: Any, named: Mapping[tuple[str, str], dict[str, str]]) -> Any:
     """Return the config of an announced metric or feature network; any other value unchanged.
 
-    Raises: UserError for a name that an installed package announces that is not switched on.
+    Raises: UserError for a name announced by an installed package that is not switched on.
     """
     if not isinstance(name, str) or name in SHIPPED_VALUES[option]:
         return name
@@ -256,7 +256,7 @@ def _class_of(option: str, name: Any, named: Mapping[tuple[str, str], dict[str, 
 
 
 def apply_plugins(cfg: DictConfig) -> None:
-    """Trust the packages of the plugins in a composed config, and replace names of metrics and features by classes.
+    """Trust the packages of the plugins in a composed config, and replace names of metrics and features with classes.
 
     Raises: UserError as `find_plugins` does.
     """

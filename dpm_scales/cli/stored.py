@@ -1,6 +1,6 @@
 """Read the options stored in a run's folder, `overrides.yaml`, and refuse unsafe ones.
 
-Resuming a stranger's run executes none of its code and writes only into its folder.
+Resuming an untrusted run executes none of its code and writes only into its folder.
 
 Options on the command line may name any class of any package. Options stored in a folder may only choose among this
 package's configs and classes, and set values. Otherwise Hydra would import and call whatever a `_target_` names, read
@@ -22,7 +22,7 @@ from dpm_scales.storage import open_regular, read_yaml
 _KEY = re.compile(r"[A-Za-z][\w/-]*(\.\w+)*")
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:\w+(,[^{}$]*)?\}")
 _LONGEST_KEY = 200
-#: options that say whom the user trusts, which are typed each time
+#: options by which the user trusts packages, which are typed each time
 NEVER_STORED = ("allow", "plugins")
 #: sections whose classes write files, and the names of their arguments for places to write to
 _WRITERS = ("logger", "trainer")
@@ -108,10 +108,10 @@ def _check(text: str, file: Path, paths: Collection[str], allow: Collection[str]
         override = OverridesParser.create().parse_override(text)
         value = None if override.is_sweep_override() else override.value()
     except (HydraException, RecursionError) as error:
-        raise UserError(f"{refused}, which is none") from error
+        raise UserError(f"{refused}, which is not a valid option") from error
     key = override.key_or_group
     require(not override.is_sweep_override(), f"{refused}: a sweep, where a run has one value")
-    require(bool(_KEY.fullmatch(key)) and len(key) <= _LONGEST_KEY, f"{refused}, which is none")
+    require(bool(_KEY.fullmatch(key)) and len(key) <= _LONGEST_KEY, f"{refused}, which is not a valid option")
     parts = re.split(r"[./]", key)
     require(parts[0] != "hydra", f"{refused}, and settings of Hydra are not a run's; {ADVICE}")
     require(

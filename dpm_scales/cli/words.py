@@ -1,4 +1,4 @@
-"""Arguments of the commands that read no config: words, KEY=VALUE, and flags. Imports neither Hydra nor torch."""
+"""Parse arguments of commands without a config: words, KEY=VALUE, and flags. Imports neither Hydra nor torch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def split_words(
     An argument with ``=`` is an option, unless a file or folder has its name; folders of runs do.
 
     Args:
-        most: greatest number of words.
+        most: largest number of words.
         options, flags: those that the command has.
         usage: how to call it, for messages.
 

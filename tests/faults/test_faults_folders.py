@@ -140,7 +140,7 @@ def test_names_that_are_too_long(finished: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(finished, tmp_path / "run"))
     key = "x" * 5000
     (copied / "overrides.yaml").write_text(f"- {key}=1\n")
-    assert "which is none" in error_line(call("train.py", f"run_dir={copied}", cwd=tmp_path))
+    assert "which is not a valid option" in error_line(call("train.py", f"run_dir={copied}", cwd=tmp_path))
     assert "too long" in error_line(call("train.py", f"{key}=1", f"run_dir={tmp_path / 'new'}", cwd=tmp_path))
     assert not (tmp_path / "new").exists()
 

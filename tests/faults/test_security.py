@@ -208,7 +208,7 @@ OVERRIDES = {
     "data._target_=os.mkdir": "asks for 'os.mkdir'",
     "++data._target_=os.mkdir": "asks for 'os.mkdir'",
     "+data.x={_target_:os.mkdir,path:boom}": "asks for 'os.mkdir'",
-    "+data.x={'_target_':os.mkdir,path:boom}": "which is none",
+    "+data.x={'_target_':os.mkdir,path:boom}": "which is not a valid option",
     "+data.x=[{_target_:os.mkdir,path:boom}]": "asks for 'os.mkdir'",
     "+data.x={a:{b:[{_target_:os.mkdir,path:boom}]}}": "asks for 'os.mkdir'",
     "process._target_=dpm_scales.training.load_model": "asks for 'dpm_scales.training.load_model'",
@@ -218,10 +218,10 @@ OVERRIDES = {
     "hydra.searchpath=[file://{place}]": "settings of Hydra are not a run's",
     "hydra/launcher=evil": "settings of Hydra are not a run's",
     "hydra.run.dir=/tmp": "settings of Hydra are not a run's",
-    "--config-dir={place}": "which is none",
-    "--config-path={place}": "which is none",
-    "-m": "which is none",
-    "--help": "which is none",
+    "--config-dir={place}": "which is not a valid option",
+    "--config-path={place}": "which is not a valid option",
+    "-m": "which is not a valid option",
+    "--help": "which is not a valid option",
     "process={place}/evil": "leads out of the configs",
     "process=../../../../../../../../../../../..{place}/evil": "leads out of the configs",
     "process/noise=../../../../../../../../../../../..{place}/evil": "leads out of the configs",
@@ -233,7 +233,7 @@ OVERRIDES = {
     "+data.x={_args_:[boom]}": "a key that a stored run may not have",
     "seed=1,2": "a sweep, where a run has one value",
     "seed=range(1,3)": "a sweep, where a run has one value",
-    "network.widths=[8,8": "which is none",
+    "network.widths=[8,8": "which is not a valid option",
 }
 
 

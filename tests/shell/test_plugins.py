@@ -179,7 +179,7 @@ def test_a_file_can_not_switch_them_on(run: Path, package: Path, tmp_path: Path)
 
 BAD = {
     "wrong-group": ({"network": {"a": "mynet.networks:DiT"}}, "in dpm_scales.network, an unknown group: did you mean"),
-    "no-class": ({"networks": {"a": "mynet.networks"}}, "which has not the form package.module:Class"),
+    "no-class": ({"networks": {"a": "mynet.networks"}}, "which does not have the form package.module:Class"),
     "odd-name": ({"networks": {"a-b": "mynet.networks:DiT"}}, "a name has letters, digits and _ alone"),
     "system": ({"networks": {"a": "os:system"}}, "system announces a = os:system in dpm_scales.networks, which is not"),
     "ours": ({"samplers": {"a": "dpm_scales.samplers:DDIM"}}, "which is not its own"),
