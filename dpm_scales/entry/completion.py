@@ -1,7 +1,7 @@
 """Complete commands in a shell: `dpm-scales -sc install=SHELL` prints what the shell has to evaluate.
 
 The shell then calls `dpm-scales -sc query=SHELL` with the line up to the cursor in COMP_LINE, and reads one candidate
-from each line; none lets it offer file names. Hydra's own completion, of `python train.py`, asks in the same way.
+per line; without any, it offers file names. Hydra's own completion, of `python train.py`, does the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dpm_scales.entry.commands import COMMANDS
 from dpm_scales.errors import UserError, suggest
 from dpm_scales.models.instantiate import CONFIGS
 
-# bash takes = as the end of a word, unless told otherwise: what is before it then stays as it is
+# bash breaks words at = by default: candidates then lack the part before it
 BASH = r"""_dpm_scales() {
     local IFS=$'\n' line="${COMP_LINE:0:COMP_POINT}" before=""
     local word="${line##*[[:space:]]}"

@@ -28,7 +28,7 @@ Array = NDArray[Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 MARKERS = "osD^vPX*"
 SECOND_DRAW = "second draw"
-"""Ending of the name of the second draw of a process."""
+"""Suffix of the name of a process's second draw."""
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 """Dash patterns that keep coinciding curves visible, each through the gaps of the other."""
 SHIPPED: dict[str, tuple[str, str]] = {
@@ -58,7 +58,7 @@ SPECTRAL: dict[str, tuple[str, str]] = {
     "clocked": (FURTHER[0], "3"),
     "cut_off": (FURTHER[3], "4"),
 }
-"""Colour and marker of the spectral members; every eye tells few more than 17 colours apart, so two are shared."""
+"""Colour and marker of the spectral members; hardly more than 17 colours can be told apart, so two are shared."""
 
 STYLE = {
     "axes.grid": True,
@@ -77,7 +77,7 @@ STYLE = {
 def figure(path: Path, width: float = 5.2, height: float = 3.6, **subplots: Any) -> Iterator[tuple[Figure, Any]]:
     """Yield a figure of `width` x `height` inches and its axes; write it atomically to the PNG file `path` on exit.
 
-    pyplot, whose state belongs to the user, is not touched.
+    pyplot, whose state belongs to the user, is not used.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -108,9 +108,9 @@ class Look:
 def looks(names: Sequence[str]) -> dict[str, Look]:
     """Return the look of each process of a study, by name.
 
-    Those in `SHIPPED` and `SPECTRAL` are fixed. Any other name has a colour among `FURTHER` that depends only on its
-    letters, or the next free one if another name has that colour; so pass all names of a study at once. "NAME, second
-    draw" has the colour of NAME, dotted.
+    Those in `SHIPPED` and `SPECTRAL` are fixed. Any other name gets a colour among `FURTHER` that depends only on the
+    name, or the next free one if another name has that colour; so pass all names of a study at once. "NAME, second
+    draw" gets the colour of NAME, dotted.
     """
     markers, shipped = [marker for _, marker in SHIPPED.values()], {**SHIPPED, **SPECTRAL}
     found = {name: Look(*look, DASHES[i % len(DASHES)], i % 2 == 0) for i, (name, look) in enumerate(shipped.items())}

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 NAME = "curves.png"
 MOST_POINTS = 1000
-"""Points of a curve; longer ones are averaged."""
+"""Largest number of points of a curve; longer curves are averaged."""
 MOST_METRICS = 6
-"""Panels of metrics of the samples."""
+"""Largest number of panels for metrics of the samples."""
 RATE, SKIPPED = "learning rate", "skipped steps"
 
 _BAND = re.compile(r"val/loss_t(\d\.\d+)")
-_MARKED = 40  # points that still are marked one by one
+_MARKED = 40  # largest number of points that are marked
 _WIDTH, _HEIGHT = 3.3, 2.5  # of a panel, in inches
 
 
@@ -54,10 +54,10 @@ def read_curves(rows: Iterable[Mapping[str, str]]) -> dict[str, Curve]:
 
 
 def draw_run(path: Path, curves: Mapping[str, Curve], metric: str | None = None) -> None:
-    """Write the curves of a run as a PNG file, a panel for each kind; a run without any gets none.
+    """Write the curves of a run as a PNG file, a panel for each kind that the run has.
 
     Args:
-        metric: name of the only curve to draw; None for all that a run logs by itself.
+        metric: name of the only curve to draw; None for all standard ones.
 
     Raises: UserError for an unknown metric, or if there is nothing to draw.
     """
@@ -115,7 +115,7 @@ def _draw_panel(axes: Axes, label: str, curves: Mapping[str, Curve]) -> None:
         spread_out(axes, curves.values())
     short_steps(axes)
     if len(curves) > 1 or label not in (*curves, RATE, SKIPPED):
-        # above, where no curve can be
+        # above the panel, where it hides no curve
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8, columnspacing=1.2)
 
 
@@ -127,7 +127,7 @@ def spread_out(axes: Axes, curves: Iterable[Curve]) -> None:
 
 
 def draw_curve(axes: Axes, curve: Curve, colour: str, label: str | None = None, dash: object = "-") -> None:
-    """Draw a line, whose points are marked where they are few."""
+    """Draw a line, with its points marked if they are few."""
     marker = "o" if len(curve.steps) <= _MARKED else ""
     axes.plot(*_thinned(curve), color=colour, marker=marker, markersize=3, linestyle=dash, label=label, zorder=2)
 

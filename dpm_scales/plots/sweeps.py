@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 PARAMETERS, PARALLEL, CURVES = "parameters.png", "parallel.png", "curves.png"
 SEEDS = ("seed", "data.seed")
-"""Options that repeat a run: their values are points of one mean."""
+"""Options that only repeat a run: runs that differ in them alone are averaged."""
 MOST_PANELS = 9
 MOST_GROUPS = 10
-"""Groups that a legend lists; more numbers become a colour bar, and more names one colour."""
-_SPARSE = 12  # values of a number that are still joined by a line through their means
+"""Largest number of groups in a legend; more numbers get a colour bar, and more names a single colour."""
+_SPARSE = 12  # largest number of values whose means are joined by a line
 _LONGEST = 24  # characters of a tick
-_TICKS = 6  # numbers that are ticks themselves
-_GAP = 0.06  # between ticks, of the height of an axis
+_TICKS = 6  # largest number of values that all get a tick
+_GAP = 0.06  # between ticks, as a share of the height of an axis
 _BEST: dict[str, Any] = {
     "linestyle": "",
     "marker": "o",
@@ -43,7 +43,7 @@ class Sweep:
     Attributes:
         options: the options in which the runs differ, each with the value of every run as text, "" where it has none.
         values: the metric of every run, finite.
-        metric: its name.
+        metric: name of the metric.
         lowest: whether the lowest value is the best; None if that is not known.
     """
 
@@ -54,12 +54,12 @@ class Sweep:
 
     @property
     def parameters(self) -> list[str]:
-        """The options that do not only repeat runs."""
+        """The options other than seeds, which only repeat runs."""
         return [key for key in self.options if key not in SEEDS]
 
     @property
     def best(self) -> int | None:
-        """The number of the best run."""
+        """Index of the best run; None if it is not known which values are better."""
         if self.lowest is None or not self.values:
             return None
         return int(np.argmin(self.values) if self.lowest else np.argmax(self.values))
@@ -74,8 +74,8 @@ class Axis:
     """The places of an option's values: numbers, or names in alphabetical order.
 
     Attributes:
-        places: of every run.
-        names: of the places 0, 1, …; None for numbers.
+        places: place of each run.
+        names: names of the places 0, 1, …; None for numbers.
         log: whether the numbers need a logarithmic axis.
     """
 
@@ -110,7 +110,7 @@ class Axis:
 
     @property
     def distinct(self) -> list[float]:
-        """The numbers, if they are few enough to be ticks."""
+        """The distinct numbers, if they are few enough to be ticks; else empty."""
         values = [] if self.names is not None else np.unique(self.places).tolist()
         return values if len(values) <= _TICKS else []
 
@@ -140,7 +140,7 @@ class Axis:
 
 
 def plain(name: str) -> str:
-    """Return a name, elided, as matplotlib shows it unchanged."""
+    """Return a name, elided, and escaped so that matplotlib shows it unchanged."""
     return cell(name, _LONGEST).replace("$", r"\$")
 
 
@@ -158,7 +158,8 @@ def _number(text: str) -> float | None:
 def draw_parameters(path: Path, sweep: Sweep) -> list[str]:
     """Write a panel for each option, the metric against its values: points are runs, lines or bars their means.
 
-    With two options the other one's values are colours. Return the options that were left out, above `MOST_PANELS`.
+    With two options, colours show the values of the other one. Return the options that were left out, beyond
+    `MOST_PANELS`.
     """
     keys = sweep.parameters or list(sweep.options)
     shown = keys[:MOST_PANELS]
@@ -184,7 +185,7 @@ def draw_parameters(path: Path, sweep: Sweep) -> list[str]:
 
 
 def _explain(axes: Axes, sweep: Sweep) -> None:
-    """Add what points, lines and the circle are to the legend."""
+    """Add points, lines and the circle to the legend."""
     axes.plot([], [], linestyle="", marker="o", color="0.4", alpha=0.6, markersize=4, label="run")
     axes.plot([], [], color="0.4", linewidth=2, label="mean")
     if sweep.best is not None:
@@ -227,7 +228,7 @@ def _draw_option(axes: Axes, sweep: Sweep, values: Array, key: str, other: str |
 
 
 def _groups(sweep: Sweep, key: str, other: str | None) -> dict[str, tuple[Array, str, str]]:
-    """Return which runs have one colour, with it and their marker, by the label of the legend."""
+    """Return (mask of the runs, colour, marker) of each group of runs, by its label in the legend."""
     if other is not None:
         return {f"{sweep.head(other)} {label}": rest for label, rest in _by_value(sweep, other)}
     if key == "process":
@@ -236,7 +237,7 @@ def _groups(sweep: Sweep, key: str, other: str | None) -> dict[str, tuple[Array,
 
 
 def _by_value(sweep: Sweep, key: str) -> list[tuple[str, tuple[Array, str, str]]]:
-    """Return the runs of each value of an option, with a colour and a marker."""
+    """Return (label, (mask of the runs, colour, marker)) for each value of an option."""
     texts = list(sweep.options[key])
     axis = Axis.of(texts)
     distinct = sorted(set(texts), key=lambda text: (axis.places[texts.index(text)], text))
@@ -250,7 +251,7 @@ def _by_value(sweep: Sweep, key: str) -> list[tuple[str, tuple[Array, str, str]]
 
 
 def colours_of(key: str, texts: Sequence[str], graduated: bool) -> list[str]:
-    """Return a colour for each value of an option: that of the process, or shades of numbers, or others."""
+    """Return a colour for each value of an option: that of the process, a shade for a number, or a distinct one."""
     if key == "process":
         known = looks([text.lower() for text in texts])
         return [known[text.lower()].colour for text in texts]
@@ -309,7 +310,7 @@ def draw_curves(path: Path, curves: Sequence[Curve], metric: str, key: str = "",
     """Write one figure with a metric of all runs against their steps.
 
     Args:
-        curves: one of each run.
+        curves: one for each run.
         key: option whose values are the colours; "" for none.
         texts: its value in each run.
     """

@@ -1,1 +1,1 @@
-"""Folders of runs, read without torch: their files, their states, and where they lie."""
+"""Find the folders of runs, and read their files and states, without torch."""

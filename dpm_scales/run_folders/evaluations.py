@@ -43,7 +43,7 @@ class Evaluation:
 
 
 def read_evaluation(file: Path) -> Evaluation:
-    """Return the result of `evaluate.py` in a file. Raises UserError if it is none, or damaged."""
+    """Return the result of `evaluate.py` in a file. Raises UserError for any other file, and for a damaged one."""
     try:
         result = json.loads(read_text(file, MAX_BYTES))
         require(isinstance(result, dict) and result["format"] == FORMAT, "another format")
@@ -75,10 +75,10 @@ def metric_key(name: str) -> str:
 
 
 def evaluated_run(evaluation: Evaluation, runs: dict[Path, Any]) -> Path | None:
-    """Return which of `runs`, by resolved folder, an evaluation's model belongs to; None if to none of them.
+    """Return the run, a key of `runs` (by resolved folder), that an evaluation's model belongs to; None without one.
 
-    A relative path is one of the current folder, or of a parent of the evaluation's file: of the folder in which
-    `evaluate.py` was called.
+    A relative path is looked up in the current folder and in the parents of the evaluation's file, one of which may be
+    the folder in which `evaluate.py` was called.
     """
     if evaluation.model is None or "\0" in evaluation.model:
         return None

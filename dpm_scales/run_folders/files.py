@@ -75,7 +75,7 @@ def max_steps_of(config: dict[str, Any]) -> int | None:
 
 
 def read_metrics(file: Path, most: int | None = None) -> tuple[list[str], list[list[str]]]:
-    """Return the columns and rows of a `metrics.csv`, as texts of numbers; missing cells at a row's end are empty.
+    """Return the columns and rows of a `metrics.csv`, numbers as text; missing cells at a row's end are empty.
 
     Args:
         most: largest size to read, in bytes.

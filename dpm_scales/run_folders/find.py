@@ -25,7 +25,7 @@ class Found:
 
     Attributes:
         runs: sorted by folder.
-        complete: False if there was more below the folder than is looked at.
+        complete: False if the folder holds more than was searched.
         unread: one line for each result of `evaluate.py` that can't be read.
     """
 

@@ -1,4 +1,4 @@
-"""Look at a folder without changing it: its files and their size, and who holds its lock."""
+"""Inspect a folder without changing it: its files and their size, and who holds its lock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpm_scales.storage import entries_below, open_regular
 
 @dataclass(frozen=True)
 class Survey:
-    """What lies in a folder, at any depth.
+    """The files in a folder, at any depth.
 
     Attributes:
         bytes: size of all files; one with several names in the folder counts once.

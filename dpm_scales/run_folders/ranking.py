@@ -51,7 +51,7 @@ def direction_of(metric: str, runs: Sequence[Run]) -> str:
 
 
 def laws(runs: Sequence[Run]) -> int:
-    """Return how many different processes, targets and data sets the runs have, whose losses measure different things.
+    """Return the number of different combinations of process, target and data set; their losses are not comparable.
 
     Runs without stored options count as one.
     """
@@ -59,7 +59,7 @@ def laws(runs: Sequence[Run]) -> int:
 
 
 def _law(config: dict[str, Any]) -> list[Any]:
-    """Return the options that determine what a loss measures, of a config that is not too large to compare."""
+    """Return the options in a run's config that determine what a loss measures."""
     data = config.get("data")
     images = {key: value for key, value in data.items() if key not in SAME_IMAGES} if isinstance(data, dict) else data
     return [config.get("process"), config.get("target"), images]

@@ -1,4 +1,4 @@
-"""The state of a run, from the files in its folder alone.
+"""Determine the state of a run, from the files in its folder alone.
 
 damaged      a file of the folder can't be read, or is not what a run writes
 running      a process holds the folder's lock
@@ -36,23 +36,23 @@ from dpm_scales.storage import read_text, read_yaml
 Result = TypeVar("Result")
 
 STATES = ("finished", "running", "interrupted", "failed", "new", "damaged")
-#: the lowest validation loss of a run, beside the last one
+#: name of the lowest validation loss of a run; val/loss is the last one
 BEST = "val/best_loss"
 MOST_OPTIONS = MOST_METRICS = 1000
 _SHOWN = re.compile(r"(train|val|eval)/[!-~]+")
-#: files whose change is a change of the run
+#: files whose latest change counts as the run's
 _WRITTEN = ("metrics.csv", "result.json", "checkpoints/last.ckpt", "config.yaml", "overrides.yaml")
 
 
 @dataclass
 class Run:
-    """What a run's folder says.
+    """A run, as the files in its folder describe it.
 
     Attributes:
-        folder: as it was found.
+        folder: path as it was found.
         state: one of `STATES`.
         reason: why it is damaged or failed, or which process runs it; empty otherwise.
-        steps: steps taken, as far as the files say.
+        steps: number of steps taken, according to the files.
         max_steps: the number of steps to take; None without a limit or where it is not stored.
         resumes_from: step of `last.ckpt`; None without one.
         metrics: last values by name, ``train/…``, ``val/…``, ``eval/…``; `BEST`; ``evaluate/…`` of `evaluate.py`.
@@ -60,7 +60,7 @@ class Run:
         overrides: the options given, by key.
         config: the resolved options.
         evaluations: results of `evaluate.py`, the latest last.
-        seconds: of the latest training, where it is finished.
+        seconds: duration of the latest training, if it is finished.
         changed: time of the last change, in seconds since 1970.
         bytes: size of the folder; `bytes_complete` is False where it has more than ten thousand files.
         loadable: whether there is an export or a checkpoint.
@@ -90,7 +90,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Return what the files of a run's folder say; of damaged ones the reason, never an error."""
+    """Return the run in a folder; damaged files make its state "damaged", with the reason, and never raise."""
     run, reasons = Run(folder), []
 
     def attempt(read: Callable[[], Result], instead: Result) -> Result:
@@ -138,7 +138,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _is_complete(run: Run, steps: int) -> bool:
-    """Return whether a result of so many steps is that of the whole run, which may also end at `trainer.max_time`."""
+    """Return whether a result after `steps` is that of the whole run, which may also end at `trainer.max_time`."""
     trainer = run.config.get("trainer")
     timed = isinstance(trainer, dict) and trainer.get("max_time") is not None
     ended = steps == run.steps and (timed or run.max_steps is None)
@@ -146,7 +146,7 @@ def _is_complete(run: Run, steps: int) -> bool:
 
 
 def _result(folder: Path, max_steps: int | None) -> dict[str, Any]:
-    """Return the content of `result.json`, empty without one or where the run has been started anew since."""
+    """Return the content of `result.json`; empty without one, or if the run has been started anew since."""
     file = folder / "result.json"
     if not file.is_file():
         return {}
@@ -173,7 +173,7 @@ def _line(file: Path) -> str:
 def _add_metrics(run: Run) -> int:
     """Add the last values of a run's `metrics.csv` and its lowest validation loss; return the number of steps logged.
 
-    Rows are numbered from 0; one with the learning rate alone is that of a step which has begun.
+    Rows are numbered from 0; a row with the learning rate alone belongs to a step that has only begun.
     """
     file = run.folder / "metrics.csv"
     if not file.is_file():

@@ -31,7 +31,7 @@ VISIBLE, THREADS = "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"
 def places(
     runs_per_gpu: int, gpus: Sequence[int | str] | None, environment: Mapping[str, str], found: int
 ) -> list[Place]:
-    """Return the variables of each run that may go at a time; neighbours have different GPUs.
+    """Return the environment variables of each place for a run at a time; neighbours have different GPUs.
 
     Args:
         runs_per_gpu: at least 1.
@@ -66,18 +66,18 @@ def launch(
     jobs: Sequence[Sequence[str]],
     first: int,
 ) -> list[JobReturn]:
-    """Run the jobs of a sweep, each in a process of its own; return how they have ended, in their order.
+    """Run the jobs of a sweep, each in its own process; return their results in order.
 
-    A job that fails prints its line and leaves the others alone.
+    A job that fails prints its line and does not affect the others.
 
     Args:
-        config: of the sweep.
+        config: config of the sweep.
         runs_per_gpu, gpus: see `places`.
-        jobs: overrides of each.
+        jobs: overrides of each job.
         first: number of the first job.
 
     Raises:
-        UserError: options out of range, or one of several processes of a command.
+        UserError: options out of range, or a command that was started in several processes.
         KeyboardInterrupt: after Ctrl-C; all runs have written a checkpoint.
     """
     require(
@@ -94,7 +94,7 @@ def launch(
     setup_globals()
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
     Path(str(config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-    # the function's name holds what `hydra.main` has made of it
+    # the name now refers to the function that `hydra.main` returned
     name = (task_function.__module__, task_function.__qualname__)
     payloads = [pickle.dumps((first + i, list(job), hydra_context, name, config)) for i, job in enumerate(jobs)]
     ends = run_side_by_side(payloads, together, run_pickled, multiprocessing.get_context("spawn"))
@@ -136,6 +136,6 @@ def run_pickled(payload: bytes) -> bytes:
         )
         value: Any = done._return_value
         if done.status == JobStatus.FAILED and not isinstance(value, UserError):
-            traceback.print_exception(value)  # here, where it is
+            traceback.print_exception(value)  # here, since pickling loses it
             value = RuntimeError(f"{type(value).__name__}: {value}")
         return pickle.dumps((done.status, value))

@@ -1,4 +1,4 @@
-"""Run jobs in processes of their own, as many at a time as there are places; the others wait for a free one."""
+"""Run each job in its own process, as many at a time as there are places; the others wait for a free one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 from dpm_scales.distributed.launch import work_apart
 
 Place = Mapping[str, str]
-"""Environment variables of the job that has it."""
+"""Environment variables of the job that runs in it."""
 Work = Callable[[bytes], bytes]
 
 
 @dataclass(frozen=True)
 class End:
-    """How a job has ended.
+    """Outcome of a job.
 
     Attributes:
         result: what its work returned; None if the process ended before.
@@ -33,9 +33,9 @@ class End:
 
 
 def run_side_by_side(jobs: Sequence[bytes], places: Sequence[Place], work: Work, context: BaseContext) -> list[End]:
-    """Call ``work(job)`` for each job, in order, one at a time in each place; return how they have ended.
+    """Call ``work(job)`` for each job, in order, one at a time in each place; return the outcomes.
 
-    A process that dies ends its own job only. The processes end if this one dies.
+    A process that dies ends its own job only. All processes end if this one dies.
 
     Args:
         work: a function of a module.
@@ -94,7 +94,7 @@ def _received(receiver: Connection) -> bytes | None:
 
 
 def _end(processes: Iterator[Any]) -> None:
-    """Pass Ctrl-C on and wait, as runs write their checkpoints; kill them at the next one."""
+    """Forward Ctrl-C and wait while runs write their checkpoints; kill them at the next Ctrl-C."""
     started = list(processes)
     try:
         for process in started:
