@@ -1,4 +1,4 @@
-"""Features of digits for evaluate.py and `dpm-scales ema`: those of the classifier that judges MNIST here.
+"""Provide features of digits for evaluate.py and `dpm-scales ema`: those of the classifier that judges MNIST here.
 
 python -m benchmarks.digit_features mnist.npz
 python train.py data=array data.path=mnist.npz ... ema.power_lengths=[0.05,0.10] run_dir=runs/mine
@@ -24,7 +24,7 @@ class DigitFeatures(FeatureNetwork):
     """The 64 activations of the last hidden layer of `MnistJudge`'s classifier, which is trained first.
 
     Args:
-        seed: of the classifier.
+        seed: seed of the classifier.
     """
 
     name, dim, input_side = "digits", 64, 32

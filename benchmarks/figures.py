@@ -1,9 +1,9 @@
-"""Draw the figures of docs/law.md, docs/processes.md and docs/corrections.md; no network takes part.
+"""Draw the figures of docs/law.md, docs/processes.md and docs/corrections.md; no network is used.
 
     python -m benchmarks.figures --out docs                       # all of them, a minute on one core
     python -m benchmarks.figures --out docs --only processes
 
-law/snr.png           logSNR of each frequency at each scale, one panel a process
+law/snr.png           logSNR of each frequency at each scale, one panel per process
 law/curves.png        signal and noise against frequency, at several scales
 law/spectra.png       power spectrum of a photo along each process
 processes/NAME.png    signal and noise of a process against the scale
@@ -76,7 +76,7 @@ def frequencies(number: int = 121) -> tuple[Tensor, Tensor]:
 
 
 def draw_snr(out: Path, processes: dict[str, Process]) -> None:
-    """Draw the logSNR against frequency and scale, one panel a process."""
+    """Draw the logSNR against frequency and scale, one panel per process."""
     r, mu = frequencies()
     t = torch.linspace(1 / 200, 1, 200, dtype=torch.float64)
     with figure(out / "law/snr.png", 7.6, 4.2, nrows=2, ncols=4, sharex=True, sharey=True) as (drawing, axes):

@@ -2,8 +2,8 @@
 
     python -m benchmarks.front_page --table mnist_13440_images --rows 6
 
-The rows are those of docs/leaderboard/NAME.md, best first, of each process its best; machine and date come from
-rows.csv beside it.
+The rows are those of docs/leaderboard/NAME.md, best first, and only the best of each process; machine and date come
+from rows.csv beside it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def cells(line: str) -> list[str]:
 
 
 def first_rows(table: str, number: int) -> list[str]:
-    """Return the head of a table of the leaderboard, its first rows, the best of each process, and the real images."""
+    """Return the head of a leaderboard table, the best rows of its first `number` processes, and the real images."""
     lines = [line for line in table.splitlines() if line.startswith("|")]
     head = cells(lines[0])
     kept = [i for i, name in enumerate(head) if name not in DROPPED]

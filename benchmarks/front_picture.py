@@ -1,4 +1,4 @@
-"""Draw the first picture of README.md: a photo along four processes, and back with models that it is not part of.
+"""Draw the first picture of README.md: a photo along four processes, and back with models that never saw it.
 
     python -m benchmarks.front_picture --photos BSDS500/images --models runs/front --out docs/front.jpg
 
@@ -42,7 +42,7 @@ PROCESSES = {
     "osmosis": ("process=inverse_osmosis", "process.blur.blur_sigma_max=24"),
 }
 STEPS = {"vp": 300, "heat": 600, "blurring": 300, "osmosis": 600}
-"""Steps of training of each model, seconds to a minute of one core."""
+"""Training steps of each model, which take seconds to a minute on one core."""
 TRAINING = (
     *("data=folder", f"data.image_size={PATCH}", "data.resize_mode=crop", "data.random_crop=true"),
     *("data.random_flip=true", "data.batch_size=4", "data.val_fraction=0.05"),
@@ -63,7 +63,7 @@ def prepare(photos: Path, folder: Path) -> Path:
 
 
 def train(name: str, photos: Path, models: Path, steps: int | None = None) -> None:
-    """Train the model of a process, unless it is there."""
+    """Train the model of a process, unless it exists."""
     if (models / name / "model" / "model.safetensors").is_file():
         return
     steps = STEPS[name] if steps is None else steps

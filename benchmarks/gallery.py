@@ -27,10 +27,10 @@ from dpm_scales.plots.rows import ROW_PADDING
 ROOT = Path(__file__).resolve().parents[1]
 
 SHADE = np.array([0.38, 0.43, 0.52])
-"""What a shadow leaves of red, green and blue: more of the sky's light than of the sun's."""
+"""Share of red, green and blue that a shadow leaves: more of the sky's light than of the sun's."""
 
 SHARP = 4
-"""Masks are drawn so many times larger, and thresholded."""
+"""Factor by which shapes are drawn larger and then reduced, for smooth edges."""
 
 Box = tuple[int, int, int, int]
 Shape = Sequence[tuple[float, float]]

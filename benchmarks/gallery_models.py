@@ -117,7 +117,7 @@ def make(name: str, models: Path, out: Path) -> None:
 
 
 def inpainting(model_name: str, models: Path, number: int) -> None:
-    """Return a table row for each method: PSNR in the hole, and that of the mean of two samples."""
+    """Print a table row for each method: PSNR in the hole, and that of the mean of two samples."""
     model = load_model(models / model_name)
     process, data = model.denoiser.process, "photos" if model_name.startswith("photos") else "digits"
     images = held_out(data, [i * 7 for i in range(number)])

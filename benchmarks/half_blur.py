@@ -1,7 +1,7 @@
-"""The loss of HDFM as released, for the leaderboard's question whether it beats the exact one.
+"""Define HDFM's loss as released, for the leaderboard's comparison with the exact one.
 
 Heat Dissipation Flow Matching (arXiv 2605.19371) lets a network learn the velocity of a path of blur and noise. The
-released loss gives the term of the blur half of the weight that the path's derivative gives it.
+released loss gives the blur term half of the weight that it has in the path's derivative.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dpm_scales.weights import FlowLoss
 
 
 class HalfBlurFlowLoss(FlowLoss):
-    """The squared error of a velocity with half of its blur term, for any target and process whose mean lasts.
+    """The squared error of a velocity with half of its blur term, for any target, and processes whose mean is never 0.
 
     With lambda = a exp(-mu T) half of lambda' - lambda a' / a = -lambda mu T' is left out, so that D grows by
     (lambda' - lambda a' / a) gamma / 2.

@@ -1,4 +1,4 @@
-"""Image sets of the comparison of processes: the options to train on each, and the distances that rank samples.
+"""Define the image sets for comparing processes: the options to train on each, and the distances that rank samples.
 
 | set | training images | quality |
 |---|---|---|
@@ -27,7 +27,7 @@ from dpm_scales.metrics import EffLite0Features, frechet_distance, kernel_distan
 from dpm_scales.storage import atomic_write
 
 CIFAR_REFERENCE = 10_000
-"""Training images that samples are compared with; their features take minutes on a CPU."""
+"""Number of training images that samples are compared with; their features take minutes on a CPU."""
 
 
 class ImageSet(ABC):
@@ -35,7 +35,7 @@ class ImageSet(ABC):
 
     Args:
         cache: folder for prepared images and features.
-        source: folder of the images where they can be given; None for the set's own.
+        source: folder of the images for a set that accepts one; None for the set's own.
     """
 
     name: ClassVar[str]
@@ -61,7 +61,7 @@ class ImageSet(ABC):
 
     @abstractmethod
     def real(self, number: int) -> dict[str, float]:
-        """Return the report of `number` real images that were not trained on, or of all there are if fewer."""
+        """Return the report of `number` real images that were not trained on, or of all if there are fewer."""
 
 
 class _JudgedDigits(ImageSet):

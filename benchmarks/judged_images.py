@@ -1,4 +1,4 @@
-"""Images that judges compare: MNIST's digits, and folders of samples."""
+"""Read the images that judges compare: MNIST's digits, and folders of samples."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ The judge of photo patches has no classes. It computes the Fréchet and the kern
 the patches of the held-out photo and to the training patches; the baselines are real patches of both kinds.
 
 The Fréchet distance has a bias of about 1/n, so compare it with that of as many real images: `fd_real_same_number` of
-the digits, the row of training patches of the photos. Metrics are comparable only between
-results of the same judge: never call them FID.
+the digits, the row of training patches of the photos. Metrics are comparable only between results of the same judge:
+never call them FID.
 
     python -m benchmarks.judges --set digits samples/demo samples/other
 """
@@ -60,7 +60,7 @@ class Judge:
         train_labels, val_labels: integers (N,).
         hidden: widths of the classifier's hidden layers; the activations of the last are the features.
         max_iter: passes over the training images.
-        seed: of the classifier's weights and order, and of the random halves.
+        seed: seed of the classifier's weights and order, and of the random halves.
     """
 
     channels = 1
@@ -237,8 +237,8 @@ class PhotosJudge:
     that resemble the training photos are as far from it as real training patches are.
 
     Args:
-        seed: of the random choices.
-        network: whose features are taken.
+        seed: seed of the random choices.
+        network: the feature network; None for `EffLite0Features()`.
         stride: distance of neighbouring patches in pixels.
     """
 

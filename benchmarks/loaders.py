@@ -8,8 +8,9 @@
 
 All give shuffled batches of 64 uint8 images (64, 3, H, W) of the same crops of scikit-image's photos. Two figures are
 printed: images per second of wall-clock time, and images per second of CPU time, of the training process and its
-workers together, which another load changes less. Both are of differences of a long and a short run, so that starting
-workers does not count. The loaders take turns, and medians over the rounds count, so that another load meets all alike.
+workers together, which other load on the machine affects less. Both come from the difference of a long and a short run,
+so that starting workers does not count. The loaders alternate, so that load affects all of them; figures are medians
+over the rounds.
 """
 
 from __future__ import annotations
@@ -52,12 +53,12 @@ SETS = {32: 4096, 64: 4096, 256: 1024}
 """Number of images of each size."""
 
 HANDED = 2e-3
-"""CPU seconds, at least, of a batch that a worker hands to the training process."""
+"""Lower bound on the CPU seconds of a batch that a worker sends to the training process."""
 
 DECODED = "shards, png, decoded"
 
 Loader = Callable[[int, int], Iterator[Any]]
-"""Returns endless batches for a number of workers and of batches that will be taken."""
+"""Function that returns endless batches, given the number of workers and the number of batches that will be taken."""
 
 
 def crops(size: int, number: int) -> np.ndarray:
@@ -112,7 +113,7 @@ def stacked(rows: Sequence[Any]) -> Tensor:
 
 
 def of_webdataset(pattern: str, ending: str, workers: int, count: int) -> Iterator[Any]:
-    """Return webdataset's batches: shards and a buffer of 1000 images shuffled, as its documentation has it."""
+    """Return webdataset's batches, with shuffled shards and a buffer of 1000 images, as in its documentation."""
     import webdataset
 
     stream = webdataset.WebDataset(pattern, shardshuffle=100, resampled=True).shuffle(1000).decode("pil")
@@ -174,7 +175,7 @@ def cpu_seconds() -> float:
 
 
 def spent(loader: Loader, workers: int, count: int) -> tuple[float, float]:
-    """Return wall-clock and CPU seconds of so many batches, workers started and ended included."""
+    """Return wall-clock and CPU seconds of `count` batches, including the start and end of workers."""
     wall, cpu = time.perf_counter(), cpu_seconds()
     batches = loader(workers, count)
     for _ in range(count):
@@ -206,12 +207,12 @@ class Timing:
 
 
 def few(workers: int) -> int:
-    """Return the number of batches after which all workers are at work."""
+    """Return the number of batches after which all workers are running."""
     return 4 + 4 * workers
 
 
 def seconds_of(loader: Loader) -> float:
-    """Return CPU seconds of a batch, without workers; caches are filled."""
+    """Return the CPU seconds of a batch without workers; caches are filled first."""
     first, count = spent(loader, 0, few(0))[1], 32
     return max((spent(loader, 0, few(0) + count)[1] - first) / count, 1e-4)
 

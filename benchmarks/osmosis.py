@@ -46,13 +46,13 @@ TIMES = (1.0, 5.0, 10.0, 100.0, 1000.0, 10000.0)
 SIZE = (321, 481)
 
 TARGET = 20.0
-"""How many times as fast as bicgstab the expansion is meant to be, for all times together."""
+"""Target speed-up of the expansion over bicgstab, for all times together."""
 
 SCALING_TIMES = tuple(10.0**k for k in range(6))
 SCALING_SIDES = (64, 128, 256, 512, 1024)
 
 Method = Callable[[], Tensor]
-"""Runs once; images at the times ``(T, 1, C, H, W)``."""
+"""Function that runs a method once and returns the images at all times, ``(T, 1, C, H, W)``."""
 
 
 def bundled_image(height: int = SIZE[0], width: int = SIZE[1]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Libraries that are compared by `benchmarks.peers`, each as its documentation or example trains and samples.
+"""Define the libraries that `benchmarks.peers` compares, each trained and sampled as in its documentation or example.
 
 | peer | network | optimiser | samples |
 |---|---|---|---|
@@ -32,11 +32,11 @@ from torch import Tensor
 
 Choice = TypeVar("Choice")
 Budget = Callable[[], float]
-"""Returns the seconds that are left."""
+"""Function that returns the seconds left."""
 
 
 def batches(images: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Yield batches of the rows of a tensor for ever, in a new random order for each pass."""
+    """Yield endless batches of the rows of a tensor, in a new random order for each pass."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(images), generator=generator).to(images.device)
@@ -49,9 +49,9 @@ class Peer(ABC):
 
     Args:
         images: training images uint8 ``(N, C, H, W)``, on the device of the network.
-        batch_size: images of a step.
-        seed: of weights, order and noise.
-        folder: for files of the run.
+        batch_size: images per step.
+        seed: seed of weights, order and noise.
+        folder: folder for files of the run.
         small: whether to build the smallest network instead, for tests.
         large: whether to build one of about 35 M parameters, for colour images of 32 px on a GPU.
     """
@@ -98,7 +98,7 @@ class Peer(ABC):
         """Return the arguments of the network for one image."""
 
     def train(self, left: Budget) -> None:
-        """Train until no seconds are left, and one step at least."""
+        """Train until no seconds are left, for at least one step."""
         network, optimizer, clip = self.network.train(), self.optimizer, self.clip
         for x in batches(self.images, self.batch_size, self.seed):
             optimizer.zero_grad()
@@ -160,7 +160,7 @@ class Ours(Peer):
         raise NotImplementedError("train.py computes it")
 
     def train(self, left: Budget) -> None:
-        """Train three short runs, which give the seconds of a step and of all else, then one that fits what is left."""
+        """Train three short runs to measure the seconds of a step and of all else, then one for the time left."""
         spent = []
         for name, steps in (("imports", 1), ("one", 1), ("nine", 9)):
             before = left()

@@ -15,7 +15,7 @@ from dpm_scales.storage import write_text
 
 START, END = "<!-- peers -->", "<!-- end of peers -->"
 KEY = ("set", "peer", "budget", "seed", "sampler", "number", "batch", "machine")
-"""What distinguishes two lines of the CSV file."""
+"""Columns that identify a line of the CSV file."""
 NAMES = {"dpm_scales": "**dpm_scales**"}
 
 

@@ -1,4 +1,4 @@
-"""Compare training and sampling with other libraries: quality after some seconds from a cold start.
+"""Compare training and sampling with other libraries: quality after a budget of seconds from a cold start.
 
     python -m benchmarks.peers --out runs/peers --seconds 60 180                      # all libraries, MNIST, one thread
     python -m benchmarks.peers --out runs/peers --seconds 600 --peers dpm_scales lucidrains
@@ -6,11 +6,10 @@
     python -m benchmarks.peers --out runs/peers --tables --csv docs/results/peers.csv --page docs/speed.md
 
 Each row is one process with one thread: imports, building and compiling count, as does all that a library does in
-training. On the CPU, seconds are those of the processor (`time.process_time`), which load on the machine does not
-change much; on a GPU, those of the wall clock since the process began. After the budget, the process draws `--number`
-samples by the library's own sampler, whose Fréchet distance to the training images a digit classifier measures. All
-train on the same images, in batches of the same size, with networks of about equal size; `benchmarks.peer_models` has
-their settings.
+training. On the CPU, seconds are CPU time (`time.process_time`), which load on the machine does not change much; on a
+GPU, wall-clock time since the process began. After the budget, the process draws `--number` samples by the library's
+own sampler; their Fréchet distance to the training images is measured in a digit classifier. All train on the same
+images, in batches of the same size, with networks of about equal size; `benchmarks.peer_models` has their settings.
 
 Whatever is finished is kept: OUT/PEER/SECONDS/seedN.json. The same command resumes, and several at once share the rows.
 The machine's own ceilings are measured once, OUT/ceilings.json: the rate of a matrix product, that of the convolutions
@@ -50,7 +49,7 @@ STARTED = "DPM_SCALES_BENCHMARK_STARTED"
 
 
 def since_start(device: torch.device) -> float:
-    """Return the seconds since this process began, of the processor on a CPU with one thread, else of the clock."""
+    """Return the seconds since this process began: CPU time for one thread on a CPU, else wall-clock time."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time()
     if device.type == "cuda":
@@ -59,14 +58,14 @@ def since_start(device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the most memory in MiB that this process has used so far: of the GPU, or its resident set."""
+    """Return the peak memory of this process so far, in MiB: on the GPU, or its resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def multiply_adds(network: nn.Module, inputs: tuple[Any, ...]) -> float:
-    """Return the million multiplications and additions, as pairs, of one evaluation for one image."""
+    """Return the millions of multiply-adds of one evaluation for one image."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         network(*inputs)
@@ -74,7 +73,7 @@ def multiply_adds(network: nn.Module, inputs: tuple[Any, ...]) -> float:
 
 
 def train_row(peer_class: type[Peer], settings: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Train and sample in this process, whose start is that of the budget; write OUT.npz, and return the row.
+    """Train and sample in this process, from whose start the budget counts; write OUT_0.pt, …, and return the row.
 
     Args:
         peer_class: the library.
@@ -183,9 +182,9 @@ def ceilings(
     alone, in channels_last; `share` is their part of the seconds of a whole step.
 
     Args:
-        size: of the images in px.
-        side: of the matrices.
-        half: products and convolutions in bfloat16, as autocast computes them.
+        size: side of the images in px.
+        side: side of the matrices.
+        half: whether products and convolutions are in bfloat16, as autocast computes them.
     """
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         return _ceilings(batch_size, device, size, turns, side, network_name)

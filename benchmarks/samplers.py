@@ -53,7 +53,7 @@ DETERMINISTIC = ("ddim", "heun", "dpm++ 2m", "unipc")
 
 
 FIGURES = {"digits": ("fd_ratio", "confidence_ratio"), "photos32": ("fd_training", "kd_training")}
-"""What of a judge's report goes into the table; the first into the plot."""
+"""Figures of a judge's report in the table; the first is plotted."""
 LABELS = {"digits": "FD, halves of the real digits = 1", "photos32": "FD-efflite0 to training patches"}
 
 Row = dict[str, Any]
@@ -103,7 +103,7 @@ def _numbers(rows: Sequence[Row]) -> list[int]:
 def plot(rows: Sequence[Row], name: str, path: Path, real: float) -> None:
     """Plot one panel per recipe, with one line per sampler.
 
-    Real images appear as a grey line on logarithmic axes, which wide ranges have; else only in the legend.
+    Real images appear as a grey line on logarithmic axes, which wide ranges have; else only in the axis label.
     """
     recipes, figure = list(dict.fromkeys(row["recipe"] for row in rows)), FIGURES[name][0]
     numbers, values = _numbers(rows), [float(row[figure]) for row in rows]

@@ -1,4 +1,4 @@
-"""Compare processes: one network, one budget, one measure; any process joins by its name.
+"""Compare processes: one network, one budget, one measure; any process can take part by its name.
 
     python -m benchmarks.spectral --set mnist --seconds 600 --out runs/spectral                # all processes
     python -m benchmarks.spectral --set mnist --images 30000 --rows blur color --seeds 0 1 2 --out runs/curves
@@ -12,9 +12,8 @@ one; `pairing`, white and coloured noise paired with near images. Each row is tr
 every number of evaluations and by the model's own sampler, and compared with real images.
 
 The budget is the same for all rows: `--images`, seen in training, or `--seconds` of optimisation. The seconds of a step
-of each process are measured beforehand, all processes in turn, and give its number of steps, which end the schedule of
-the learning rate. On a CPU with one thread they are seconds of the processor, which load on the machine does not
-change much.
+of each process are measured beforehand, all processes in turn, and give its number of steps, at which the learning-rate
+schedule ends. On a CPU with one thread they are CPU seconds, which load on the machine does not change much.
 
 Whatever is finished is kept. The same command resumes, also after a kill in mid-training. Start it several times, on
 other devices or machines or as a job array, with the same `--out`, and each takes rows that no other one holds. Each
@@ -76,7 +75,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Contest:
-    """What all rows share.
+    """Settings that all rows share.
 
     Attributes:
         out: folder of the rows.
@@ -86,7 +85,7 @@ class Contest:
         number: samples of each kind.
         evaluations: numbers of network evaluations of the solvers.
         overrides: options of train.py for all rows.
-        device: on which models are sampled; training takes its own from `overrides`.
+        device: device on which models are sampled; training takes its own from `overrides`.
     """
 
     out: Path
@@ -144,7 +143,7 @@ def sampled(model: Model, sampler: Sampler, number: int, device: torch.device) -
 def measured(device: torch.device) -> Iterator[Callable[[], float]]:
     """Yield a function that returns the seconds since the start of the body.
 
-    They are seconds of the processor on a CPU with one thread, else those of the wall clock.
+    They are CPU seconds for one thread on a CPU, else wall-clock seconds.
     """
     on_gpu = device.type == "cuda"
     clock = time.process_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
@@ -211,7 +210,7 @@ def steps_of(contest: Contest, rows: dict[str, tuple[str, ...]]) -> dict[str, in
 
 
 def _train(overrides: Sequence[str]) -> tuple[float, float]:
-    """Run train.py; return its seconds of the wall clock and of the processor."""
+    """Run train.py; return its wall-clock and CPU seconds."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *overrides], cwd=ROOT, check=False)
     if done.returncode:

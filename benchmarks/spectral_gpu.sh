@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compare all processes on one GPU at an equal number of images, several trainings side by side on the card.
 #   benchmarks/spectral_gpu.sh OUT [MINUTES [JOBS [IMAGES [further options of benchmarks.spectral]]]]
-# It stops after MINUTES (12); the same command goes on with the rows that are left. Tables and plots are in OUT.
+# It stops after MINUTES (12); the same command resumes with the rows that are left. Tables and plots are in OUT.
 # DEVICE=cpu and a small number of images try the script without a GPU; PYTHON names another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."

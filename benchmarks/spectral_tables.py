@@ -35,7 +35,7 @@ from dpm_scales.storage import write_text
 REAL = "real images"
 START, END = "<!-- tables -->", "<!-- end of tables -->"
 KEY = ("set", "budget", "row", "options", "shared", "seed", "sampler", "asked", "number")
-"""What distinguishes two lines of rows.csv."""
+"""Columns that identify a line of rows.csv."""
 LETTERS = {"2m": "", "sde": " ˢ"}
 GROUPS = {"blur": (r"warm b=(\S+)", "blur σ in px per unit of noise, b"), "color": (r"power_law a=(\S+)", "exponent α")}
 
@@ -123,7 +123,7 @@ def plot_evaluations(lines: Sequence[Row], figure: str, path: Path) -> None:
 
 
 def plot_group(lines: Sequence[Row], group: str, figure: str, path: Path) -> None:
-    """Plot quality against the number in the names of a group, for 20 evaluations and the model's own sampler."""
+    """Plot quality against the number in a group's names, for 10 and 20 evaluations and the model's own sampler."""
     pattern, label = GROUPS[group]
     found = {line["row"]: re.fullmatch(pattern, line["row"]) for line in lines}
     values = sorted((float(match[1]), row) for row, match in found.items() if match)
@@ -221,7 +221,7 @@ def page_with(text: str, tables: dict[str, str], folder: str) -> str:
 
 
 def _is_absent(line: str, folder: Path) -> bool:
-    """Return whether a line is a picture that was not drawn, for want of rows."""
+    """Return whether a line shows a picture that was not drawn for lack of rows."""
     match = re.fullmatch(r"!\[\w+\]\((.+\.png)\)", line)
     return match is not None and not (folder / match[1]).is_file()
 

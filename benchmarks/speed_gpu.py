@@ -1,4 +1,4 @@
-"""Measure what `docs/speed.md` says of a GPU, in at most 12 minutes on one card.
+"""Measure what `docs/speed.md` reports for a GPU, in at most 12 minutes on one card.
 
     python -m benchmarks.speed_gpu --out runs/speed --bsds BSDS500/images
     python -m benchmarks.speed_gpu --out runs/speed --parts quality --cifar DIR --minutes 14
@@ -11,10 +11,10 @@
 | `share` | the forward process in a training step |
 | `blur` | `heat_blur`, beside other libraries, as a share of the card's copies and products |
 | `osmosis` | the osmosis filter on all images of BSDS500 |
-| `quality` | CIFAR-10 after 1, 3 and 8 minutes from a cold start, ours and the fastest peer; only if asked for |
+| `quality` | CIFAR-10 after 1, 3 and 8 minutes from a cold start, ours and the fastest peer; only on request |
 
-Each part is a process with a time limit of its own, whose result is kept: OUT/PART.json. The same command goes on with
-those that are left. OUT/speed.json has all results, OUT/speed.md the tables.
+Each part runs in its own process with its own time limit, and its result is kept in OUT/PART.json. The same command
+resumes with the parts that are left. OUT/speed.json has all results, OUT/speed.md the tables.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ WAYS: dict[str, tuple[str, ...]] = {
 PROCESSES = ("vp", "blurring", "osmosis_diffusion")
 LARGE_BLURS = ((512, 3, 32, 32), (64, 3, 256, 256))
 LEAST = 5
-"""Seconds that are worth starting a part for."""
+"""Smallest number of seconds for which a part is started."""
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """Sizes of the measurements."""
 
     batch: int = 512
     size: int = 32
@@ -122,7 +122,7 @@ def rate(name: str, way: str) -> Callable[[argparse.Namespace, Sizes, torch.devi
 
 
 class _Clock:
-    """Notes the time after the first steps, and after the last."""
+    """Records the time after the first steps, and after the last."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.ends, self.device, self.marks = (sizes.warm, sizes.warm + sizes.steps), device, []
@@ -182,7 +182,7 @@ def share(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> Ro
 
 
 def blurs(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> Row:
-    """Return times of `heat_blur`, and what they are of the card's copies and products in float32.
+    """Return times of `heat_blur`, and its rates as shares of the card's copies and products in float32.
 
     A blur reads and writes each pixel once, and multiplies by one matrix on each axis.
 
@@ -245,7 +245,7 @@ def _unpacked(path: Path, out: Path) -> Path:
 
 
 def fastest_peer(rows: Sequence[Row]) -> str | None:
-    """Return the library with the most images/s, ours apart; None without any."""
+    """Return the library other than ours with the most images/s; None without any."""
     others = [row for row in rows if row["peer"] != "dpm_scales"]
     return max(others, key=lambda row: row["images_per_second"])["peer"] if others else None
 
@@ -256,7 +256,7 @@ def installed(name: str) -> bool:
 
 
 def parts() -> dict[str, Part]:
-    """Return all parts, in their order; the first ones are the most wanted."""
+    """Return all parts, the most important ones first."""
     ways = [("dpm_scales", way) for way in WAYS] + [(name, way) for way in ("bf16", "float32") for name in PEERS]
     chosen = [(name, way) for name, way in dict.fromkeys(ways) if installed(name)]
     rates = {f"rate {name} {way}": Part(150 if "compile" in way else 60, rate(name, way)) for name, way in chosen}
@@ -284,7 +284,7 @@ def run_part(name: str, options: argparse.Namespace) -> None:
 
 
 def start_part(name: str, given: Sequence[str], seconds: float) -> str | None:
-    """Measure one part in a process of its own; return why it has no result, None if it has."""
+    """Measure one part in its own process; return why it has no result, None if it has one."""
     command = [sys.executable, "-m", "benchmarks.speed_gpu", *given, "--part", name]
     try:
         found = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

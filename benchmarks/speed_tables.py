@@ -8,16 +8,16 @@ from typing import Any
 Row = Mapping[str, Any]
 OURS = "dpm_scales"
 SHARES = {"vp": 0.03, "blurring": 0.03, "osmosis_diffusion": 0.10}
-"""The largest share of a training step that the forward process is meant to take."""
+"""Target for each process: the largest share of a training step that the forward process may take."""
 BLUR, RATIO, OSMOSIS = 0.70, 2.0, 10.0
-"""Aims: share of the card's rate, images/s over the best peer, seconds for 500 images."""
+"""Targets: share of the card's rate, ratio of images/s to the best peer, seconds for 500 images."""
 
 
 def page(results: Mapping[str, Row], missing: Mapping[str, str], absent: Sequence[str]) -> str:
     """Return the results as Markdown.
 
     Args:
-        results: by part.
+        results: results by part.
         missing: parts of this call without a result, and why.
         absent: libraries that are not installed.
     """

@@ -1,8 +1,8 @@
 """Time the osmosis stencil's product: five passes, the same compiled by Inductor, and one pass by Triton.
 
 Times a step of the Chebyshev recursion, `out += A u` with A = 2X, and the whole expansion at t = 10 px² for images of
-the same size. The CPU has no Triton, only Inductor. Methods alternate; times are medians.
-GB/s counts the minimum traffic of one pass: five weights (three tensors), `u` and `out` read, `out` written.
+the same size. The CPU has no Triton, only Inductor. Methods alternate; times are medians. GB/s counts the minimum
+traffic of one pass: five weights (three tensors), `u` and `out` read, `out` written.
 
     python -m benchmarks.stencil                         # CPU
     python -m benchmarks.stencil --device cuda --out stencil.json

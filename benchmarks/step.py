@@ -28,7 +28,7 @@ from dpm_scales.targets import Clean
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TARGET = 0.03
-"""Share of a step that `sample` is meant to stay below, with the `small` network at 32 px."""
+"""Target: largest share of a step that `sample` may take, with the `small` network at 32 px."""
 
 
 def names() -> list[str]:
