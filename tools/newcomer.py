@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"readme": "README.md", "tutorial": "docs/tutorial.md"}
 PATIENCE_S = 8.0
-"""Until Ctrl-C is pressed."""
+"""Seconds until Ctrl-C is pressed."""
 INTERRUPTED = 130
 
 
@@ -38,7 +38,7 @@ class Step:
     Attributes:
         title: the heading above.
         language: sh or python.
-        text: of the block.
+        text: content of the block.
         interrupted: whether the page says to press Ctrl-C.
     """
 
@@ -49,7 +49,7 @@ class Step:
 
 
 def steps_of(page: str) -> list[Step]:
-    """Return the blocks of a page in Markdown that a reader runs."""
+    """Return the blocks of a page in Markdown that a reader is to run."""
     steps, title, before = [], "", ""
     for part in re.split(r"^(#+ [^\n]*\n|```\w+\n.*?^```\n)", page, flags=re.MULTILINE | re.DOTALL):
         block = re.fullmatch(r"```(sh|python)\n(.*?)```\n", part, re.DOTALL)
@@ -68,7 +68,7 @@ def run(step: Step, folder: Path) -> tuple[float, int]:
     lines = ["bash", "-ec", activate + command]
     start = time.monotonic()
     if step.interrupted:
-        # also where this tool itself is started in the background, which ignores Ctrl-C
+        # works also if this tool was started in the background, where Ctrl-C is ignored
         with subprocess.Popen(lines, cwd=folder, start_new_session=True, preexec_fn=_heed_ctrl_c) as started:
             try:
                 started.wait(PATIENCE_S)

@@ -1,4 +1,4 @@
-r"""Diffusion that stops at edges, as a process of one's own.
+r"""Diffusion that stops at edges, as a process of your own.
 
     d_t u = div(g(|grad v|^2) grad u),    v the image, blurred by `guidance_sigma` px
 
@@ -27,7 +27,7 @@ class EdgePreserving(StencilProcess):
     Args:
         num_scales, noise, blur, min_decay, value_range, tolerance: as for `StencilProcess`.
         contrast: gradient at which diffusion begins to stop, in units where black is 0 and white 1, per px, > 0.
-        guidance_sigma: blur of the image that the weights are made of, in px, > 0.
+        guidance_sigma: blur of the image from which the weights are computed, in px, > 0.
         diffusivity: g(s^2) for s = |grad v| / contrast, "perona_malik", 1 / (1 + s^2), or "weickert",
             1 - exp(-3.31488 / s^8).
     """

@@ -47,7 +47,7 @@ class Forked:
     Args:
         steps: environment of each child.
         prepare: called first in each child, with its rank.
-        python: what the children start further processes with: forks of this one, or `sys.executable`.
+        python: executable with which the children start further processes; None for forks of this one.
     """
 
     def __init__(

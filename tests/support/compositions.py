@@ -1,4 +1,4 @@
-"""Remember what Hydra composes from the configs of the package, for which hundreds of commands here ask again.
+"""Cache what Hydra composes from the package's configs, which hundreds of commands in the tests compose again.
 
 Hydra reads some 25 YAML files for each command (80 ms). Which files these are follows from the choices of groups alone,
 so each file is read once, and those of the same choices are merged once; single values are set afterwards, on a copy.
@@ -40,7 +40,7 @@ def _known(repo: Any) -> bool:
 
 
 def _loaded(self: Any, config_path: str) -> Any:
-    """Return a file, of which Hydra takes parts into the config that it makes."""
+    """Return a copy of a loaded file, since Hydra moves parts of it into the config that it composes."""
     if not _known(self):
         return _load(self, config_path)
     if config_path not in _files:
@@ -63,7 +63,7 @@ def _listed(repo: Any, config_name: str | None, overrides: Any, prepend_hydra: b
 
 
 def _choices(overrides: Any, defaults: list[Any], self_added: bool) -> Any:
-    """Return what interpolated choices refer to, a config that Hydra makes for every file; empty without any."""
+    """Return the config that interpolated choices refer to; empty without any, though Hydra makes it for every file."""
     return _map(overrides, defaults, self_added) if any(d.is_interpolation() for d in defaults) else {}
 
 

@@ -1,4 +1,4 @@
-"""The files in configs/, by group and as they stand."""
+"""The files in configs/, by group and unresolved."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def choices(group: str) -> list[str]:
 
 
 def raw(path: Path) -> dict[str, Any]:
-    """Return a file as it stands, nothing resolved."""
+    """Return the content of a file, unresolved."""
     values: Any = OmegaConf.to_container(OmegaConf.load(path))
     return values

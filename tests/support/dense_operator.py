@@ -1,4 +1,4 @@
-"""Any expanded operator as dense matrices, whose functions are taken of their eigenvalues."""
+"""Compute functions of any expanded operator from the eigenvalues of dense matrices."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def in_float64(scheduler: Any, variances: Array) -> Any:
 
 
 def recorded(pipeline: Any, **arguments: Any) -> list[Tensor]:
-    """Run a pipeline and return what each of its steps gives."""
+    """Run a pipeline and return the result of each of its steps."""
     found: list[Tensor] = []
     step: Callable[..., Any] = pipeline.scheduler.step
 

@@ -1,4 +1,4 @@
-"""Replace the pretrained feature networks by a small exact one."""
+"""Replace the pretrained feature networks with a small exact one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def small_features(network: FeatureNetwork) -> Iterator[None]:
 
 
 def on_ranks(number: int, function: Callable[[World], Result]) -> list[Result]:
-    """Return what `function`, which gathers tensors once, returns on each of so many ranks. The group is a mock."""
+    """Return the results of `function`, which gathers tensors once, on each of `number` ranks. The group is a mock."""
     own: dict[int, Tensor] = {}
     results: list[Result] = []
     for collecting in (True, False):

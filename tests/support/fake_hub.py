@@ -58,7 +58,7 @@ class FakeHub:
         return self.add(repo, {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}, branch)
 
     def downloads(self) -> set[str]:
-        """Return the names of the files whose content was asked for."""
+        """Return the names of the files whose content was requested."""
         return {
             path.split("/resolve/")[1].split("/", 1)[1]
             for method, path in self.requests

@@ -31,7 +31,7 @@ from support.reference import (
 def run(
     sampler: Sampler, twin: Twin, data: Data, scales: Sequence[float], start: Tensor, whites: Sequence[Tensor]
 ) -> list[Array]:
-    """Run the same with the package; return the coefficients of the images."""
+    """Run a sampler of the package; return the DCT coefficients after each step."""
     path: list[Array] = []
     denoiser = OracleDenoiser(twin, data)
     noise = ScriptedNoise(whites)

@@ -1,4 +1,4 @@
-"""Damaged bytes, and readers that must return or raise UserError, for as long as was asked."""
+"""Fuzz readers with damaged bytes: they must return or raise UserError, for DPM_SCALES_FUZZ_MINUTES in all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpm_scales.errors import UserError
 MINUTES = float(os.environ.get("DPM_SCALES_FUZZ_MINUTES", "0"))
 TARGETS = 12
 EXAMPLES = 40
-"""Of one round; a round is all there is unless minutes are given."""
+"""Examples of one round; only one round runs unless minutes are given."""
 
 
 def fuzz(strategy: st.SearchStrategy[Any], check: Callable[[Any], None]) -> None:
@@ -38,7 +38,7 @@ def fuzz(strategy: st.SearchStrategy[Any], check: Callable[[Any], None]) -> None
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: list[bytes]) -> bytes:
-    """One of some files with bytes replaced, cut out, put in or repeated; or any bytes at all."""
+    """Draw one of some files with bytes replaced, removed, inserted or repeated; or arbitrary bytes."""
     content = bytearray(draw(st.sampled_from([*whole, b""])))
     for _ in range(draw(st.integers(0, 6))):
         place = draw(st.integers(0, len(content)))
@@ -78,7 +78,7 @@ VALUES = st.recursive(
 
 
 def put(draw: st.DrawFn, tree: Any) -> Any:
-    """The tree with something else in a place or two."""
+    """Return the tree with one to three values replaced or removed."""
     tree = json.loads(json.dumps(tree))
     for _ in range(draw(st.integers(1, 3))):
         node = tree

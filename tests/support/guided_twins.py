@@ -1,7 +1,7 @@
 """A dense twin of osmosis diffusion for a given guidance image, with the ideal denoiser of Gaussian images.
 
-The expectation of the package's bound is exact: every term is quadratic in one draw of noise, of which the 2 N points
-+-sqrt(N) e_j stand for the normal law.
+The expectation of the package's bound is exact: every term is quadratic in one draw of noise, and the average over the
+2 N points +-sqrt(N) e_j has the first and second moments of the normal distribution.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Twin:
         return np.asarray(self.vectors @ np.diag(values * np.ones_like(self.mu)) @ self.vectors.T)
 
     def curves(self, t: float) -> tuple[Array, Array]:
-        """lambda and gamma of the eigenvalues."""
+        """Return lambda and gamma of the eigenvalues."""
         log_snr = cosine_log_snr(t, *self.ends)
         decay = (1 - FLOOR) * np.exp(-self.mu * TIME * t) + FLOOR
         return np.sqrt(scipy.special.expit(log_snr)) * decay, np.sqrt(scipy.special.expit(-log_snr)) * np.ones_like(
@@ -64,14 +64,14 @@ class Twin:
         )
 
     def estimate(self, t: float) -> tuple[Array, Array]:
-        """W, w with E[y_0 | y_t] = W y_t + w."""
+        """Return W, w with E[y_0 | y_t] = W y_t + w."""
         signal, noise = (self.function(c) for c in self.curves(t))
         mean, covariance = self.mean / self.root, self.covariance / np.outer(self.root, self.root)
         gain = covariance @ signal @ np.linalg.inv(signal @ covariance @ signal + noise @ noise)
         return gain, mean - gain @ signal @ mean
 
     def model(self, grey: float, std: float) -> tuple[Array, Array]:
-        """Mean and covariance of (y_1, ..., y_{t_1}, x_0) under the ancestral chain from lambda_1(0) m sqrt(v)."""
+        """Return mean and covariance of (y_1, ..., y_{t_1}, x_0) by the ancestral chain from lambda_1(0) m sqrt(v)."""
         n, count, eye = len(self.mu), self.num_scales, np.eye(len(self.mu))
         ts = [k / count for k in range(count, 0, -1)]
         signal, noise = self.curves(1.0)
@@ -98,7 +98,7 @@ class Twin:
         return np.concatenate(means), factor @ factor.T
 
     def inference(self, x_0: Array) -> tuple[Array, Array]:
-        """Mean and covariance of (y_1, ..., y_{t_1}) given x_0."""
+        """Return mean and covariance of (y_1, ..., y_{t_1}) given x_0."""
         n, count = len(self.mu), self.num_scales
         ts = [k / count for k in range(count, 0, -1)]
         y_0 = x_0 / self.root
@@ -115,7 +115,7 @@ class Twin:
         return float(scipy.stats.multivariate_normal.logpdf(x_0, mean[-n:], covariance[-n:, -n:]))
 
     def bound(self, x_0: Array, grey: float, std: float = STD) -> float:
-        """-log p(x_0 | v) + KL(q(y_1, ..., y_{t_1} | x_0) || p(y_1, ..., y_{t_1} | x_0, v))."""
+        """Return -log p(x_0 | v) + KL(q(y_1, ..., y_{t_1} | x_0) || p(y_1, ..., y_{t_1} | x_0, v))."""
         mean, covariance = self.model(grey, std)
         n = len(self.mu)
         cross = covariance[:-n, -n:] @ np.linalg.inv(covariance[-n:, -n:])
@@ -128,7 +128,7 @@ class Twin:
 
 
 class LinearDenoiser(Denoiser):
-    """That of the twin of each context."""
+    """The ideal denoiser of each context's twin."""
 
     def __init__(self, process: Osmosis, twin_of: Callable[[Array], Twin]) -> None:
         super().__init__(nn.Identity(), process, Clean())
@@ -147,7 +147,7 @@ class LinearDenoiser(Denoiser):
 
 
 class Scripted(ScriptedNoise):
-    """Listed uniform numbers too."""
+    """Scripted noise that also returns listed uniform numbers."""
 
     def __init__(self, draws: Sequence[Tensor], uniforms: Sequence[float] = ()) -> None:
         super().__init__(draws)
@@ -161,8 +161,13 @@ class Scripted(ScriptedNoise):
 def expected(
     denoiser: LinearDenoiser, prior: OsmosisPrior, x_0: Array, white: Array, uniforms: Sequence[float] = ()
 ) -> tuple[float, float]:
-    """The package's bound for a density, averaged over the noise of the chain; and its context's part. For one image
-    ``(H, W)``, the guidance's white noise and the uniform numbers that choose what else there is."""
+    """Return the package's bound for a density, averaged over the noise of the chain, and its context's part.
+
+    Args:
+        x_0: one image, ``(H, W)``.
+        white: white noise of its guidance image.
+        uniforms: uniform numbers for the other random choices.
+    """
     n = x_0.size
     points = math.sqrt(n) * np.concatenate([np.eye(n), -np.eye(n)]).reshape(2 * n, 1, *x_0.shape)
     rows = torch.from_numpy(np.broadcast_to(x_0, points.shape).copy())
@@ -174,20 +179,20 @@ def expected(
 
 
 def blur_matrix(height: int, width: int, sigma: float) -> Array:
-    """Gaussian blur with reflecting boundaries, by the DCT."""
+    """Return the matrix of Gaussian blur with reflecting boundaries, by the DCT."""
     basis = np.kron(dct_basis(height), dct_basis(width))
     mu = np.pi**2 * ((np.arange(height)[:, None] / height) ** 2 + (np.arange(width) / width) ** 2)
     return np.asarray(basis.T @ np.diag(np.exp(-mu.ravel() * sigma**2 / 2)) @ basis)
 
 
 def pattern_matrix(height: int, width: int, sigma: float) -> Array:
-    """White noise to smooth noise of the same average variance."""
+    """Return the matrix that maps white noise to smooth noise of the same average variance."""
     blur = blur_matrix(height, width, sigma)
     return np.asarray(blur / math.sqrt(np.trace(blur @ blur.T) / len(blur)))
 
 
 def data(n: int) -> tuple[Array, Array]:
-    """Mean and covariance of images whose pixels go together, within [0, 1]."""
+    """Return mean and covariance of images with correlated pixels, within [0, 1]."""
     rng = np.random.default_rng(n)
     factor = 0.04 * rng.normal(size=(n, n)) + 0.06
     return 0.5 + 0.1 * rng.normal(size=n), factor @ factor.T + 0.002 * np.eye(n)

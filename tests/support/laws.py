@@ -1,4 +1,4 @@
-"""Scales, and the twins' laws as dense matrices on small images."""
+"""Scales, and the twins' operators as dense matrices on small images."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ lyapunov_twins = over([twin for twin in TWINS if twin.chain_noise is None])
 
 
 def vectors(x: Tensor) -> Array:
-    """Images as rows of H * W entries."""
+    """Return images as rows of H * W entries."""
     return x.flatten(-2).numpy()
 
 
 def as_matrix(op: Operator, f: SpectralFunction, height: int = H, width: int = W) -> Array:
-    """The matrix of f(L), column by column."""
+    """Return the matrix of f(L), column by column."""
     unit = torch.eye(height * width, dtype=torch.float64).reshape(-1, 1, height, width)
     return op.apply(f, unit)[:, 0].flatten(1).numpy().T
 
@@ -36,5 +36,5 @@ def dense(twin: Twin, f: Callable[[Array], Array], height: int = H, width: int =
 
 
 def full(value: Tensor, batch: int, mu: Tensor) -> Array:
-    """A curve of t and mu for `batch` samples, ``(batch, *mu.shape)``."""
+    """Return a curve of t and mu for `batch` samples, ``(batch, *mu.shape)``."""
     return value.expand(batch, 1, *mu.shape)[:, 0].numpy() if value.ndim > mu.ndim else value.expand(mu.shape).numpy()

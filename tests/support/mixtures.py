@@ -1,4 +1,4 @@
-"""Networks that know the posterior means of Gaussian images with labels, and without."""
+"""Networks that return the exact posterior means of Gaussian images, with and without labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.oracles import GaussianData, coefficients, curves, gaussian_data, p
 from support.reference import Array, Twin
 
 NULL = 2
-"""The label that means none."""
+"""The label that means "no label"."""
 
 
 class Mixture(nn.Module):

@@ -1,4 +1,4 @@
-"""What every network of the package must do, whatever its layers are."""
+"""Check what every network of the package must do, whatever its layers."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def inputs(
 
 
 def check_network_contract(make: Callable[..., nn.Module], size: tuple[int, int]) -> None:
-    """Assert what `networks.base.Network` asks for, of a network from 2 to 3 channels with `CLASSES` classes.
+    """Assert the contract of `networks.base.Network` for a network from 2 to 3 channels with `CLASSES` classes.
 
     Args:
         make: builds it, with changes of its arguments by name.
-        size: of rectangular images, which it takes without padding.
+        size: size of rectangular images that it takes without padding.
     """
     _check_results(make, size)
     _check_formats(make, size)
@@ -90,7 +90,7 @@ def _check_gradients(make: Callable[..., nn.Module], size: tuple[int, int]) -> N
 
 
 def _check_construction(make: Callable[..., nn.Module], size: tuple[int, int]) -> None:
-    """From its description, on the meta device, completed by a model, and with weights loaded."""
+    """Build it from its description, on the meta device, and completed by a model, and load weights each time."""
     network = perturbed(make())
     arguments = inputs(2, *size)
     expected = network(*arguments)
@@ -120,10 +120,10 @@ def _check_devices(make: Callable[..., nn.Module], size: tuple[int, int]) -> Non
 
 
 def check_inductor(network: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-    """Assert that dynamo captures the network in one graph, and that inductor's code gives what the network gives.
+    """Assert that dynamo captures the network in one graph, and that inductor's code gives the network's results.
 
-    The backward pass is not compiled. Scalar code, compiled in this process, takes a third of the time: the choice of
-    instructions is inductor's own matter, and each of its workers would import torch.
+    The backward pass is not compiled. Scalar code, compiled in this process, takes a third of the time: vector
+    instructions are inductor's responsibility, and each of its workers would import torch.
     """
     torch._dynamo.reset()
     with torch.no_grad(), inductor.patch({"compile_threads": 1, "cpp.vec_isa_ok": False}):
@@ -148,7 +148,7 @@ def _check_messages(make: Callable[..., nn.Module], size: tuple[int, int]) -> No
         assert "\n" not in str(caught.value)
 
 
-#: of a run with the networks of the papers at toy size, 8 px digits; `support.shell.SMALL` has options of the U-Net
+#: options of runs with the papers' networks at toy size, for 8 px digits; `support.shell.SMALL` has those of the U-Net
 TOY = {
     "jit": ("network=jit", "network.width=16", "network.depth=2", "network.num_heads=2", "network.bottleneck=6"),
     "edm2": ("network=edm2", "network.widths=[8,8]", "network.head_dim=4", "network.attention_levels=[1]"),

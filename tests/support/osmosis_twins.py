@@ -39,7 +39,7 @@ def edges(height: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 def osmosis_matrix(v: Array) -> Array:
-    """(P u)_i = sum_j 2 v_i / (v_i + v_j) u_j - 2 v_j / (v_i + v_j) u_i for one guidance image ``(H, W)``."""
+    """Return P of a guidance image ``(H, W)``: (P u)_i = sum_j 2 v_i / (v_i + v_j) u_j - 2 v_j / (v_i + v_j) u_i."""
     grey = v.ravel()
     matrix = np.zeros((v.size, v.size))
     for i, j in edges(*v.shape):

@@ -1,4 +1,4 @@
-"""What further ranks do in tests; imported by their interpreters, so nothing heavy."""
+"""Work of further ranks in tests; their interpreters import this, so it imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class NoiseTwin:
 
 
 def listed_beta(betas: Sequence[float]) -> NoiseTwin:
-    """Variance preserving chain with standard deviations beta_k; log a linear between the scales."""
+    """Return the variance-preserving chain with standard deviations beta_k; log a is linear between the scales."""
     num_scales = len(betas)
     logs = [sum(0.5 * math.log(1 - b * b) for b in betas[:k]) for k in range(num_scales + 1)]
 
@@ -120,8 +120,10 @@ def listed_beta(betas: Sequence[float]) -> NoiseTwin:
 
 
 def log_snr_curve(log_snr: Callable[[float], float], num_scales: int) -> NoiseTwin:
-    """Variance preserving, from logSNR: each step then has beta^2 = 1 - alpha^2. Scale 0 is the image, and before the
-    first scale gamma^2 / a^2 falls to its 0."""
+    """Return variance-preserving noise from logSNR: each step then has beta^2 = 1 - alpha^2.
+
+    Scale 0 is the image: below the first scale gamma^2 / a^2 falls linearly to 0.
+    """
 
     def at(t: float) -> tuple[float, float]:
         ratio = math.exp(-log_snr(t)) * min(t * num_scales, 1)
@@ -135,13 +137,13 @@ def log_snr_curve(log_snr: Callable[[float], float], num_scales: int) -> NoiseTw
 
 
 def cosine_log_snr(t: float, low: float = -10.0, high: float = 10.0, shift: float = 1.0) -> float:
-    """-2 log tan(a + t (b - a)) + 2 log(shift)."""
+    """Return -2 log tan(a + t (b - a)) + 2 log(shift)."""
     a, b = math.atan(math.exp(-high / 2)), math.atan(math.exp(-low / 2))
     return -2 * math.log(math.tan(a + t * (b - a))) + 2 * math.log(shift)
 
 
 def sigmoid_log_snr(t: float, start: float = -3.0, end: float = 3.0, minimum: float = 1e-5) -> float:
-    """log(a^2 / (1 - a^2)) with a^2 a normalised falling sigmoid."""
+    """Return log(a^2 / (1 - a^2)) with a^2 a normalised falling sigmoid."""
 
     def s(x: float) -> float:
         return 1 / (1 + math.exp(-x))
@@ -152,7 +154,7 @@ def sigmoid_log_snr(t: float, start: float = -3.0, end: float = 3.0, minimum: fl
 
 
 def exploding(scales: Callable[[float], float], num_scales: int) -> NoiseTwin:
-    """a = 1; `scales` gives gamma at k in [1, num_scales], its square falls linearly to 0 below 1."""
+    """Return noise with a = 1; `scales` gives gamma at k in [1, num_scales], its square falls linearly to 0 below 1."""
 
     def at(t: float) -> tuple[float, float]:
         k = t * num_scales
@@ -162,18 +164,18 @@ def exploding(scales: Callable[[float], float], num_scales: int) -> NoiseTwin:
 
 
 def edm_knot(k: float, num_scales: int, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> float:
-    """Karras et al. 2022, Eq. (5): i = 0 .. N-1 runs down from `high` to `low`; k = N - i."""
+    """Return EDM's noise level, Karras et al. 2022, Eq. (5): i = 0 .. N-1 runs down from `high` to `low`; k = N - i."""
     i = num_scales - k
     return (high ** (1 / rho) + i / (num_scales - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
 
 
 def geometric_knot(k: float, num_scales: int, low: float, high: float) -> float:
-    """Log-spaced from `low` at k = 1 to `high` at k = num_scales."""
+    """Return a value log-spaced from `low` at k = 1 to `high` at k = num_scales."""
     return low * (high / low) ** ((k - 1) / (num_scales - 1))
 
 
 def listed_noise(scales: Sequence[float]) -> NoiseTwin:
-    """gamma_k one by one; gamma^2 linear between the scales."""
+    """Return noise with listed gamma_k; gamma^2 is linear between the scales."""
     num_scales = len(scales)
     squares = [0.0, *(g * g for g in scales)]
     return NoiseTwin(
@@ -186,7 +188,7 @@ def listed_noise(scales: Sequence[float]) -> NoiseTwin:
 
 
 def log_blur(num_scales: int, low: float, high: float) -> Callable[[float], float]:
-    """T of a sigma log-spaced from `low` at k = 1; linear before."""
+    """Return T(t) for sigma log-spaced from `low` at k = 1; T is linear below."""
 
     def time(t: float) -> float:
         k = t * num_scales
@@ -196,12 +198,12 @@ def log_blur(num_scales: int, low: float, high: float) -> Callable[[float], floa
 
 
 def sin_squared_blur(high: float) -> Callable[[float], float]:
-    """T of sigma = high sin^2(pi t / 2)."""
+    """Return T(t) for sigma = high sin^2(pi t / 2)."""
     return lambda t: (high * math.sin(math.pi * t / 2) ** 2) ** 2 / 2
 
 
 def listed_time(times: Sequence[float]) -> Callable[[float], float]:
-    """T one by one, linear between the scales."""
+    """Return T(t) from its listed values at the scales, linear between them."""
     return lambda t: float(np.interp(t * len(times), np.arange(len(times) + 1), [0.0, *times]))
 
 
@@ -373,7 +375,7 @@ def edm_twin(num_scales: int, low: float, high: float) -> Twin:
 
 
 def linear_heat_twin(num_scales: int, std: float, time: float) -> Twin:
-    """Return "heat" with constant noise and time that passes evenly."""
+    """Return "heat" with constant noise and dissipation time linear in t."""
     return Twin(
         "heat",
         lambda: InverseHeat(num_scales, ConstantNoise(std), LinearTimeBlur(time)),
@@ -382,7 +384,7 @@ def linear_heat_twin(num_scales: int, std: float, time: float) -> Twin:
 
 
 def linear_chain_twin(num_scales: int, time: float) -> Twin:
-    """Return "chain" with beta = 0.1 and time that passes evenly."""
+    """Return "chain" with beta = 0.1 and dissipation time linear in t."""
     return Twin(
         "chain",
         lambda: BlurringChain(num_scales, 0.1, LinearTimeBlur(time)),

@@ -1,4 +1,4 @@
-"""Tar shards, sound and faulty, and a server of them on this machine that fails as it is told."""
+"""Tar shards, sound and faulty, and a server of them on this machine that fails as configured."""
 
 from __future__ import annotations
 
@@ -94,21 +94,21 @@ def fetched_numbers(root: Any, **options: Any) -> list[int]:
 
 
 def entry_of(folder: Path, name: str = "shard-000001.tar") -> ShardEntry:
-    """Return what the index of a folder says of a shard."""
+    """Return the entry of a shard in a folder's index."""
     held = json.loads((folder / "index.json").read_text())["shards"]
     return next(ShardEntry(s["name"], s["images"], s["bytes"], s["sha256"]) for s in held if s["name"] == name)
 
 
 @dataclass
 class Faults:
-    """What a server does wrong, by name of the file: each entry is used once, the last one for ever.
+    """Faults of a server by file name: each entry is used once, the last one repeatedly.
 
-    Kinds: "500", "404" and other statuses; "cut" after half of what is asked for; "stall" before the first byte;
+    Kinds: "500", "404" and other statuses; "cut" after half of the requested bytes; "stall" before the first byte;
     "trickle", a byte at a time; "cut early" and "no ranges", which send the whole file from its beginning;
     "to ADDRESS", a redirection; "ok".
 
     Attributes:
-        asked: names of the files asked for, with the ranges.
+        asked: names of the requested files, with their ranges.
         secrets: their queries and logins.
     """
 

@@ -38,7 +38,7 @@ from support.compositions import CONFIGS, remembered
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: constant and large enough that six steps change the samples
+#: a constant learning rate, large enough that six steps change the samples
 FAST = ("optimizer.learning_rate=0.01", "optimizer.warmup_steps=0", "optimizer.decay=constant")
 
 #: a network of 11 k parameters and few samples; six steps on 8 px digits take about a second
@@ -104,7 +104,7 @@ def command(*words: object) -> Outcome:
     """Run `dpm-scales` with these arguments in this process."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     argv = mock.patch.object(sys, "argv", ["dpm-scales", *map(str, words)])
-    # the form of the command is kept in the environment
+    # console() stores the form of the command in the environment
     with mock.patch.dict(os.environ), argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             console()
@@ -131,7 +131,7 @@ def spawn(
 
 
 def run(script: str, *arguments: str, cwd: Path, python: str = sys.executable) -> Outcome:
-    """Run the same to its end."""
+    """Run ``python script arguments`` in a separate process to its end."""
     with spawn(script, *arguments, cwd=cwd, python=python) as process:
         out, err = process.communicate(timeout=300)
         return Outcome(process.returncode, out, err)
@@ -183,7 +183,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Return number, size and time of change of all files below a folder, by name: which were written, without reading.
+    """Return inode, size and modification time of all files below a folder, by name, to see which were written.
 
     Locks are left out: taking one writes its holder's name.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints of two runs that are alike to a tolerance."""
+"""Compare the checkpoints of two runs up to a tolerance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATES = (
 
 
 def assert_close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> None:
-    """Two checkpoints: their tensors by the largest relative error in the norm, the rest to the last bit."""
+    """Assert that two checkpoints agree: their tensors by relative error in the norm, the rest to the last bit."""
     names = [name for name in STATES if name in ours]
     assert names == [name for name in STATES if name in theirs]
     for name in names:
@@ -35,7 +35,7 @@ def assert_close(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float)
 
 
 def leaves(a: Any, b: Any) -> list[tuple[Any, Any]]:
-    """Pairs at the same places of two containers that have the same places."""
+    """Return pairs of values at the same places of two containers of one structure."""
     if isinstance(a, dict):
         assert list(a) == list(b)
         return [pair for key in a for pair in leaves(a[key], b[key])]

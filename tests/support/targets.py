@@ -10,7 +10,7 @@ from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.oracles import H, W
 from support.reference import Array, Twin, dense_function
 
-#: name, the target, and whether it asks for noise
+#: factories of targets by name
 TARGETS: dict[str, Callable[[], Target]] = {
     "clean": lambda: Clean("scalar", clip=False),
     "clean-wiener": lambda: Clean("wiener", clip=False),

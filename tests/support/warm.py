@@ -1,8 +1,8 @@
 """A `python` that starts in milliseconds: programs run in forks of this process, which has imported torch already.
 
-A new interpreter imports for some five seconds. For programs that others start (torchrun, submitit, joblib, make, the
-further ranks of a run), `warm_python` gives the path of an executable that takes the arguments of `python`, hands them
-to a server with its variables, its folder and its open files, passes signals on, and ends as the program does. The
+A new interpreter spends some five seconds on imports. For programs that others start (torchrun, submitit, joblib, make,
+the further ranks of a run), `warm_python` gives the path of an executable that takes the arguments of `python`, hands
+them to a server with its variables, its folder and its open files, passes signals on, and ends as the program does. The
 program sees what a new interpreter would see: nothing of the test that runs, and no other open file.
 """
 
@@ -37,10 +37,10 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 TESTS = Path(__file__).resolve().parents[1]
-#: where the descriptors of a program wait until those of this process are closed
+#: descriptors from here on hold those of a program until those of this process are closed
 HIGH = 700
 OPTIONS_WITH_VALUE = ("-W", "-X")
-#: what imports little and is known by the number of its process, which a fork has not: a new interpreter
+#: programs that get a new interpreter: they import little, and others know them by a process number, which forks change
 LIGHT = (["-m", "submitit.local._local"],)
 
 CLIENT = """#!{python} -IS
@@ -99,7 +99,7 @@ def warm_python() -> str:
 
 
 def _serve(listener: socket.socket, alive: int, python: str) -> None:
-    """Start a program for each connection, and tell how it ended; end a program whose client is gone."""
+    """Start a program for each connection, and report how it ended; end a program whose client is gone."""
     programs: dict[int, socket.socket] = {}
     wake, woken = os.pipe()
     os.set_blocking(woken, False)
@@ -115,7 +115,7 @@ def _serve(listener: socket.socket, alive: int, python: str) -> None:
         if wake in ready:
             os.read(wake, 1000)
         for file in set(ready) & clients.keys():
-            os.kill(clients[file], signal.SIGKILL)  # not a client's word: they say nothing more
+            os.kill(clients[file], signal.SIGKILL)  # its client is gone: clients send nothing after the request
         while programs:
             program, status = os.waitpid(-1, os.WNOHANG)
             if program == 0:
@@ -137,7 +137,7 @@ def _serve(listener: socket.socket, alive: int, python: str) -> None:
 
 
 def _received(client: socket.socket) -> tuple[int, list[int]]:
-    """Return the length of what a client asks, and its open files."""
+    """Return the length of a client's request, and its open files."""
     data, ancillary, _, _ = client.recvmsg(8, socket.CMSG_SPACE(4 * 250))
     files = array.array("i")
     for _, _, content in ancillary:

@@ -42,7 +42,7 @@ LOWERED = {"₀": "0", "₁": "1", "₂": "2", "ₖ": "k", "ₛ": "s", "ₜ": "t
 HATS = {"ŷ": "y", "ŝ": "s", "σ̂": r"\sigma", "x̂": "x", "t̂": "t", "Ĉ": "C", "ẑ": "z"}
 
 MOST_WORDS = 12
-"""Of a line of a formula with its labels and remarks; a line of more is text."""
+"""Largest number of words in a line of a formula with its labels and remarks; a line with more is text."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z]*")
 _WORD_WITH_UNDERSCORE = re.compile(r"[A-Za-z]{2,}(?:_[A-Za-z0-9]+)+")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e-?\d+)?")
@@ -55,7 +55,7 @@ _RELATION = re.compile(r"[=<>≤≥~∈≈]|->")
 
 
 class NotAFormula(ValueError):
-    """The text contains something that no formula does."""
+    """The text contains something that formulas do not."""
 
 
 def _closing(text: str, start: int) -> int:
@@ -348,7 +348,7 @@ def _markdown(lines: list[str]) -> Iterator[str]:
 
 
 def _row(line: str) -> str:
-    """Return a row of a Markdown table; a cell that is nothing but a formula becomes one."""
+    """Return a row of a Markdown table, with cells that hold only a formula as TeX."""
     cells = re.split(r"(?<!\\)\|", line.rstrip("\n"))
     return "|".join(_formula_or_prose(cell) for cell in cells) + "\n" * line.endswith("\n")
 

@@ -88,7 +88,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def _relinked(text: str, page: str) -> str:
-    """Return a page whose links lead to pages of the site; `page` is its place, as docs/own_data.md is own_data.md."""
+    """Return a page whose links lead to pages of the site; `page` is its place, own_data.md for docs/own_data.md."""
     written = next((name for name, place in TOP.items() if place == page and name != "README.md"), None)
     folder = ROOT if written else (DOCS / page).parent
     up = "../" * page.count("/")
