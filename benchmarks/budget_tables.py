@@ -15,9 +15,9 @@ from dpm_scales.storage import write_text
 
 START, END = "<!-- budgets -->", "<!-- end of budgets -->"
 KEY = ("set", "trick", "budget", "seed", "average", "number", "machine")
-"""What distinguishes two lines of the CSV file."""
+"""Columns that identify a line of the CSV file."""
 USUAL = 10
-"""The average of `ema.decay`, in the name of no row."""
+"""The average with `ema.decay`'s ramp, which row names do not mention."""
 NAMES = {0: "last weights", 5: "EMA over a fifth", 20: "EMA over a twentieth"}
 
 

@@ -1,14 +1,14 @@
-"""Try what could help short runs: quality after some seconds of optimisation, with several seeds.
+"""Compare tricks for short runs by their quality after some seconds of optimisation, with several seeds.
 
     python -m benchmarks.budgets --out runs/budgets --seconds 24 60 --seeds 0 1 2          # all tricks, one thread
     python -m benchmarks.budgets --out runs/budgets --seconds 180 --tricks "adamw 64" "muon 32"
     python -m benchmarks.budgets --out runs/budgets --tables --csv docs/results/budgets.csv --page docs/budgets.md
 
-Every row trains `network=small` with `process=vp` in a loop of its own, so that a trick can be tried before the trainer
-has it: the loss, the EMA, the optimisers and the densities of scales are those of `train.py`, and so is the learning
-rate of runs that `trainer.max_time` ends. A budget is seconds of the processor (`time.process_time`) that the loop
-takes, with one thread; on a GPU it is the wall clock. Samples are drawn by DPM-Solver++(2M) in 10 evaluations, and a
-digit classifier measures their Fréchet distance to the training images.
+Every row trains `network=small` with `process=vp` in a separate loop, so that a trick can be tried before the trainer
+has it: the loss, the EMA, the optimisers and the densities of scales are those of `train.py`, and the learning rate is
+that of runs that `trainer.max_time` ends. A budget is CPU time of the loop (`time.process_time`) with one thread; on a
+GPU it is wall-clock time. Samples are drawn by DPM-Solver++(2M) in 10 evaluations; their Fréchet distance to the
+training images is computed in the features of a digit classifier.
 
 Finished rows are kept, OUT/SECONDS/TRICK/seedN.json. The same command resumes, and several at once share the rows.
 """
@@ -57,7 +57,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 """Arguments of the network for each image set; that of mnist is `network=small`."""
 SHIFTS = tuple(itertools.product((0, -2, 2), repeat=2))
-"""Shifts in pixels of `augment`; the network is told which, and samples are drawn for the first."""
+"""Shifts in pixels of `augment`, given to the network as its label; samples are drawn for the first."""
 DECAY = 0.999
 SAMPLER = ds.DPMSolver(0.0, 10, "logsnr")
 
@@ -73,7 +73,7 @@ class Trick:
         density: `scale_sampling`.
         network: arguments of the network that differ from those of `small`.
         augment: whether images are shifted, the shift being the network's label.
-        averages: EMA that are sampled: k of the decay (1 + n) / (k + n) after n steps, 0 for the last weights.
+        averages: EMAs that are sampled, by k in the decay (1 + n) / (k + n) after n steps; 0 for the last weights.
     """
 
     method: str = "adamw"
@@ -103,11 +103,11 @@ TRICKS = {
     "muon 32, deep": Trick("muon", 3e-3, (32,), network=DEEP),
     "muon 32, shifts": Trick("muon", 3e-3, (32,), augment=True),
 }
-"""The rows; batches, rates and options stand in their names and in the table."""
+"""The rows by name."""
 
 
 def built(trick: Trick, images: Tensor, network: dict[str, Any], seed: int) -> ds.Model:
-    """Return a new model of the images, fitted to them."""
+    """Return a new model for the images, its data-dependent parts fitted to them."""
     torch.manual_seed(seed)
     model = ds.Model(
         ds.UNet(**{**network, **trick.network}),
@@ -136,7 +136,7 @@ class Batches:
 
 
 def shifted(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return images moved by one of `SHIFTS` each, black where they leave the frame, and its number."""
+    """Return images, each shifted by a random one of `SHIFTS` and padded with black, and the numbers of the shifts."""
     kinds = torch.randint(len(SHIFTS), (len(images),), device=images.device)
     border = 2
     padded = torch.nn.functional.pad(images, (border,) * 4)
@@ -146,7 +146,7 @@ def shifted(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def learning_rate(step: int, passed: float) -> float:
-    """Return the factor on the learning rate, as of a run whose `trainer.max_time` is over at passed = 1."""
+    """Return the factor on the learning rate, as in a run whose `trainer.max_time` ends at passed = 1."""
     warmup = min(1.0, max((step + 1) / (AUTO_WARMUP + 1), 10 * passed))
     return warmup * 0.5 * (1 + math.cos(math.pi * min(passed, 1.0)))
 
@@ -154,10 +154,10 @@ def learning_rate(step: int, passed: float) -> float:
 def train(
     model: ds.Model, trick: Trick, images: Tensor, seconds: float, seed: int, device: torch.device
 ) -> tuple[dict[int, ds.Model], dict[str, Any]]:
-    """Train for some seconds, one step at least.
+    """Train for some seconds, at least one step.
 
     Returns:
-        The model with each of the averages of the trick, and steps, images and the mean loss of the last tenth.
+        The model with each average of the trick; steps, images, and the mean loss of the last tenth.
     """
     network = model.to(device).denoiser.network.to(memory_format=torch.channels_last)
     parameters = list(network.parameters())
@@ -224,7 +224,7 @@ def run_row(images: ImageSet, name: str, seconds: float, seed: int, path: Path, 
 
 
 def run(images: ImageSet, options: argparse.Namespace) -> None:
-    """Run all rows that are neither finished nor held by another process, the first seed of all of them first."""
+    """Run all rows that are neither finished nor locked by another process, one seed after the other."""
     for seed, seconds, name in itertools.product(options.seeds, options.seconds, options.tricks):
         path = options.out / f"{seconds:g}" / name.replace(",", "").replace(" ", "_") / f"seed{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)

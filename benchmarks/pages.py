@@ -16,18 +16,18 @@ Row = dict[str, Any]
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Return the lines of a CSV file with a head, none if there is no file."""
+    """Return the lines of a CSV file with a header; none if there is no file."""
     return list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() else []
 
 
 def write_csv(path: Path, lines: Sequence[Row]) -> None:
-    """Write lines under a head of all their keys."""
+    """Write lines under a header of all their keys."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, csv_text(list(dict.fromkeys(key for line in lines for key in line)), lines))
 
 
 def merged(old: Sequence[Row], new: Sequence[Row], key: Sequence[str]) -> list[Row]:
-    """Return the lines of both; of two that agree in `key`, the new one. 60.0 and "60" agree."""
+    """Return the lines of both; a new line replaces an old one that agrees in `key`, where 60.0 and "60" agree."""
     found = {tuple(_plain(line.get(name, "")) for name in key): line for line in [*old, *new]}
     return list(found.values())
 
