@@ -58,14 +58,9 @@ __all__ = [
     "torchvision_data",
 ]
 
-#: names that users' own configs may still look for here
-_MOVED = ("ShardImages", "ShardSource", "shards_data")
-
 
 def __getattr__(name: str) -> Any:
     # the data module needs Lightning, which takes seconds to import
-    if name in _MOVED:
-        return getattr(import_module("dpm_scales.shards"), name)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     places = {"ImageDataModule": "datamodule", "GivenImages": "given", "given_data": "given"}

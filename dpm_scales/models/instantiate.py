@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dpm_scales.errors import OutOfMemoryError, UserError, require, suggest
 from dpm_scales.memory import lacks_memory
+from dpm_scales.models.trust import current_names
 
 _OWN = f"{__name__.partition('.')[0]}."
 
@@ -55,7 +56,7 @@ def build(
     """Return the object that a config describes.
 
     Args:
-        config: a mapping with `_target_` and that class's arguments.
+        config: a mapping with `_target_`, also by a former name, and that class's arguments.
         kind: what the object must be.
         where: the config's key, for messages.
         partial_kwargs: arguments for calling a `_partial_` function to make the object; None if not allowed.
@@ -63,7 +64,7 @@ def build(
 
     Raises: UserError if the class does not exist or makes another kind; OutOfMemoryError if memory runs out.
     """
-    settings, kwargs = plain(config), kwargs or {}
+    settings, kwargs = current_names(plain(config)), kwargs or {}
     found = check_kind(settings, kind, where, partial_kwargs)
     what = f"{where}._target_={settings['_target_']}"
     _require_arguments(found, kwargs, what)

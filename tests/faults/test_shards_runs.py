@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ import pytest
 import yaml
 
 from dpm_scales.cli.stored import may_download, stored_overrides
+from dpm_scales.data import ImageDataModule
 from dpm_scales.errors import UserError
+from dpm_scales.models.instantiate import build
 from dpm_scales.models.trust import DATA_ROOMS, check_target
-from dpm_scales.shards import fetch
+from dpm_scales.shards import ShardSource, fetch
 from dpm_scales.shards.pack import Packing, pack
 from dpm_scales.training.module import DiffusionModule
 from support.cluster_shell import Forked, job_step
@@ -163,7 +164,10 @@ def test_addresses_of_a_strangers_folder_are_not_fetched_from(named: str, tmp_pa
             stored_overrides(file, (), ("data.root",))
 
 
-def test_former_names_of_shards_are_found() -> None:
-    for name in ("ShardImages", "shards_data"):
-        check_target(f"dpm_scales.data.{name}", "f", DATA_ROOMS)
-        assert getattr(import_module("dpm_scales.data"), name) is getattr(import_module("dpm_scales.shards"), name)
+def test_former_names_of_shards_are_found(shards: Path) -> None:
+    former = {"_target_": "dpm_scales.data.shards_data", "root": str(shards), "channels": 1, "batch_size": 2}
+    check_target(former["_target_"], "f", DATA_ROOMS)
+    assert isinstance(build(former, ImageDataModule, "data").source, ShardSource)
+    source = {"_target_": "dpm_scales.data.ShardSource", "root": str(shards), "channels": 1}
+    own = {"_target_": "dpm_scales.data.ImageDataModule", "source": source, "batch_size": 2}
+    assert isinstance(build(own, ImageDataModule, "data").source, ShardSource)
