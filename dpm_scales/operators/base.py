@@ -1,16 +1,16 @@
 """Diffusion operators and their functional calculus.
 
-A process of this package is a self-adjoint operator L >= 0 and two curves of its eigenvalues mu; every formula is then
-``f(L) y``. An operator computes that, and is independent of the process:
+A process of this package consists of a self-adjoint operator L >= 0 and two curves over its eigenvalues mu, so that
+every formula takes the form ``f(L) y``. An operator evaluates it, independently of the process:
 
     PixelOperator     L = 0                       multiply by f(0)
     HeatOperator      L = -Laplacian              DCT, multiply by f(mu), inverse DCT
-    StencilOperator   L from weights of edges     Chebyshev expansion of f on the spectrum's bounds
+    StencilOperator   L from edge weights         Chebyshev expansion of f on an interval that bounds the spectrum
     OsmosisOperator   L = -V^{-1/2} P V^{1/2}     the same
 
 `f` maps eigenvalues (a float64 tensor of any shape) to a tensor with optional leading batch dimensions ``(B, 1)``.
-Trailing dimensions of size one say that f does not depend on mu: the operator then only scales, without a transform.
-Images are ``(B, C, H, W)``; ``x`` are pixels, ``y`` whitened coordinates (where the process's noise is white).
+Trailing dimensions of size one mean that f does not depend on mu: the operator then only scales, without a transform.
+Images are ``(B, C, H, W)``; ``x`` denotes pixels, ``y`` whitened coordinates (in which the process's noise is white).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Weights = Callable[[Tensor], Sequence[Tensor]]
 """Several functions of mu that are computed together."""
 
 Term = tuple[SpectralFunction, Tensor] | tuple[Weights, Sequence[Tensor]]
-"""A function and the image it acts on, or a function that gives one weight for each of several images."""
+"""A function and the image it acts on, or a function that returns one weight for each of several images."""
 
 
 def values_of(f: SpectralFunction | Weights, mu: Tensor) -> list[Tensor]:
-    """Return f(mu) as a list: all weights of a function that gives several, else its one value."""
+    """Return f(mu) as a list: all weights of a function that returns several, otherwise its one value."""
     values = f(mu)
     return [values] if isinstance(values, Tensor) else list(values)
 
@@ -44,7 +44,7 @@ def images_of(term: Term) -> list[Tensor]:
 
 
 def single_terms(terms: Sequence[Term]) -> Iterator[tuple[SpectralFunction, Tensor]]:
-    """Yield the terms with one function for each image."""
+    """Yield the terms, split into one function per image."""
     for f, y in terms:
         if isinstance(y, Tensor):
             yield cast(SpectralFunction, f), y
@@ -61,10 +61,10 @@ def batch_view(value: Tensor, mu: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Decay:
-    """The spectral function ``exp(log_scale) * ((1 - floor) * exp(-mu * time) + floor)``: every mean factor in use.
+    """The spectral function ``exp(log_scale) * ((1 - floor) * exp(-mu * time) + floor)``, the form of all mean factors.
 
     `log_scale` and `time` (px^2) are float64 of shape ``()`` or ``(B,)``; `floor` is Hoogeboom & Salimans' d_min.
-    A class rather than a closure, since the heat operator has a faster route for it (it is separable).
+    A class rather than a closure, so that the heat operator can recognise and compute it faster (it is separable).
     """
 
     log_scale: Tensor
@@ -103,7 +103,7 @@ class Operator(ABC):
 
     @property
     def largest(self) -> float:
-        """A bound of the eigenvalues for images of any size, in 1/px^2; 0 where L = 0."""
+        """Return an upper bound on the eigenvalues for images of any size, in 1/px^2; 0 where L = 0."""
         return 0.0
 
     @abstractmethod
@@ -115,11 +115,11 @@ class Operator(ABC):
         """Return f(L) y for y of shape ``(B, C, H, W)``; same shape and dtype."""
 
     def apply_all(self, functions: Sequence[SpectralFunction], y: Tensor) -> list[Tensor]:
-        """Return f_1(L) y, f_2(L) y, ..., at the price of one sweep where the operator expands its functions."""
+        """Return f_1(L) y, f_2(L) y, ..., at the cost of one sweep where the operator expands its functions."""
         return [self.apply(f, y) for f in functions]
 
     def combine(self, *terms: Term) -> Tensor:
-        """Return sum_i f_i(L) y_i, at the price of one synthesis where the operator is diagonal.
+        """Return sum_i f_i(L) y_i, at the cost of one synthesis where the operator is diagonal.
 
         Args:
             terms: pairs ``(f, y)``, or ``(weights, [y_1, y_2, ...])`` with one function mu -> (f_1, f_2, ...) for all.
@@ -127,7 +127,7 @@ class Operator(ABC):
         return torch.stack([self.apply(f, y) for f, y in single_terms(terms)]).sum(0)
 
     def at_degree(self, degree: int) -> Operator:
-        """Return the same operator with expansions of this degree, whatever their error, where it expands functions."""
+        """Return this operator with all expansions fixed to `degree`, whatever their error; itself if it has none."""
         return self
 
     def to_white(self, x: Tensor) -> Tensor:
@@ -139,12 +139,12 @@ class Operator(ABC):
         return y
 
     def log_volume(self) -> Tensor | float:
-        """Return log |det| of `to_pixels` per image channel, in nats: added to entropies in pixels."""
+        """Return log |det| of `to_pixels` per image channel, in nats; entropies in pixels include it."""
         return 0.0
 
 
 class PixelOperator(Operator):
-    """L = 0: no diffusion, every pixel for itself (Eq. (3), Peter 2024)."""
+    """L = 0: no diffusion, all pixels independent (Eq. (3), Peter 2024)."""
 
     is_diagonal: ClassVar[bool] = True
 

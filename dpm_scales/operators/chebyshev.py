@@ -3,15 +3,15 @@ r"""f(L) y for a symmetric five-point stencil L with spectrum in [0, 8], by Cheb
     f(L) y = sum_k c_k T_k(X) y,    X = L/4 - 1,    T_{k+1} = 2 X T_k - T_{k-1}
     c_k = (2 - [k = 0]) / M  sum_j f(4 (1 + cos theta_j)) cos(k theta_j),    theta_j = pi (j + 1/2) / M
 
-A degree-K expansion costs K products with L: no inner products, no solves, nothing the host must wait for.
+A degree-K expansion costs K products with L: no inner products, no solves, no synchronisation with the host.
 
 - one y, several functions: the three-term recursion, shared by all (`expand`);
-- several (f_i, y_i), one sum: Clenshaw's recursion, with one product a step however many there are (`collect`).
+- several (f_i, y_i), one sum: Clenshaw's recursion, with one product per step for any number of terms (`collect`).
 
-Each is the other's adjoint, since L is symmetric, so each is the other's gradient too, and no T_k is kept for it.
+Since L is symmetric, each is the adjoint of the other and computes its gradient, so no T_k is stored for it.
 
-Both recursions subtract what lies two steps back. Held with the signs s_k = 1, 1, -1, -1, 1, ... they only add,
-S_{k+1} = s_k s_{k+1} 2X S_k + S_{k-1}, and run in place in two buffers.
+Both recursions subtract the term of two steps before. With the signs s_k = 1, 1, -1, -1, 1, ... absorbed in
+S_k = s_k T_k they only add, S_{k+1} = s_k s_{k+1} 2X S_k + S_{k-1}, and run in place in two buffers.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SPECTRAL_BOUND = 8.0
 """Largest eigenvalue of L, for every guidance image."""
 
 Coefficients = tuple[float, ...] | Tensor
-"""c_0, c_1, ...: numbers, or a tensor ``(..., K + 1)`` of which each c_k broadcasts against ``(B, C, N)``."""
+"""c_0, c_1, ...: numbers, or a tensor ``(..., K + 1)`` whose c_k each broadcast against ``(B, C, N)``."""
 
 
 # --- coefficients -----------------------------------------------------------------------------------------------------
 
 
 def chebyshev_nodes(number: int, device: torch.device | str | None = None) -> Tensor:
-    """Return the eigenvalues 4 (1 + cos theta_j) at which f is asked, ``(number,)`` float64 in (0, 8)."""
+    """Return the eigenvalues 4 (1 + cos theta_j) at which f is evaluated, ``(number,)`` float64 in (0, 8)."""
     theta = (torch.arange(number, dtype=torch.float64, device=device) + 0.5) * (math.pi / number)
     return SPECTRAL_BOUND * torch.cos(theta / 2) ** 2
 
@@ -48,7 +48,7 @@ def chebyshev_nodes(number: int, device: torch.device | str | None = None) -> Te
 def chebyshev_coefficients(values: Tensor, degree: int) -> Tensor:
     """Return c_0 .. c_degree from the values of f at M > degree nodes, ``(..., M)``; float64, differentiable.
 
-    The cosine transform is taken by FFT: for the degrees of long evolutions its matrix would not fit into memory.
+    The cosine transform is computed by FFT: at the degrees of long evolutions its matrix would not fit into memory.
     """
     number = values.shape[-1]
     spectrum = torch.fft.rfft(torch.cat([values, values.flip(-1)], -1))[..., : degree + 1]
@@ -62,10 +62,10 @@ def chebyshev_degree(
 ) -> int:
     """Return the smallest degree whose expansion of each function is within ``tol * max|f|`` on [0, 8] for all samples.
 
-    The bound is the sum of the neglected |c_k|, so it holds at every eigenvalue and for every guidance image. Works on
+    The bound is the sum of the neglected |c_k|, so it holds at every eigenvalue and for every guidance image. Runs on
     the host: call it when a process is built, not in a step.
 
-    Raises: UserError if a function is not finite on [0, 8], or needs more than `max_degree`.
+    Raises: UserError if a function is not finite on [0, 8], or needs a degree above `max_degree`.
     """
     require(1e-13 <= tol < 1, f"chebyshev_degree: tol must lie in [1e-13, 1), got {tol}")
     degree = 1
@@ -98,10 +98,10 @@ def _degree(f: SpectralFunction, tol: float, max_degree: int) -> int:
 
 
 def heat_coefficients(time: float, tol: float) -> tuple[float, ...]:
-    """Return c_k of exp(-t mu) on [0, 8], with as many terms as leave out no more than `tol` in all.
+    """Return c_k of exp(-t mu) on [0, 8], truncated where the omitted |c_k| sum to no more than `tol`.
 
     c_k = (2 - [k = 0]) (-1)^k exp(-4t) I_k(4t). The scaled Bessel functions come from Miller's backward recurrence,
-    I_{k-1} = I_{k+1} + (2k / 4t) I_k, and sum |c_k| = 1 gives the scale: plain numbers, so nothing waits for a device.
+    I_{k-1} = I_{k+1} + (2k / 4t) I_k, normalised by sum |c_k| = 1, in Python numbers, so that no device is waited for.
     """
     if SPECTRAL_BOUND * time <= tol:
         return (1.0,)
@@ -129,9 +129,9 @@ def expand(stencil: Stencil, y: Tensor, coefficients: Sequence[Coefficients]) ->
     """Return f_1(L) y, f_2(L) y, ... in one sweep.
 
     Args:
-        stencil: L, in the number format of y.
+        stencil: L, in the dtype of y.
         y: ``(B, C, N)``.
-        coefficients: of each function; tensors may require gradients.
+        coefficients: coefficients of each function; tensors may require gradients.
     """
     return _Expand.apply(stencil, y, *coefficients)
 
@@ -200,7 +200,7 @@ def _recall(ctx: Any) -> tuple[list[Coefficients], tuple[Tensor, ...]]:
 def _parts(
     stencil: Stencil, coefficients: Sequence[Coefficients], y: Tensor
 ) -> Iterator[tuple[Stencil, list[Coefficients], tuple[slice, slice]]]:
-    """Yield what belongs to each block of samples and channels."""
+    """Yield the stencil, coefficients and slices of each block of samples and channels."""
     for place in blocks(y, CACHE_BYTES):
         chosen = [cut(c, *place) if isinstance(c, Tensor) and c.ndim == 4 else c for c in coefficients]
         yield stencil.part(*place), chosen, place
@@ -231,7 +231,7 @@ def _twice(stencil: Stencil) -> Stencil:
 
 
 def _basis(stencil: Stencil, y: Tensor, degree: int) -> Iterator[Tensor]:
-    """Yield S_0 y, S_1 y, ..., each valid until the next is asked for."""
+    """Yield S_0 y, S_1 y, ..., each valid until the next is requested."""
     twice = _twice(stencil)
     here = y.clone(memory_format=torch.contiguous_format)
     other = torch.zeros_like(here)
@@ -253,7 +253,7 @@ def _expand_into(outs: list[Tensor], stencil: Stencil, y: Tensor, coefficients: 
 
 
 def expand_by_steps(outs: list[Tensor], stencil: Stencil, y: Tensor, coefficients: Sequence[Coefficients]) -> None:
-    """Compute f_1(L) y, f_2(L) y, ... into `outs`, one product a step; see `expand`."""
+    """Compute f_1(L) y, f_2(L) y, ... into `outs`, with one product per step; see `expand`."""
     signed = [_signed(c) for c in coefficients]
     for k, s in enumerate(_basis(stencil, y, max(map(len, signed)) - 1)):
         for out, c in zip(outs, signed, strict=True):
@@ -271,7 +271,7 @@ def _clenshaw(stencil: Stencil, coefficients: Sequence[Coefficients], ys: Sequen
 
 
 def collect_by_steps(stencil: Stencil, coefficients: Sequence[Coefficients], ys: Sequence[Tensor]) -> Tensor:
-    """Return f_1(L) y_1 + f_2(L) y_2 + ..., one product a step; see `collect`."""
+    """Return f_1(L) y_1 + f_2(L) y_2 + ..., with one product per step; see `collect`."""
     twice = _twice(stencil)
     signed = [_signed(c) for c in coefficients]
     here, other = (torch.zeros_like(ys[0], memory_format=torch.contiguous_format) for _ in range(2))
@@ -298,11 +298,12 @@ def _moments(stencil: Stencil, y: Tensor, grad: Tensor, like: Coefficients) -> T
 # --- small images on a GPU: a sweep in one kernel ---------------------------------------------------------------------
 
 MOST_PIXELS, MOST_FUNCTIONS = 4096, 8
-"""Of a sweep in one kernel: a program holds all pixels of an image channel, and the kernel is made for each number."""
+"""Limits of a sweep in one kernel: a program holds all pixels of an image channel, and the kernel is compiled for each
+number of functions."""
 
 
 def _one_kernel_table(stencil: Stencil, y: Tensor, coefficients: Sequence[Coefficients]) -> Tensor | None:
-    """Return the table of coefficients for `one_kernel` where that takes the sweep, otherwise None."""
+    """Return the table of coefficients if `one_kernel` can compute the sweep, otherwise None."""
     small = y.shape[-1] <= MOST_PIXELS and len(coefficients) <= MOST_FUNCTIONS
     if not (small and stencil.is_uniform and may_fuse(y) and _one_kernel_right(y.device)):
         return None
@@ -310,7 +311,7 @@ def _one_kernel_table(stencil: Stencil, y: Tensor, coefficients: Sequence[Coeffi
 
 
 def signed_table(coefficients: Sequence[Coefficients], y: Tensor) -> Tensor | None:
-    """Return s_k c_k of each function, ``(functions, B, C, K + 1)``; None if they are numbers or differ by pixel."""
+    """Return s_k c_k of each function, ``(functions, B, C, K + 1)``; None if any are numbers or vary by pixel."""
     table: list[Tensor] = []
     terms = max(c.shape[-1] if isinstance(c, Tensor) else 0 for c in coefficients)
     index = torch.arange(terms, device=y.device)
@@ -334,13 +335,13 @@ def one_kernel(stencil: Stencil, table: Tensor, ys: Sequence[Tensor], expands: b
 
 @functools.cache
 def _one_kernel_right(device: torch.device) -> bool:
-    """Return whether sweeps in one kernel agree on this device with those by steps; tried once per device."""
+    """Return whether sweeps in one kernel agree on this device with those by steps; tested once per device."""
     return agrees(_try_sweeps, device, "sweeps in one kernel are", "osmosis starts two for each degree instead")
 
 
 def _try_sweeps(device: torch.device) -> None:
-    """Raise AssertionError unless sweeps in one kernel are those by steps."""
-    generator = torch.Generator(device).manual_seed(0)  # the user's stays as it is
+    """Raise AssertionError unless sweeps in one kernel agree with those by steps."""
+    generator = torch.Generator(device).manual_seed(0)  # does not advance the user's
     draw = functools.partial(torch.rand, device=device, generator=generator)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
         for height, width in ((5, 7), (64, 64)):

@@ -1,14 +1,14 @@
-r"""How far a function of L must be expanded: found from the function's own Chebyshev coefficients.
+r"""Choose the degree to which a function of L is expanded, from the function's own Chebyshev coefficients.
 
-Where the host sees the coefficients it takes as many of them as the tolerance asks for, for each sample by itself, so
-that what a sample gets does not depend on the batch it is in. Nobody has to announce a function.
+On the host, as many coefficients are kept as the tolerance requires, separately for each sample, so that a sample's
+result does not depend on the batch it is in. Functions need no registration.
 
-On another device the host would have to wait for the coefficients. It does, once for each function that is expanded,
-unless functions of that kind have been met in a *rehearsal*: the same work on the host, beforehand. Then the degree
-found there is taken, with nothing to wait for, and where it should not be enough after all the result is NaN.
+On another device the host has to wait for the coefficients, once for each function that is expanded, unless functions
+of that kind occurred in a *rehearsal*: the same work, done on the host beforehand. Then the degree found there is used
+without waiting, and wherever it turns out too low the result is NaN.
 
-A function whose coefficients do not become small enough, as those of a root at mu = 0 do not (the standard deviation of
-a posterior under constant noise), is met to `ROUGH_ERROR` instead; one that does not allow that is refused.
+A function whose coefficients decay too slowly, such as a square root at mu = 0 (the standard deviation of a posterior
+under constant noise), is expanded to `ROUGH_ERROR` instead; if even that fails, it is refused.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dpm_scales.operators.chebyshev import chebyshev_coefficients, chebyshev_nod
 from dpm_scales.operators.heat import HeatOperator
 
 ROUGH_ERROR = 1e-2
-"""Bound on the error of functions that no expansion meets to the tolerance, relative to the largest value."""
+"""Error bound for functions that no expansion approximates to the tolerance, relative to the largest value."""
 
 ROUGH_DEGREE = 256
-"""Least degree of their expansions."""
+"""Lowest degree of their expansions."""
 
-_FIRST = 128  # number of nodes that are tried first
+_FIRST = 128  # number of nodes tried first
 _LAST = 8192
-_MARGIN = 10.0  # rehearsals ask for an error this much smaller, since other scales may follow
+_MARGIN = 10.0  # rehearsals require an error smaller by this factor, since other scales may follow
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Series:
     Attributes:
         at_zero: its value at mu = 0, ``(..., 1)``.
         coefficients: ``(..., K + 1)``, or None for a function that does not depend on mu.
-        error: bound on what the expansion leaves out, relative to the largest value, where that has been looked at.
+        error: bound on the truncation error, relative to the largest value, where it was checked.
     """
 
     at_zero: Tensor
@@ -68,14 +68,14 @@ def fixed_series(f: SpectralFunction | Weights, degree: int, device: torch.devic
 def adapted_series(
     f: SpectralFunction | Weights, tolerances: Sequence[float], device: torch.device | str | None = None
 ) -> list[Series]:
-    """Return expansions of each weight of f within ``tolerance * max|f|`` on [0, 8], for each sample by itself.
+    """Return expansions of each weight of f within ``tolerance * max|f|`` on [0, 8], separately for each sample.
 
-    The host looks at the coefficients, so on another device it waits for them.
+    The host reads the coefficients, so on another device it waits for them.
 
     Args:
-        tolerances: ascending; the first that an expansion of degree 4096 meets is taken, then `ROUGH_ERROR`.
+        tolerances: ascending; the first that an expansion of degree 4096 meets is used, else `ROUGH_ERROR`.
 
-    Raises: UserError for a function that is not finite, or that no expansion of degree 4096 meets to `ROUGH_ERROR`.
+    Raises: UserError for a function that is not finite, or whose expansion of degree 4096 exceeds `ROUGH_ERROR`.
     """
     number, found = _FIRST, None
     while True:
@@ -97,7 +97,7 @@ class _Partial:
         self.error = 0.0
 
     def add(self, values: Tensor, tolerances: Sequence[float], last: bool) -> bool:
-        """Take the samples that these nodes resolve; return whether all samples are complete."""
+        """Expand the samples that these nodes resolve; return whether all samples are complete."""
         if values.shape[-1] == 1:
             self.at_zero = values
             return True
@@ -129,7 +129,7 @@ class _Partial:
         return bool(self.done.all())
 
     def series(self) -> Series:
-        """Return the expansion, without the coefficients that are 0 for all samples."""
+        """Return the expansion, without trailing coefficients that are 0 for all samples."""
         assert self.at_zero is not None
         if self.coefficients is None:
             return Series(self.at_zero, None)
@@ -138,7 +138,7 @@ class _Partial:
 
 
 def _needed(coefficients: Tensor, values: Tensor, tolerance: float) -> Tensor:
-    """Return the least degree ``(..., 1)`` beyond which the coefficients add up to no more than `tolerance`."""
+    """Return the least degree ``(..., 1)`` beyond which the |c_k| sum to no more than ``tolerance * max|f|``."""
     sizes = coefficients.detach().abs()
     tails = sizes.flip(-1).cumsum(-1).flip(-1)  # tails[k] = |c_k| + |c_{k+1}| + ...
     limit = tolerance * values.detach().abs().amax(-1, keepdim=True)
@@ -152,14 +152,14 @@ def _nodes(number: int, device: torch.device | str | None) -> Tensor:
 
 @dataclass(frozen=True)
 class _Known:
-    """What a rehearsal found of one weight: the largest degree, and the error that its expansions may have."""
+    """Result of rehearsals for one weight: the largest degree, and the error allowed to its expansions."""
 
     degree: int
     error: float
 
 
 class Degrees:
-    """The expansions of a process's functions, with what rehearsals have found of their degrees.
+    """Expansions of a process's functions, with the degrees that rehearsals found.
 
     Args:
         tolerance: bound on the error of f(L), relative to the largest f.
@@ -169,24 +169,24 @@ class Degrees:
         self.tolerance = tolerance
         self._stricter = [tolerance / _MARGIN, tolerance]
         self._known: dict[Hashable, list[_Known]] = {}
-        #: names of what has been rehearsed
+        #: keys of the rehearsals already done
         self.rehearsed: set[Hashable] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Degrees:
-        return self  # what is known of functions holds for a copy of the process too
+        return self  # the known degrees hold for a copy of the process too
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Degrees, (self.tolerance,)
 
     def series(self, f: SpectralFunction | Weights, number: int, device: torch.device) -> list[Series]:
-        """Return the expansion of each weight of f, of which there are `number`."""
+        """Return the expansions of the `number` weights of f."""
         known = None if device.type == "cpu" else self._known.get((kind_of(f), number))
         if known is None:
             return adapted_series(f, [self.tolerance], device)
         return _guarded_series(f, known, device)
 
     def learn(self, *functions: SpectralFunction | Weights, device: torch.device | str | None = None) -> None:
-        """Find the degrees of functions of a kind, at the scales that they hold."""
+        """Find and store the degrees of functions, each at the scales bound in it, for all functions of its kind."""
         for f in functions:
             found = adapted_series(f, self._stricter, device)
             new = [_Known(0 if s.coefficients is None else s.coefficients.shape[-1] - 1, s.error) for s in found]
@@ -196,7 +196,7 @@ class Degrees:
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Forget what was learnt within if it is broken off: a degree holds for all the scales that are to come."""
+        """Discard the degrees learnt in the body if it raises: a degree must hold for all later scales."""
         before = dict(self._known)
         try:
             yield
@@ -206,11 +206,11 @@ class Degrees:
 
 
 class RehearsedOperator(HeatOperator):
-    """Learns the degree of every function it is given, and leaves images as they are.
+    """An operator that learns the degree of every function applied, and returns images unchanged.
 
     Args:
-        degrees: where they are kept.
-        calls: number of functions of a kind that will come; of more than 64 some are left out in the middle.
+        degrees: where the degrees are stored.
+        calls: expected number of functions of each kind; beyond 64, some in the middle are skipped.
     """
 
     def __init__(self, degrees: Degrees, calls: int) -> None:
@@ -232,7 +232,7 @@ class RehearsedOperator(HeatOperator):
 
 
 def _guarded_series(f: SpectralFunction | Weights, known: Sequence[_Known], device: torch.device) -> list[Series]:
-    """Return expansions to the degrees that are known, NaN where they leave out more than they may."""
+    """Return expansions to the known degrees, NaN where their truncation error exceeds the known one."""
     largest = max(one.degree for one in known)
     found = []
     for values, one in zip(values_of(f, _nodes(2 * (largest + 1), device)), known, strict=True):
@@ -247,7 +247,7 @@ def _guarded_series(f: SpectralFunction | Weights, known: Sequence[_Known], devi
 
 
 def kind_of(f: Callable[..., Any], depth: int = 8) -> Hashable:
-    """Return what a function is, apart from the numbers it holds: its code, and that of the functions it calls."""
+    """Return a key that identifies a function apart from the numbers bound in it: its code, and that of its closure."""
     if isinstance(f, functools.partial):
         return ("partial", kind_of(f.func, depth), *(kind_of(a, depth) for a in f.args if callable(a)))
     if isinstance(f, types.MethodType):

@@ -3,7 +3,7 @@ r"""The osmosis filter: u(t) = exp(tP) u(0) for a guidance image v, at all times
     u(t) = m v + V^{1/2} exp(-tL) V^{-1/2} (u(0) - m v),    m = mean(u(0)) / mean(v)
 
 m v is the steady state, Eq. (49), Peter 2024. The rest is a Chebyshev expansion on [0, 8] whose terms all times share:
-about sqrt(8 t_max ln(4 / tol)) products with L, no inner products, and nothing that the host must wait for.
+about sqrt(8 t_max ln(4 / tol)) products with L, no inner products, and no synchronisation with the host.
 """
 
 from __future__ import annotations
@@ -43,24 +43,23 @@ def evolve(
         u: images >= 0, ``(B, C, H, W)``, any float dtype.
         guidance_image: v > 0, ``(B | 1, C | 1, H, W)`` or ``(C | 1, H, W)``; its scale does not matter.
         times: T ascending times >= 0 in px^2, the same for all samples; or ``(T, B)`` with a column of ascending times
-            for each sample ("chebyshev" only). Those in a tensor on a device are waited for.
+            for each sample ("chebyshev" only). Reading them from a tensor on a device waits for it.
         method: "chebyshev", exact in time; "bicgstab", implicit Euler, the published scheme; "cg", the same solved by
             conjugate gradients. See `implicit_euler` for general drift, and for iterations and residuals.
-        tol: "chebyshev": the terms left out are less than tol / 10 of u(0) - m v, in the norm sum u^2 / v; the largest
-            error of a pixel that this makes stays below tol times the largest pixel, even for dark v; rounding adds to
-            it, see below. "bicgstab", "cg": the relative residual of each system; their error in time depends on the
-            steps.
+        tol: "chebyshev": the omitted terms are below tol / 10 times u(0) - m v in the norm sum u^2 / v; the resulting
+            error of any pixel stays below tol times the largest pixel, even for dark v; rounding adds to it, see
+            below. "bicgstab", "cg": the relative residual of each system; their error in time depends on the steps.
         num_steps: for "bicgstab" and "cg", equal steps from each time to the next: one number (default 10), or T.
-        step_size: for "bicgstab" and "cg", largest step in px^2 instead.
-        validate: whether to look at the values of u and v, which waits for the device; None where they lie on the CPU.
+        step_size: for "bicgstab" and "cg", largest step in px^2, instead of `num_steps`.
+        validate: whether to check the values of u and v, which waits for the device; None checks them on the CPU only.
 
-    Returns: ``(T, *u.shape)``, same dtype. Every method leaves errors of `tol` or of rounding; so that none of them
-    makes an image negative or changes its mean intensity, values below 0 are set to 0 and each image channel is then
-    rescaled to the mean of u.
+    Returns: ``(T, *u.shape)``, same dtype. Every method leaves errors of the size of `tol` or of rounding. So that they
+    neither make an image negative nor change its mean intensity, values below 0 are set to 0 and each image channel is
+    then rescaled to the mean of u.
 
     Rounding in float32 (and half precision, which is computed in it) grows with the time and with the contrast of v.
-    Largest error of a pixel by "chebyshev", over the largest pixel, tol 1e-6, 24 x 31 pixels, a third of them at the
-    least v:
+    Largest pixel error of "chebyshev", relative to the largest pixel, for tol 1e-6 and 24 x 31 pixels, a third of them
+    at the smallest v:
 
         t in px^2     1       10      100     1000    10000
         v >= 1e-2     2e-7    5e-7    7e-7    6e-7    4e-7
@@ -68,7 +67,7 @@ def evolve(
 
     In float64 all of these stay below tol; cast u to it where dark guidance and long times need more digits.
 
-    Raises: UserError for arguments that do not fit, and for systems that do not converge.
+    Raises: UserError for invalid arguments, and for systems that do not converge.
     """
     require_choice("method", method, METHODS)
     ok = isinstance(tol, float) and 1e-12 <= tol < 1
@@ -119,14 +118,14 @@ def _stepped(
 
 
 def _conserve(image: Tensor, start: Tensor) -> Tensor:
-    """Clip images at 0 and give them back the mean intensities of `start`."""
+    """Return images clipped at 0 and rescaled to the mean intensities of `start`."""
     image = image.clamp(min=0)
     mean = image.mean((-2, -1), keepdim=True)
     return image * torch.where(mean > 0, start.mean((-2, -1), keepdim=True) / mean, 1)
 
 
 def _coefficients(row: list[float], tol: float, y: Tensor) -> Coefficients:
-    """Return numbers where all samples share the time, else ``(B, 1, 1, K + 1)``."""
+    """Return the coefficients, as numbers if all samples share the time, otherwise ``(B, 1, 1, K + 1)``."""
     series = [heat_coefficients(time, 0.1 * tol) for time in row]
     if len(series) == 1:
         return series[0]

@@ -1,13 +1,13 @@
-r"""f(L) y by Chebyshev expansion, for operators that no transform diagonalises, and the one of given edge weights.
+r"""f(L) y by Chebyshev expansion, for operators that no transform diagonalises, and the operator of given edge weights.
 
     L = D' W D,    (L y)_i = sum over the neighbours j of  w_ij (y_i - y_j),    0 <= w_ij <= 1
 
 D takes the differences along the edges of the pixel grid, W = diag(w) weights them: diffusion that the weights slow
 down, with reflecting boundaries. Every edge adds a rank-one matrix of norm 2 w, and the edges split into four
-matchings, so the spectrum of L lies in [0, 8]. Weights of one give `HeatOperator("discrete")`.
+matchings, so the spectrum of L lies in [0, 8]. Unit weights give `HeatOperator("discrete")`.
 
-The eigenvector of L to the eigenvalue 0 is known (the constant image; under osmosis sqrt(v)), so that component is f(0)
-exactly: f(0) = 1 keeps the mean intensity, however far f is expanded.
+The eigenvector of L with eigenvalue 0 is known (the constant image; under osmosis sqrt(v)), so its component is
+multiplied by exactly f(0): f(0) = 1 preserves the mean intensity, however far f is expanded.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ TOLERANCE = 1e-6
 
 
 class ExpandedOperator(Operator):
-    """A symmetric five-point stencil with spectrum in [0, 8] for each sample and channel, with its functions.
+    """A symmetric five-point stencil with spectrum in [0, 8] for each sample and channel, and its functional calculus.
 
     Args:
-        degree: of all expansions, whatever their error; None for the degree that each function needs.
+        degree: degree of all expansions, whatever their error; None for the degree that each function needs.
         degrees: how that is found, shared by the operators of a process; None for a tolerance of 1e-6.
     """
 
@@ -56,7 +56,7 @@ class ExpandedOperator(Operator):
 
     @abstractmethod
     def _mode(self, dtype: torch.dtype) -> Tensor:
-        """Return the normalised eigenvector to the eigenvalue 0, ``(B | 1, C | 1, N)``."""
+        """Return the normalised eigenvector with eigenvalue 0, ``(B | 1, C | 1, N)``."""
 
     def symmetric_stencil(self, dtype: torch.dtype) -> Stencil:
         """Return L; its weights are computed in float64."""
@@ -65,7 +65,7 @@ class ExpandedOperator(Operator):
         return self._symmetric[dtype]
 
     def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-        """Return the spectrum of weights of one, a model of L's spectrum for power spectra and entropies.
+        """Return the spectrum for unit weights, a model of L's spectrum for power spectra and entropies.
 
         Exact eigenvalues need the dense matrix; [0, 8] bounds them all.
         """
@@ -82,7 +82,7 @@ class ExpandedOperator(Operator):
         return self.combine((f, y))
 
     def apply_all(self, functions: Sequence[SpectralFunction], y: Tensor) -> list[Tensor]:
-        """Return f_1(L) y, f_2(L) y, ... at the price of one sweep and one multiplication each."""
+        """Return f_1(L) y, f_2(L) y, ... at the cost of one sweep and one multiplication each."""
         self.check_images(y)
         series = [self._series(f, 1, y.device)[0] for f in functions]
         results = {i: s.at_zero.to(y.dtype) * y for i, s in enumerate(series) if s.coefficients is None}
@@ -127,14 +127,14 @@ class ExpandedOperator(Operator):
 
 
 class StencilOperator(ExpandedOperator):
-    """L of given edge weights, one set for each sample and channel; whitened coordinates are pixels.
+    """L given by edge weights, one set for each sample and channel; whitened coordinates are pixels.
 
     Args:
         right: weight of the edge from each pixel to its right neighbour, in [0, 1], ``(B | 1, C | 1, H, W - 1)``.
         down: likewise to the lower neighbour, ``(B | 1, C | 1, H - 1, W)``.
         degree, degrees: see `ExpandedOperator`.
-        validate: whether to look at the values of the weights, which waits for the device; None where they lie on the
-            CPU.
+        validate: whether to check the values of the weights, which waits for the device; None checks them on the CPU
+            only.
 
     Raises: UserError for shapes that belong to no common grid, and for weights outside [0, 1].
     """
@@ -191,10 +191,10 @@ class StencilOperator(ExpandedOperator):
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the recursion: half precision is for storage, and would lose all digits in it."""
+    """Return the dtype of the recursion, at least float32: half precision would lose all digits in it."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def _set_dc(out: Tensor, mode: Tensor, dc: Tensor) -> Tensor:
-    """Return `out` with its component along the eigenvector to the eigenvalue 0 set to `dc`."""
+    """Return `out` with its component along the eigenvector with eigenvalue 0 set to `dc`."""
     return torch.addcmul(out, dc - (out * mode).sum(-1, keepdim=True), mode)

@@ -1,7 +1,7 @@
-"""The stencil's product as one Triton kernel: five weights and a vector are read once, where five products read and
-write the result each time.
+"""The stencil's product as one Triton kernel, which reads five weights and a vector once, where five separate products
+read and write the result each time.
 
-Imported by `stencil` on CUDA alone, where torch brings Triton. `TRITON_INTERPRET=1` runs the same kernel on the CPU.
+Imported by `stencil` on CUDA only, where torch ships Triton. `TRITON_INTERPRET=1` runs the same kernel on the CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _product(  # type: ignore[no-untyped-def]  # Triton reads the arguments' kin
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # numbers of samples times pixels pass 2^31
+    row = tl.program_id(0).to(tl.int64)  # samples times pixels can exceed 2^31
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = i < number
     u += row * number
@@ -53,9 +53,9 @@ def product(out: Tensor, u: Tensor, weights: tuple[Tensor, ...], width: int, sca
     """Compute ``out = A u``, or ``out += scale * A u``.
 
     Args:
-        out, u: contiguous ``(B, C, N)`` of one number format.
+        out, u: contiguous ``(B, C, N)`` of the same dtype.
         weights: the stencil's five, ``(B | 1, C | 1, N)`` with equal strides, contiguous in N.
-        scale: None to set; otherwise a number that float32 holds exactly, since Triton takes no other.
+        scale: None to overwrite `out`; otherwise a number that float32 represents exactly, since Triton takes no other.
     """
     batch, channels, number = u.shape
     sample, channel = (weights[0].stride(k) if weights[0].shape[k] > 1 else 0 for k in (0, 1))

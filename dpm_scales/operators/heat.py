@@ -7,7 +7,7 @@ With reflecting boundaries the Laplacian on an H x W grid is diagonal in the ort
 
 Both are sums of a row and a column part, so exp(-mu T) is separable and a blur is two small matrix products,
 G_H(T) x G_W(T) with G(T) = C' diag(exp(-mu T)) C and C the DCT matrix: cheaper than the four products of a transform
-and back, and than an FFT up to several hundred pixels.
+and its inverse, and than an FFT up to several hundred pixels.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def heat_blur(x: Tensor, dissipation_time: Tensor | float, spectrum: str = "cont
         spectrum: "continuous" (Gaussian) or "discrete" (the 5-point stencil).
 
     Returns: ``(B, C, H, W)``, same dtype.
-    Raises: UserError for a shape or spectrum that does not fit.
+    Raises: UserError for an invalid shape, dtype, time or spectrum.
     """
     _check_spectrum(spectrum)
     require(x.ndim == 4, f"heat_blur: images must be (B, C, H, W), got shape {tuple(x.shape)}")
@@ -163,7 +163,7 @@ class HeatOperator(Operator):
 
 
 def spectral_of(operator: Operator) -> Operator:
-    """Return the operator, or that of the DCT where it has a single eigenvalue: the same functions of it, resolved."""
+    """Return `operator`, or a `HeatOperator`, which resolves frequencies, in place of a `PixelOperator`."""
     return HeatOperator() if isinstance(operator, PixelOperator) else operator
 
 

@@ -2,15 +2,15 @@ r"""Implicit Euler for du/dt = P u, the scheme of the published osmosis filters 
 
     (I - tau P) u^{k+1} = u^k
 
-It takes any drift, and any step: I - tau P is an M-matrix with column sums 1, so images stay positive and keep their
-mean intensity. First order in tau. The systems are solved, all samples and channels together, by
+It allows any drift and any step: I - tau P is an M-matrix with column sums 1, so images stay positive and keep their
+mean intensity. It is first order in tau. The systems are solved, all samples and channels together, by
 
     bicgstab    stabilised biconjugate gradients (van der Vorst 1992), restarted where it breaks down
     cg          conjugate gradients, for a symmetric matrix: canonical drift in whitened coordinates, which is CG for P
-                in the product sum u w / v
+                in the inner product sum u w / v
 
-Every system has its own scalars, and stops when its own residual has fallen below `tol` of its right-hand side; it is
-then left as it is. The host asks once an iteration whether all have stopped.
+Every system has its own scalars, and stops once its residual falls below `tol` times its right-hand side; it is not
+updated after that. The host checks once per iteration whether all have stopped.
 """
 
 from __future__ import annotations
@@ -70,17 +70,17 @@ def bicgstab(
     max_iterations: int = 1000,
     precondition: Preconditioner | None = None,
 ) -> Solution:
-    """Solve A x = b for a batch of any matrices, each sample and channel by itself.
+    """Solve A x = b for a batch of general matrices, each sample and channel independently.
 
     Args:
         matrix: A.
         b: right-hand sides ``(B, C, N)``.
-        x: first guess, likewise.
+        x: initial guess ``(B, C, N)``.
         tol: relative residual at which a system stops.
-        max_iterations: of two products each.
-        precondition: from the right; None for `jacobi`.
+        max_iterations: maximum number of iterations, of two products each.
+        precondition: right preconditioner; None for `jacobi`.
 
-    Raises: UserError, with the figures, for systems that have not stopped after `max_iterations`.
+    Raises: UserError, with the worst residual, for systems that have not stopped after `max_iterations`.
     """
     inverse = jacobi(matrix) if precondition is None else precondition
     epsilon = torch.finfo(b.dtype).eps
@@ -132,7 +132,7 @@ def conjugate_gradients(
     max_iterations: int = 1000,
     precondition: Preconditioner | None = None,
 ) -> Solution:
-    """Solve A x = b for a batch of symmetric positive matrices; arguments and errors as `bicgstab`'s."""
+    """Solve A x = b for a batch of symmetric positive definite matrices; arguments and errors as in `bicgstab`."""
     inverse = jacobi(matrix) if precondition is None else precondition
     x = x.clone()
     r = b - matrix.flat_product(x)
@@ -172,7 +172,7 @@ def _solve(
     tol: float,
     max_iterations: int,
 ) -> Solution:
-    """Solve A x = b from the first guess b, on a CPU block by block: the dozen arrays of a solver then stay cached."""
+    """Solve A x = b from the initial guess b, on a CPU block by block, so that a solver's dozen arrays stay cached."""
     parts, x = [], torch.empty_like(b)
     for place in blocks(b, CACHE_BYTES // 2):
         part = SOLVERS[method](matrix.part(*place), b[place], b[place], tol, max_iterations)
@@ -191,7 +191,7 @@ def _norm(a: Tensor) -> Tensor:
 
 
 def _ratio(a: Tensor, b: Tensor, where: Tensor) -> Tensor:
-    """Return a / b, and 0 outside `where` and where b is 0: the update then leaves a system as it is."""
+    """Return a / b, and 0 outside `where` and where b is 0, so that the update leaves those systems unchanged."""
     return torch.where(where & (b != 0), a / b, 0)
 
 
@@ -225,16 +225,16 @@ def implicit_euler(
 
     Args:
         stencil: the matrix P of du/dt = P u, e.g. `drift_stencil` or ``OsmosisOperator.stencil``; symmetric for "cg".
-        u: images ``(B, C, H, W)`` in the number format of the stencil.
+        u: images ``(B, C, H, W)`` in the dtype of the stencil.
         times: T numbers in px^2, ascending.
         num_steps: equal steps from each time to the next, one number or T of them.
-        step_size: largest step in px^2 instead.
+        step_size: largest step in px^2, instead of `num_steps`.
         method: "bicgstab" or "cg".
-        tol: relative residual of each system. In float32 the residual that is seen stops near 1e-7 (1 + 8 tau), while
-            the recursion of the solver continues to fall and decides: `residuals` are those seen at the end.
-        max_iterations: of each solve.
+        tol: relative residual at which the solver's recursion stops. In float32 the true residual levels off near
+            1e-7 (1 + 8 tau) while that of the recursion continues to fall; the `residuals` returned are the true ones.
+        max_iterations: maximum number of iterations of each solve.
 
-    Raises: UserError for arguments that do not fit, and for systems that do not converge.
+    Raises: UserError for invalid arguments, and for systems that do not converge.
     """
     require_choice("method", method, SOLVERS)
     symmetric = stencil.from_left is stencil.from_right and stencil.from_above is stencil.from_below
@@ -259,7 +259,7 @@ def implicit_euler(
 
 
 def _steps(times: Sequence[float], num_steps: int | Sequence[int], step_size: float | None) -> list[int]:
-    """Return the number of steps that lead to each time from the one before."""
+    """Return the number of steps to each time from the previous one."""
     lengths = [time - before for before, time in zip([0.0, *times], times, strict=False)]
     require(all(length >= 0 for length in lengths), f"times must be ascending numbers >= 0 px^2, got {list(times)}")
     if step_size is not None:
@@ -282,18 +282,18 @@ def steady_state(
     max_iterations: int = 1000,
     fixed: Tensor | None = None,
 ) -> Tensor:
-    """Return the limit of du/dt = P u, by implicit Euler with steps that grow a hundredfold until nothing changes.
+    """Return the limit of du/dt = P u, by implicit Euler steps, each a hundred times the last, until convergence.
 
     Args:
         stencil: P, any drift, in float64.
-        u: start ``(B, C, H, W)``, float64; it decides the mean intensity, and else only how long it takes.
+        u: start ``(B, C, H, W)``, float64; it determines the mean intensity, and otherwise only the number of steps.
         tol: largest relative change |u^{k+1} - u^k| / |u^k| of the last step.
-        max_steps: after which to give up. The step stops growing at 1e8 px^2.
-        max_iterations: of each solve, which has multigrid for a preconditioner.
-        fixed: bool ``(B | 1, C | 1, H, W)``, pixels that stay as they are (Dirichlet data); None for none. With them
-            the mean intensity is not kept.
+        max_steps: maximum number of steps. Their size stops growing at 1e8 px^2.
+        max_iterations: maximum number of iterations of each solve, which is preconditioned by multigrid.
+        fixed: bool ``(B | 1, C | 1, H, W)``, pixels held at their values (Dirichlet data); None for none. With them
+            the mean intensity is not preserved.
 
-    Raises: UserError, with the figures, where it does not converge.
+    Raises: UserError, with the last change, if it does not converge.
     """
     start, held = u.flatten(-2), None if fixed is None else fixed.flatten(-2)
     steady = torch.empty_like(start)
@@ -322,7 +322,7 @@ def _solve_steady(
 
 
 def without_rows(p: Stencil, fixed: Tensor) -> Stencil:
-    """Return P with rows of zeros for fixed pixels, which then take nothing."""
+    """Return P with rows of zeros for fixed pixels, whose values then never change."""
     free = (~fixed).to(p.diagonal.dtype)
     return Stencil(
         p.diagonal * free,

@@ -1,14 +1,15 @@
-r"""Multigrid for one implicit step of osmosis, (I - tau P) x = r: a preconditioner whose effort grows with the pixels.
+r"""Multigrid for one implicit step of osmosis, (I - tau P) x = r: a preconditioner whose cost is linear in the pixels.
 
 With x = s w, where s > 0 resembles the solution, the system becomes a balance of flows,
 
     s_i w_i + sum over the neighbours j of (a_ji w_i - a_ij w_j) = r_i,        a_ij = tau into_i s_j,
 
-and w is smooth: constant, in fact, where s is a steady state of P. So a coarse pixel is a block of four, with one w.
-Its mass s and its residual r are the sums of its pixels', and so are its flows, halved, since a difference of w over
-two pixels is twice that over one (cell-centred multigrid: P. Wesseling, An Introduction to Multigrid Methods, 1992).
-Down to a grid of a few pixels, which is solved, the result is carried up by linear interpolation of w, between sweeps
-of damped Jacobi. All of it is local products and sums over whole arrays, for every sample and channel by itself.
+and w is smooth: constant, in fact, where s is a steady state of P. So a coarse pixel is a block of four with a single
+w. Its mass s and its residual r are the sums over its pixels, and so are its flows, halved, since a difference of w
+over two pixels is twice that over one (cell-centred multigrid: P. Wesseling, An Introduction to Multigrid Methods,
+1992). The coarsest grid, of a few pixels, is solved directly; w is interpolated linearly from each grid to the next
+finer one, between sweeps of damped Jacobi. All operations are local products and sums over whole arrays, independent
+for every sample and channel.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from dpm_scales.operators.stencil import Stencil
 
 SWEEPS, DAMPING = 2, 0.8
 COARSEST = 64
-"""Pixels of the grid that is solved."""
+"""Largest number of pixels of a grid that is solved directly."""
 
 HELD = 1e12
-"""Mass of a pixel that stays as it is, relative to its own and what flows through it."""
+"""Mass of a fixed pixel, relative to its own mass and the flows through it."""
 
 
 def multigrid(p: Stencil, step: float, like: Tensor, fixed: Tensor | None = None) -> Callable[[Tensor, Tensor], None]:
-    """Make a preconditioner for (I - step P) x = r that writes one V-cycle's solution into its second argument.
+    """Return a preconditioner for (I - step P) x = r that writes one V-cycle's solution into its second argument.
 
     Args:
-        p: P, which loses no intensity: its columns sum to 0.
+        p: P, which conserves intensity: its columns sum to 0.
         step: tau > 0 in px^2.
-        like: what the solution resembles, ``(B, C, N)``; only its absolute values matter.
-        fixed: bool ``(B | 1, C | 1, N)``, pixels that take no flow.
+        like: an image that resembles the solution, ``(B, C, N)``; only its absolute values matter.
+        fixed: bool ``(B | 1, C | 1, N)``, pixels held at their values.
     """
     size = like.abs()
     mean = size.mean(-1, keepdim=True)
@@ -80,7 +81,7 @@ class _Level:
         if height * width <= COARSEST:
             self.factors = torch.linalg.lu_factor(self.matrix.dense())
             return
-        #: pixels of a block, down and across; thin images are shortened first
+        #: pixels of a block, down and across; elongated images are first coarsened along their longer side
         self.block = (1 if 2 * height <= width else 2, 1 if 2 * width <= height else 2)
         down, across = self.block
         sideways = [self._sum(self._border(flow, -1, across)) / across for flow in (from_right, from_left)]
@@ -107,7 +108,7 @@ class _Level:
         return torch.addcmul(w, self.inverse, r - self.matrix.flat_product(w))
 
     def _sum(self, x: Tensor) -> Tensor:
-        """Return sums over blocks; those at the end may have fewer pixels."""
+        """Return sums over blocks; the last ones may have fewer pixels."""
         down, across = self.block
         x = F.pad(x, (0, -x.shape[-1] % across, 0, -x.shape[-2] % down))
         return x.unflatten(-1, (-1, across)).sum(-1).unflatten(-2, (-1, down)).sum(-2)

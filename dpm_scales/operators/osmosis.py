@@ -1,9 +1,9 @@
 r"""The osmosis operator L = -V^{-1/2} P V^{1/2} of a guidance image v.
 
 With v normalised to mean one and y = V^{-1/2} x the osmosis filter dx/dt = P x becomes dy/dt = -L y, L symmetric, so
-every formula of a process holds as it stands: white noise is white in y, and has the standard deviation sqrt(v) in x.
-L has no transform that diagonalises it for all v; see `expanded` for f(L) y. A constant v gives
-`HeatOperator("discrete")`. The eigenvector to the eigenvalue 0 is sqrt(v).
+every formula of a process holds unchanged: white noise is white in y, and has the standard deviation sqrt(v) in x.
+No transform diagonalises L for all v; see `expanded` for f(L) y. A constant v gives `HeatOperator("discrete")`.
+The eigenvector with eigenvalue 0 is sqrt(v).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class OsmosisOperator(ExpandedOperator):
     """L for a batch of guidance images, one for each sample and channel.
 
     Args:
-        guidance_image: v > 0, ``(B | 1, C | 1, H, W)`` or ``(C | 1, H, W)``, of any float dtype and scale. Sizes of
-            one serve all samples or channels.
-        degree: K of all expansions, whatever their error; None for the degree that each function needs.
-        validate: whether to look at the values of v, which waits for the device; None where they lie on the CPU.
+        guidance_image: v > 0, ``(B | 1, C | 1, H, W)`` or ``(C | 1, H, W)``, of any float dtype and scale. Dimensions
+            of size one are shared by all samples or channels.
+        degree: degree K of all expansions, whatever their error; None for the degree that each function needs.
+        validate: whether to check the values of v, which waits for the device; None checks them on the CPU only.
         degrees: how degrees are found, shared by the operators of a process; None for a tolerance of 1e-6.
 
     Raises: UserError for a wrong shape or dtype, a guidance image that requires gradients (they are not computed), or
@@ -83,7 +83,7 @@ class OsmosisOperator(ExpandedOperator):
         return 0.5 * self.guidance.log().sum((-2, -1))
 
     def _mode(self, dtype: torch.dtype) -> Tensor:
-        """Return the normalised eigenvector to the eigenvalue 0, ``(B | 1, C | 1, N)``."""
+        """Return the normalised eigenvector with eigenvalue 0, ``(B | 1, C | 1, N)``."""
         flat = self._sqrt.flatten(-2)
         return (flat / math.sqrt(flat.shape[-1])).to(dtype)
 

@@ -3,7 +3,7 @@ r"""Osmosis as a five-point stencil: drift, diffusion and reflecting boundaries 
     d_t u = Laplacian u - div(d u)                                                          Eq. (46), Peter 2024
     (P u)_i = sum over the neighbours j of  into_i u_j - into_j u_i
 
-For an edge that leads from pixel i right or down to pixel j, with the drift d in its middle (Vogel et al. 2013),
+For an edge from pixel i right or down to pixel j, with the drift d at its midpoint (Vogel et al. 2013),
 
     into_i = 1 - d/2,    into_j = 1 + d/2,        |d| <= 2 keeps both >= 0.
 
@@ -12,7 +12,7 @@ P v = 0 and P is similar to a symmetric matrix: L = -V^{-1/2} P V^{1/2} has the 
 edge adds to L a rank-one matrix of norm 2, and the edges of a grid split into four matchings, so that the spectrum of L
 lies in [0, 8] for every v.
 
-Images are kept flat: a row's end and the next row's start are neighbours in memory whose edge has the weight 0, so each
+Images are stored flat: a row's end and the next row's start are neighbours in memory whose edge has weight 0, so each
 of the five products runs over contiguous memory, whatever the size (1 x N too).
 """
 
@@ -33,17 +33,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dpm_scales.errors import require
 
 CACHE_BYTES = 2**20
-"""An image in work on the CPU, in bytes: products are bound by memory, and most of the dozen arrays then stay in the
-second-level caches. Twice as much took 1.8 times as long, half as much was no faster."""
+"""Bytes of images processed at a time on the CPU: products are bound by memory, and most of the dozen arrays then stay
+in the second-level caches. Twice as many took 1.8 times as long, half as many were no faster."""
 
 
 @dataclass(frozen=True)
 class Stencil:
-    """A matrix on images with five entries a row, different ones for every sample and channel.
+    """A matrix on images with five entries per row, different for every sample and channel.
 
-    Weights are ``(B | 1, C | 1, N)``, N = `height` * `width`. `from_right[i]` and `from_left[i]` belong to the edge of
-    the pixels i and i + 1: what the left one takes from the right one, and the reverse. `from_below[i]` and
-    `from_above[i]` belong to the edge of i and i + `width`. A symmetric matrix may hold the same tensor twice.
+    Weights are ``(B | 1, C | 1, N)``, N = `height` * `width`. `from_right[i]` and `from_left[i]` belong to the edge
+    between pixels i and i + 1: the weight of the right one in the row of the left one, and the reverse. `from_below[i]`
+    and `from_above[i]` belong to the edge between i and i + `width`. A symmetric matrix may hold the same tensor twice.
     """
 
     diagonal: Tensor
@@ -56,16 +56,16 @@ class Stencil:
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """The five weights: diagonal, from right, left, below, above."""
+        """Return the five weights: diagonal, from right, left, below, above."""
         return (self.diagonal, self.from_right, self.from_left, self.from_below, self.from_above)
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all weights lie in memory alike, as the kernels need them."""
+        """Return whether all weights have the same memory layout, as the kernels need them."""
         return len({(w.shape, _steps(w)) for w in self.weights}) == 1 and self.diagonal.stride(-1) == 1
 
     def bind(self, u: Tensor, out: Tensor) -> Product:
-        """Bind the product A u into `out`, both contiguous ``(B, C, N)``, to be taken many times."""
+        """Return the product A u into `out`, both contiguous ``(B, C, N)``, for repeated use."""
         if self.is_uniform and u.is_contiguous() and out.is_contiguous() and may_fuse(u):
             return FusedProduct(self.weights, u, out, self.width)
         return FiveProducts(self.weights, u, out, self.width)
@@ -77,7 +77,7 @@ class Stencil:
         return out
 
     def product(self, u: Tensor) -> Tensor:
-        """Return A u for images ``(B, C, H, W)`` in the weights' number format."""
+        """Return A u for images ``(B, C, H, W)`` in the weights' dtype."""
         return self.flat_product(u.flatten(-2)).view(u.shape)
 
     def affine(self, scale: float, shift: float) -> Stencil:
@@ -85,11 +85,11 @@ class Stencil:
         return self._map(lambda weight: scale * weight, self.diagonal * scale + shift)
 
     def to(self, dtype: torch.dtype) -> Stencil:
-        """Return the same matrix in another number format."""
+        """Return the same matrix in another dtype."""
         return self._map(lambda weight: weight.to(dtype), self.diagonal.to(dtype))
 
     def part(self, samples: slice, channels: slice) -> Stencil:
-        """Return the matrices of some samples and channels; one that serves all of them stays."""
+        """Return the matrices of some samples and channels; one shared by all is kept."""
         return self._map(lambda weight: cut(weight, samples, channels), cut(self.diagonal, samples, channels))
 
     def dense(self) -> Tensor:
@@ -112,7 +112,7 @@ class Stencil:
 
 
 def cut(x: Tensor, samples: slice, channels: slice) -> Tensor:
-    """Return some samples and channels of ``(B | 1, C | 1, ...)``; an axis of size one stays."""
+    """Return some samples and channels of ``(B | 1, C | 1, ...)``; axes of size one are kept."""
     whole = slice(None)
     return x[samples if x.shape[0] > 1 else whole, channels if x.shape[1] > 1 else whole]
 
@@ -120,7 +120,7 @@ def cut(x: Tensor, samples: slice, channels: slice) -> Tensor:
 def blocks(x: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
     """Yield slices of samples and channels of ``(B, C, N)``: blocks of at most `size` bytes, or one image channel.
 
-    Other devices than the CPU, which gain nothing, have one block.
+    Devices other than the CPU gain nothing from blocks and get a single one.
     """
     batch, channels, number = x.shape
     if x.device.type != "cpu" or x.numel() * x.element_size() <= size:
@@ -134,7 +134,7 @@ def blocks(x: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
 
 
 class Product(ABC):
-    """A u into a buffer `out`, in place."""
+    """The product A u, computed into a buffer `out`."""
 
     @abstractmethod
     def set(self) -> None:
@@ -146,7 +146,7 @@ class Product(ABC):
 
 
 class FiveProducts(Product):
-    """One pass over the memory for each of a row's entries."""
+    """The product in five passes over the memory, one for each entry of a row."""
 
     def __init__(self, weights: tuple[Tensor, ...], u: Tensor, out: Tensor, width: int) -> None:
         diagonal, right, left, below, above = weights
@@ -171,7 +171,7 @@ class FiveProducts(Product):
 
 
 class FusedProduct(Product):
-    """One pass in all, by Triton; see `fused`."""
+    """The product in one pass, by Triton; see `fused`."""
 
     def __init__(self, weights: tuple[Tensor, ...], u: Tensor, out: Tensor, width: int) -> None:
         self._weights, self._u, self._out, self._width = weights, u, out, width
@@ -192,24 +192,24 @@ class FusedProduct(Product):
 
 
 def _steps(weight: Tensor) -> tuple[int, ...]:
-    """Return the strides of the axes of more than one entry."""
+    """Return the strides of the axes of size greater than one."""
     return tuple(step for step, size in zip(weight.stride(), weight.shape, strict=True) if size > 1)
 
 
 def may_fuse(u: Tensor) -> bool:
-    """Return whether Triton can take the product of `u`. Inductor fuses by itself; fake tensors have no memory."""
+    """Return whether Triton can compute products of `u`. Inductor has its own fusion; fake tensors have no memory."""
     ours = u.device.type == "cuda" and u.dtype in (torch.float32, torch.float64)
     return ours and not isinstance(u, FakeTensor) and not torch.compiler.is_compiling() and _fuses_right(u.device)
 
 
 @functools.cache
 def _fuses_right(device: torch.device) -> bool:
-    """Return whether Triton compiles on this device and agrees with five products; tried once per device."""
+    """Return whether Triton compiles on this device and agrees with five products; tested once per device."""
     return agrees(_try_product, device, "Triton is", "osmosis takes five passes instead of one")
 
 
 def agrees(trial: Callable[[torch.device], None], device: torch.device, subject: str, instead: str) -> bool:
-    """Return whether a trial of kernels raises nothing on a device; if it does, one line says what is done instead."""
+    """Return whether a trial of kernels passes on a device; if it raises, warn in one line what is done instead."""
     try:
         trial(device)
     except Exception as error:  # a missing compiler, an unknown card: whatever Triton may raise
@@ -220,8 +220,8 @@ def agrees(trial: Callable[[torch.device], None], device: torch.device, subject:
 
 
 def _try_product(device: torch.device) -> None:
-    """Raise AssertionError unless a product in one kernel is that of five passes."""
-    generator = torch.Generator(device).manual_seed(0)  # the user's stays as it is
+    """Raise AssertionError unless a product in one kernel agrees with that in five passes."""
+    generator = torch.Generator(device).manual_seed(0)  # does not advance the user's
     for dtype in (torch.float32, torch.float64):
         guidance = torch.rand(2, 1, 5, 7, device=device, dtype=dtype, generator=generator) + 0.5
         stencil = white_stencil(guidance)
@@ -234,7 +234,7 @@ def _try_product(device: torch.device) -> None:
 
 
 def canonical_drift(guidance_image: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the drift whose steady state is the guidance image v > 0, in the middles of the edges (Vogel et al. 2013).
+    """Return the drift whose steady state is the guidance image v > 0, at edge midpoints (Vogel et al. 2013).
 
     Args:
         guidance_image: ``(..., H, W)``.
@@ -253,7 +253,8 @@ def drift_stencil(right: Tensor, down: Tensor) -> Stencil:
         right: d from each pixel to its right neighbour, ``(B | 1, C | 1, H, W - 1)``, in 1/px.
         down: likewise to the lower neighbour, ``(B | 1, C | 1, H - 1, W)``.
 
-    Raises: UserError for shapes that belong to no common grid. Only |d| <= 2 keeps images positive; it is not checked.
+    Raises: UserError for shapes that belong to no common grid. Only |d| <= 2 keeps images positive, which is not
+    checked.
     """
     ok = right.ndim == down.ndim == 4 and right.shape[2] == down.shape[2] + 1 and right.shape[3] + 1 == down.shape[3]
     require(
@@ -265,7 +266,7 @@ def drift_stencil(right: Tensor, down: Tensor) -> Stencil:
 
 
 def edge_stencil(right: Tensor, down: Tensor) -> Stencil:
-    """Return L with (L y)_i = sum_j w_ij (y_i - y_j), symmetric, in the number format of the weights.
+    """Return L with (L y)_i = sum_j w_ij (y_i - y_j), symmetric, in the dtype of the weights.
 
     Args:
         right, down: weights of the edges to the right and to the lower neighbour, as for `drift_stencil`.
@@ -276,9 +277,9 @@ def edge_stencil(right: Tensor, down: Tensor) -> Stencil:
 
 
 def osmosis_stencil(guidance_image: Tensor) -> Stencil:
-    """Return P for the canonical drift of v > 0, ``(B | 1, C | 1, H, W)``, in the number format of v.
+    """Return P for the canonical drift of v > 0, ``(B | 1, C | 1, H, W)``, in the dtype of v.
 
-    The weights are taken as quotients, not from the drift: 1 - d/2 has no correct digit left where v is very dark.
+    The weights are computed as quotients, not from the drift: 1 - d/2 has no correct digit where v is very dark.
     """
     return _stencil(*_shares(guidance_image))
 
@@ -292,13 +293,13 @@ def white_stencil(guidance_image: Tensor) -> Stencil:
 
 
 def _shares(v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return 2 v_i / (v_i + v_j) for both ends of the horizontal, then of the vertical edges."""
+    """Return 2 v_i / (v_i + v_j) for both ends of the horizontal edges, then of the vertical ones."""
     a, b, c, d = v[..., :-1], v[..., 1:], v[..., :-1, :], v[..., 1:, :]
     return 2 * a / (a + b), 2 * b / (a + b), 2 * c / (c + d), 2 * d / (c + d)
 
 
 def _stencil(left: Tensor, right: Tensor, top: Tensor, bottom: Tensor) -> Stencil:
-    """Return P from what each end of an edge takes from the other; what it takes, the other loses."""
+    """Return P from the weights with which each end of an edge takes from the other, which loses as much."""
     lost = F.pad(right, (0, 1)) + F.pad(left, (1, 0)) + F.pad(bottom, (0, 0, 0, 1)) + F.pad(top, (0, 0, 1, 0))
     height, width = lost.shape[-2:]
     weights = (_flat(left, 1, 0), _flat(right, 1, 0), _flat(top, 0, 1), _flat(bottom, 0, 1))
@@ -306,5 +307,5 @@ def _stencil(left: Tensor, right: Tensor, top: Tensor, bottom: Tensor) -> Stenci
 
 
 def _flat(edges: Tensor, columns: int, rows: int) -> Tensor:
-    """Return edges as a flat image, with weight 0 where the grid ends."""
+    """Return edge weights as a flat image, with weight 0 where the grid ends."""
     return F.pad(edges, (0, columns, 0, rows)).flatten(-2)

@@ -1,10 +1,10 @@
-"""Whole Chebyshev sweeps of small images as one Triton kernel each, where a loop starts two kernels for every degree.
+"""Whole Chebyshev sweeps of small images as one Triton kernel each, where a loop launches two kernels for every degree.
 
-One program has all pixels of an image channel. Its own values stay with it from step to step; those of the neighbours
-pass through a buffer, written before a barrier and read after it. Two such buffers alternate, so that one barrier a
-step is enough: what is written next is not what others may still read.
+One program holds all pixels of an image channel. Each thread keeps its own values from step to step; those of
+neighbours pass through a buffer, written before a barrier and read after it. Two such buffers alternate, so that one
+barrier per step is enough: the next write never touches what other threads may still be reading.
 
-Imported by `chebyshev` on CUDA alone, where torch brings Triton. `TRITON_INTERPRET=1` runs the same kernels on the CPU.
+Imported by `chebyshev` on CUDA only, where torch ships Triton. `TRITON_INTERPRET=1` runs the same kernels on the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WARPS = 8
 def _times(  # type: ignore[no-untyped-def]  # Triton reads the arguments' kinds at the call
     buffer, here, i, number, width, diagonal, right, left, below, above
 ):
-    """Return A here; all programs of an image call it together."""
+    """Return A here; all threads of a program call it together."""
     tl.store(buffer + i, here, i < number)
     tl.debug_barrier()
     total = diagonal * here
@@ -112,11 +112,11 @@ def _sweep(  # type: ignore[no-untyped-def]
 def sweep(
     weights: tuple[Tensor, ...], width: int, coefficients: Tensor, ys: Sequence[Tensor], expands: bool
 ) -> tuple[Tensor, ...]:
-    """Return f_1(L) y, f_2(L) y, ... of one y, or the sum of f_1(L) y_1, f_2(L) y_2, ... alone.
+    """Return f_1(L) y, f_2(L) y, ... of one y, or only the sum of f_1(L) y_1, f_2(L) y_2, ...
 
     Args:
-        weights: of 2X = L/2 - 2, the stencil's five, ``(B | 1, C | 1, N)`` with equal strides, contiguous in N.
-        coefficients: s_k c_k of each function, contiguous ``(functions, B, C, K + 1)``, in the number format of the ys.
+        weights: the five of the stencil 2X = L/2 - 2, ``(B | 1, C | 1, N)`` with equal strides, contiguous in N.
+        coefficients: s_k c_k of each function, contiguous ``(functions, B, C, K + 1)``, in the dtype of the ys.
         ys: ``(B, C, N)``, one if `expands`, else one for each function.
     """
     images = torch.stack([*ys])

@@ -1,6 +1,6 @@
 """Checks of a forward process at construction: of its arguments, and of its curves.
 
-Every step of the chain must exist and keep what the process promises.
+Every step of the chain must exist and have the properties that the process promises.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Chain:
     """The curves of a process at its scales k / K, k = 0..K, and at M eigenvalues that span the spectrum.
 
     Attributes:
-        name: the process's class, for messages.
+        name: the name of the process's class, for messages.
         mu: eigenvalues ``(M,)``.
         log_signal: log lambda ``(K + 1, M)``.
         variance: gamma^2 ``(K + 1, M)``.
@@ -45,7 +45,7 @@ class Chain:
         )
 
     def check_transitions(self) -> None:
-        """Raise UserError for a step that amplifies a frequency, or would need noise of negative variance."""
+        """Raise UserError if a step amplifies a frequency, or would need noise of negative variance."""
         growth = self.log_signal[1:] - self.log_signal[:-1]
         self._refuse(
             growth > TOLERANCE,
@@ -65,7 +65,7 @@ class Chain:
 
         Args:
             log_signal, log_noise: log a and log gamma of the schedule, ``(K + 1,)``.
-            schedule: the noise schedule's class, for the message.
+            schedule: the name of the noise schedule's class, for the message.
         """
         total = torch.exp(2 * log_signal) + torch.exp(2 * log_noise)
         worst = int((total[1:] - 1).abs().argmax()) + 1
@@ -76,7 +76,7 @@ class Chain:
         )
 
     def check_lyapunov(self) -> None:
-        """Raise UserError if gamma falls between two scales."""
+        """Raise UserError if gamma falls between two successive scales."""
         fall = self.variance[1:] - self.variance[:-1]
         self._refuse(
             fall < -TOLERANCE * self.variance[:-1],

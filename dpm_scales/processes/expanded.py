@@ -1,7 +1,7 @@
 """Processes whose operator depends on the context and is expanded, since no transform diagonalises it.
 
-A process of one's own is a subclass of `StencilProcess` with two methods: `context`, which makes something of the image
-(a smoothed copy, say), and `edge_weights`, which makes weights of that. The rest follows.
+To define such a process, subclass `StencilProcess` with two methods: `context`, which derives something from the image
+(a smoothed copy, say), and `edge_weights`, which derives weights from that. The rest follows.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from dpm_scales.rng import Randomness
 from dpm_scales.schedules import BlurSchedule, Color, NoiseSchedule, require_positive
 
 STRIDES = (1, 4, 20, 100)
-"""Steps, in scales, whose functions are looked at when a process is built."""
+"""Step lengths, in scales, whose functions determine the degree when a process is built."""
 
 REHEARSED = 100
-"""Scales whose functions are rehearsed then; where others need more, a device says so."""
+"""Number of scales whose functions are rehearsed then; where others need a higher degree, a device returns NaN."""
 
 
 class ExpandedProcess(Process, ABC):
-    """A process with a context and an expanded operator; without a context it is diffusion with weights of one.
+    """A process with a context and an expanded operator; without a context it is diffusion with unit weights.
 
     Args:
-        num_scales, noise, blur, min_decay, value_range, color: as for `Process`. There is no clock: it is no smooth
-            function of mu, which an expansion needs.
-        tolerance: bound on the error of f(L), relative to the largest f. Functions that vanish like a root at mu = 0,
-            as the posterior's standard deviation under constant noise does, are met to 1e-2.
+        num_scales, noise, blur, min_decay, value_range, color: as for `Process`. There is no clock: a clock is not a
+            smooth function of mu, as an expansion needs.
+        tolerance: bound on the error of f(L), relative to the largest f. For functions that vanish like a square root
+            at mu = 0, as the posterior's standard deviation under constant noise does, it is 1e-2.
 
     Raises: UserError as `Process` does, and for values out of range.
     """
@@ -54,12 +54,12 @@ class ExpandedProcess(Process, ABC):
         self.tolerance = float(tolerance)
         self.degrees = Degrees(self.tolerance)
         ts = torch.arange(self.num_scales + 1, dtype=torch.float64) / self.num_scales
-        #: degree that is enough for the law's own means
+        #: degree sufficient for the means of the law itself
         self.degree = chebyshev_degree(self._means(ts, len(ts), STRIDES), self.tolerance)
         self.degrees.learn(*self._means(ts, REHEARSED, {*STRIDES, num_scales // 4, num_scales // 2, num_scales}))
 
     def _means(self, ts: Tensor, number: int, strides: Collection[int]) -> list[SpectralFunction]:
-        """Return the factors of the law's means, for steps of these lengths, at no more than `number` scales."""
+        """Return the factors of the law's means for steps of the lengths `strides`, at no more than `number` scales."""
         pick = torch.linspace(0, len(ts) - 1, min(len(ts), number)).round().long()
         functions: list[SpectralFunction] = [self.signal(ts[pick])]
         for stride in strides:
@@ -93,11 +93,11 @@ class ExpandedProcess(Process, ABC):
 
 
 class StencilProcess(ExpandedProcess):
-    """A process of diffusion along the edges of the pixel grid, with weights that follow from a context."""
+    """A process of diffusion along the edges of the pixel grid, with weights computed from a context."""
 
     @abstractmethod
     def context(self, x_0: Tensor, generator: Randomness = None) -> Context:
-        """Return the context of images ``(B, C, H, W)``, one for each: ``(B, ...)``; drawn, where it is random."""
+        """Return the context ``(B, ...)`` of images ``(B, C, H, W)``, one each, drawn with `generator` if random."""
 
     @abstractmethod
     def edge_weights(self, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
-"""How the guidance images of an osmosis process are drawn.
+"""Draw the guidance images of an osmosis process.
 
     v = clip(m + detail + noise * pattern, minimum, 1)
 
-in units where black is 0 and white is 1: m is the mean intensity of an image channel, `detail` what another image adds
-to it, and the pattern, of variance one, is made from white noise.
+in units where black is 0 and white is 1: m is the mean intensity of an image channel, `detail` the zero-mean detail of
+a guiding image, and the pattern, of variance one, is made from white noise.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Guidance:
     Args:
         noise: standard deviation of the guidance image around the mean intensity, >= 0.
         minimum: smallest value of the guidance image, in (0, 1).
-        pattern: "white" noise; "smooth", noise blurred by `blur_sigma` and of the same standard deviation; "edges", its
-            sign.
-        blur_sigma: of the last two, and of images that guide, in px, > 0.
-        image: "none"; "own", each image guides itself; "other", the next one of the batch guides it.
+        pattern: "white" noise; "smooth", noise blurred by `blur_sigma` and rescaled to the same standard deviation;
+            "edges", the sign of the blurred noise.
+        blur_sigma: blur of the last two patterns, and of images that guide, in px, > 0.
+        image: "none"; "own", each image guides itself; "other", the next image of the batch guides it.
         visible: whether the network sees the guidance image.
     """
 
@@ -56,7 +56,7 @@ class Guidance:
         return replace(self, noise=noise, minimum=minimum, blur_sigma=blur_sigma)
 
     def detail(self, images: Tensor) -> Tensor:
-        """Return what images ``(B, C, H, W)`` guide with: the images blurred, without their mean."""
+        """Return the detail with which images ``(B, C, H, W)`` guide: the images blurred, minus their mean."""
         blurred = heat_blur(images, self.blur_sigma**2 / 2)
         return blurred - blurred.mean((-2, -1), keepdim=True)
 
@@ -68,7 +68,7 @@ class Guidance:
         return (level + self.noise * self.patterned(white)).clamp(self.minimum, 1.0)
 
     def patterned(self, white: Tensor) -> Tensor:
-        """Return white noise ``(B, C, H, W)`` as the pattern, of variance one."""
+        """Return the pattern, of variance one, made from white noise ``(B, C, H, W)``."""
         if self.pattern == "white":
             return white
         time = self.blur_sigma**2 / 2

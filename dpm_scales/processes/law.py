@@ -6,15 +6,15 @@ r"""A process is an operator L and two curves, lambda_t(mu) and gamma_t(mu); the
                  a = rho gamma_s^2 / gamma_t^2,   tau = 1 - rho^2 gamma_s^2 / gamma_t^2 = beta^2 / gamma_t^2
 
 Variances of independent noise add, gamma_k^2 = alpha_k^2 gamma_{k-1}^2 + beta_k^2: the printed Eqs. (8), (12), (14),
-(23)-(25), (31), (40), (43) add standard deviations and are corrected here. log lambda is kept instead of lambda, since
-blur underflows; all curves are float64 and only the factors that multiply an image are cast.
+(23)-(25), (31), (40), (43) add standard deviations and are corrected here. log lambda is stored instead of lambda,
+since blur underflows; all curves are float64 and only the factors that multiply an image are cast.
 
 Scale 0 is the image: lambda_0 = 1 and gamma_0 = 0 at every eigenvalue, for every process. So the last step of a
-sampler, from t down to s = 0, returns m_0 = y_0-hat itself, with the image's full contrast; that is the mean of the
-likelihood's decoder too.
+sampler, from t down to s = 0, returns m_0 = y_0-hat itself, with the image's full contrast, which is also the mean of
+the likelihood's decoder.
 
-Throughout `t` is a float tensor in [0, 1] of shape ``()`` or ``(B,)`` on the images' device (a Python float is taken
-too); what depends on t and mu has shape ``mu.shape`` or ``(B, 1, *mu.shape)``.
+Throughout, `t` is a float tensor in [0, 1] of shape ``()`` or ``(B,)`` on the images' device (or a Python float);
+functions of t and mu have shape ``mu.shape`` or ``(B, 1, *mu.shape)``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MAX_MEAN_LEFT = 0.02
 """Largest lambda_1 / gamma_1 of the mean intensity (mu = 0) for which sampling starts from noise alone."""
 
 DEFAULT_SIZE = (64, 64)
-"""(H, W) of the spectrum that a colour's energy refers to until the process is bound to the images' size."""
+"""(H, W) of the spectrum to which a colour's energy refers until the process is bound to the images' size."""
 
 Context = Tensor | None
 
@@ -55,22 +55,21 @@ class Process(Describable, nn.Module):
         blur: schedule of T(t), or None for no diffusion.
         color: spectrum of the noise, or None for white noise.
         clock: the time of each eigenvalue, or None for the same time.
-        min_decay: Hoogeboom & Salimans' d_min, the factor that the highest frequencies keep.
-        value_range: the pixel values that 0 and 255 are mapped to.
+        min_decay: Hoogeboom & Salimans' d_min, the factor to which blur reduces the highest frequencies.
+        value_range: the pixel values to which 0 and 255 are mapped.
 
-    Raises: UserError for values out of range, and for curves of which no Markov chain exists (negative transition
-    variance, blur that sharpens, gamma that falls where the Lyapunov property is promised); it names scale and
-    eigenvalue. Also for curves whose scale 0 is not the image. OutOfMemoryError for more scales than the machine's
-    memory can hold.
+    Raises: UserError for values out of range, for curves that no Markov chain has (negative transition variance, blur
+    that sharpens, gamma that falls where the Lyapunov property is promised), naming scale and eigenvalue, and for
+    curves whose scale 0 is not the image. OutOfMemoryError for more scales than the machine's memory can hold.
     """
 
-    #: channels of context that the network sees for each image channel
+    #: number of context channels that the network receives for each image channel
     context_channels: int = 0
     #: bound on the error of f(L), relative to the largest f, where the operator expands its functions
     tolerance: float = 0.0
-    #: gamma_t never falls: the Lyapunov property (Prop. 3, 7) is promised, and checked at construction
+    #: whether gamma_t never falls, the Lyapunov property (Prop. 3, 7), which is checked at construction
     lyapunov: ClassVar[bool] = True
-    #: a_t^2 + gamma_t^2 = 1 is promised, and checked at construction
+    #: whether a_t^2 + gamma_t^2 = 1, which is checked at construction
     variance_preserving: ClassVar[bool] = False
 
     def __init__(
@@ -87,7 +86,7 @@ class Process(Describable, nn.Module):
         super().__init__()
         self.value_range = require_law(self, operator, num_scales, min_decay, value_range, noise, blur, color, clock)
         self._operator, self._largest = operator, operator.largest
-        # what `_check_consistency` takes at its peak; all tables together take less
+        # peak memory of `_check_consistency`; all tables together take less
         num_bytes = num_scales * (80 + 40 * len(self._probes()))
         require_memory(num_bytes, f"{type(self).__name__}: num_scales={num_scales}", "lower num_scales")
         self.num_scales = num_scales
@@ -102,28 +101,28 @@ class Process(Describable, nn.Module):
             self.bind_size(DEFAULT_SIZE)
 
     def bind_size(self, size: tuple[int, int]) -> None:
-        """Take the size (H, W) of the images, to which the energy of a colour refers; other processes ignore it.
+        """Set the size (H, W) of the images, to which the energy of a colour refers; without a colour, do nothing.
 
-        Raises: UserError for a colour that vanishes or overflows at some frequency, and for curves of which no Markov
-        chain exists.
+        Raises: UserError for a colour that vanishes or overflows at some frequency, and for curves that no Markov chain
+        has.
         """
         if self.color is not None:
             self.color.bind_spectrum(self._operator.eigenvalues(*size, self.color.spectrum.device))
             self._check_curves()
 
     def _check_curves(self) -> None:
-        """Note what the curves are like at the first and the last scale, and check them."""
+        """Record the properties of the curves at the first and the last scale, and check the curves."""
         self._look_at_ends()
         self._check_consistency()
 
     def fit_color(self, power: SpectralFunction) -> None:
-        """Take the power P(mu) of the training images, where the noise has their colour."""
+        """Fit the colour of the noise, if any, to the power P(mu) of the training images; see `Color.fit`."""
         if self.color is not None:
             self.color.fit(power)
             self._look_at_ends()
 
     def _look_at_ends(self) -> None:
-        """Note what the curves are like at the first and the last scale."""
+        """Record the properties of the curves at the first and the last scale."""
         zero = torch.zeros(1, dtype=torch.float64, device=self._scale(0.0).device)
         first, last = self.log_noise_scale(1 / self.num_scales, zero), self.log_noise_scale(1.0, zero)
         self._constant = bool(torch.isclose(first, last, rtol=0, atol=1e-9).all())
@@ -133,27 +132,27 @@ class Process(Describable, nn.Module):
     # --- context and operator -----------------------------------------------------------------------------------------
 
     def context(self, x_0: Tensor, generator: Randomness = None) -> Context:
-        """Draw what a sample carries besides its pixels, once per sample; None for processes without a context."""
+        """Return the context of images, drawn once per sample; None for processes without a context."""
         return None
 
     @property
     def has_context(self) -> bool:
-        """Whether samples carry a context, that is, whether the class overrides `context`."""
+        """Return whether samples carry a context, that is, whether the class overrides `context`."""
         return type(self).context is not Process.context
 
     @property
     def is_heat_blur(self) -> bool:
-        """Whether the means are images blurred by the heat equation: diagonal in the DCT basis, without a context."""
+        """Return whether means are images blurred by the heat equation: diagonal in the DCT, without a context."""
         gaussian = self.blur is not None and self.blur.is_gaussian and self.clock is None
         return gaussian and not self.has_context and self._operator.is_diagonal
 
     @property
     def is_scalar(self) -> bool:
-        """Whether all eigenvalues gain the same logSNR from scale to scale, as where only white noise is added."""
+        """Return whether logSNR changes equally at all eigenvalues between scales, as if only white noise is added."""
         return self.blur is None and self.clock is None and (self.color is None or self.color.is_fixed)
 
     def context_from(self, x: Tensor, noise: CounterRNG) -> Context:
-        """Draw the context of given images ``(B, C, H, W)`` in pixels, by the number of each.
+        """Return the context of given images ``(B, C, H, W)`` in pixels, drawn by the number of each.
 
         Raises: UserError for a process whose context does not come from the image itself.
         """
@@ -164,7 +163,7 @@ class Process(Describable, nn.Module):
         return None
 
     def operator(self, context: Context = None) -> Operator:
-        """Return the operator that acts on the samples of this context."""
+        """Return the operator that acts on samples with this context."""
         return self._operator
 
     def steady_state(self, mean: Tensor, context: Context = None) -> Tensor:
@@ -172,17 +171,19 @@ class Process(Describable, nn.Module):
         return mean[..., None, None]
 
     def degree_of(self, *functions: SpectralFunction) -> int:
-        """Return a degree for `Operator.at_degree` that is enough for these functions; 0 where nothing is expanded."""
+        """Return a degree for `Operator.at_degree` sufficient for these functions; 0 where nothing is expanded."""
         return 0
 
     def rehearsal(self, key: Hashable, calls: int) -> AbstractContextManager[bool]:
-        """Return a context in which functions of the operator without a context are learnt, see `operators.degrees`.
+        """Return a context manager in whose body degrees are learnt, see `operators.degrees`.
+
+        They are those of all functions applied by the operator without a context.
 
         Args:
-            key: what is rehearsed, which is done once.
-            calls: number of functions of a kind that will come.
+            key: identifies the work, which is rehearsed once.
+            calls: expected number of functions of each kind.
 
-        Yields: whether to do so: for an operator that expands its functions, and a new `key`.
+        Yields: whether to do the work: True for an operator that expands its functions, and a new `key`.
         """
         return nullcontext(False)
 
@@ -197,14 +198,14 @@ class Process(Describable, nn.Module):
         return Decay(log_scale, None if self.blur is None else self.blur(t), self.min_decay)
 
     def white_signal(self, t: Scale) -> SpectralFunction:
-        """Return w_t^-1 lambda_t, the mean where the noise is made white: w_t(mu) is its colour."""
+        """Return w_t^-1 lambda_t, the signal scale after the noise, of colour w_t(mu), is whitened."""
         t, signal, color = self._scale(t), self.signal(t), self.color
         if color is None:
             return signal
         return LogCurve(lambda mu: signal.log(mu) - color.log(batch_view(t, mu), mu))
 
     def _log_signal(self, t: Tensor, mu: Tensor) -> Tensor:
-        """Return log lambda_t(mu) where it is no `Decay`."""
+        """Return log lambda_t(mu) where lambda_t is not a `Decay`."""
         time = self._time(t, mu)
         log_scale, _ = self.noise(time)
         if self.blur is None:
@@ -215,12 +216,12 @@ class Process(Describable, nn.Module):
         return log_scale + log_left
 
     def _time(self, t: Tensor, mu: Tensor) -> Tensor:
-        """Return the time of each eigenvalue; without a clock t, with trailing dimensions of size one."""
+        """Return the time of each eigenvalue; without a clock it is t, with trailing dimensions of size one."""
         time = batch_view(t, mu)
         return time if self.clock is None else self.clock(time, mu, self._largest)
 
     def log_noise_scale(self, t: Scale, mu: Tensor) -> Tensor:
-        """Return log gamma_t(mu), -inf without noise. Trailing dimensions of size one: the same for every mu."""
+        """Return log gamma_t(mu), -inf without noise; trailing dimensions have size one if it does not depend on mu."""
         t = as_scale(t, mu)
         _, log_noise = self.noise(self._time(t, mu))
         return log_noise if self.color is None else log_noise + self.color.log(batch_view(t, mu), mu)
@@ -228,7 +229,7 @@ class Process(Describable, nn.Module):
     def rates(self, t: Scale, mu: Tensor) -> tuple[Tensor, Tensor]:
         """Return d lambda_t(mu) / dt and d gamma_t(mu) / dt for t > 0, float64, in the shapes of the curves.
 
-        Derivatives from the left, since curves have knots: lists at each scale, others at the first.
+        The derivatives are taken from the left, since curves have knots: lists at each scale, others at the first.
         """
         t = as_scale(t, mu) * (1 - 1e-9)
 
@@ -255,7 +256,7 @@ class Process(Describable, nn.Module):
         return 2 * (self.signal(as_scale(t, mu)).log(mu) - self.log_noise_scale(t, mu))
 
     def has_constant_noise(self) -> bool:
-        """Return whether gamma is the same at all scales but 0 (or 0 at all), so that only blur tells them apart."""
+        """Return whether gamma is the same at all scales but 0 (or 0 at all), so that only blur distinguishes them."""
         return self._constant
 
     def has_noise(self) -> bool:
@@ -264,7 +265,7 @@ class Process(Describable, nn.Module):
 
     @property
     def mean_left(self) -> float:
-        """lambda_1 / gamma_1 at mu = 0, the mean intensity left at scale 1 in units of its noise; inf without noise."""
+        """Return lambda_1 / gamma_1 at mu = 0: the mean intensity left at scale 1 over its noise, inf without noise."""
         return self._mean_left
 
     # --- models -------------------------------------------------------------------------------------------------------
@@ -272,8 +273,8 @@ class Process(Describable, nn.Module):
     def default_prior(self) -> str:
         """Return the kind of prior that fits: "gaussian", "data", "guidance" or "context", see `priors`.
 
-        "context" for a process with one; "data" if the process blurs and leaves more than 2 % of the mean intensity at
-        scale 1, in units of its noise.
+        It is "context" for a process with one, and "data" if the process blurs and leaves more than 2 % of the mean
+        intensity at scale 1, relative to its noise.
         """
         if self.has_context:
             return "context"
@@ -281,7 +282,7 @@ class Process(Describable, nn.Module):
 
     @property
     def condition(self) -> str | None:
-        """Name of what likelihoods are conditioned on: the context, where the model has no law of it; else None."""
+        """Return the name of the condition of likelihoods: the context, if the model has no law for it, else None."""
         return "context" if self.has_context else None
 
     # --- laws ---------------------------------------------------------------------------------------------------------
@@ -314,7 +315,7 @@ class Process(Describable, nn.Module):
         Args:
             y_0: images ``(B, C, H, W)`` in whitened coordinates.
             white: eps, white noise ``(B, C, H, W)``.
-            operator: L, as `operator` gives it for the images' context.
+            operator: L, as `operator` returns it for the images' context.
         """
         return operator.apply(self.signal(as_scale(t, y_0)), y_0) + self.noise_at(t, white, operator)
 
@@ -333,7 +334,7 @@ class Process(Describable, nn.Module):
     ) -> Tensor:
         """Draw one Markov path at the scales `ts`, ascending in [0, 1], Eq. (2): ``(len(ts), B, C, H, W)``.
 
-        Without noise there is one path only, the means; all of them come from one sweep.
+        Without noise the only path is that of the means, all of which come from one sweep.
 
         Raises: UserError if `ts` is empty, unsorted or leaves [0, 1].
         """
@@ -371,13 +372,13 @@ class Process(Describable, nn.Module):
         return (total.squeeze(-1) if t.ndim else total) + volume
 
     def _scale(self, t: Scale) -> Tensor:
-        """Return t as a tensor; a Python number is put on the device of the curves' tables."""
+        """Return t as a tensor; a Python number is placed on the device of the curves' tables."""
         return as_scale(t, next(self.buffers(), None))
 
     # --- construction -------------------------------------------------------------------------------------------------
 
     def _probes(self) -> Tensor:
-        """Return eigenvalues ``(M,)`` that span the spectrum, float64; one where there is only one."""
+        """Return eigenvalues ``(M,)`` that span the spectrum, float64; only 0 where L = 0."""
         largest = self._operator.eigenvalues(64, 64).max().item()
         return torch.linspace(0, 1, 24, dtype=torch.float64) ** 3 * largest if largest > 0 else torch.zeros(1).double()
 

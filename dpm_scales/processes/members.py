@@ -1,6 +1,4 @@
-r"""The members: each an operator and two schedules.
-
-Members differ in their operator and schedules alone:
+r"""The concrete processes, which differ only in their operator and their two schedules:
 
 | process | lambda_t(mu) | gamma_t(mu) |
 |---|---|---|
@@ -13,8 +11,8 @@ Members differ in their operator and schedules alone:
 | Warm | exp(-mu (b sigma_t)^2 / 2) | sigma_t |
 | BlurringChain, Eq. (36) | prod exp(-mu dT) | gamma_k^2 = exp(-2 mu dT) gamma_{k-1}^2 + beta_k^2 |
 
-The noise of VP, VE, Blurring, InverseHeat and Spectral may have a colour, their eigenvalues a clock; VP and VE are then
-processes of the heat operator that does not blur.
+The noise of VP, VE, Blurring, InverseHeat and Spectral can have a colour, and their eigenvalues a clock; VP and VE then
+use the heat operator, without blur.
 """
 
 from __future__ import annotations
@@ -154,14 +152,15 @@ class Blurring(Process):
 
 
 class Spectral(Process):
-    """Any curves on the heat operator: signal and noise, blur, colour of the noise, and clock, each by itself.
+    """Any curves on the heat operator: signal and noise, blur, colour of the noise, and clock, chosen independently.
 
-    Flow matching (`Rectified`), HDFM (`Rectified` and `FlowBlur`), EqualSNR (`DataPower`), SAGD (`PowerLaw`), Flicker
-    (`Kernel`), low-pass flow (`LowPass`), GUD (`SpectralClock`) and scale-space diffusion (`CutOff`) are configs of it.
+    Flow matching (`Rectified`), HDFM (`Rectified` and `FlowBlur`), EqualSNR (`DataPower`), SAGD (`PowerLaw`),
+    Flicker-DDPM (`KernelColor`), low-pass flow (`LowPass`), GUD (`SpectralClock`) and scale-space diffusion (`CutOff`)
+    are configs of it.
 
     Args:
         num_scales, noise, blur, min_decay, value_range, color, clock: as for `Process`.
-        spectrum: of the heat operator, "continuous" or "discrete".
+        spectrum: spectrum of the heat operator, "continuous" or "discrete".
 
     Raises: UserError as `Process` does.
     """
@@ -185,9 +184,9 @@ class Warm(Process):
     """Blur in proportion to the noise: blur_sigma = b gamma_t px (Warm Diffusion, arXiv 2511.16904).
 
     Args:
-        blur_ratio: b >= 0 px per unit of noise; 0 is VE, published 0.5 to 2.
-        num_scales, noise, value_range, color: as for `Process`; `noise` by default EDM's levels.
-        spectrum: of the heat operator, "continuous" or "discrete".
+        blur_ratio: b >= 0 px per unit of noise; 0 gives VE; published values are 0.5 to 2.
+        num_scales, noise, value_range, color: as for `Process`; by default `noise` has EDM's levels.
+        spectrum: spectrum of the heat operator, "continuous" or "discrete".
 
     Raises: UserError as `Process` does.
     """
@@ -211,7 +210,7 @@ class BlurringChain(Process):
 
     So gamma_k^2(mu) = exp(-2 mu dT_k) gamma_{k-1}^2 + beta^2: it grows without bound at mu = 0 and converges elsewhere
     (the corrected Prop. 10); where the steps of T grow it even falls, so no Lyapunov property is promised.
-    Scales between k and k + 1 take a part of the step: T from the schedule, beta^2 in proportion.
+    Scales between k and k + 1 take a fraction of the step: T from the schedule, beta^2 in proportion.
     """
 
     lyapunov: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-r"""Processes of the osmosis operator: each is a process of the heat operator with a guidance image for every sample.
+r"""Processes of the osmosis operator, each the counterpart of a heat process, with a guidance image for every sample.
 
 | process | curves of | noise in pixels | guidance image v, per image and channel |
 |---|---|---|---|
@@ -7,16 +7,16 @@ r"""Processes of the osmosis operator: each is a process of the heat operator wi
 | OsmosisDiffusion | Blurring | sqrt(v) gamma_t, v of mean one | clip(m + 0.1 N(0, 1), 1e-2, 1) |
 
 m is the mean intensity of the image, in units where black is 0 and white is 1. The guidance image is the process's
-context: drawn once per sample, handed to the operator, and to the network as the channels v - 1. A constant v
+context: drawn once per sample, passed to the operator, and to the network as the channels v - 1. A constant v
 (`guidance_noise=0`) gives the heat operator's process with the discrete spectrum.
 
 Instead of white noise the guidance may be a smooth field, or one of flat regions with edges (`guidance_pattern`). It is
-drawn independently of what the image shows, so it is no condition: the reverse process has the data's law for each v.
+drawn independently of the image's content, so it is not a condition: the reverse process has the data's law for each v.
 
-With `guidance_image` the guidance is an image s, blurred: v = clip(m + s - mean(s) + 0.1 N(0, 1), ...). Where s is the
-image itself ("own"), osmosis goes from it towards what v shows, and the reverse process draws from the law of images
-given v: whoever chooses v chooses what is drawn. Where s is another image of the batch ("other"), it is no condition.
-Osmosis keeps signs, so that the steady state shows v only where intensities are positive: `value_range=[0,1]`.
+With `guidance_image` the guidance is a blurred image s: v = clip(m + s - mean(s) + 0.1 N(0, 1), ...). If s is the image
+itself ("own"), osmosis evolves it towards v, and the reverse process draws from the law of images given v: the choice
+of v determines what is drawn. If s is another image of the batch ("other"), it is not a condition. Osmosis preserves
+signs, so the steady state resembles v only where intensities are positive: use `value_range=[0,1]`.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from dpm_scales.schedules import (
 
 
 class Osmosis(ExpandedProcess):
-    """A process of the osmosis operator; without a context it is that of constant guidance.
+    """A process of the osmosis operator; without a context, that of a constant guidance image.
 
     Args:
         num_scales, noise, blur, min_decay, value_range, color: as for `Process`.
-        guidance: how guidance images are drawn; members take its values as `guidance_*`.
+        guidance: how guidance images are drawn; subclasses take its values as `guidance_*`.
         tolerance: as for `ExpandedProcess`.
 
     Raises: UserError as `Process` does, and for values out of range.
@@ -93,7 +93,7 @@ class Osmosis(ExpandedProcess):
         return "guidance image" if self.guidance.image == "own" else None
 
     def guidance_detail(self, images: Tensor) -> Tensor | None:
-        """Return what images ``(B, C, H, W)`` guide with, zero-mean, white is 1; None if images don't guide."""
+        """Return the zero-mean detail with which images ``(B, C, H, W)`` guide (white is 1); None if they don't."""
         return None if self.guidance.image == "none" else self.guidance.detail(self._unit(images))
 
     def draw_guidance(self, mean: Tensor, white: Tensor, detail: Tensor | None = None) -> Tensor:
@@ -102,7 +102,7 @@ class Osmosis(ExpandedProcess):
         Args:
             mean: mean intensities ``(B, C)`` in the value range.
             white: white noise ``(B, C, H, W)``.
-            detail: as `guidance_detail` gives it.
+            detail: as `guidance_detail` returns it.
         """
         return self.guidance.draw(self._unit(mean), white, detail)
 
@@ -115,7 +115,10 @@ class Osmosis(ExpandedProcess):
         return self._operator if context is None else OsmosisOperator(context, validate=False, degrees=self.degrees)
 
     def context_features(self, context: Context) -> Context:
-        """Return v - 1, with v of mean one; None if the network does not see it. Raises UserError without a context."""
+        """Return v - 1, v of mean one, ``(B, C, H, W)``; None if the network does not see it.
+
+        Raises: UserError without a context.
+        """
         if self.context_channels == 0:
             return None
         if context is None:
@@ -123,7 +126,7 @@ class Osmosis(ExpandedProcess):
         return _mean_one(context) - 1
 
     def steady_state(self, mean: Tensor, context: Context = None) -> Tensor:
-        """Return v mean, with v of mean one."""
+        """Return v times `mean`, v of mean one."""
         flat = super().steady_state(mean)
         return flat if context is None else _mean_one(context) * flat
 
@@ -182,9 +185,9 @@ class InverseOsmosis(Osmosis):
 
 
 class OsmosisDiffusion(Osmosis):
-    """Osmosis and scheduled noise: the counterpart of blurring diffusion in marginal form.
+    """Osmosis with scheduled noise: the counterpart of blurring diffusion in marginal form.
 
-    Gaussian noise and drift-diffusion between the pixels at once, the two readings of the Fokker-Planck equation
+    It combines Gaussian noise with drift-diffusion between the pixels: the two readings of the Fokker-Planck equation
     (Sect. 6, Peter 2024) in one process.
     """
 

@@ -1,4 +1,4 @@
-"""Scales, the functions of mu that lead from one to another and back, and the Gaussians that they give."""
+"""Scales, the functions of mu that lead from one to another and back, and the resulting Gaussians."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Curves(Protocol):
 
     @property
     def clock(self) -> Clock | None:
-        """The time of each eigenvalue, or None for the same time."""
+        """Return the time of each eigenvalue, or None if all have the same."""
 
     def signal(self, t: Tensor) -> Decay | LogCurve:
         """Return lambda_t as a spectral function."""
@@ -100,11 +100,11 @@ class Step:
         return -torch.expm1(-2 * self.half_log_snr_gain(mu).clamp(min=0))
 
     def posterior_coef_xt(self, mu: Tensor) -> Tensor:
-        """Return a = gamma_s sqrt(1 - tau) / gamma_t = rho gamma_s^2 / gamma_t^2, the weight of y_t in its mean."""
+        """Return a = gamma_s sqrt(1 - tau) / gamma_t = rho gamma_s^2 / gamma_t^2, the weight of y_t in the mean."""
         return torch.exp(self.log_rho(mu) + 2 * self._log_noise_ratio(mu))
 
     def posterior_coef_x0(self, mu: Tensor) -> Tensor:
-        """Return lambda_s - a lambda_t = lambda_s tau, without the cancellation, the weight of y_0."""
+        """Return lambda_s - a lambda_t = lambda_s tau, the weight of y_0 in the mean, without cancellation."""
         return self.signal_s(mu) * self.tau(mu)
 
     def posterior_std(self, mu: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Step:
     def _log_noise_ratio(self, mu: Tensor) -> Tensor:
         """Return log(gamma_s / gamma_t); -inf where scale s has no noise, and by convention where neither has.
 
-        Where a clock has not started at either scale, y is the image already and stays: the ratio is 1.
+        Where a clock has not started at either scale, y is still the image at both: the ratio is 1.
         """
         log_s, log_t = self.process.log_noise_scale(self.s, mu), self.process.log_noise_scale(self.t, mu)
         ratio = torch.where(torch.isneginf(log_s), log_s, log_s - log_t)

@@ -1,4 +1,4 @@
-"""The base of all schedules: checks of their arguments, the number of scales, tables."""
+"""Base class of all schedules: checks of their arguments, the number of scales, tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, is_number, require, require_positive
 
 LOWEST, HIGHEST = math.log(1e-5), math.log(20.0)
-"""Ends of curves of log mu: from the lowest frequency of a side of 1000 px to the highest of any image."""
+"""Range of curves over log mu: from the lowest frequency of an image side of 1000 px to the highest of any image."""
 
 
 def require_ordered(owner: object, low: str, low_value: float, high: str, high_value: float) -> None:
@@ -84,7 +84,7 @@ def on_log_knots(values: Tensor, mu: Tensor) -> Tensor:
 
 
 class Float64Module(nn.Module):
-    """A module whose buffers follow a model to its device, but stay float64 when it is cast."""
+    """A module whose buffers move with the model to its device, but stay float64 when the model is cast."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float64Module:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -97,7 +97,7 @@ class Float64Module(nn.Module):
 
 
 class Schedule(Describable, Float64Module, ABC):
-    """A curve of t. `bind` is called once by the process that owns it; lists are checked and tabulated there."""
+    """A curve of t. The process that owns it calls `bind` once, which checks and tabulates lists."""
 
     knots: Tensor
     num_scales: int = 0
@@ -105,7 +105,7 @@ class Schedule(Describable, Float64Module, ABC):
     def bind(self, num_scales: int) -> None:
         """Fix the number of scales.
 
-        Raises: UserError if a list has another length, or if the schedule belongs to a process of another length.
+        Raises: UserError if a list has another length, or if the schedule is bound to another number of scales.
         """
         require(
             self.num_scales in (0, num_scales),
@@ -115,7 +115,7 @@ class Schedule(Describable, Float64Module, ABC):
         self.num_scales = num_scales
 
     def _tabulate(self, values: Sequence[float] | Tensor) -> None:
-        """Register knots at k / num_scales, k = 0..num_scales."""
+        """Register the values of the curve at the knots k / num_scales, k = 0..num_scales."""
         table = torch.as_tensor(values, dtype=torch.float64)
         self.register_buffer("knots", table, persistent=False)
 
@@ -126,7 +126,7 @@ class Schedule(Describable, Float64Module, ABC):
         return torch.lerp(self.knots.take(index), self.knots.take(index + 1), position - index)
 
     def _progress(self, t: Tensor) -> Tensor:
-        """Return the position of t from 0 at k = 1 to 1 at t = 1; 1 if there is one scale only."""
+        """Return the position of t from 0 at k = 1 to 1 at t = 1; 1 if there is only one scale."""
         first = 1 / self.num_scales
         return ((t - first) / (1 - first)).clamp(0, 1) if self.num_scales > 1 else torch.ones_like(t)
 
@@ -144,7 +144,7 @@ class Schedule(Describable, Float64Module, ABC):
         )
 
     def _log_ramp_squared(self, t: Tensor, low: float, high: float) -> Tensor:
-        """Return the square of a value log-spaced from `low` at k = 1 to `high` at t = 1; linear from 0 before it."""
+        """Return the square of a value log-spaced from `low` at k = 1 to `high` at t = 1; it starts linearly from 0."""
         t = t.to(torch.float64)
         ramp = 2 * (math.log(low) + self._progress(t) * math.log(high / low))
         return torch.exp(ramp) * self._before_first(t)

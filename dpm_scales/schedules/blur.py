@@ -17,7 +17,7 @@ from dpm_scales.schedules.noise import NoiseSchedule
 class BlurSchedule(Schedule):
     """Dissipation time T(t) in px^2 (blur_sigma^2 / 2), non-decreasing, 0 at t = 0."""
 
-    #: the blur is exp(-mu T), of a Gaussian; otherwise `log_factor` says what it is
+    #: whether the blur is the Gaussian factor exp(-mu T); otherwise `log_factor` defines it
     is_gaussian: bool = True
 
     @abstractmethod
@@ -25,7 +25,7 @@ class BlurSchedule(Schedule):
         """Return T(t) in px^2, float64, of the shape of the scales t in [0, 1]."""
 
     def log_factor(self, t: Tensor, mu: Tensor) -> Tensor:
-        """Return the log of what is left of each eigenvalue, before d_min, float64.
+        """Return the log of the factor that blur applies at each eigenvalue, before d_min, float64.
 
         Args:
             t: scales that broadcast against mu, ``(1, ...)`` or ``(B, 1, ...)``.
@@ -73,7 +73,7 @@ class FlowBlur(BlurSchedule):
     """T(t) = ln(1 / (1 - t)) / 2 px^2, so that (1 - t) exp(-mu T) = (1 - t)^(1 + mu / 2) (HDFM, arXiv 2605.19371).
 
     Args:
-        signal_min: 1 - t at the end, as `Rectified` has it; 1e-4 is a blur sigma of 3.03 px.
+        signal_min: value of 1 - t at the end, as in `Rectified`; 1e-4 gives a blur sigma of 3.03 px.
     """
 
     def __init__(self, signal_min: float = 1e-4) -> None:
@@ -90,7 +90,7 @@ class NoiseBlur(BlurSchedule):
     """blur_sigma(t) = ratio gamma_t, in proportion to the noise (Warm Diffusion, arXiv 2511.16904).
 
     Args:
-        noise: the process's noise schedule; `Warm` hands it over.
+        noise: the process's noise schedule; `Warm` passes it on.
         ratio: b >= 0 px per unit of noise, the blur-to-noise ratio.
     """
 
@@ -109,10 +109,10 @@ class NoiseBlur(BlurSchedule):
 
 
 class CutOff(BlurSchedule):
-    """An ideal low-pass: frequencies above a cut-off that falls with t keep d_min alone (arXiv 2603.08709).
+    """An ideal low-pass: frequencies above a cut-off that falls with t keep only d_min (arXiv 2603.08709).
 
     The cut-off is omega_c(t) = sqrt(2) pi 2^(-levels t), from the highest frequency of the grid down by `levels`
-    octaves. T(t) is that of the Gaussian that halves omega_c.
+    octaves. T(t) is that of the Gaussian blur with the factor 1/2 at omega_c.
 
     Args:
         levels: octaves lost at t = 1, > 0.
@@ -126,7 +126,7 @@ class CutOff(BlurSchedule):
         self.levels = float(levels)
 
     def cut_off(self, t: Tensor) -> Tensor:
-        """Return mu_c(t) in 1/px^2."""
+        """Return the cut-off mu_c(t) = omega_c(t)^2 in 1/px^2."""
         return 2 * math.pi**2 * torch.exp2(-2 * self.levels * t.to(torch.float64))
 
     def forward(self, t: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class CutOff(BlurSchedule):
 
 
 class _ListedBlur(BlurSchedule):
-    """Knots of T, one per scale."""
+    """Dissipation times from a list, one value per scale."""
 
     values: list[float]
     argument: str

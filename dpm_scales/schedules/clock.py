@@ -1,4 +1,4 @@
-r"""Clocks: each frequency at a time of its own, lambda_t(mu) = a(t_mu), gamma_t(mu) = gamma(t_mu)."""
+r"""Clocks: a separate time for each frequency, lambda_t(mu) = a(t_mu), gamma_t(mu) = gamma(t_mu)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Clock(Describable, ABC):
         Args:
             t: scales that broadcast against mu, ``(1, ...)`` or ``(B, 1, ...)``.
             mu: eigenvalues.
-            largest: bound of the operator's spectrum.
+            largest: upper bound on the operator's spectrum.
         """
 
 
 class SpectralClock(Clock):
     r"""t_mu = clamp((1 + b) t - b (1 - sqrt(mu / mu_max)), 0, 1): fine detail is lost first (GUD, arXiv 2410.02667).
 
-    b = 0 is the same time for all; b to infinity is one frequency after another, autoregression over scales.
+    b = 0 gives all frequencies the same time; as b grows they are lost one after another: autoregression over scales.
 
     Args:
         spread: b >= 0.

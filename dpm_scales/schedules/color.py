@@ -1,9 +1,9 @@
 r"""Colours: the spectrum of the noise, w_t(mu) in gamma_t(mu) = gamma_t w_t(mu).
 
-Energy and shape are independent. With `energy="unit"` w is divided by the root of its mean square over the spectrum of
-an image, so that a pixel has as much noise as with white noise at the same t; `energy="published"` leaves w as the
-formula gives it. The spectrum is that of the size that the process is bound to (`Process.bind_size`), which is the size
-of the training images; before that, that of 64 x 64 pixels.
+Energy and shape are independent. With `energy="unit"` w is divided by its root mean square over the spectrum of an
+image, so that a pixel has as much noise as with white noise at the same t; `energy="published"` uses w as the formula
+gives it. The spectrum is that of the image size to which the process is bound (`Process.bind_size`), the size of the
+training images; until then it is that of 64 x 64 pixels.
 
 | class | w(mu), r = sqrt(mu) / 2 pi cycles per pixel | source |
 |---|---|---|
@@ -14,8 +14,8 @@ of the training images; before that, that of 64 x 64 pixels.
 | LowPass | exp(-mu time (1 - t)) | Low-Pass Flow Matching, arXiv 2606.02177 |
 | ListedColor | any numbers, log-linear between the frequencies listed | |
 
-A colour that does not change with t leaves the law that of white noise: w(L)^-1 y obeys the white process, with the
-data w(L)^-1 y_0.
+A colour that does not change with t reduces to white noise: w(L)^-1 y obeys the white process, with the data
+w(L)^-1 y_0.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class Color(Describable, Float64Module, ABC):
     """The spectrum of noise. A subclass defines `log_shape`.
 
     Args:
-        energy: "unit" for a mean of w^2 of 1 over the spectrum of an image, "published" for the formula's own.
+        energy: "unit" to normalise the mean of w^2 over the spectrum of an image to 1, "published" for the formula's.
     """
 
-    #: w is the same at every t > 0
+    #: whether w is the same at every t > 0
     is_fixed: bool = True
-    #: w is measured from training images, see `fit`
+    #: whether w is measured from training images, see `fit`
     learns: bool = False
-    #: what to change where w is too uneven, as the end of a message
+    #: what to change if w is too uneven, as the end of an error message
     remedy: str = "bring its weights closer together"
     spectrum: Tensor
     fixed_energy: Tensor
@@ -69,7 +69,7 @@ class Color(Describable, Float64Module, ABC):
 
     @abstractmethod
     def log_shape(self, t: Tensor, mu: Tensor) -> Tensor:
-        """Return log w_t(mu) up to the energy's factor, float64.
+        """Return log w_t(mu), before normalisation by `energy`, float64.
 
         Args:
             t: scales that broadcast against mu, ``(1, ...)`` or ``(B, 1, ...)``; a fixed colour ignores them.
@@ -98,7 +98,7 @@ class Color(Describable, Float64Module, ABC):
         return log_mean.reshape(-1, 1, *ones) if log_mean.numel() > 1 else log_mean.reshape(ones)
 
     def bind_spectrum(self, mu: Tensor) -> None:
-        """Take the eigenvalues of the images, of any shape, as the spectrum that `energy` refers to.
+        """Set the spectrum to which `energy` refers to the eigenvalues mu of the images, of any shape.
 
         Raises: UserError for a colour that vanishes or overflows there.
         """
@@ -129,11 +129,11 @@ class Color(Describable, Float64Module, ABC):
             self.fixed_energy = self.log_energy(torch.ones_like(self.spectrum[:1]), 0)
 
     def fit(self, power: Power) -> None:  # noqa: B027 - most colours are formulas
-        """Take the data's power P(mu), where the colour `learns`."""
+        """Fit w to the data's power P(mu), if the colour `learns`; otherwise do nothing."""
 
 
 class WhiteColor(Color):
-    """WhiteColor noise: w = 1."""
+    """White noise: w = 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class PowerLaw(Color):
 class DataPower(Color):
     """w = P(mu)^exponent, P the power of the training images; at 1/2 all frequencies have the same SNR (EqualSNR).
 
-    White until `fit`, which training calls before its first step; the curve is stored with the model's weights.
+    White until training calls `fit` before its first step; the curve is stored with the model's weights.
 
     Args:
         exponent: 0.5 for equal SNR (arXiv 2505.11278).
@@ -203,16 +203,16 @@ class KernelColor(Color):
 
     w^2 is the cosine series of that kernel along an axis, S_k = sum over dx, dy of C(d) cos(pi k dx / N) with |dx|,
     |dy| <= N = `extent`, the ends counted half, clipped at a small positive number; linear in sqrt(mu) between the
-    frequencies pi k / N. A function of mu alone, so noise of the same radial frequency has the same power in every
+    frequencies pi k / N. It depends on mu alone, so noise of the same radial frequency has the same power in every
     direction, and the covariance is the kernel's up to the grid's anisotropy.
 
     Args:
-        decay: eta > 0; published 0.20.
-        extent: N, largest distance of the series in px; the published series has that of the image.
+        decay: eta > 0; published as 0.20.
+        extent: N, largest distance of the series in px; the published series uses that of the image.
     """
 
     FLOOR = 1e-6
-    """Least power, in units of that of the mean intensity."""
+    """Lowest power, relative to that of the mean intensity."""
     log_series: Tensor
 
     def __init__(self, decay: float = 0.2, extent: int = 32, energy: str = "unit") -> None:
@@ -238,7 +238,7 @@ class LowPass(Color):
     """w_t = exp(-mu time (1 - t)): noise that loses its high frequencies towards the image, white at t = 1.
 
     Args:
-        time: dissipation time at t = 0 in px^2, > 0 (arXiv 2606.02177 leaves the kernel open; a Gaussian is taken).
+        time: dissipation time at t = 0 in px^2, > 0 (arXiv 2606.02177 leaves the kernel open; this is a Gaussian).
     """
 
     is_fixed = False

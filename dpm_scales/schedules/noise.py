@@ -1,4 +1,4 @@
-"""Noise schedules: signal and noise of the eigenvalue 0."""
+"""Noise schedules: signal and noise scales at the eigenvalue 0."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from dpm_scales.schedules.base import Schedule, numbers_of, require_ordered
 
 
 class NoiseSchedule(Schedule):
-    """Signal and noise of the eigenvalue 0.
+    """Signal and noise scales a_t and gamma_t at the eigenvalue 0.
 
     Scale 0 is the image: a_0 = 1 and gamma_0 = 0, log gamma_0 = -inf.
     """
 
     @abstractmethod
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log a_t and log gamma_t, float64, of the shape of the scales t in [0, 1]; a_t does not increase."""
+        """Return log a_t and log gamma_t, float64, of the shape of the scales t in [0, 1]; a_t never increases."""
 
 
 class _LogSNR(NoiseSchedule):
     """Variance preserving, a^2 + gamma^2 = 1, given by logSNR = log(a^2 / gamma^2).
 
-    Published curves end at t = 0 with a finite logSNR, a little noise and a < 1. They hold from the first scale of the
-    chain on, k >= 1; before it gamma^2 / a^2 falls linearly to 0, so that scale 0 is the image.
+    Published curves end at t = 0 with a finite logSNR, a little noise and a < 1. They apply from the first scale of the
+    chain, k >= 1; before it gamma^2 / a^2 falls linearly to 0, so that scale 0 is the image.
     """
 
     @abstractmethod
@@ -42,10 +42,10 @@ class _LogSNR(NoiseSchedule):
 
 
 class CosineLogSNR(_LogSNR):
-    """logSNR(t) = -2 log tan(a + t (b - a)), from `logsnr_max` towards t = 0 to `logsnr_min` at t = 1.
+    """logSNR(t) = -2 log tan(a + t (b - a)), a and b such that it falls from `logsnr_max` to `logsnr_min` at t = 1.
 
     Args:
-        logsnr_min, logsnr_max: the ends, in nats.
+        logsnr_min, logsnr_max: logSNR at both ends before the shift, in nats.
         shift: factor on the signal-to-noise amplitude, 32 / d for d-pixel images ("simple diffusion").
     """
 
@@ -111,7 +111,7 @@ class ConstantBeta(ListedBeta):
 
     Args:
         beta: standard deviation of the noise of one step, in (0, 1).
-        steps: how many steps of the chain lead from 0 to each scale, ascending; None for one step a scale.
+        steps: number of steps of the chain from 0 to each scale, ascending; None for one step per scale.
     """
 
     def __init__(self, beta: float = 0.1, steps: Sequence[float] | None = None) -> None:
@@ -128,12 +128,12 @@ class ConstantBeta(ListedBeta):
         log_keep = math.log1p(-(self.beta**2))
         taken = [b - a for a, b in zip([0.0, *steps], steps, strict=False)]
         self.betas = [math.sqrt(-math.expm1(number * log_keep)) for number in taken]
-        # not from the betas: that of thousands of steps rounds to 1
+        # not from the betas: the beta of thousands of steps rounds to 1
         self._tabulate([0.0, *(0.5 * log_keep * k for k in steps)])
 
 
 class LinearBeta(ListedBeta):
-    """DDPM's: beta_k^2 linear from `ddpm_beta_min` to `ddpm_beta_max` (Ho et al. 2020: 1e-4 to 0.02, 1000 scales)."""
+    """DDPM's chain: beta_k^2 linear from `ddpm_beta_min` to `ddpm_beta_max` (Ho et al. 2020: 1e-4, 0.02, K = 1000)."""
 
     def __init__(self, ddpm_beta_min: float = 1e-4, ddpm_beta_max: float = 0.02) -> None:
         require_ordered(self, "ddpm_beta_min", ddpm_beta_min, "ddpm_beta_max", ddpm_beta_max)
@@ -149,11 +149,11 @@ class LinearBeta(ListedBeta):
 class Rectified(NoiseSchedule):
     """Flow matching's straight path: a_t = 1 - t, gamma_t = t (Lipman et al. 2023; Liu et al. 2023).
 
-    a_t is 1 - (1 - signal_min) t: logSNR stays finite at t = 1, where y_1 is the noise to within `signal_min` of the
-    image, far below float32's resolution by default.
+    Here a_t = 1 - (1 - signal_min) t, so that logSNR stays finite at t = 1, where y_1 is noise plus `signal_min` times
+    the image, by default far below float32's resolution.
 
     Args:
-        signal_min: a_1, in (0, 1); 1e-4 for paths that end before pure noise, as HDFM's (arXiv 2605.19371).
+        signal_min: a_1, in (0, 1); 1e-4 for paths that end before pure noise, as in HDFM (arXiv 2605.19371).
     """
 
     def __init__(self, signal_min: float = 1e-12) -> None:
@@ -168,7 +168,7 @@ class Rectified(NoiseSchedule):
 
 
 class _Exploding(NoiseSchedule):
-    """a = 1: only the noise grows, gamma_t^2 given by `variance`."""
+    """Variance exploding, a = 1: only the noise grows, gamma_t^2 given by `variance`."""
 
     @abstractmethod
     def variance(self, t: Tensor) -> Tensor: ...
