@@ -2,7 +2,7 @@
 
 degradations   y = A x + sigma eps: known pixels, blur, block averages
 consistent     a denoiser conditioned on y
-latents        images as states at a scale: noised, encoded, in between, with shared noise
+latents        images as states at a scale: noised, encoded, interpolated, with shared noise
 """
 
 from __future__ import annotations

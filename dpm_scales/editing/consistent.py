@@ -1,20 +1,20 @@
 r"""A denoiser conditioned on a degraded image: y = A x_0 + sigma eps.
 
-The network estimates E[x_0 | x_t]. Were p(x_0 | x_t) Gaussian with the covariance C_t, then
+The network estimates E[x_0 | x_t]. If p(x_0 | x_t) were Gaussian with the covariance C_t, then
 
     E[x_0 | x_t, y] = x_0-hat + C_t A' (A C_t A' + sigma^2)^-1 (y - A x_0-hat),      x_0-hat = E[x_0 | x_t]
 
 and the reverse process with that estimate would end in p(x_0 | y). C_t is approximated by that of Gaussian data with
-the spectrum P(mu) of the training images (`spectrum`),
+the power spectrum P(mu) of the training images (`spectrum`),
 
     C_t = P gamma_t^2 / (lambda_t^2 P + gamma_t^2)
 
 "spectrum": a known pixel informs about its neighbours as far as images are smooth and x_t is less informative.
-"white": P is one number, C_t a multiple of 1, and the estimate is x_0-hat with the known part replaced (DDNM, Wang et
-al. 2023; PiGDM with the identity for a covariance, Song et al. 2023). Both are exact where their P is that of Gaussian
-data. Without noise, sigma = 0, a projection makes A x_0-hat = y hold to rounding.
+"white": P is one number, C_t a multiple of the identity, and the estimate is x_0-hat with the known part replaced
+(DDNM, Wang et al. 2023; PiGDM with the identity as covariance, Song et al. 2023). Both are exact for Gaussian data with
+that P. Without noise, sigma = 0, a projection enforces A x_0-hat = y up to rounding.
 
-Every sampler accepts it, since it is a denoiser. `Resampling` adds RePaint's steps back (Lugmayr et al. 2022).
+Every sampler accepts it, since it is a denoiser. `Resampling` adds RePaint's steps back up (Lugmayr et al. 2022).
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Consistent(BaseDenoiser):
     """The denoiser's estimates, conditioned on a degraded image.
 
     Args:
-        denoiser: the unconditioned one.
+        denoiser: the unconditional denoiser.
         degradation: A.
-        observed: y, in the process's value range, as A gives it: ``(B, C, h, w)``.
+        observed: y, in the process's value range, of the shape that A returns, ``(B, C, h, w)``.
         noise_std: sigma >= 0, in units of the value range; 0 makes A x = y exact.
-        covariance: "spectrum" or "white", or P(mu) as a function of its own.
+        covariance: "spectrum" or "white", or a function P(mu).
 
     Raises: UserError for another covariance, and for a network whose output does not determine x_0.
     """
@@ -92,7 +92,7 @@ class Consistent(BaseDenoiser):
         return wiener_error(self.process.signal_scale(t, mu), self.power(mu), noise)
 
     def first_guess(self, noise: CounterRNG, size: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Draw from the Gaussian model's posterior given y by Matheron's rule: x + G (y - A x - sigma eps).
+        """Draw from the Gaussian model's posterior given y, by Matheron's rule: x + G (y - A x - sigma eps).
 
         Args:
             size: (C, H, W).
@@ -121,7 +121,9 @@ def restore(
 ) -> Tensor:
     """Draw images whose degradation is the denoiser's observation: ``(B, C, H, W)`` in pixels.
 
-    The sampler starts at ``scales[0]``, from the noised draw of `Consistent.first_guess`.
+    The sampler starts at ``scales[0]``, from a noised draw of `Consistent.first_guess`.
+
+    Raises: UserError for a sampler with an optimal covariance.
     """
     check_covariance(sampler)
     process = denoiser.process
@@ -132,14 +134,16 @@ def restore(
 
 
 class Resampling(Sampler):
-    """RePaint's resampling: after each step to s return to t by the process itself, and repeat the step.
+    """RePaint's resampling: after each step to s, return to t by the forward process and repeat the step.
 
-    This harmonises known and generated parts (Lugmayr et al. 2022, with jumps of one step). Multistep samplers take
-    their first-order step, without finished ones, and churn is left out, since repeated steps invalidate both.
+    This harmonises known and generated parts (Lugmayr et al. 2022, with jumps of one step). Multistep samplers fall
+    back to their first-order step, and churn is left out, since repeated steps invalidate both.
 
     Args:
-        sampler: defines the steps.
+        sampler: the sampler that defines the steps.
         repeats: how often each step is repeated, >= 0.
+
+    Raises: UserError for other values of `repeats`.
     """
 
     def __init__(self, sampler: Sampler, repeats: int) -> None:
@@ -156,7 +160,7 @@ class Resampling(Sampler):
 
 
 def check_covariance(sampler: Sampler) -> None:
-    """Raise UserError for a sampler with the optimal covariance, which is that of estimates from the noise alone."""
+    """Raise UserError for a sampler with the optimal covariance, which was measured for unconditional estimates."""
     require(
         sampler.covariance is None,
         f"covariance={sampler.covariance} is for drawing: here the estimates are bent towards the given image, and "

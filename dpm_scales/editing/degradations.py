@@ -1,6 +1,6 @@
 r"""Known linear degradations of images: y = A x + sigma eps.
 
-With a Gaussian x of mean m and covariance C, stationary, i.e. diagonal in the DCT with the variances c,
+For a Gaussian x of mean m and stationary covariance C, i.e. diagonal in the DCT with the variances c,
 
     E[x | y] = m + G (y - A m),      G = C A' (A C A' + sigma^2)^-1
 
@@ -10,12 +10,12 @@ With a Gaussian x of mean m and covariance C, stationary, i.e. diagonal in the D
 | Average of f x f pixels | sum of c g^2 over aliases, in the small image's DCT | closed form |
 | Mask: the known pixels | not diagonal | conjugate gradients |
 
-Averaging f neighbours takes the cosine k of an axis to a cosine of the small axis: k itself, or the one it is folded
-to, scaled by g. So A C A' is diagonal for any stationary C, not only for C = 1, where it is 1 / f^2 and G the
+Averaging f neighbours maps the cosine k of an axis to a cosine of the small axis: k itself, or the one onto which it is
+aliased, scaled by g. So A C A' is diagonal for any stationary C, not only for C = 1, where it is 1 / f^2 and G the
 pseudo-inverse that repeats each pixel (Wang et al. 2023, DDNM).
 
-For the mask the conjugate gradients are preconditioned by C^-1 restricted to known pixels, the inverse up to effects
-of the border of the hole: about ten steps are enough.
+For the mask the conjugate gradients are preconditioned by C^-1 restricted to known pixels, which is the inverse up to
+effects at the border of the hole: about ten steps are enough.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Degradation(ABC):
 
     @abstractmethod
     def inverse(self, y: Tensor) -> Tensor:
-        """Return A^+ y, the image of least norm that A maps to y; for `Blur` only the mean is right."""
+        """Return A^+ y, the image of least norm that A maps to y; for `Blur` it is y, with only the mean right."""
 
     @abstractmethod
     def gain(self, covariance: Tensor, noise_std: float, residual: Tensor) -> Tensor:
@@ -67,11 +67,11 @@ class Degradation(ABC):
 
 
 class Mask(Degradation):
-    """Keeps some pixels and makes the others 0.
+    """The map that keeps known pixels and sets the others to 0.
 
     Args:
         known: bool, ``(H, W)`` or broadcastable to the images.
-        iterations: of the conjugate gradients.
+        iterations: number of conjugate gradient steps.
     """
 
     def __init__(self, known: Tensor, iterations: int = 20) -> None:
@@ -107,7 +107,7 @@ class Mask(Degradation):
 
 
 class Average(Degradation):
-    """Means of blocks of f x f pixels: a smaller image, as of a camera with larger pixels.
+    """Means over blocks of f x f pixels: a smaller image, as from a camera with larger pixels.
 
     Args:
         factor: f >= 1.
@@ -132,7 +132,7 @@ class Average(Degradation):
         return HEAT.synthesis(covariance * (rows.mT @ u @ columns)).to(residual.dtype)
 
     def _folding(self, n: int, device: torch.device) -> Tensor:
-        """Return ``(n, f n)``: averaged cosines of an axis in those of the small one, at most one entry a column."""
+        """Return the averaged cosines of an axis in terms of the small axis's, ``(n, f n)``, one entry per column."""
         fine = dct_matrix(self.factor * n, device)
         means = fine.reshape(self.factor * n, n, self.factor).mean(-1)
         folded = dct_matrix(n, device) @ means.mT
@@ -140,7 +140,7 @@ class Average(Degradation):
 
 
 class Blur(Degradation):
-    """Gaussian blur with reflecting boundaries: K(mu) = exp(-mu sigma^2 / 2), the heat process's.
+    """Gaussian blur with reflecting boundaries, as in heat processes: K(mu) = exp(-mu sigma^2 / 2).
 
     Args:
         blur_sigma: standard deviation in px, > 0.
@@ -171,15 +171,15 @@ class Blur(Degradation):
 
 
 def _filtered(gain: Tensor, x: Tensor) -> Tensor:
-    """x with its DCT coefficients multiplied, in x's dtype."""
+    """Return x with its DCT coefficients multiplied by `gain`, in the dtype of x."""
     return HEAT.synthesis(gain.to(x.dtype) * HEAT.analysis(x))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of image channels, ``(B, C, 1, 1)``."""
+    """Return inner products of image channels, ``(B, C, 1, 1)``."""
     return (a * b).sum((-2, -1), keepdim=True)
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is: the gradients have come to their end."""
+    """Return a / b, and 0 where b is 0, that is, where the conjugate gradients have converged."""
     return torch.where(b.abs() > _TINY, a / b.where(b.abs() > _TINY, torch.ones_like(b)), torch.zeros_like(a))

@@ -1,14 +1,14 @@
-r"""Images as states at a scale, where edits start: noised, encoded, interpolated.
+r"""Images as states at a scale, from which edits start: noised, encoded, interpolated.
 
     marginal     y_t = lambda_t(L) y_0 + gamma_t(L) eps                      SDEdit (Meng et al. 2022), at any scale
     flow         the probability-flow ODE from y_0 up to y_t                 DDIM's inversion (Song et al. 2021)
 
-A DDIM step from t to s is y_s = r y_t + (1 - r rho) m_s(y_t), r = gamma_s / gamma_t. Upwards y_t is not known yet:
+A DDIM step from t to s is y_s = r y_t + (1 - r rho) m_s(y_t), r = gamma_s / gamma_t. In the inverse y_t is unknown:
 
     y_t = y_s / r + (rho - 1 / r) m_s,
 
 with m_s first from the estimate at s, then from the y_t just found, repeatedly: the fixed point is the y_t that the
-step maps to y_s. The last step, to s = 0, is y_0 = m_0(y_t); its inverse is found likewise, by adding
+step maps to y_s. The last step, to s = 0, is y_0 = m_0(y_t); its inverse is found in the same way, by repeatedly adding
 lambda_t (y_0 - m_0(y_t)).
 """
 
@@ -28,7 +28,7 @@ from dpm_scales.samplers.grids import tables_of
 
 
 def context_of(process: Process, x: Tensor, noise: CounterRNG) -> Context:
-    """Draw the context of the process for images ``(B, C, H, W)`` in pixels; None where there is none.
+    """Draw the process's context for images ``(B, C, H, W)`` in pixels; None for a process without one.
 
     Raises: UserError for a process whose context comes from images other than x.
     """
@@ -80,7 +80,7 @@ def encode(
         refine: fixed-point steps at each scale; 0 is the usual, explicit inversion.
         on_step: called with the index of each finished step, counted as a sampler does, and the image there (pixels).
 
-    Raises: UserError for a clock, under which a frequency without noise forgets where it came from.
+    Raises: UserError for a process with a clock, under which frequencies start without noise.
     """
     process = denoiser.process
     require(
@@ -117,7 +117,7 @@ def _inverse_coef_m(step: Step) -> Callable[[Tensor], Tensor]:
 
 
 def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """Interpolate from a (weight 0) to b (weight 1) along the arc between them, image by image; linearly if parallel.
+    """Return images on the arc from a (weight 0) to b (weight 1), image by image; interpolated linearly if parallel.
 
     Args:
         a, b: ``(B, C, H, W)``.
@@ -143,7 +143,7 @@ def between(
     weight: Tensor,
     context: Context,
 ) -> Tensor:
-    """Return y_t between two images: their means interpolated linearly, their noise along the arc.
+    """Return y_t between two images, whose means are interpolated linearly and whose noise along the arc.
 
     Args:
         ends: both images in pixels, ``(B, C, H, W)``.
@@ -158,13 +158,13 @@ def between(
 
 
 class BranchingNoise(CounterRNG):
-    """Noise that the samples of a group share until `shared` is set to false, and independent noise from then on.
+    """Noise that the samples of a group share until `shared` is set to False, and independent noise from then on.
 
     Sample i belongs to group i // group. Both streams advance with every draw, so no draw is used twice.
 
     Args:
         seed, count, first, device: as for `CounterRNG`.
-        group: samples in a group, >= 1.
+        group: number of samples in a group, >= 1.
     """
 
     def __init__(self, seed: int, count: int, first: int, group: int, device: torch.device | str | None = None) -> None:

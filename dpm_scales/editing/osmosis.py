@@ -2,16 +2,16 @@ r"""Image editing by osmosis: shadow removal and seamless cloning (Weickert et a
 
 Up to a factor, an image is the steady state of its own canonical drift. So one edits the drift and reconstructs the
 image by osmosis: d = 0 across an edge removes the contrast there, the drift of another image imposes its contrast.
-A multiplicative change of light, such as a shadow, changes the drift on the shadow's edge only.
+A multiplicative change of light, such as a shadow, changes the drift only at the shadow's edge.
 
-The edited drift has no known steady state; it is found by implicit Euler with growing steps (`steady_state`).
-Osmosis keeps the mean intensity of the initial image; this factor is the only freedom: `match`.
+The steady state of the edited drift is computed by implicit Euler with growing steps (`steady_state`). It is unique up
+to a factor, which osmosis fixes by preserving the mean intensity of the initial image; `match` chooses the factor:
 
 | `match` | |
 |---|---|
-| "mean" | the mean intensity is kept, as osmosis does |
-| "outside" | each channel is rescaled so that its mean outside the mask stays |
-| "lit" | (shadows) likewise, its mean where the result is brightened least, the lit part |
+| "mean" | the mean intensity is preserved, as in osmosis |
+| "outside" | each channel is rescaled to preserve its mean outside the mask |
+| "lit" | (shadows) each channel is rescaled to preserve its mean where the result is brightened least, the lit part |
 | "pinned" | every pixel outside the mask is kept, and osmosis reconstructs the inside between them |
 """
 
@@ -40,25 +40,25 @@ def remove_shadow(
     tol: float = 1e-6,
     penumbra: int = 0,
 ) -> Tensor:
-    """Remove a shadow by setting the image's drift to 0 on the shadow's edge (Weickert et al. 2013, Sect. 4).
+    """Return an image without its shadow, with the drift set to 0 on the shadow's edge (Weickert et al. 2013, Sect. 4).
 
-    Exact, up to the factor that `match` fixes, where the shadow is a factor and the scene is constant across the
-    shadow's edge; edges of the scene there are lost.
+    The result is exact, up to the factor that `match` fixes, if the shadow is multiplicative and the scene is constant
+    across the shadow's edge; edges of the scene there are lost.
 
     Args:
         image: ``(B, C, H, W)``, > 0.
         mask: bool ``(H, W)`` or ``(B | 1, C | 1, H, W)``.
         mask_marks: "region": the mask is True in the shadow, the drift is 0 between pixels inside and outside;
             "edge": it is True on the shadow's edge (penumbra), the drift is 0 on all edges that touch the mask.
-        match: one of the table above. "outside" and "pinned" need a mask of the region; for "lit", a channel's pixels
-            outside the mask are split at the mean between the 5th and 95th percentile of log(result / image).
-        offset: added before and taken away after, for images with black pixels; 1/255 of the value range is usual.
+        match: a row of the table above. "outside" and "pinned" need a mask of the region; for "lit", a channel's pixels
+            outside the mask are split at the mean of the 5th and 95th percentile of log(result / image).
+        offset: added before and subtracted afterwards, for images with black pixels; 1/255 of the value range is usual.
         tol: relative change at which the steady state is reached.
-        penumbra: for a region with a soft edge, half its width in px: the drift is 0 on all edges that touch a pixel so
-            close to one of the other side (in rows, columns and diagonals). Where it reaches counts as inside.
+        penumbra: for a region with a soft edge, half the edge's width in px: the drift is 0 on all edges that touch a
+            pixel within this distance (along rows, columns and diagonals) of the other side, and they count as inside.
 
     Returns: ``(B, C, H, W)``, same dtype; computed in float64.
-    Raises: UserError for values, shapes or names that do not fit.
+    Raises: UserError for invalid values, shapes or names.
     """
     check_shadow_options(mask_marks, match, penumbra)
     f, inside = _positive(image, offset, "image"), _mask(mask, image)
@@ -80,23 +80,23 @@ def blend(
     tol: float = 1e-6,
     mixed: bool = False,
 ) -> Tensor:
-    """Clone the foreground into the background without a seam (Weickert et al. 2013, Vogel et al. 2013).
+    """Return the background with the foreground cloned in seamlessly (Weickert et al. 2013, Vogel et al. 2013).
 
     The drift is the foreground's between pixels of the mask, the background's between pixels outside, and the mean of
-    both across the mask's edge. A factor on the foreground changes nothing.
+    both across the mask's edge. A constant factor on the foreground has no effect.
 
     Args:
         background: ``(B, C, H, W)``, > 0.
-        foreground: likewise; only its pixels in the mask and next to it are used.
-        mask: bool ``(H, W)`` or ``(B | 1, C | 1, H, W)``, True where the foreground goes.
-        match: one of the table above, for the background: "mean", "outside" or "pinned".
-        offset: added before and taken away after, for images with black pixels.
+        foreground: ``(B, C, H, W)``, > 0; only its pixels in the mask and next to it are used.
+        mask: bool ``(H, W)`` or ``(B | 1, C | 1, H, W)``, True where the foreground is inserted.
+        match: a row of the table above, for the background: "mean", "outside" or "pinned".
+        offset: added before and subtracted afterwards, for images with black pixels.
         tol: relative change at which the steady state is reached.
-        mixed: between pixels of the mask, take whichever drift of both is stronger, as mixed gradients do (Perez et
-            al. 2003): the background's texture shows through where the foreground is flat.
+        mixed: between pixels of the mask, use the stronger of both drifts, as mixed gradients do (Perez et al. 2003):
+            the background's texture shows through where the foreground is flat.
 
     Returns: ``(B, C, H, W)``, same dtype as the background; computed in float64.
-    Raises: UserError for values, shapes or names that do not fit.
+    Raises: UserError for invalid values, shapes or names.
     """
     require_choice("match", match, MATCHES)
     f, g = _positive(background, offset, "background"), _positive(foreground, offset, "foreground")
@@ -112,7 +112,7 @@ def blend(
         if mixed:
             inner = torch.where(inner.abs() < outer.abs(), outer, inner)
         drifts.append(torch.lerp(outer, inner, share.expand_as(outer)))
-    pasted = torch.where(inside, g, f)  # close to the result but for the light
+    pasted = torch.where(inside, g, f)  # close to the result except for the lighting
     return _rebuild(drifts[0], drifts[1], f, pasted, inside, match, offset, tol).to(background.dtype)
 
 
@@ -131,7 +131,7 @@ def check_shadow_options(mask_marks: str, match: str, penumbra: int) -> None:
 def _rebuild(
     right: Tensor, down: Tensor, image: Tensor, start: Tensor, inside: Tensor, match: str, offset: float, tol: float
 ) -> Tensor:
-    """Return the steady state of a drift, scaled to `image` as `match` says, without the offset."""
+    """Return the steady state of a drift, scaled to `image` according to `match`, minus the offset."""
     if match != "mean":
         some = bool((~inside).expand_as(image).any(-1).any(-1).all())
         require(some, f"match={match!r} needs pixels outside the mask")

@@ -1,4 +1,4 @@
-"""The contract of a network, which any `torch.nn.Module` can meet, and what the networks of this package share."""
+"""The interface of a network, which any `torch.nn.Module` can satisfy, and the base class of the networks here."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Network(Protocol):
     """A module built with `in_channels`, `out_channels` and `num_classes` (None without labels) besides its options.
 
     It may have two further methods:
-    `check_size(size)` raises UserError for an image size ``(H, W)`` that it can't take, before training and sampling.
-    `after_step()` is called after each step of the optimiser, without gradients, for example to project weights. Under
-    FSDP a parameter is then a distributed tensor, sharded along its first dimension.
+    `check_size(size)` raises UserError for an unsupported image size ``(H, W)``, before training and sampling.
+    `after_step()` is called after each optimiser step, without gradients, for example to project weights. Under FSDP a
+    parameter is then a distributed tensor, sharded along its first dimension.
     """
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return ``(B, out_channels, H, W)``; the target defines what it means.
 
         Args:
-            x: image, scaled to about unit variance, and features of the context if any, ``(B, in_channels, H, W)``.
+            x: image, scaled to about unit variance, with the context's features if any, ``(B, in_channels, H, W)``.
             t: scales ``(B,)`` in (0, 1].
             labels: ``(B,)`` int64, `num_classes` for "no label"; None for a network without labels.
         """
@@ -60,7 +60,7 @@ def require_counts(**counts: object) -> None:
 
 
 class ImageNetwork(Describable, nn.Module, ABC):
-    """Base of the networks here: their channels and classes, given at once or by the model, and checks of the inputs.
+    """Base class of the networks here: channels and classes, set by the caller or the model, and checks of the inputs.
 
     Args:
         in_channels: channels of the input, at least 1; None leaves the network without layers until `complete`.
@@ -81,9 +81,9 @@ class ImageNetwork(Describable, nn.Module, ABC):
         self.num_classes = num_classes
 
     def complete(self, in_channels: int, out_channels: int, num_classes: int | None = None) -> None:
-        """Make the layers of a network that was given no `in_channels` or `out_channels`.
+        """Build the layers of a network that was constructed without `in_channels` and `out_channels`.
 
-        Raises: UserError for other values than the network was given.
+        Raises: UserError for values other than those the network was constructed with.
         """
         wanted = {"in_channels": in_channels, "out_channels": out_channels, "num_classes": num_classes}
         complete = self.in_channels is not None and self.out_channels is not None
@@ -96,16 +96,16 @@ class ImageNetwork(Describable, nn.Module, ABC):
             self._build(in_channels, out_channels)
 
     def _build_if_complete(self) -> None:
-        """Make all layers if the channels are known; the last line of a constructor."""
+        """Build all layers if the channels are known; called last in a constructor."""
         if self.in_channels is not None and self.out_channels is not None:
             self._build(self.in_channels, self.out_channels)
 
     @abstractmethod
     def _build(self, in_channels: int, out_channels: int) -> None:
-        """Make all layers."""
+        """Build all layers."""
 
     def _check(self, x: Tensor, t: Tensor) -> None:
-        """Raise UserError for inputs of another shape or type than `Network.forward` takes."""
+        """Raise UserError unless inputs have the shapes and types that `Network.forward` takes."""
         # Plain branches, not `require`: its message would be formatted at every call, and fix a dynamic shape.
         if self.in_channels is None or self.out_channels is None:
             raise UserError("the network has no layers yet; give in_channels and out_channels, or make a Model of it")
@@ -121,7 +121,7 @@ class ImageNetwork(Describable, nn.Module, ABC):
             )
 
     def _labels(self, labels: Tensor | None, t: Tensor) -> Tensor | None:
-        """Return labels ``(B,)``, the index of "no label" for None; None for a network without classes.
+        """Return labels ``(B,)``, the index of "no label" in place of None; None for a network without classes.
 
         Raises: UserError for labels of another shape or type, or for a network without classes.
         """

@@ -1,6 +1,6 @@
 """Building blocks of the U-Net: scale embedding, residual block, self-attention, resampling.
 
-On the CPU none of them copies between memory formats: given channels_last they compute in it and return it.
+On the CPU none of them copies between memory formats: channels_last inputs give channels_last results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dpm_scales.errors import require
 _SCALE_FACTOR = 1000.0  # stretches t in [0, 1] to the step numbers that the frequencies were chosen for
 _MAX_PERIOD = 10_000.0
 LABEL_STD = 0.1
-"""Of a new label embedding: about the size of a new scale embedding, so that neither drowns the other."""
+"""Standard deviation of a new label embedding: about that of a new scale embedding, so that neither dominates."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -30,7 +30,7 @@ def zero_init(module: _Module) -> _Module:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Return a group norm with at most 32 groups of at least 4 channels, the most that divide `channels` (EDM)."""
+    """Return a group norm with the most groups that divide `channels`: at most 32, of at least 4 channels (EDM)."""
     groups = max(g for g in range(1, max(min(32, channels // 4), 1) + 1) if channels % g == 0)
     return nn.GroupNorm(groups, channels, eps=1e-5)
 
@@ -113,8 +113,8 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention over all pixels with a residual shortcut (Vaswani et al. 2017; ADM).
 
-    The output projection starts at zero, so that the block starts as the identity. Positions carry no code of their
-    own: the convolutions around it supply them.
+    The output projection starts at zero, so that the block starts as the identity. There is no positional encoding:
+    the surrounding convolutions supply positions.
 
     Args:
         channels: channels of the input and the result.
@@ -160,6 +160,6 @@ class Upsample(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, input: Tensor) -> Tensor:  # the base class names it so
+    def forward(self, input: Tensor) -> Tensor:  # the base class's name
         """Map (B, in_channels, H, W) to (B, out_channels, 2H, 2W)."""
         return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))

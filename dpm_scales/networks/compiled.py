@@ -1,8 +1,8 @@
-"""Compile networks, and compute them as they are where compiling fails.
+"""Compile networks, and fall back to the uncompiled form where compiling fails.
 
-torch compiles at the first call for each shape of the inputs, and the backward pass at the first gradient. Whether it
-can is found out by a trial before the first such call: an evaluation, and a gradient where one is computed, whose
-effects on random numbers and buffers are undone. So a failure changes nothing: the same call is then computed plainly.
+torch compiles at the first call for each shape of the inputs, and the backward pass at the first gradient. Before the
+first such call a trial tests whether that works: an evaluation, and a gradient where one is computed, whose effects on
+random numbers and buffers are undone. So a failure changes nothing: the same call then runs uncompiled.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ LONGEST_REASON = 200
 
 
 class Guarded:
-    """Calls the compiled form of a network; once compiling has failed, the plain form.
+    """A callable that runs the compiled form of a network or, once compiling has failed, the plain form.
 
     Args:
-        network: whose parameters and buffers both forms use.
+        network: the network whose parameters and buffers both forms use.
         compiled, plain: both forms, functions of the same arguments, the first one a tensor.
-        failed: called once, after the plain form has returned: an error of the network itself comes before it.
+        failed: called once, after the plain form has returned, so that an error of the network itself is raised first.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Guarded:
         return self._compiled(*args, **kwargs)
 
     def _trial(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Compile for these arguments; return why that fails, None if it does not."""
+        """Compile for these arguments; return the reason if that fails, otherwise None."""
         device = args[0].device
         buffers = [(buffer, buffer.detach().clone()) for buffer in self._network.buffers()]
         try:
@@ -75,7 +75,7 @@ class Guarded:
 
 
 def reason_of(error: Exception) -> str:
-    """Return class and first line of what a backend has raised, at most `LONGEST_REASON` characters."""
+    """Return the class and first line of a backend's error, at most `LONGEST_REASON` characters."""
     inner = getattr(error, "inner_exception", error)
     line = next((line.strip() for line in str(inner).splitlines() if line.strip()), "")
     return printable(f"{type(inner).__name__}: {line}" if line else type(inner).__name__)[:LONGEST_REASON]
@@ -84,20 +84,20 @@ def reason_of(error: Exception) -> str:
 def _compiled(
     network: nn.Module, plain: Callable[..., Tensor], failed: Failed, mode: str | None = None
 ) -> Callable[..., Tensor]:
-    """Return the compiled form of a function of a network, guarded, or the function where none can be made."""
+    """Return the compiled form of a function of a network, guarded, or the function itself if it can't be compiled."""
     try:
         made = torch.compile(_with_own_code(plain), fullgraph=True, dynamic=False, mode=mode)
-    except RuntimeError as error:  # an interpreter or system that torch.compile does not know
+    except RuntimeError as error:  # an interpreter or system that torch.compile does not support
         failed(reason_of(error))
         return plain
     return Guarded(network, made, plain, failed)
 
 
 def _with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function that calls `function`, with a code object of its own.
+    """Return a function that calls `function`, with a separate code object.
 
-    torch keeps and counts graphs by code object, and gives up after eight: without this, all networks of one class that
-    a process makes, as in a sweep, would count as one.
+    torch caches and counts graphs by code object, and gives up after eight: without this, all networks of one class
+    that a process builds, as in a sweep, would share that limit.
     """
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
@@ -108,15 +108,15 @@ def _with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @contextmanager
 def compiled_training(network: nn.Module, failed: Failed) -> Iterator[None]:
-    """Compile a network in one piece while the body runs, with its hooks.
+    """Compile a network as a single graph while the body runs, including its hooks.
 
-    Names of parameters stay, and copies of the network are not compiled.
+    Parameter names do not change, and copies of the network are not compiled.
 
     Args:
-        failed: called if compiling fails, at the first step; the network is then computed plainly.
+        failed: called if compiling fails, at the first step; the network then runs uncompiled.
     """
     made = _compiled(network, network._call_impl, failed)
-    # `Module.__call__` calls it in place of `_call_impl`; copies of a module leave it out
+    # `Module.__call__` calls it in place of `_call_impl`; copies of a module omit it
     network._compiled_call_impl = made
     try:
         yield
@@ -126,12 +126,12 @@ def compiled_training(network: nn.Module, failed: Failed) -> Iterator[None]:
 
 @contextmanager
 def evaluated(networks: Iterable[nn.Module], bfloat16: bool, compiled: bool, failed: Failed) -> Iterator[None]:
-    """Compute networks in another way while the body runs, in place; their hooks are called as before.
+    """Run networks in bfloat16 or compiled while the body runs, in place; their hooks are called as before.
 
     Args:
-        bfloat16: compute convolutions and matrix products in bfloat16, by autocast; the weights stay as they are.
-        compiled: compile each in one piece, anew for each shape of its inputs; on CUDA as a CUDA graph.
-        failed: called if compiling fails; the network is then computed plainly.
+        bfloat16: compute convolutions and matrix products in bfloat16, by autocast; the weights are not converted.
+        compiled: compile each as a single graph, separately for each shape of its inputs; on CUDA as a CUDA graph.
+        failed: called if compiling fails; the network then runs uncompiled.
     """
     changed: list[nn.Module] = []
     try:

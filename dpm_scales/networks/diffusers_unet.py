@@ -1,6 +1,6 @@
-"""diffusers' U-Net as a network of this package, so that models go either way between the two.
+"""diffusers' U-Net as a network of this package, so that models can be converted in both directions.
 
-diffusers is imported when such a network is built, not before.
+diffusers is imported only when such a network is built.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, is_number, is_whole, nearest, require
 
-#: arguments of UNet2DModel that follow from those of `DiffusersUNet`
+#: arguments of UNet2DModel that are determined by those of `DiffusersUNet`
 OWN = ("in_channels", "out_channels", "num_class_embeds", "num_train_timesteps", "sample_size")
 # t and num_scales are rounded to float32, so k = t num_scales is an integer only up to this
 _ROUNDING = 1e-3
@@ -40,13 +40,13 @@ def unet_arguments() -> dict[str, Any]:
 
 
 class DiffusersUNet(Describable, nn.Module):
-    """diffusers' `UNet2DModel` of the scale t.
+    """diffusers' `UNet2DModel` as a function of the scale t.
 
-    diffusers numbers the steps of a chain from 0, so step i is scale k = i + 1: the U-Net is given the time step
+    diffusers numbers the steps of a chain from 0, so step i is scale k = i + 1: the U-Net receives the timestep
     t num_scales - 1. Scales between two steps give fractions.
 
     With `noise_levels` it is a network of a variance-exploding chain (Song et al. 2021; diffusers'
-    ScoreSdeVePipeline): it is given the noise level gamma_t and answers the score, of which this class makes the
+    ScoreSdeVePipeline): it receives the noise level gamma_t and predicts the score, which this class converts to the
     noise, eps = -gamma_t score.
 
     Args:
@@ -54,12 +54,12 @@ class DiffusersUNet(Describable, nn.Module):
         out_channels: channels of the result, at least 1.
         num_classes: number of class labels. One more index, `num_classes`, means "no label". None builds a network
             without labels.
-        unet: the other arguments of `UNet2DModel`, by name; what is missing has its default there.
+        unet: the other arguments of `UNet2DModel`, by name; missing ones have their defaults there.
         num_scales: number of steps of the chain, at least 1.
-        noise_levels: (lowest, highest) gamma of k = 1 and of t = 1, log-spaced in between; None for time steps.
+        noise_levels: (lowest, highest) gamma, at k = 1 and at t = 1, log-spaced in between; None for timesteps.
         no_label: False builds the label embedding without the additional index, as diffusers' own training does.
 
-    Raises: UserError without diffusers, for arguments out of range, and for those that `UNet2DModel` refuses.
+    Raises: UserError if diffusers is missing, for arguments out of range, and for those that `UNet2DModel` refuses.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class DiffusersUNet(Describable, nn.Module):
         )
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Raise UserError for images of a size ``(H, W)`` that the levels do not divide."""
+        """Raise UserError for an image size ``(H, W)`` that the levels do not divide."""
         if size[0] % self.multiple or size[1] % self.multiple:
             raise UserError(
                 f"images of {size[0]}x{size[1]} pixels: UNet2DModel with these levels needs sides that are "
@@ -132,13 +132,13 @@ class DiffusersUNet(Describable, nn.Module):
         """Apply the network.
 
         Args:
-            x: (B, in_channels, H, W) floating point, H and W multiples of 2 to the number of levels less one.
+            x: (B, in_channels, H, W) floating point, H and W multiples of 2^(number of levels - 1).
             t: (B,) floating point scale in (0, 1].
             labels: (B,) int64 in [0, num_classes], where `num_classes` means "no label"; None means that for all.
 
         Returns: (B, out_channels, H, W).
         Raises: UserError for another number of channels, a size that the levels do not divide, labels for a network
-            without classes, and no labels where the network has no index for that.
+            without classes, and missing labels for a network without an index for "no label".
         """
         # plain branches: the message would be formatted at every call
         if x.ndim != 4 or x.shape[1] != self.in_channels:
@@ -164,7 +164,7 @@ class DiffusersUNet(Describable, nn.Module):
         return out
 
     def _step(self, t: Tensor) -> Tensor:
-        """Return diffusers' time step of t, exact where t is a scale of the chain."""
+        """Return diffusers' timestep of t, exact where t is a scale of the chain."""
         step = t.to(torch.promote_types(t.dtype, torch.float32)) * self.num_scales - 1
         nearest = step.round()
         if self.embedding == "learned":  # a table of the steps
@@ -172,7 +172,7 @@ class DiffusersUNet(Describable, nn.Module):
         return torch.where((step - nearest).abs() < _ROUNDING, nearest, step)
 
     def _noise_level(self, t: Tensor) -> Tensor:
-        """Return gamma_t of `GeometricNoise`, float64, also below the first scale."""
+        """Return gamma_t of `GeometricNoise`, float64, including scales below the first."""
         assert self.noise_levels is not None
         low, high = self.noise_levels
         k = t.to(torch.float64) * self.num_scales

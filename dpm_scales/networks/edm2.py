@@ -17,10 +17,10 @@ _LABEL, _RESIDUAL, _ATTENTION, _SKIP = 0.5, 0.3, 0.3, 0.5
 
 
 class CosineAttention(nn.Module):
-    """Self-attention of pixels whose queries, keys and values are normalised, summed with its input.
+    """Self-attention over pixels with normalised queries, keys and values, summed with its input.
 
     Args:
-        channels: of the input and the result.
+        channels: channels of the input and the result.
         head_dim: channels of a head; divides `channels`.
         rate_scale: factor on the learning rate.
     """
@@ -45,11 +45,11 @@ class MPBlock(nn.Module):
     """A residual block of the encoder or decoder (Fig. 21).
 
     Args:
-        in_channels, out_channels: of the input and the result.
+        in_channels, out_channels: channels of the input and the result.
         embedding_dim: width of the embedding.
         decoder: whether the block belongs to the decoder, which does not normalise its input.
         resample: "down" or "up" halves or doubles the sides of the input; None keeps them.
-        head_dim: channels of a head of attention; None for no attention.
+        head_dim: channels of an attention head; None for no attention.
         dropout: probability in [0, 1) of dropping a value before the second convolution.
         rate_scale: factor on the learning rate.
     """
@@ -97,11 +97,11 @@ class EDM2(ImageNetwork):
     """Magnitude-preserving U-Net without biases and group norms, for images of any size.
 
     EDM2-S of the paper is EDM2(widths=[192, 384, 576, 768], blocks_per_level=3, attention_levels=[2, 3]). Sizes that
-    the levels do not divide are padded inside, as by `UNet`. The gain of the output starts at zero, so a new network
+    the levels do not divide are padded internally, as in `UNet`. The output gain starts at zero, so a new network
     returns zeros. All shapes are static, and nothing waits for the device. FSDP wraps it block by block.
 
-    `after_step` must be called after each step of the optimiser, as `train.py` and `dpm_scales.train` do; see
-    `networks.magnitude`. A weight decay has next to no effect on the layers then.
+    `after_step` must be called after each optimiser step, as `train.py` and `dpm_scales.train` do; see
+    `networks.magnitude`. Weight decay then has almost no effect on the layers.
 
     Args:
         in_channels, out_channels: channels of input and result, at least 1; None until `complete`.
@@ -112,8 +112,8 @@ class EDM2(ImageNetwork):
         head_dim: channels of an attention head; divides the widths with attention.
         patch_size: side of the square of pixels that is folded into channels first and unfolded last; 1 in the paper.
         dropout: probability in [0, 1) of dropping a value inside each residual block.
-        rate_scale: parameters are stored divided by it, so that Adam's learning rate acts as one `rate_scale` times as
-            large does in the paper: 10 makes the default rate of 1e-3 the paper's 1e-2; > 0.
+        rate_scale: > 0; parameters are stored divided by it, so that Adam's learning rate acts like one `rate_scale`
+            times as large in the paper: with 10, the default rate of 1e-3 acts like the paper's 1e-2.
         num_classes: number of class labels; one more index means "no label". None for a network without labels.
 
     Raises: UserError if an argument is outside the ranges above.
@@ -152,7 +152,7 @@ class EDM2(ImageNetwork):
         self._build_if_complete()
 
     def _build(self, in_channels: int, out_channels: int) -> None:
-        """Make all layers."""
+        """Build all layers."""
         widths, blocks_per_level, levels, head_dim, dropout, rate_scale = self._layers
         area, embedding_dim = self.patch_size**2, max(widths)
 
@@ -169,7 +169,7 @@ class EDM2(ImageNetwork):
         if self.num_classes is not None:
             self.embed_label = MPLayer(self.num_classes + 1, embedding_dim, (), rate_scale)
 
-        # one more channel, which is 1, in place of biases
+        # an additional channel of ones in place of biases
         self.conv_in = MPLayer(in_channels * area + 1, widths[0], (3, 3), rate_scale)
         self.encoder, current = nn.ModuleList(), widths[0]
         skips = [current]
@@ -195,7 +195,7 @@ class EDM2(ImageNetwork):
         self.gain_out = Gain(rate_scale)
 
     def after_step(self) -> None:
-        """Scale the rows of all weights back to their length (forced weight normalisation)."""
+        """Scale the rows of all weights back to their fixed length (forced weight normalisation)."""
         for part in self.modules():
             if isinstance(part, MPLayer):
                 part.after_step()

@@ -1,9 +1,9 @@
 """JiT, a transformer of pixel patches (Li & He 2025, "Back to Basics: Let Denoising Generative Models Denoise").
 
 An image is cut into large patches, each a token: a linear bottleneck embeds them, blocks of attention and SwiGLU
-(Shazeer 2020) transform them, and a linear layer predicts the pixels. Positions enter by rotations of queries and keys
-alone (RoPE, Su et al. 2021, along both axes), which are normalised before. Scale and label modulate every block
-(adaLN-Zero, Peebles & Xie 2023). Written from the paper.
+(Shazeer 2020) transform them, and a linear layer predicts the pixels. Positions enter only through rotations of the
+normalised queries and keys (RoPE, Su et al. 2021, along both axes). Scale and label modulate every block (adaLN-Zero,
+Peebles & Xie 2023). Written from the paper.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _TOKEN_STD = 0.02
 def rope_angles(rows: int, columns: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the angles of axial rotary positions, ``(rows * columns, head_dim / 2)``, row by row.
 
-    The first half of the pairs turns with the row, the second with the column; pair i of n in a half turns by
-    10000^(-i / n) a step.
+    The first half of the pairs rotates with the row, the second with the column; pair i of n in a half rotates by
+    10000^(-i / n) per step.
 
     Args:
         head_dim: channels of an attention head, a multiple of 4.
@@ -38,13 +38,13 @@ def rope_angles(rows: int, columns: int, head_dim: int, device: torch.device, dt
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D / 2) of channels of x ``(..., N, D)`` by angles with these ``(N, D / 2)``."""
+    """Return x ``(..., N, D)``, channels (i, i + D / 2) rotated by angles of given cosine and sine ``(N, D / 2)``."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
 
 
 class RMSNorm(nn.RMSNorm):
-    """Division by the root mean square over the channels, times a weight, which autocast leaves in one kernel."""
+    """Division by the root mean square over the channels, times a weight, in a single kernel also under autocast."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=_EPS)
@@ -55,7 +55,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class RotaryAttention(nn.Module):
-    """Self-attention of tokens with normalised queries and keys, turned by their positions.
+    """Self-attention over tokens with normalised queries and keys, rotated by their positions.
 
     Args:
         width: channels of a token.
@@ -124,10 +124,10 @@ class JiTBlock(nn.Module):
 
 
 class JiT(ImageNetwork):
-    """Plain transformer of pixel patches, made to predict the clean image, for any size that the patches divide.
+    """Plain transformer of pixel patches, designed to predict the clean image, for any size that the patches divide.
 
     JiT-B/16 of the paper is JiT(width=768, depth=12, num_heads=12, patch_size=16, bottleneck=128, class_tokens=32).
-    Positions are relative: the paper's additional table of absolute positions is left out, so that a network takes
+    Positions are relative: the paper's additional table of absolute positions is omitted, so that a network takes
     images of any size. The output layer starts at zero, so a new network returns zeros. All shapes are static, and
     nothing waits for the device. FSDP wraps it block by block.
 
@@ -138,9 +138,9 @@ class JiT(ImageNetwork):
         num_heads: number of attention heads; `width / num_heads` must be a multiple of 4.
         patch_size: side of a patch in pixels; divides height and width of the images.
         bottleneck: channels between the two linear layers that embed a patch.
-        mlp_ratio: size of the feed-forward layers: SwiGLU has 2/3 `mlp_ratio` `width` channels inside, > 0.
-        class_tokens: tokens of the label, which join those of the image for the blocks from a third of the depth; 0
-            for none. The label always modulates the blocks besides.
+        mlp_ratio: size of the feed-forward layers, > 0: SwiGLU has 2/3 `mlp_ratio` `width` channels inside.
+        class_tokens: number of label tokens, which join those of the image from a third of the depth on; 0 for none.
+            In any case the label also modulates the blocks.
         dropout: probability in [0, 1) of dropping a value, in the middle half of the blocks.
         num_classes: number of class labels; one more index means "no label". None for a network without labels.
 
@@ -179,7 +179,7 @@ class JiT(ImageNetwork):
         self._build_if_complete()
 
     def _build(self, in_channels: int, out_channels: int) -> None:
-        """Make all layers."""
+        """Build all layers."""
         width, depth, bottleneck, hidden, dropout = self._layers
         area, middle = self.patch_size**2, range(depth // 4, depth - depth // 4)
         self.reduce = nn.Linear(in_channels * area, bottleneck, bias=False)
@@ -210,7 +210,7 @@ class JiT(ImageNetwork):
                 nn.init.normal_(self.token_places, std=_TOKEN_STD)
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Raise UserError for images of a size ``(H, W)`` that the patches do not divide."""
+        """Raise UserError for an image size ``(H, W)`` that the patches do not divide."""
         if size[0] % self.patch_size or size[1] % self.patch_size:
             raise UserError(
                 f"images of {size[0]}x{size[1]} pixels: JiT with patch_size={self.patch_size} needs sides that are "
@@ -221,7 +221,7 @@ class JiT(ImageNetwork):
         """Apply the network.
 
         Args:
-            x: (B, in_channels, H, W) floating point, best of unit variance; H and W multiples of `patch_size`.
+            x: (B, in_channels, H, W) floating point, ideally of unit variance; H and W multiples of `patch_size`.
             t: (B,) floating point scale in [0, 1].
             labels: (B,) int64 in [0, num_classes], where `num_classes` means "no label"; None means that for all.
 
@@ -237,7 +237,7 @@ class JiT(ImageNetwork):
 
         patches = fold(x, self.patch_size, self.patch_size)
         rows, columns = patches.shape[2:]
-        # never below float32, where neighbouring places would coincide
+        # never below float32, where neighbouring positions would coincide
         dtype = torch.promote_types(x.dtype, torch.float32)
         angles = rope_angles(rows, columns, self._layers[0] // self.num_heads, x.device, dtype)
         h = self.embed(self.reduce(patches.flatten(2).transpose(1, 2)))
@@ -246,7 +246,7 @@ class JiT(ImageNetwork):
             if self.token_places is not None and label is not None and i == self.tokens_from:
                 count = self.class_tokens
                 h = torch.cat([label[:, None] + self.token_places, h], 1)
-                angles = F.pad(angles, (0, 0, count, 0))  # tokens of the label have no place
+                angles = F.pad(angles, (0, 0, count, 0))  # label tokens have no position
             h = block(h, emb, angles.cos(), angles.sin())
         shift, scale = self.modulation_out(emb)[:, None].chunk(2, -1)
         h = self.project_out(torch.addcmul(shift, self.norm_out(h[:, count:]), scale + 1))

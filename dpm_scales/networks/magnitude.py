@@ -1,14 +1,14 @@
 """Layers that preserve the magnitude of activations (Karras et al. 2024, "Analyzing and improving the training dynamics
 of diffusion models", EDM2). Written from the paper.
 
-If the inputs' values have a mean square of one, so have the results'. Weights have one row per output; only the row's
-direction counts:
+If the inputs' values have a mean square of one, so do the results'. Weights have one row per output; only the row's
+direction matters:
 
     W_i / |W_i|    the weight of output i
 
-Every step of the optimiser lengthens the rows, which slows the next ones. Therefore `after_step` scales them back after
-each step (forced weight normalisation, Eq. 66): a row's values have a mean square of 1 / rate_scale^2, so that a step
-turns it by about learning_rate * rate_scale. The result of a network does not depend on the length of the rows.
+Every optimiser step lengthens the rows, which makes later steps smaller. Therefore `after_step` scales them back after
+each step (forced weight normalisation, Eq. 66) to a mean square of 1 / rate_scale^2 of their values, so that a step
+rotates a row by about learning_rate * rate_scale. The result of a network does not depend on the length of the rows.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def mp_silu(x: Tensor) -> Tensor:
 
 
 def mp_sum(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Return (1 - share) a + share b, divided by what keeps the magnitude of independent a, b (Eq. 88)."""
+    """Return (1 - share) a + share b, rescaled to preserve the magnitude of independent a, b (Eq. 88)."""
     return torch.lerp(a, b, share) / math.hypot(1 - share, share)
 
 
 def mp_cat(a: Tensor, b: Tensor, share: float = 0.5) -> Tensor:
-    """Concatenate channels, so that b contributes `share` whatever the numbers of channels (Eq. 103).
+    """Concatenate channels so that b contributes `share`, whatever the numbers of channels (Eq. 103).
 
     Args:
         a, b: ``(B, channels, H, W)``.
@@ -49,7 +49,7 @@ def mp_cat(a: Tensor, b: Tensor, share: float = 0.5) -> Tensor:
 
 
 def pixel_norm(x: Tensor, dim: int = 1) -> Tensor:
-    """Divide by the root mean square over `dim`."""
+    """Return x divided by its root mean square over `dim`."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * (wide.square().mean(dim, keepdim=True) + _EPS**2).rsqrt().to(x.dtype)
 
@@ -57,8 +57,8 @@ def pixel_norm(x: Tensor, dim: int = 1) -> Tensor:
 class ScaleWaves(nn.Module):
     """Cosines of the scale t: sqrt(2) cos(2 pi (f 4 t + p)), of mean square one (Eq. 75).
 
-    The paper draws normal frequencies f and uniform phases p. Here f are the normal's quantiles, and p is evenly
-    distributed: the same law, without numbers that would have to be stored. The range of 4 t is about that of the
+    The paper draws normal frequencies f and uniform phases p. Here f are quantiles of the normal and p is evenly
+    spread: the same distribution, without numbers that would have to be stored. The range of 4 t is about that of the
     paper's ln(sigma) / 4.
 
     Args:
@@ -79,7 +79,7 @@ class ScaleWaves(nn.Module):
 
 
 class Gain(nn.Module):
-    """A learned number, zero at first; the parameter is 1 / rate_scale of it."""
+    """A learned number, initially zero; the parameter is the number divided by `rate_scale`."""
 
     def __init__(self, rate_scale: float) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class MPLayer(nn.Module):
     """A convolution without bias, or a linear layer, that preserves magnitude (Eq. 47, 66).
 
     Args:
-        in_channels, out_channels: of the input and the result.
+        in_channels, out_channels: channels of the input and the result.
         kernel: (height, width) of the convolution, odd; () for a linear layer.
         rate_scale: factor on the learning rate, > 0.
     """
@@ -128,7 +128,7 @@ class MPLayer(nn.Module):
     def after_step(self) -> None:
         """Scale the rows to a mean square of 1 / rate_scale^2. Shards hold whole rows, so each rank scales its own."""
         weight = self.weight.detach()
-        to_local = getattr(weight, "to_local", None)  # of a sharded weight, see `networks.base.Network`
+        to_local = getattr(weight, "to_local", None)  # only sharded weights have it, see `networks.base.Network`
         rows = weight if to_local is None else to_local()
         length = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim)), keepdim=True)
         rows.mul_(math.sqrt(self.weight[0].numel()) / self.rate_scale / length.clamp(min=_TINY))

@@ -55,15 +55,15 @@ class UNet(ImageNetwork):
     `blocks_per_level` residual blocks on the way down and one more on the way up, and every intermediate result of
     the way down is concatenated on the way up. Unlike there, the resampling convolutions also change the width. The
     output convolution starts at zero, so a new network returns zeros.
-    Sizes that the levels do not divide are padded inside, to the right and bottom, by repeating the border, and the
+    Sizes that the levels do not divide are padded internally, to the right and bottom, by repeating the border, and the
     result is cropped. All shapes are static: `torch.compile(fullgraph=True)` works, and nothing waits for the device.
 
     Args:
         in_channels: channels of the input, at least 1. None leaves the network without layers until `complete` is
             called, which `models.Model` does.
         out_channels: channels of the result, at least 1; None as for `in_channels`.
-        widths: channels at each level, finest first; at least one, each at least 4. None for three levels of `width`,
-            twice and four times as many channels.
+        widths: channels at each level, finest first; at least one level, each at least 4 channels. None for three
+            levels of `width`, twice and four times as many channels.
         blocks_per_level: residual blocks per level on the way down, at least 1.
         attention_levels: indices into `widths` of the levels with self-attention after every residual block; the
             middle of the network always has it. None for the coarsest level.
@@ -71,15 +71,15 @@ class UNet(ImageNetwork):
             the finest level.
         patch_size: side of the square of pixels that is folded into channels before the first convolution and
             unfolded after the last. 2 makes the network about four times cheaper.
-        num_heads: number of attention heads. Give this or `head_dim`; without either there is one head.
+        num_heads: number of attention heads. Give this or `head_dim`; with neither there is one head.
         head_dim: channels per attention head.
         dropout: probability in [0, 1) of dropping a value inside each residual block.
         num_classes: number of class labels. One more index, `num_classes`, means "no label". None builds a network
             without labels.
-        extra_decoder_block: ADM's extra block per level on the way up, which takes the results of the first and the
-            resampling convolutions. Without it only residual blocks are concatenated, and the network is about a
-            third cheaper.
-        width: channels at the finest level, at least 4; gives `widths` where that is None.
+        extra_decoder_block: ADM's extra block per level on the way up, to which the results of the first and the
+            resampling convolutions are concatenated. Without it only those of residual blocks are, and the network is
+            about a third cheaper.
+        width: channels at the finest level, at least 4; determines `widths` where that is None.
 
     Raises:
         UserError: if an argument is outside the ranges above.
@@ -137,7 +137,7 @@ class UNet(ImageNetwork):
         self._build_if_complete()
 
     def _build(self, in_channels: int, out_channels: int) -> None:
-        """Make all layers."""
+        """Build all layers."""
         widths, blocks_per_level, attention_levels, embedding_dim = self._layers
         num_heads, head_dim, dropout = self._heads
         num_classes, extra_decoder_block = self.num_classes, self.extra_decoder_block
@@ -192,7 +192,7 @@ class UNet(ImageNetwork):
         """Apply the network.
 
         Args:
-            x: (B, in_channels, H, W) floating point, best of unit variance.
+            x: (B, in_channels, H, W) floating point, ideally of unit variance.
             t: (B,) floating point scale in [0, 1].
             labels: (B,) int64 in [0, num_classes], where `num_classes` means "no label"; None means that for all.
                 The values are not checked here, since that would wait for the device.

@@ -8,12 +8,12 @@ r"""One loop over pairs of scales (t, s), from 1 to 0, for every process.
 | DDIM(eta) | gamma_s sqrt(1 - eta^2 tau) / gamma_t | eta gamma_s sqrt(tau) | Song et al. 2021, Eq. (16) |
 | Heun | gamma_s / gamma_t, then a second evaluation at s | 0 | Karras et al. 2022, Algorithm 1 |
 | DPMSolver | as DDIM, with m_s extrapolated from the last two estimates | as DDIM | Lu et al. 2022, DPM-Solver++(2M) |
-| UniPC | as DPMSolver at eta 0, and each step repeated with the estimate at its end | 0 | Zhao et al. 2023 |
+| UniPC | as DPMSolver with eta = 0, and each step repeated with the estimate at its end | 0 | Zhao et al. 2023 |
 | Dissipation | 0 | delta | Rissanen et al. 2023, Algorithm 2 |
 | Cold | 1 | 0 | Bansal et al. 2022, Algorithm 2 |
 
-`noise_color` replaces the white eps' by noise of another spectrum, see `samplers.color`. `covariance="optimal"` adds to
-b^2 what the network's error leaves out at each frequency, (lambda_s - a lambda_t)^2 v(mu, t), see
+`noise_color` replaces the white eps' by noise of another spectrum, see `samplers.color`. `covariance="optimal"` adds
+the variance that stems from the network's error at each frequency, (lambda_s - a lambda_t)^2 v(mu, t), to b^2, see
 `dpm_scales.covariance`.
 
 The last step, from t to s = 0, returns m_0 without noise: y_0-hat itself, since scale 0 is the image (lambda_0 = 1).
@@ -60,15 +60,15 @@ def auto_sampler(
 ) -> Sampler:
     """Return the default sampler of a model: Heun without blur, dissipation without noise, else SDE-DPM-Solver++(2M).
 
-    Noise added on the way removes errors of earlier steps, and the second order needs a fraction of the ancestral
-    sampler's steps: on 8 px digits 50 came closer to the data than 250 for blurring and osmosis diffusion, and than all
-    100 under constant noise. Without any noise a chain amplifies its own errors, so a single step is taken. The
-    finer-scale target predicts the next scale only, so it gets the ancestral sampler.
+    Noise added along the way removes errors of earlier steps, and a second-order method needs a fraction of the
+    ancestral sampler's steps: on 8 px digits 50 steps came closer to the data than 250 for blurring and osmosis
+    diffusion, and than all 100 under constant noise. Without any noise a chain amplifies its own errors, so a single
+    step is taken. The finer-scale target predicts the next scale only, so it gets the ancestral sampler.
 
     Args:
         steps: None for 18 (Heun, 35 evaluations), 1 (no noise), all scales (finer-scale target) or at most 50 (else).
-        noise_color: as for `Sampler`; Heun has no use for one.
-        covariance: as for `DDIM`; None leaves the choice as it is, others make it SDE-DPM-Solver++(2M).
+        noise_color: as for `Sampler`; Heun adds no noise and refuses it.
+        covariance: as for `DDIM`; if given, the sampler is always SDE-DPM-Solver++(2M).
     """
     process = denoiser.process
     number = min(50, process.num_scales) if steps is None else steps

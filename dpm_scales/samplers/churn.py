@@ -1,17 +1,18 @@
 r"""Churn (Karras et al. 2022, Algorithm 2) for any process: before each step the image is moved to a coarser scale.
 
-Noise on the way lets errors of earlier steps be forgotten. The Markov transition from t to a coarser scale t_hat does
-it exactly: if y_t has the law of scale t, y_t_hat has that of t_hat,
+Added noise removes errors of earlier steps. The Markov transition from t to a coarser scale t_hat adds it exactly: if
+y_t has the law of scale t, y_t_hat has that of t_hat,
 
     y_t_hat = rho(L) y_t + s_noise beta(L) eps,   rho = lambda_t_hat / lambda_t,
     beta^2 = gamma_t_hat^2 - rho^2 gamma_t^2      at every eigenvalue.
 
-Under blur the image is blurred further, by exp(-mu (T_t_hat - T_t)), and the noise replaces also what that blur takes
-from the noise already there. Without blur and with a = 1 (VE), rho = 1 and beta^2 = gamma_t_hat^2 - gamma_t^2: EDM's.
+Under blur the image is blurred further, by exp(-mu (T_t_hat - T_t)), and the added noise also replaces what that blur
+removes from the existing noise. Without blur and with a = 1 (VE), rho = 1 and beta^2 = gamma_t_hat^2 - gamma_t^2, as in
+EDM.
 
-t_hat is where the level is (1 + min(s_churn / steps, sqrt(2) - 1)) times that of t, but at most t = 1, the process's
-last scale. The level is gamma / lambda of the eigenvalue 0, EDM's sigma; where the noise is constant, so that only blur
-distinguishes the scales, it is the blur's standard deviation in pixels.
+t_hat is the scale whose noise level is (1 + min(s_churn / steps, sqrt(2) - 1)) times that of t, but at most t = 1, the
+process's last scale. The level is gamma / lambda at the eigenvalue 0, EDM's sigma; where the noise is constant, so that
+only blur distinguishes the scales, it is the blur's standard deviation in pixels.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from dpm_scales.schedules import is_number
 
 
 class Churn:
-    """Noise that is added before each step of a sampler.
+    """Noise added before each step of a sampler.
 
     Args:
         s_churn: EDM's S_churn, >= 0.
         s_min, s_max: levels between which steps are churned; s_max None for no bound.
-        s_noise: factor of the noise that is added, published 1.003 to 1.007.
+        s_noise: factor on the added noise; published values are 1.003 to 1.007.
 
     Raises: UserError for negative numbers, and for s_max < s_min.
     """
@@ -48,7 +49,7 @@ class Churn:
         self.s_max = math.inf if s_max is None else float(s_max)
 
     def check(self, process: Process, scales: Tensor) -> Tensor:
-        """Return `scales` of the process. Raises UserError for a process without noise."""
+        """Return the churned scales of `scales`. Raises UserError for a process without noise."""
         require(
             process.has_noise(),
             f"churn adds noise, and {type(process).__name__} has none; set sampler.s_churn=0",
@@ -56,7 +57,7 @@ class Churn:
         return self.scales(process, scales)
 
     def scales(self, process: Process, scales: Tensor) -> Tensor:
-        """Return ``(steps,)``: t_hat >= t of every step along `scales`, ``(steps + 1,)``, descending."""
+        """Return t_hat >= t of every step, ``(steps,)``, along descending `scales` ``(steps + 1,)``."""
         ts = scales[:-1]
         level = _level(process)
         now = level(ts)
@@ -67,7 +68,7 @@ class Churn:
     def add(
         self, process: Process, y: Tensor, t: Tensor, t_hat: Tensor, noise: Tensor, context: Context = None
     ) -> Tensor:
-        """Return y at t_hat by the transition from y at t, with its noise eps, `noise`, multiplied by s_noise."""
+        """Return y at t_hat by the transition from y at t, whose eps is `noise` times s_noise."""
         step = Step(process, t, t_hat)
         spread = (lambda mu: self.s_noise * step.transition_std(mu), noise)
         return process.operator(context).combine((step.rho, y), spread)

@@ -1,13 +1,13 @@
 r"""The colour of the noise that a sampler adds: eps' becomes beta_t(-Laplacian) eps' (arXiv 2605.30332).
 
-Inexact by design. A step of the reverse process adds as much noise at each frequency as the law of scale s lacks, and
-with an ideal denoiser ends in that law; coloured, it adds more at some frequencies and less at others. What a pixel
-gets stays the same: the mean of beta^2 over the spectrum of the image is 1.
+Inexact by design: a step of the reverse process adds as much noise at each frequency as the law of scale s requires,
+and with an ideal denoiser ends in that law; coloured, it adds more at some frequencies and less at others. The noise
+per pixel does not change: the mean of beta^2 over the spectrum of the image is 1.
 
-beta is a curve of the eigenvalues of -Laplacian, of the DCT of the images that are drawn, whatever the process's
-operator: the noise of a step is b(L) beta_t(-Laplacian) eps', with b(L) as in `samplers`, the process's own colour
-included. With an operator that is diagonal in the DCT, and with the pixel operator, that is b beta at each frequency.
-t is the scale that the step starts from; for churn, the scale that it leads to.
+beta is a curve over the eigenvalues of -Laplacian, in the DCT of the generated images, whatever the process's operator:
+the noise of a step is b(L) beta_t(-Laplacian) eps', with b(L) as in `samplers`, including the process's own colour.
+With an operator that is diagonal in the DCT, and with the pixel operator, that is b beta at each frequency. t is the
+scale from which the step starts or, for churn, the scale to which it leads.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class StepColor:
     """beta_t for images of one size, on their device.
 
     Args:
-        color: of unit energy; left as it is.
-        denoiser: has the power of the training images, for a colour that `learns`.
+        color: a colour of unit energy, which is copied.
+        denoiser: provides the power of the training images, for a colour that `learns`.
         size: (H, W) of the images.
-        device: of the images.
+        device: device of the images.
 
     Raises: UserError for a colour that vanishes or overflows at some frequency.
     """
@@ -60,7 +60,7 @@ class StepColor:
         self.color = own.to(device)
 
     def tint(self, t: Tensor, white: Tensor) -> Tensor:
-        """Return beta_t(-Laplacian) eps', ``(B, C, H, W)``; the noise itself, to the bit, if beta is 1.
+        """Return beta_t(-Laplacian) eps', ``(B, C, H, W)``; exactly eps' if beta is 1.
 
         Args:
             t: the scale, ``()``.

@@ -12,16 +12,16 @@ from dpm_scales.errors import UserError
 from dpm_scales.processes import Process
 
 NO_SIGNAL = 1e6
-"""gamma / lambda above which a scale shows nothing of the image: grids by noise level have no use for it."""
+"""gamma / lambda above which a scale shows nothing of the image: grids by noise level leave it out."""
 
 GRIDS = ("uniform", "quadratic", "karras", "logsnr")
 
 _found: WeakKeyDictionary[Process, dict[tuple[object, ...], Tensor]] = WeakKeyDictionary()
-"""Scales of noise levels, for each process: 60 steps of bisection, which each sample would repeat three times."""
+"""Cache of the scales of noise levels, by process: 60 bisection steps, which each sampling would repeat three times."""
 
 
 def tables_of(process: Process) -> torch.device | None:
-    """Return the device of a process's curves, where grids are computed before they are moved to the images."""
+    """Return the device of a process's curves, on which grids are computed before they move to that of the images."""
     return next((buffer.device for buffer in process.buffers()), None)
 
 
@@ -34,7 +34,7 @@ def uniform_grid(process: Process, steps: int, device: torch.device | str | None
 def quadratic_grid(process: Process, steps: int, device: torch.device | str | None = None) -> Tensor:
     """Return scales with sqrt(k - 1) equally spaced from t = 1 to k = 1, then 0: finer steps near the image.
 
-    (Song et al. 2021, DDIM, App. D.2, who count the scales from 0 and take tau_i = c i^2.)
+    (Song et al. 2021, DDIM, App. D.2, who count scales from 0 and use tau_i = c i^2.)
     """
     full = torch.linspace(1, 0, steps, dtype=torch.float64, device=device)
     ts = (1 + (process.num_scales - 1) * full**2) / process.num_scales
@@ -44,7 +44,7 @@ def quadratic_grid(process: Process, steps: int, device: torch.device | str | No
 def karras_grid(process: Process, steps: int, rho: float = 7.0, device: torch.device | str | None = None) -> Tensor:
     """Return EDM's grid: (gamma / lambda)^(1/rho) equally spaced from t = 1 to k = 1, then 0 (Karras et al. 2022, (5)).
 
-    Raises: UserError if gamma / lambda does not grow strictly, since t is then no function of the noise level.
+    Raises: UserError if gamma / lambda does not grow strictly, since t is then not a function of the noise level.
     """
     first, last = _ends(process, "karras")
     progress = _progress(first, steps)
@@ -67,7 +67,7 @@ def _progress(like: Tensor, steps: int) -> Tensor:
 
 
 def noise_level(process: Process, t: Tensor) -> Tensor:
-    """Return gamma / lambda of the eigenvalue 0, of the schedule where noise is coloured or clocked; shaped as t."""
+    """Return gamma / lambda at the eigenvalue 0, that of the schedule under a colour or clock, in the shape of t."""
     if process.color is not None or process.clock is not None:
         log_signal, log_noise = process.noise(t)
         return torch.exp(log_noise - log_signal)
@@ -76,7 +76,7 @@ def noise_level(process: Process, t: Tensor) -> Tensor:
 
 
 def _ends(process: Process, name: str) -> tuple[Tensor, Tensor]:
-    """Return gamma / lambda at k = 1 and at t = 1, or the scale before where no signal is left at t = 1."""
+    """Return gamma / lambda at k = 1 and at t = 1, or at the scale before it if no signal is left at t = 1."""
     ends = torch.tensor([1 / process.num_scales, 1.0], dtype=torch.float64, device=tables_of(process))
     smallest, largest = noise_level(process, ends)
     if bool(largest > NO_SIGNAL):
@@ -90,7 +90,7 @@ def _ends(process: Process, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _at_levels(process: Process, wanted: Tensor, device: torch.device | str | None) -> Tensor:
-    """Return the scales of the noise levels `wanted`, the first replaced by 1, and 0 after the last."""
+    """Return the scales at the noise levels `wanted`, the first replaced by 1, followed by 0."""
     found, key = _found.setdefault(process, {}), (wanted.device, *wanted.tolist())
     if key not in found:
         found[key] = scales_at(lambda t: noise_level(process, t), wanted, 1 / process.num_scales)
@@ -100,7 +100,7 @@ def _at_levels(process: Process, wanted: Tensor, device: torch.device | str | No
 
 
 def scales_at(level: Callable[[Tensor], Tensor], wanted: Tensor, smallest: float) -> Tensor:
-    """Return the t in [smallest, 1] at which an increasing `level` has the values `wanted`, clipped to the ends."""
+    """Return the t in [smallest, 1] at which an increasing `level` reaches the values `wanted`, clipped to the ends."""
     low, high = torch.full_like(wanted, smallest), torch.ones_like(wanted)
     for _ in range(60):  # bisection: to the last bit of a float64
         middle = (low + high) / 2

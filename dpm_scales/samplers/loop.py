@@ -36,7 +36,7 @@ OnStep = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True)
 class PastStep:
-    """A finished step: the y at t that it started from, and m = lambda_s y_0-hat by the estimate at t."""
+    """A finished step: the y at t from which it started, and m = lambda_s y_0-hat from the estimate at t."""
 
     t: Tensor
     s: Tensor
@@ -54,11 +54,11 @@ class StepContext:
     noise: CounterRNG
     context: Context = None
     labels: Tensor | None = None
-    #: finished steps, the newest first: a multistep sampler adds its own, the loop bounds their number by `memory`
+    #: finished steps, newest first: a multistep sampler appends to it, the loop bounds its length by `memory`
     past: deque[PastStep] = field(default_factory=lambda: deque(maxlen=0))
     #: number of steps after this one
     left: int = 0
-    #: of the noise that the step adds; None for white noise
+    #: colour of the noise that the step adds; None for white noise
     color: StepColor | None = None
 
     @property
@@ -72,13 +72,13 @@ class StepContext:
     def error_variance(self, mu: Tensor) -> Tensor:
         """Return v(mu, t), the variance of the estimate's error at the eigenvalues of the DCT, see `covariance`."""
         denoiser = self.denoiser
-        assert denoiser.error_variance is not None  # `Sampler.check` has required it
+        assert denoiser.error_variance is not None  # `Sampler.check` requires it
         found: Tensor = denoiser.error_variance(self.process, denoiser.spectrum, self.t, mu)
         return found
 
     @property
     def curves(self) -> Step:
-        """The process's functions of mu between the two scales."""
+        """Return the functions of mu between the two scales."""
         return Step(self.process, self.s, self.t)
 
     def predict_mean(self, y: Tensor) -> Tensor:
@@ -90,31 +90,31 @@ class StepContext:
         return self.noise.normal(tuple(like.shape[1:]), like.dtype)
 
     def added(self, like: Tensor) -> Tensor:
-        """Draw the noise eps' that the step adds: white noise, in the sampler's `noise_color`."""
+        """Draw the noise eps' that the step adds: white noise, tinted by the sampler's `noise_color`."""
         white = self.white(like)
         return white if self.color is None else self.color.tint(self.t, white)
 
 
 class Sampler(Describable, ABC):
-    """Base of all samplers: the loop over pairs of scales. A subclass defines `step`.
+    """Base class of all samplers: the loop over pairs of scales. A subclass defines `step`.
 
     Args:
-        steps: number of steps, at most the process's num_scales; None for all of them.
-        grid: "uniform" in t, "quadratic" (in its root), "karras" (EDM's, in the noise level), "logsnr" (uniform in it).
+        steps: number of steps, at most the process's num_scales; None for all scales.
+        grid: "uniform" in t, "quadratic", "karras" (EDM's, in the noise level) or "logsnr", see `samplers.grids`.
         rho: exponent of the karras grid.
-        noise_color: of the noise that steps add, see `samplers.color`; inexact. None for white noise.
+        noise_color: colour of the noise that steps add, see `samplers.color`; inexact. None for white noise.
 
     Raises: UserError for values out of range.
     """
 
-    #: whether steps evaluate no scale but their own two, as a network that predicts the next scale only requires
+    #: whether a step evaluates only its own two scales, as required by a network that predicts the next scale only
     one_scale_at_a_time = True
     #: number of finished steps that `step` uses
     memory = 0
     #: noise added before each step; None for none
     churn: Churn | None = None
     noise_color: Color | None = None
-    #: of a step, where a sampler has a choice; None for the published one
+    #: covariance of a step, where a sampler has a choice; None for the published one
     covariance: str | None = None
 
     def __init__(
@@ -133,7 +133,7 @@ class Sampler(Describable, ABC):
 
     @property
     def is_random(self) -> bool:
-        """Whether the result depends on noise drawn after the start; assumed of samplers that do not say otherwise."""
+        """Return whether the result depends on noise drawn after the start; True unless a sampler overrides it."""
         return True
 
     def scales(self, process: Process, device: torch.device | str | None = None) -> Tensor:
@@ -168,10 +168,10 @@ class Sampler(Describable, ABC):
         self._rehearse(denoiser, scales)
 
     def require_covariance(self, denoiser: BaseDenoiser) -> None:  # noqa: B027 - most samplers need none
-        """Raise UserError if steps need the variance of the denoiser's error, and it has none for its weights."""
+        """Raise UserError if steps need the variance of the denoiser's error and none was measured for its weights."""
 
     def _check_color(self, color: Color, denoiser: BaseDenoiser) -> None:
-        """Raise UserError for a colour of noise that is not added, and for one that vanishes or overflows."""
+        """Raise UserError for a colour if no noise is added, and for one that vanishes or overflows."""
         name, process = type(self).__name__, type(denoiser.process).__name__
         without = "set noise_color=null"
         require(
@@ -183,9 +183,9 @@ class Sampler(Describable, ABC):
         StepColor(color, denoiser, DEFAULT_SIZE)
 
     def _rehearse(self, denoiser: BaseDenoiser, scales: Tensor) -> None:
-        """Take all steps without a network, where an operator expands its functions: devices then wait for none.
+        """Run all steps without a network if the operator expands its functions, so that devices need not wait later.
 
-        A sampler of one's own that needs a real image or its context is not rehearsed.
+        A custom sampler that needs a real image or its context is not rehearsed.
         """
         key = (type(self), repr(vars(self)), type(denoiser.target), *scales.tolist())
         try:
@@ -195,7 +195,7 @@ class Sampler(Describable, ABC):
                     self.reverse(WithoutNetwork(denoiser), y, CounterRNG(0, 1, device=scales.device), scales=scales)
         except UserError:
             raise
-        except Exception:  # whatever a sampler's own code raises; its functions are then waited for
+        except Exception:  # whatever a custom sampler raises; devices then wait for its functions
             return
 
     @torch.no_grad()
@@ -216,8 +216,8 @@ class Sampler(Describable, ABC):
             noise: one stream per sample; their number is B.
             size: (C, H, W).
             labels: ``(B,)`` int64 or None.
-            scales: replaces the sampler's own grid, descending to 0; the caller has then called `check`.
-            on_step: called with the index of each finished step and the image there (pixels).
+            scales: replaces the sampler's own grid, descending to 0; the caller must then have called `check`.
+            on_step: called with the index of each finished step and the image after it (pixels).
 
         Returns: ``(B, C, H, W)`` in pixels (the process's value range, not clipped).
         Raises: UserError if this sampler can't run with this denoiser.
@@ -238,7 +238,7 @@ class Sampler(Describable, ABC):
         scales: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Run the loop from y (whitened coordinates) at ``scales[0]``; arguments and result as for `sample`."""
+        """Run the loop from y (whitened) at ``scales[0]`` and return images; arguments and result as for `sample`."""
         process = denoiser.process
         operator = process.operator(context)
         if scales is None:
@@ -265,7 +265,7 @@ class Sampler(Describable, ABC):
         """Return y_s, ``(B, C, H, W)`` in whitened coordinates, for s > 0.
 
         Args:
-            move: the two scales, and what a step may need besides: process, denoiser, noise, finished steps.
+            move: the two scales, and whatever else a step may need: process, denoiser, noise, finished steps.
             y: y_t.
             m: m_s = lambda_s(L) y_0-hat by the denoiser's estimate at y_t.
         """

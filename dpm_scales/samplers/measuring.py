@@ -1,4 +1,4 @@
-"""Measure how far a network's estimates are from the truth, by scale and frequency, see `dpm_scales.covariance`."""
+"""Measure the error variance of a network's estimates by scale and frequency, see `dpm_scales.covariance`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dpm_scales.samplers.grids import logsnr_grid, tables_of, uniform_grid
 from dpm_scales.targets import NextScale
 
 NUM_SCALES = 32
-"""Scales of a table: at most 0.7 nats of logSNR apart for the cosine schedule."""
+"""Number of scales of a table: at most 0.7 nats of logSNR apart for the cosine schedule."""
 
 
 def require_measurable(denoiser: BaseDenoiser) -> None:
-    """Raise UserError for a denoiser whose error has no variance by frequency that a reverse step could use."""
+    """Raise UserError for a denoiser whose error has no variance per frequency that a reverse step could use."""
     process, target = denoiser.process, denoiser.target
     name = type(process).__name__
     require(
@@ -50,16 +50,16 @@ def measure_error_variance(
     seed: int = 0,
     on_evaluation: Callable[[int], None] | None = None,
 ) -> ErrorVariance:
-    """Return the variance of a denoiser's error on images; each is noised once at every scale of the table.
+    """Return the variance of a denoiser's error on images, each noised once at every scale of the table.
 
-    Image i gets the noise of (seed, i), whatever the batches.
+    Image i gets the noise of (seed, i), independently of the batches.
 
     Args:
         batches: clean images ``(B, C, H, W)`` in the process's value range, all of one size, on the denoiser's device,
             and their labels ``(B,)`` or None.
         on_evaluation: called after each evaluation of the network with its number of images.
 
-    Raises: UserError for a denoiser without such an error, see `require_measurable`, without any images, and if an
+    Raises: UserError for a denoiser without such an error, see `require_measurable`, if there are no images, and if an
     estimate is not finite.
     """
     require_measurable(denoiser)

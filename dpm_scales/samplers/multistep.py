@@ -5,16 +5,16 @@ With h = (l_s - l_t) / 2 the exact step of the probability-flow ODE is, for each
     y_s = gamma_s / gamma_t y_t + lambda_s int exp(-(h - x)) y_0-hat(x) dx,      x from 0 to h in half the logSNR
 
 A DDIM step takes y_0-hat to be constant. Here it is the polynomial through the last estimates. Let
-r_k = (l_k - l_t) / (2 h) be the place of estimate k, in steps: r < 0 for earlier ones, r = 1 for the one at the end.
-A DDIM step then takes, instead of m_s,
+r_k = (l_k - l_t) / (2 h) be the position of estimate k, in steps: r < 0 for earlier ones, r = 1 for the one at the end.
+A DDIM step then uses, instead of m_s,
 
     m_s + sum_k c_k lambda_s (y_0-hat_k - y_0-hat),      sum_k c_k r_k^j = b_j = j! phi_{j+1}(-h) / phi_1(-h),
 
-with phi_1(z) = (exp(z) - 1) / z, phi_{j+1} = (phi_j - 1 / j!) / z; one estimate alone has b_1 = 1/2 (for both: Zhao et
+with phi_1(z) = (exp(z) - 1) / z, phi_{j+1} = (phi_j - 1 / j!) / z; a single estimate has b_1 = 1/2 (for both: Zhao et
 al. 2023, Eq. (8) with B(h) = exp(h) - 1, "bh2"; for the second order also Lu et al. 2022, Algorithm 2).
 
-h is a function of mu: under blur each frequency has its own logSNR, and its own h and r. Where the steps since an
-estimate leave less than a thousandth of a frequency, the estimate is not used there, and the order falls by one.
+h is a function of mu: under blur each frequency has its own logSNR, hence its own h and r. Where the stored mean of an
+earlier estimate retains less than a thousandth of a frequency, that estimate is not used, and the order falls by one.
 Without blur lambda_s / lambda_t is one number, and the methods are the published ones.
 """
 
@@ -35,19 +35,19 @@ from dpm_scales.schedules import Color
 
 _FAINT = 1e-3
 _SHORTEST = 1e-12  # h of a step below which a frequency does not change
-_SERIES = 0.3  # below it phi by its series of `_TERMS` terms: the closed forms cancel
+_SERIES = 0.3  # h below which phi is summed as a series of `_TERMS` terms, since the closed forms cancel
 _TERMS = 12
 
 
 class DPMSolver(DDIM):
-    """DPM-Solver++(2M), second order with one evaluation a step, and its stochastic variant.
+    """DPM-Solver++(2M), second order with one evaluation per step, and its stochastic variant.
 
     Args:
         eta: 0 for the probability-flow ODE, DPM-Solver++(2M); 1 for its SDE, SDE-DPM-Solver++(2M).
         steps: number of steps and of evaluations.
-        grid, rho: as for `Sampler`; "logsnr" is the authors' own.
+        grid, rho, noise_color: as for `Sampler`; "logsnr" is the authors' grid.
         order: 2, or 1 for DPM-Solver++(1), which is `DDIM`.
-        covariance: of a step, see `DDIM`; with eta > 0.
+        covariance: covariance of a step, see `DDIM`; requires eta > 0.
     """
 
     one_scale_at_a_time = False
@@ -82,16 +82,17 @@ class DPMSolver(DDIM):
 class UniPC(DPMSolver):
     """UniPC: each estimate is used twice, to correct the step that led to it and to predict the next one.
 
-    The predictor of order 2 is DPM-Solver++(2M)'s; the corrector, which costs no evaluation, raises the order by one.
-    The probability-flow ODE only; the last steps fall back to what the scales left allow, as published.
+    The predictor of order 2 is that of DPM-Solver++(2M); the corrector, which costs no evaluation, raises the order by
+    one. It solves the probability-flow ODE only; as published, the order falls in the last steps.
 
     Args:
-        order: p of the predictor, 1 to 3; the method is then of order p + 1 unless frequencies are blurred away,
-            or the first steps, which have no older estimates, limit it. Measured on Gaussian data, t = 0.9 to 0.1, 20
-            to 80 steps: 2.0 for p = 1; 2.9 to 3.2 for p = 2; for p = 3 only 2.8 to 3.3 on VP, blurring and heat, and
-            4.0 on VE.
+        order: order p of the predictor, 1 to 3; the method is then of order p + 1 unless limited by frequencies that
+            are blurred away or by the first steps, which have no older estimates. Measured orders on Gaussian data,
+            t = 0.9 to 0.1, 20 to 80 steps: 2.0 for p = 1; 2.9 to 3.2 for p = 2; for p = 3 only 2.8 to 3.3 on VP,
+            blurring and heat, and 4.0 on VE.
         steps: number of steps and of evaluations.
         grid, rho: as for `Sampler`.
+        noise_color: must be None, since no noise is added.
     """
 
     highest = 3
@@ -111,7 +112,7 @@ class UniPC(DPMSolver):
         return super().step(move, self.correct(move, y, m), m)
 
     def correct(self, move: StepContext, y: Tensor, m: Tensor) -> Tensor:
-        """Return y_t by the last step taken again, its polynomial now through the estimate at t as well."""
+        """Return y_t from the last step repeated, its polynomial now also through the estimate at t."""
         if not move.past:
             return y
         last, *older = list(move.past)[: self.order]
@@ -126,7 +127,7 @@ class UniPC(DPMSolver):
 
 
 def _extrapolate(move: StepContext, m: Tensor, used: Sequence[PastStep]) -> Tensor:
-    """Return m_s by the polynomial through the estimate at t and those of the steps `used`, the newest first."""
+    """Return m_s from the polynomial through the estimate at t and those of the steps `used`, newest first."""
     if not used:
         return m
     polynomial = _Interpolation(move.process, move.t, move.s, [p.t for p in used], [p.s for p in used])
@@ -138,9 +139,9 @@ class _Interpolation:
     """The coefficients c_k of the step from t to s, as functions of mu.
 
     Args:
-        knots: the scales of the earlier estimates, the newest first.
-        kept: the scale of each estimate as it is stored: lambda(L) y_0-hat.
-        end: whether the estimate at s is known too; its c is the last.
+        knots: the scales of the earlier estimates, newest first.
+        kept: the scale whose lambda(L) multiplies y_0-hat in each stored estimate.
+        end: whether the estimate at s is also known; its c_k is the last.
     """
 
     process: Process
@@ -151,14 +152,14 @@ class _Interpolation:
     end: bool = False
 
     def weights(self, mu: Tensor) -> list[Tensor]:
-        """Return the weight of lambda_s y_0-hat, then those of the other estimates as they are stored."""
+        """Return the weight of lambda_s y_0-hat, then those of the other estimates in their stored form."""
         found = self._coefficients(mu)
         shrink = [Step(self.process, self.s, kept).rho(mu).clamp(min=1e-30) for kept in self.kept]
         stored = [c / r for c, r in zip(found, shrink, strict=False)]
         return [1 - torch.stack(found).sum(0), *stored, *found[len(stored) :]]
 
     def _coefficients(self, mu: Tensor) -> list[Tensor]:
-        """Return all c_k, with those of a lower order where an estimate cannot be used."""
+        """Return all c_k, of a lower order where an estimate cannot be used."""
         number = len(self.knots)
         h = Step(self.process, self.s, self.t).half_log_snr_gain(mu)
         changes = (h > _SHORTEST) & torch.isfinite(h)

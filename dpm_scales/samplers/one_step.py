@@ -1,4 +1,4 @@
-"""Samplers that use no steps before the current one."""
+"""Samplers that use no earlier steps."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class DDIM(Sampler):
     Args:
         eta: in [0, 1].
         steps, grid, rho, noise_color: as for `Sampler`.
-        covariance: of a step: None for that of q(x_s | x_t, x_0), as published; "optimal" adds what the network's error
-            leaves out at each frequency, see `dpm_scales.covariance`, which must have been measured; with it eta = 0 is
-            Analytic-DDIM (Bao et al. 2022), which is not deterministic.
+        covariance: covariance of a step: None for that of q(x_s | x_t, x_0), as published; "optimal" adds the variance
+            that stems from the network's error at each frequency, which must have been measured, see
+            `dpm_scales.covariance`; eta = 0 is then Analytic-DDIM (Bao et al. 2022), which is not deterministic.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class DDIM(Sampler):
         return step.noise_ratio(mu) * rest.sqrt()
 
     def _missing_std(self, move: StepContext, mu: Tensor) -> Tensor:
-        """Return by how much the optimal standard deviation exceeds that of `_noise_std`; 0 without an error."""
+        """Return the excess of the optimal standard deviation over `_noise_std`; 0 without an error."""
         step = move.curves
         std = self._noise_std(step, mu)
         weight = step.signal_s(mu) * (1 - self._coef_xt(step, mu) * step.rho(mu))  # lambda_s - a lambda_t
@@ -113,10 +113,12 @@ class Ancestral(DDIM):
     """The reverse chain with the posterior's own noise: DDIM with eta = 1.
 
     Args:
-        variance: of the noise that a step adds: None for the posterior's, "transition" for that of q(x_t | x_s). They
-            are the bounds for data of zero and of unit variance (Ho et al. 2020, Sect. 3.2; diffusers' fixed_small
-            and fixed_large); with "transition" a step of VE is the predictor of Song et al. 2021, Algorithm 2.
-        covariance: "optimal" for the variance that was measured for each frequency, see `DDIM`; in place of `variance`.
+        steps, grid, rho, noise_color: as for `Sampler`.
+        variance: variance of the noise that a step adds: None for the posterior's, "transition" for that of
+            q(x_t | x_s). They are the bounds for data of zero and of unit variance (Ho et al. 2020, Sect. 3.2;
+            diffusers' fixed_small and fixed_large); with "transition" a step of VE is the predictor of Song et al.
+            2021, Algorithm 2.
+        covariance: "optimal" for the variance measured for each frequency, see `DDIM`; excludes `variance`.
     """
 
     variances = ("transition",)
@@ -144,24 +146,25 @@ class Ancestral(DDIM):
 
 
 class Heun(DDIM):
-    r"""Second order on the probability-flow ODE: a DDIM step, then a correction by the estimate at its end.
+    r"""Second-order method for the probability-flow ODE: a DDIM step, then a correction by the estimate at its end.
 
     y_s += w(h) (m_s(y_s) - m_s(y_t)), h = (l_s - l_t) / 2, with 2 steps - 1 evaluations in all and
 
     - variable="noise":  w = (exp(h) - 1) / 2, the trapezoid in gamma / lambda, exactly EDM's;
     - variable="logsnr": w = 1 - (1 - exp(-h)) / h, the exponential integrator of the same order: bounded where a step
       spans many nats, as at the high frequencies of a blur;
-    - variable=None: "noise" where nothing blurs, else "logsnr".
+    - variable=None: "noise" for a process without blur, otherwise "logsnr".
 
-    Where scale s has no noise, w = 0 in "noise", as in EDM's last step; so it has where scale t is pure noise.
+    With "noise", w = 0 where scale s has no noise, as in EDM's last step, and where scale t is pure noise.
 
-    Churn (`Churn`; Karras et al. 2022, Algorithm 2) adds noise before each step, so that errors of earlier steps are
-    forgotten.
+    Churn (`Churn`; Karras et al. 2022, Algorithm 2) adds noise before each step, which removes errors of earlier steps.
 
     Args:
-        s_churn: EDM's S_churn, >= 0; 0 for none, and nothing is drawn.
-        s_min, s_max: levels between which steps are churned; s_max null for no bound.
-        s_noise: factor of the noise that is added, published 1.003 to 1.007.
+        steps, grid, rho, noise_color: as for `Sampler`.
+        variable: "noise", "logsnr" or None, see above.
+        s_churn: EDM's S_churn, >= 0; with 0 no noise is drawn.
+        s_min, s_max: levels between which steps are churned; s_max None for no bound.
+        s_noise: factor on the added noise; published values are 1.003 to 1.007.
     """
 
     one_scale_at_a_time = False
@@ -192,7 +195,7 @@ class Heun(DDIM):
         scales = self.scales(process, tables_of(process))
         if self.churn is not None:
             churned = self.churn.check(process, scales)
-            # the scales as they are visited: up to t_hat, which divides by nothing, and down to s
+            # the scales in the order of visits: up to t_hat, which involves no division, and down to s
             scales = torch.stack([churned, scales[1:]], 1).flatten()
             denoiser.target.check_scales(process, scales)
         if self._in_noise(process):
@@ -213,7 +216,7 @@ class Heun(DDIM):
         def weight(mu: Tensor) -> Tensor:
             h = step.half_log_snr_gain(mu)
             if in_noise:
-                # a step from pure noise: what its start estimates says nothing of the line between the two
+                # a step from pure noise: the estimate at its start carries no information
                 return torch.where(h > math.log(MAX_DIVISION), 0.0, torch.expm1(h) / 2)
             safe = h.clamp(min=1e-8)
             return torch.where(h > 1e-4, 1 + torch.expm1(-safe) / safe, h / 2)
@@ -223,11 +226,11 @@ class Heun(DDIM):
 
 
 class Dissipation(Sampler):
-    """IHDM's: y_s = m_s + delta eps', delta = `noise_ratio` gamma_s.
+    """IHDM's sampler: y_s = m_s + delta eps', delta = `noise_ratio` gamma_s (Rissanen et al. 2023, Algorithm 2).
 
     Args:
-        noise_ratio: delta / sigma, published 1.25; samples collapse near 2.
-        steps: None for all scales.
+        noise_ratio: delta / sigma >= 0, published as 1.25; samples collapse near 2.
+        steps, grid, noise_color: as for `Sampler`.
     """
 
     def __init__(
