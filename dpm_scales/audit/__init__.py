@@ -1,7 +1,7 @@
 """Check every proposition and property of Peter 2024 for any process, forward and reverse.
 
 Each finding compares a closed form with independent results: laws composed as matrices from the transitions of the
-public interface (see `dense`), and random paths. Small images make both cheap, and no law depends on the size.
+public interface (see `dense`), and random paths. Small images make both cheap, and the laws hold at any size.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CHECKS = (
 
 @torch.no_grad()
 def audit(process: Process, images: Tensor, seed: int = 0, samples: int = 1000) -> list[Finding]:
-    """Check the statements of the paper for one process.
+    """Check the statements of the paper for one process and return the findings.
 
     Args:
         process: any process with any schedule; it is not modified.
@@ -59,8 +59,8 @@ def audit(process: Process, images: Tensor, seed: int = 0, samples: int = 1000) 
         samples: number of random paths, at least 100.
 
     Returns: findings of the forward direction in the paper's order, then of the reverse direction.
-    Raises: UserError for images that are not a uint8 batch or have fewer than 2 x 2 pixels, and for a process of which
-    some frequencies have noise and others none, so that it has no densities to compare.
+    Raises: UserError for images that are not a uint8 batch or have fewer than 2 x 2 pixels, for fewer than 100 samples,
+    and for a process in which only some frequencies have noise, so that it has no densities to compare.
     """
     _require_density(process)
     fits = images.ndim == 4 and images.dtype == torch.uint8 and len(images) > 0 and min(images.shape[-2:]) >= 2

@@ -1,6 +1,6 @@
 """Corrections to printed formulas of Peter 2024, each with a numerical example that is independent of the process.
 
-The chain U_k = alpha U_{k-1} + beta G is drawn directly, so that `measured` uses no code of a process.
+The chain U_k = alpha U_{k-1} + beta G is drawn directly, so that most of the values `measured` use no process code.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Correction:
 
 @torch.no_grad()
 def corrections(seed: int = 0) -> list[Correction]:
-    """Return all corrections; takes a second or two."""
+    """Return all corrections, which takes a second or two."""
     generator = torch.Generator().manual_seed(seed)
 
     def spread(alphas: Sequence[float], betas: Sequence[float], start: float = 0.0) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 r"""Laws as matrices, on images small enough to make matrices cheap.
 
-A law of a process is a Gaussian with a mean affine in the initial image. Applying it to the unit images gives its
-matrix, and applying its noise to unit images gives the covariance. These matrices thus examine the public functions of
-a process, not its curves:
+A law of a process is a Gaussian with a mean affine in the initial image. Applying it to unit images gives the matrix of
+its mean, and applying its noise to unit images gives the covariance. So these matrices test the public functions of a
+process, not its curves:
 
     u_t ~ N(A u_s + b, S)  and  u_s ~ N(A' u_0 + b', S')   give   u_t ~ N(A A' u_0 + A b' + b, A S' A^T + S)
 """
@@ -20,7 +20,7 @@ from dpm_scales.processes import Context, Gaussian, Process
 
 @dataclass(frozen=True)
 class Law:
-    """N(matrix u + offset, covariance) on images of N pixels as vectors: ``(N, N)``, ``(N,)``, ``(N, N)``, float64."""
+    """N(matrix u + offset, covariance) of images as vectors of N pixels: ``(N, N)``, ``(N,)``, ``(N, N)``, float64."""
 
     matrix: Tensor
     offset: Tensor
@@ -35,7 +35,7 @@ class Law:
         )
 
     def mean(self, x: Tensor) -> Tensor:
-        """Return the means for images ``(..., N)``."""
+        """Return the means given images ``(..., N)``."""
         return x @ self.matrix.T + self.offset
 
     def moved(self, matrix: Tensor) -> Law:
@@ -92,7 +92,7 @@ class DenseProcess:
 
     def _covariance(self, gaussian: Gaussian) -> Tensor:
         op = gaussian.operator
-        noise = op.to_pixels(op.apply(gaussian.std, self._basis[:-1])).flatten(1)  # row j: the image of white noise j
+        noise = op.to_pixels(op.apply(gaussian.std, self._basis[:-1])).flatten(1)  # row j: the noise from unit image j
         return noise.T @ noise
 
 
@@ -115,12 +115,12 @@ def entropy(covariance: Tensor) -> float:
 
 
 def root(variance: float) -> float:
-    """Return the square root; NaN for a negative variance, which broken laws may have."""
+    """Return the square root; NaN for a negative variance, which can occur in broken laws."""
     return math.sqrt(variance) if variance >= 0 else math.nan
 
 
 def eigen(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, ascending, and eigenvectors; NaN for a matrix that is not finite."""
+    """Return eigenvalues in ascending order and eigenvectors; NaN for a matrix that is not finite."""
     if not bool(torch.isfinite(symmetric).all()):
         return torch.full_like(symmetric[0], math.nan), torch.full_like(symmetric, math.nan)
     return torch.linalg.eigh(symmetric)

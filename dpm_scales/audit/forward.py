@@ -67,10 +67,10 @@ def _level(values: Tensor) -> float:
 
 
 def spread_at_the_end(deviation: Tensor, covariance: Tensor) -> tuple[float, float, float]:
-    """Compare draws ``(M, N)`` with their law.
+    """Compare draws, as deviations ``(M, N)`` from their law's mean, with its covariance.
 
-    Return their variance around its mean in units of its covariance; the standard error of that; and the deviation of
-    their mean in standard errors.
+    Return their variance in units of the covariance; the standard error of that; and the deviation of their mean in
+    standard errors.
     """
     white = whitened(deviation, covariance)
     number, pixels = white.shape
@@ -172,7 +172,7 @@ def conditional_entropy(lab: Lab) -> Measured | str:
     eigenvalue, note = None, f"by determinants: {min(dense):+.3g}"
     if not apart <= tolerance:
         note = f"closed form and determinants of composed transitions differ by {apart:.3g}"
-    if lowest < -1e-9:  # for which the sum over all frequencies may compensate
+    if lowest < -1e-9:  # the sum over all frequencies may compensate for it
         step, mode = divmod(int(per_mode.argmin()), per_mode.shape[1])
         eigenvalue = float(lab.mu[mode])
         note += f"; the variance of one frequency falls by {-lowest:.3g} of itself at t = {float(lab.ts[step + 2]):.3g}"
@@ -184,15 +184,15 @@ def conditional_entropy(lab: Lab) -> Measured | str:
         drawn=drawn,
         scale=float(lab.ts[worst + 1]),
         eigenvalue=eigenvalue,
-        note=note + ("; it stays what it is" if lab.process.has_constant_noise() else ""),
+        note=note + ("; the entropy is constant" if lab.process.has_constant_noise() else ""),
     )
 
 
 def _drawn_rise(lab: Lab, number: int) -> tuple[float, float] | None:
     """Return the entropy increase in a step of the chain, in nats per pixel, and a bound on its standard error.
 
-    It follows from the determinants of the covariances of the paths, whose biases cancel. The bound assumes independent
-    draws. None from scale 0, where a path is the image itself.
+    It is computed from the determinants of the covariances of the paths, whose biases cancel. The bound assumes
+    independent draws. Return None for the step from scale 0, where a path is the image itself.
     """
     if number == 0:
         return None

@@ -24,7 +24,7 @@ def permutation(lab: Lab) -> Measured:
     order = torch.randperm(lab.pixels, generator=torch.Generator().manual_seed(lab.seed))
     matrix = permutation_matrix(order)
     worst, gap = lab.widest([lab.gap(law.moved(matrix), law) for law in lab.marginals + lab.transitions])
-    note = "processes that blur see neighbours; Sect. 5.3 makes no such claim" if lab.blurs else ""
+    note = "blur makes neighbouring pixels interact; Sect. 5.3 makes no such claim" if lab.blurs else ""
     verdict = Verdict.NOT_APPLICABLE if lab.blurs else Verdict.EXACTLY
     where = (lab.ladder + lab.ladder[1:])[worst]
     return Measured(verdict, lab.blurs or gap.closed, gap.value, gap.tolerance, scale=where, note=note)
@@ -37,7 +37,7 @@ def permutation(lab: Lab) -> Measured:
     "law of the rotated image against the rotated law",
 )
 def rotation(lab: Lab) -> Measured:
-    """Check Proposition 9, also a case of Proposition 4: rotations by 90 degrees, on a rectangle."""
+    """Check Proposition 9, which is also a case of Proposition 4: rotations by 90 degrees, on a rectangle."""
     matrix, other = rotation_matrix(lab.size), lab.rotated()
     turned = [other.marginal(t) for t in lab.ladder] + [other.transition(s, t) for s, t in lab.steps]
     laws = zip(lab.marginals + lab.transitions, turned, strict=True)
@@ -89,7 +89,7 @@ def average_grey(lab: Lab) -> Measured:
     elif not fits:
         note = f"mean of the paths' shift {drawn:+.4g} ± {mean_error:.2g}"
         if lab.scales_grey:
-            note += "; a_t < 1 scales the average grey value like all the rest, unlike in the paper's chain"
+            note += "; a_t < 1 scales the average grey value like all other frequencies, unlike in the paper's chain"
     return Measured(
         verdict,
         fits,
@@ -115,7 +115,7 @@ def positivity(lab: Lab) -> Measured | str:
     """Check that osmosis keeps positive images positive: no entry of its matrix is negative."""
     if why := _beyond_osmosis(lab):
         return why
-    # with noise, only the mean can stay positive; the marginal's is used, as a step with a decay floor sharpens
+    # with noise, only the mean can stay positive; that of the marginals is used, since steps with a decay floor sharpen
     laws = lab.marginals if lab.noisy else lab.marginals + lab.transitions
     lowest, path = [float(law.matrix.min()) for law in laws], float(lab.paths.min())
     bounded = [min(lowest), float(lab.chain[-1].offset.min()), *([] if lab.noisy else [path])]

@@ -30,10 +30,10 @@ class Return:
     """Laws of the reverse process down the ladder, with the steps of `audit.reverse`.
 
     Attributes:
-        posteriors: q(u_s | u_t, u_0), from the top.
-        given: laws of u_s given u_0 that they compose from the marginal at scale 1, rung by rung from 0.
-        data: covariances of u_t over the data, from the forward chain, rung by rung from 0.
-        ideal, trained: covariances from the ideal and the trained steps, starting from the marginal at scale 1.
+        posteriors: q(u_s | u_t, u_0), from the top rung down.
+        given: laws of u_s given u_0, composed from the marginal at scale 1 and the posteriors, from rung 0 up.
+        data: covariances of u_t over the data, from the forward chain, from rung 0 up.
+        ideal, trained: covariances from the ideal and the trained steps, composed from the marginal at scale 1.
     """
 
     posteriors: list[Posterior]
@@ -84,7 +84,7 @@ class Lab:
         self.span = high - low
         #: tolerances: of means in units of the value range; of covariances and entropies per pixel, relative
         self.mean_tolerance = max(1e-9, 20 * self.process.tolerance)
-        self.noise_tolerance = 5e-3 if self.expands else 1e-7  # limited by the expansion of a root
+        self.noise_tolerance = 5e-3 if self.expands else 1e-7  # limited by the expansion of a square root
 
     # --- curves at every scale of the chain, (K + 1, N) ---------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class Lab:
 
     @cached_property
     def alpha(self) -> Tensor:
-        """Return the mean factor of each step of the chain, ``(K, N)``."""
+        """Return the factor rho on the mean of each step of the chain, ``(K, N)``."""
         return self._table(self.process.step(self.ts[:-1], self.ts[1:]).rho(self.mu))
 
     @cached_property
@@ -138,7 +138,7 @@ class Lab:
 
     @property
     def as_printed(self) -> Verdict:
-        """Return the verdict of statements that hold as printed, for distributions if there is noise."""
+        """Return the verdict for statements that hold as printed: in law if there is noise, otherwise exactly."""
         return Verdict.IN_LAW if self.noisy else Verdict.EXACTLY
 
     @cached_property
@@ -148,17 +148,17 @@ class Lab:
 
     @property
     def steady_pixels(self) -> Tensor:
-        """Return that limit as a vector, ``(N,)``."""
+        """Return the steady state as a vector, ``(N,)``."""
         return self.steady.expand(1, 1, *self.size).flatten()
 
     @property
     def guided(self) -> bool:
-        """Return whether blur ends in a guidance image instead of a flat one, as that of osmosis does."""
+        """Return whether blur ends in a guidance image instead of a flat one, as in osmosis."""
         return self.steady.shape[-2:] == self.size
 
     @cached_property
     def white(self) -> Tensor:
-        """Return the factors from white coordinates to pixels, ``(N,)``: the noise of a pixel over gamma."""
+        """Return the factors from whitened coordinates to pixels, ``(N,)``: the noise of a pixel over gamma."""
         if self.context is None or not self.guided:
             return torch.ones(self.pixels, dtype=torch.float64)
         return (self.context / self.context.mean()).double().flatten().sqrt()
@@ -183,7 +183,7 @@ class Lab:
 
     @property
     def steps(self) -> list[tuple[float, float]]:
-        """Return the pairs of neighbouring rungs (s, t), s < t."""
+        """Return the pairs of successive rungs (s, t), s < t."""
         return list(zip(self.ladder, self.ladder[1:], strict=False))
 
     @cached_property
@@ -193,12 +193,12 @@ class Lab:
 
     @cached_property
     def transitions(self) -> list[Law]:
-        """Return q(u_t | u_s) between neighbouring rungs."""
+        """Return q(u_t | u_s) between successive rungs."""
         return [self.dense.transition(s, t) for s, t in self.steps]
 
     @cached_property
     def chain(self) -> list[Law]:
-        """Return the laws given u_0 that the transitions alone compose, rung by rung, from the law at scale 0."""
+        """Return the laws given u_0 on the ladder, composed from the law at scale 0 and the transitions alone."""
         laws = [self.marginals[0]]
         for step in self.transitions:
             laws.append(step.after(laws[-1]))
@@ -222,7 +222,7 @@ class Lab:
         return index, gaps[index]
 
     def spreads(self, ratio: float, error: float) -> bool:
-        """Return whether the variance of draws fits, for its ratio to the true one and the standard error of that."""
+        """Return whether the variance of draws agrees with the true one, from their ratio and its standard error."""
         return abs(ratio - 1) <= LIMIT * error + 2 * self.noise_tolerance
 
     def over_the_data(self, laws: Sequence[Law]) -> list[Tensor]:
@@ -237,13 +237,13 @@ class Lab:
 
     @cached_property
     def data_covariance(self) -> Tensor:
-        """Return a model covariance of the data: the variance of the images, with correlation exp(-d / 4 px)."""
+        """Return a model covariance of the data, ``(N, N)``: the images' variance, with correlation exp(-d / 4 px)."""
         rows, columns = torch.meshgrid(*(torch.arange(float(n)) for n in self.size), indexing="ij")
         place = torch.stack([rows.flatten(), columns.flatten()], 1).double()
         variance = self.images.var(unbiased=False).clamp(min=1e-2 * self.span**2)
         return variance * torch.exp(-torch.cdist(place, place) / 4)
 
-    # --- the way back -------------------------------------------------------------------------------------------------
+    # --- the reverse process ------------------------------------------------------------------------------------------
 
     @cached_property
     def back(self) -> Return:
@@ -275,7 +275,7 @@ class Lab:
 
     @cached_property
     def paths(self) -> Tensor:
-        """Return independent paths of the first image up the ladder, ``(T, M, N)``; a single path without noise."""
+        """Return independent paths from the first image up the ladder, ``(T, M, N)``; a single path without noise."""
         number = self.samples if self.noisy else 1
         x_0 = self.images[:1].expand(number, -1, -1, -1)
         return self.process.trajectory(x_0, self.ladder, self.generator, self.context).flatten(2)
@@ -294,7 +294,7 @@ class Lab:
 
 
 def whitened(deviation: Tensor, covariance: Tensor) -> Tensor:
-    """Return ``(M, N)`` in coordinates with unit covariance; deviations in directions without noise become huge."""
+    """Return deviations ``(M, N)`` in coordinates of unit covariance; those in directions without noise become huge."""
     values, vectors = eigen(covariance)
     return deviation @ vectors / values.clamp(min=1e-12 * float(values.max())).sqrt()
 

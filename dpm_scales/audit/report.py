@@ -55,7 +55,7 @@ def write_audit(processes: Mapping[str, Process], images: Tensor, out: Path, see
 
 
 def _plain(values: dict[str, object]) -> dict[str, object]:
-    """Return the values with NaN as None and infinities as strings, which JSON lacks."""
+    """Return the values with NaN as None and infinities as strings, since JSON has neither."""
     return {key: _finite(value) if isinstance(value, float) else value for key, value in values.items()}
 
 

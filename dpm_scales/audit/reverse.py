@@ -1,12 +1,12 @@
 r"""Check the reverse direction: Sect. 5.2, Peter 2024, and its analogues of Sect. 5.1 and 5.3.
 
-The ideal result of training replaces the network: the law of u_0 given u_t, known in closed form for Gaussian data with
+The ideal result of training replaces the network: the law of u_0 given u_t, known in closed form for Gaussian data of
 covariance C (the variance of the images, with a correlation that decays with distance) and u_t ~ N(A u_0 + b, S):
 
     W = C A' (A C A' + S)^{-1},     E[u_0 | u_t] = W u_t,     Cov[u_0 | u_t] = C - W A C
 
     ideal step    u_s = (keep + pull W) u_t + N(0, posterior + pull Cov[u_0 | u_t] pull')
-    trained step  the same without the last term: the mean of the network replaces u_0
+    trained step  the same without the last term: the network's mean replaces u_0
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ reverse = functools.partial(statement, direction="reverse")
     "Property 1, Sect. 5.2",
     "q(u_M) = N(0, I)",
     "divergence of the law at scale 1 from N(0, I), nats per pixel",
-    without_noise="without noise the way back begins at one image and has nothing to draw from",
+    without_noise="without noise the reverse process starts at a single image, and nothing is drawn",
 )
 def initial_state(lab: Lab) -> Measured:
     """Check Property 1: the initial state of the reverse process."""
@@ -77,9 +77,9 @@ def semigroup(lab: Lab) -> Measured:
 
 
 def _drawn_back(lab: Lab, rung: int) -> tuple[float, float]:
-    """Draw paths up to the next rung, then from the posterior.
+    """Draw from the posterior at the end of the paths to the next rung.
 
-    Return the variance of the draws over that of the marginal, and its standard error.
+    Return the variance of the draws relative to that of the marginal, and its standard error.
     """
     x_t = lab.paths[rung + 1].reshape(-1, 1, *lab.size)
     x_0 = lab.images[:1].expand_as(x_t)
@@ -89,7 +89,7 @@ def _drawn_back(lab: Lab, rung: int) -> tuple[float, float]:
 
 
 def _energy(drawn: Tensor, covariance: Tensor) -> tuple[float, float]:
-    """Return the mean square of draws ``(M, N)`` over that of their law, and its standard error."""
+    """Return the mean square of draws ``(M, N)`` relative to that of their law, and its standard error."""
     energy, wanted = drawn.square().sum(1), float(covariance.diagonal().sum())
     return float(energy.mean()) / wanted, float(energy.std()) / wanted / math.sqrt(len(energy))
 
@@ -111,7 +111,7 @@ def image_entropy(lab: Lab) -> Measured:
     if lab.noisy:
         note += f"; {_surprise(lab, total[-1])}"
     if lab.blurs and not fits:
-        note += "; blur lowers it where it takes more than noise adds"
+        note += "; it falls where blur removes more than noise adds"
     return Measured(Verdict.EXACTLY, fits, rises, tolerance, scale=lab.ladder[worst + 1], note=note)
 
 
@@ -163,7 +163,7 @@ def _surprise(lab: Lab, wanted: float) -> str:
 def entropy_bounds(lab: Lab) -> Measured | str:
     """Check H(U_t|U_s) + H(U_s|U_0) - H(U_t|U_0) <= H(U_s|U_t) <= H(U_t|U_s), Sohl-Dickstein et al. 2015."""
     scales = torch.tensor(lab.ladder, dtype=torch.float64)
-    bounds = torch.stack(reverse_entropy_bounds(lab.process, scales, lab.size))  # in white coordinates
+    bounds = torch.stack(reverse_entropy_bounds(lab.process, scales, lab.size))  # in whitened coordinates
     below, above, where, apart = [], [], [], 0.0
     volume = float(torch.as_tensor(lab.dense.operator.log_volume()).sum())
     for k, posterior in enumerate(lab.back.posteriors[::-1]):
@@ -188,7 +188,7 @@ def entropy_bounds(lab: Lab) -> Measured | str:
     tolerance, low, high = 1e-6 if not lab.expands else lab.noise_tolerance, min(below), min(above)
     fits, corrected = low >= -tolerance and (lab.expands or apart <= 1e-4), ""
     if fits and high < -tolerance:
-        corrected = "the lower bound always holds; the upper one needs H(U_t) >= H(U_s), which blur breaks"
+        corrected = "the lower bound always holds; the upper one needs H(U_t) >= H(U_s), which fails under blur"
     return Measured(
         Verdict.CORRECTED if corrected else Verdict.EXACTLY,
         fits,
@@ -204,8 +204,8 @@ def entropy_bounds(lab: Lab) -> Measured | str:
 @reverse(
     "steady state",
     "Property 4, Sect. 5.2",
-    "the way back ends at the distribution of the training data, where p and q are the same",
-    "covariance of the ideal way back against the data's, relative",
+    "the reverse process ends at the distribution of the training data, where p and q are the same",
+    "covariance of the ideal reverse process against the data's, relative",
     without_noise="without noise there is nothing to draw from",
 )
 def steady_state(lab: Lab) -> Measured:
@@ -221,15 +221,15 @@ def steady_state(lab: Lab) -> Measured:
         tolerance,
         drawn=(spread - 1, error),
         scale=0.0,
-        note="Gaussian data; drawn: variance of paths, relative; with the mean alone, as a network gives it, and "
+        note="Gaussian data; drawn: variance of paths, relative; with only the mean, as from a network, and "
         f"{len(lab.ladder) - 1} steps, the variance is {loss:.3f} of the data's",
     )
 
 
 def _drawn_home(lab: Lab) -> tuple[float, float]:
-    """Draw paths from scale 1 down the ladder; return their variance over that of the data, and its standard error.
+    """Draw paths from scale 1 down the ladder; return their variance relative to the data's, and its standard error.
 
-    Each step draws u_0 given u_t, then from the posterior.
+    Each step draws u_0 given u_t, then u_s from the posterior.
     """
     c, x = lab.data_covariance, _draw(lab, lab.back.data[-1])
     for k in range(len(lab.ladder) - 1, 0, -1):
@@ -242,7 +242,7 @@ def _drawn_home(lab: Lab) -> tuple[float, float]:
 
 
 def _draw(lab: Lab, covariance: Tensor) -> Tensor:
-    """Return draws ``(M, N)`` with mean zero."""
+    """Return draws ``(M, N)`` of mean zero and this covariance."""
     values, vectors = eigen(covariance)
     white = torch.randn(lab.samples, lab.pixels, dtype=torch.float64, generator=lab.generator)
     return (white * values.clamp(min=0).sqrt()) @ vectors.T

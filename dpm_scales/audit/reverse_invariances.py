@@ -21,12 +21,12 @@ CARRIES_OVER = "the remaining properties carry over"
     without_noise="without noise there is no step that a network would have to learn",
 )
 def permutation(lab: Lab) -> Measured:
-    """Measure how a permutation changes the ideal step; the paper claims no invariance, it depends on the network."""
+    """Measure how a permutation changes the ideal step; the paper claims no invariance: it depends on the network."""
     order = permutation_matrix(torch.randperm(lab.pixels, generator=torch.Generator().manual_seed(lab.seed)))
     middle = len(lab.ladder) // 2
     posterior = lab.back.posteriors[len(lab.back.posteriors) - middle]
     step = posterior.keep + posterior.pull @ lab.denoiser(lab.back.data[middle], middle)
-    moved, note = largest(order @ step - step @ order), "the neighbours of a pixel say what it was, whatever the"
+    moved, note = largest(order @ step - step @ order), "estimates of a pixel depend on its neighbours, whatever the"
     return Measured(Verdict.NOT_APPLICABLE, True, moved, scale=lab.ladder[middle - 1], note=f"{note} forward process")
 
 
@@ -52,7 +52,7 @@ def rotation(lab: Lab) -> Measured:
         gap.closed,
         gap.value,
         gap.tolerance,
-        corrected="given u_0; a network has the invariances that it is built with",
+        corrected="given u_0; a network has the invariances of its architecture",
         scale=lab.steps[::-1][worst][0],
     )
 

@@ -1,4 +1,4 @@
-"""What a statement of the paper says, added to what a check measures: the decorator of all checks."""
+"""The decorator of all checks, which adds the paper's statement to the measurement."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dpm_scales.audit.lab import Lab
 
 @dataclass(frozen=True)
 class Measured:
-    """What a check measured; `fits` says whether it is within the tolerances, all else is as in `Finding`.
+    """Result of a measurement: `fits` is whether it is within the tolerances, all else is as in `Finding`.
 
-    The verdict is that of a fitting measurement. `drawn` is a value and its standard error. A non-empty `figure`
+    The verdict applies if the measurement fits. `drawn` is a value and its standard error. A non-empty `figure`
     replaces the statement's.
     """
 

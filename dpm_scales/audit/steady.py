@@ -1,4 +1,4 @@
-"""Check steady states and bounds of the noise: Propositions 5, 6 and 10, Eq. (31) and (49), Peter 2024."""
+"""Check steady states and bounds on the noise: Propositions 5, 6 and 10, Eq. (31) and (49), Peter 2024."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dpm_scales.audit.lab import LIMIT, Lab
 from dpm_scales.audit.statements import Measured, by_blur, statement
 
 LEFT = 0.02
-"""Fraction of the image that may remain at scale 1, relative to the noise or the value range, in a steady state."""
+"""Largest fraction of the image left at scale 1, relative to the noise or the value range, for a steady state."""
 
-ENDS = "the chain ends before it gets there"
+ENDS = "the chain ends before it reaches the steady state"
 _stated = functools.partial(statement, "steady state")
 _mixture = _stated(
     "Prop. 10", "p(u_i) converges to a mixture of N(mu_k 1, Sigma) over the average grey values mu_k of the data"
@@ -39,7 +39,7 @@ def _noise(lab: Lab) -> Measured:
     law = lab.marginals[-1]
     left, gamma = float(law.matrix.diagonal().mean()), root(float(law.covariance.diagonal().mean()))
     if left > 1 - 1e-9:
-        note = f"alpha = 1: the mean stays and the noise grows to {gamma:.4g}; the paper leaves this case out"
+        note = f"alpha = 1: the mean is constant and the noise grows to {gamma:.4g}; the paper omits this case"
         return Measured(Verdict.NOT_APPLICABLE, True, left / gamma, scale=1.0, note=note)
     drawn, error, note = _drawn_spread(lab)
     wanted, arrived = float(lab.noise[-1, 0]), left <= LEFT * gamma
@@ -82,7 +82,7 @@ def _filter(lab: Lab) -> Measured:
     notes = [] if off <= LEFT else [ENDS]
     if lab.guided and lab.context is not None:
         means = f"mean(u) = {float(lab.start.mean()):.4f}, mean(v) = {float(lab.context.double().mean()):.4f}"
-        notes.insert(0, f"{means}: the clipped noise image has not the image's mean")
+        notes.insert(0, f"{means}: the clipped noise image does not have the image's mean")
     return Measured(
         Verdict.CORRECTED if lab.guided else Verdict.EXACTLY,
         off <= LEFT,
@@ -106,7 +106,7 @@ def _blur(lab: Lab) -> Measured:
         corrected = f"N({limit}, gamma^2 {shape}), gamma the same at every scale"
     elif float((gammas.max() - gammas.min()) / gammas.max()) < 1e-9:
         bound = f"gamma goes from {float(middle[0]):.4g} half way to {float(gammas[0]):.4g}, at every frequency"
-        corrected = f"N({limit}, gamma_1^2 {shape}): the noise is what its schedule says, and blur does not bound it"
+        corrected = f"N({limit}, gamma_1^2 {shape}): the schedule alone sets the noise, and blur does not bound it"
     else:
         bound = f"gamma at mu = 0 goes from {float(middle[0]):.4g} half way to {float(gammas[0]):.4g}; "
         bound += f"at mu = {float(lab.mu[-1]):.3g} it is {float(gammas[-1]):.4g}"
@@ -125,7 +125,7 @@ def _blur(lab: Lab) -> Measured:
 
 
 def _distance(lab: Lab) -> float:
-    """Return the distance of the mean at scale 1 from the steady state, of the value range."""
+    """Return the distance of the mean at scale 1 from the steady state, relative to the value range."""
     return float((lab.chain[-1].mean(lab.start) - lab.steady_pixels).abs().max()) / lab.span
 
 
@@ -134,7 +134,7 @@ def _limit(lab: Lab) -> str:
 
 
 def _drawn_spread(lab: Lab) -> tuple[float, float, str]:
-    """Return the root mean square deviation of the paths at scale 1, in white coordinates with equal weights, its
+    """Return the root mean square deviation of the paths at scale 1, in whitened coordinates with equal weights, its
     relative standard error, and a note on both."""
     level = lab.deviations[-1].square().mean(0)
     weight = lab.marginals[-1].covariance.diagonal()

@@ -1,4 +1,4 @@
-"""Check two explicit transitions of Peter 2024: the variance-preserving, Eq. (15), and the reverse one, Eq. (32)."""
+"""Check two explicit transitions of Peter 2024: the variance-preserving one, Eq. (15), and the reverse, Eq. (32)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def preserving(lab: Lab) -> Measured | str:
     "q(u_{i-1} | u_i) = N(mu(u_i, i), Sigma(u_i, i)), neither the same for all pixels",
     "posterior and ideal denoiser against Bayes' rule, mean and covariance, relative",
     direction="reverse",
-    without_noise="without noise there is one way back at most",
+    without_noise="without noise there is at most one reverse path",
 )
 def reverse_step(lab: Lab) -> Measured:
     """Check Eq. (32): a reverse step is normal. Bayes' rule for Gaussian data uses neither posterior nor denoiser."""

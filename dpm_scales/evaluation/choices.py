@@ -1,4 +1,4 @@
-"""Choose what an evaluation measures: metrics and feature networks by name, or classes of one's own by `_target_`."""
+"""Choose what an evaluation measures: metrics and feature networks by name, or custom classes by `_target_`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dpm_scales.models.instantiate import build, plain
 
 
 def choose_metrics(measures: Any, manifold_images: int | None = None, key: str = "measures") -> tuple[Metric, ...]:
-    """Return the metrics that an option asks for, in the order of `METRICS`, then classes of one's own.
+    """Return the metrics that an option selects, in the order of `METRICS`, then custom classes.
 
     Args:
         measures: list of names in `METRICS` and of configs ``{_target_: mynet.metrics.Mine, …}``.
-        manifold_images: of `ManifoldMetric`.
+        manifold_images: the argument `images` of `ManifoldMetric`.
         key: the option, for messages.
 
     Raises: UserError for anything else.
@@ -48,14 +48,14 @@ def choose_features(
     download: bool = False,
     key: str = "features",
 ) -> FeatureNetwork:
-    """Return the feature network that an option asks for, on a device.
+    """Return the feature network that an option selects, on a device.
 
     Args:
-        features: a name as of `pick_features`, or a config ``{_target_: mynet.features.Mine, …}``.
+        features: a name as in `pick_features`, or a config ``{_target_: mynet.features.Mine, …}``.
         inception, download: for Inception's weights, see `pick_features`.
         key: the option, for messages.
 
-    Raises: UserError for an unknown network, one that can't be had, or options that it does not use.
+    Raises: UserError for an unknown network, one that is not available, or options that it does not use.
     """
     config = plain(features)
     if not isinstance(config, dict):
@@ -80,10 +80,10 @@ def rehearse(
 ) -> None:
     """Try metrics from outside this package on the first images of a reference, before any work is done.
 
-    Errors in the numbers alone are left to the measurement, as few images may not have any.
+    Numerical errors are ignored, since they may be due to the small number of images.
 
-    Raises: UserError for features of another shape or that are not finite, another result than a `Measure` for each
-        name, and a mistake in the code.
+    Raises: UserError for features of another shape or that are not finite, a result other than a `Measure` for each
+        name, and a bug in the code.
     """
     own = [metric for metric in metrics if described(metric) is not None]
     if not own:
@@ -109,7 +109,7 @@ def rehearse(
 
 
 def described(chosen: Extractor | Metric) -> dict[str, Any] | None:
-    """Return the class and options of a feature network or a metric from outside this package; None for its own."""
+    """Return the class and options of a feature network or metric from outside this package; None for its own ones."""
     kind = type(chosen)
     if kind.__module__.partition(".")[0] == "dpm_scales":
         return None

@@ -32,11 +32,11 @@ class ModelSamples:
         guidance: settings of the guidance, or None.
         number, seed: number and seed of the samples.
         labels: labels ``(number,)``, or None.
-        guide: path and weights of the model that guides it, or None.
-        ema: record of the average of the weights that was reconstructed; None for the one that the run exported.
-        precision: in which the network is computed, "32-true" or "bf16-mixed".
-        compile: whether it is compiled.
-        spent: images that passed through each network, by its name; "samples" are those drawn here so far.
+        guide: path and weights of the guiding model, or None.
+        ema: record of the reconstructed EMA of the weights; None for the EMA that the run exported.
+        precision: precision in which the network is computed, "32-true" or "bf16-mixed".
+        compile: whether the network is compiled.
+        spent: number of images evaluated by each network, by its name; "samples" counts the images drawn here so far.
     """
 
     model: Model
@@ -59,7 +59,7 @@ class ModelSamples:
     def batches(
         self, batch_size: int, numbers: range | None = None, on_samples: Callable[[float], None] | None = None
     ) -> Iterator[Tensor]:
-        """Yield batches, uint8 ``(B, C, H, W)``, of the samples with these consecutive numbers, by default all.
+        """Yield batches, uint8 ``(B, C, H, W)``, of the samples with these consecutive `numbers`, by default all.
 
         `on_samples` is called after each step of the sampler with the batch size divided by the number of steps.
         """
@@ -80,7 +80,7 @@ class ModelSamples:
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Return the (H, W) that all samples have."""
+        """Return the size (H, W) of all samples, as the only entry."""
         return (self.model.recipe.image_size,)
 
     def origin(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def sample_features(
 ) -> list[FeatureSet]:
     """Return the features of all samples by each of the extractors; each sample is drawn once.
 
-    A model's samples are shared by all ranks, which must all call this function.
+    A model's samples are distributed over all ranks, which must all call this function.
     """
     share = world.part(len(fake)) if isinstance(fake, ModelSamples) else range(len(fake))
 

@@ -40,10 +40,10 @@ class BitsPerDim:
         standard_error: standard error of `bits` from the spread over images, due to images, noise and sampled steps.
         context, prior, steps, decoder: the parts, see `dpm_scales.likelihood`.
         scales: ``(n + 1,)``, from 1 down to the finest.
-        per_scale: ``(n,)``, the part of `steps` between neighbours of `scales`.
-        per_band: ``(n, bands)``, the same by frequency band, of equal width in the root of the Laplacian's
+        per_scale: ``(n,)``, the part of `steps` between successive `scales`.
+        per_band: ``(n, bands)``, the same by frequency band, of equal width in the square root of the Laplacian's
             eigenvalues; None for the flow.
-        settings: arguments that the result depends on.
+        settings: arguments on which the result depends.
         given: conditions of the likelihood, any of "guidance image" and "label"; values under different conditions are
             not comparable.
     """
@@ -105,11 +105,11 @@ def bits_per_dim(
         decoder_std: see `VariationalBound`.
         probes: number of probes of the flow.
         on_images: called after each batch with its number of images.
-        use_labels: for a model with labels, condition on the images' labels; if false, use none, which needs a model
+        use_labels: for a model with labels, condition on the images' labels; if False, use none, which needs a model
             trained with `label_dropout`.
 
-    Raises: UserError for a process without noise, for use without labels of a model trained without `label_dropout`,
-        and for images, labels or values that do not fit.
+    Raises: UserError for a process without noise, for a model trained without `label_dropout` if labels are not used,
+        and for invalid images, labels or values.
     """
     require_number("seed", seed, 0, whole=True)
     device = device or torch.device("cpu")
@@ -169,7 +169,7 @@ def bits_per_dim(
 def conditions(model: Model, use_labels: bool = True) -> tuple[str, ...]:
     """Return the conditions of a likelihood under the model, see `BitsPerDim`.
 
-    Raises: UserError for use without labels of a model trained without `label_dropout`.
+    Raises: UserError for a model trained without `label_dropout` if labels are not used.
     """
     recipe = model.recipe
     image = model.denoiser.process.condition
@@ -207,7 +207,7 @@ def fitting(
     use_labels: bool,
     what: str = "likelihood",
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the batch in the form that the model takes. Raises UserError, which begins with `what`, if it can't be."""
+    """Return the batch in the form that the model takes. Raises UserError, beginning with `what`, if it can't be."""
     recipe = model.recipe
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise UserError(f"{what}: images must be uint8 (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
@@ -234,7 +234,7 @@ def check_classes(model: Model, held: ImageSet, what: str = "likelihood", option
 
     Args:
         what: beginning of the message.
-        option: that names the images.
+        option: the option that names the images.
     """
     recipe = model.recipe
     if recipe.num_classes is None:

@@ -1,8 +1,8 @@
 """Cache features of reference images in the user's cache folder.
 
-A file is named by the SHA-256 of the images' content, the network's weights and the resizing, for a class of one's own
-also of its module's source and its options, so that a change of any of them gives another file. It holds the mean and a
-factor of the covariance, and the features themselves up to `KEPT_BYTES`. Files are safetensors, in which nothing is
+A file is named by the SHA-256 of the images' content, the network's weights and the resizing and, for a custom class,
+its module's source and its options, so that a change of any of them gives another file. It holds the mean and a factor
+of the covariance, and the features themselves up to `KEPT_BYTES`. Files are safetensors, from which nothing is
 executed; a checksum over the tensors detects damage that the format would miss.
 """
 
@@ -27,17 +27,17 @@ from dpm_scales.metrics.base import Extractor, identity_of
 from dpm_scales.storage import write_bytes
 
 VERSION = 1
-"""Version of the features; increase it when the same images and weights give other features."""
+"""Version of the features; increase it when the same images and weights give different features."""
 
 REFERENCES = "references"
-"""Name of the folder of these files among the caches of this user."""
+"""Name of the folder of these files in the user's cache folder."""
 
 KEPT_BYTES = 512 * 2**20
 """Maximum size of the features in a file: 65536 images with Inception's 2048 features."""
 
 
 def reference_key(content: str, network: Extractor) -> str:
-    """Return the name of the cache file for the digest of images and what describes them."""
+    """Return the name of the cache file for images with the digest `content` and the extractor `network`."""
     made_of = [VERSION, content, *identity_of(network)]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
@@ -54,7 +54,7 @@ def reference_features(
 
     Args:
         keep_rows: return the features of all images, not only their statistics.
-        folder: the cache folder; None for no cache. A folder that can't be written, or a damaged file, gives a warning.
+        folder: the cache folder; None for no cache. If it can't be written, or a file is damaged, a warning is issued.
         on_images: called with the number of images of each finished batch.
     """
     path = None

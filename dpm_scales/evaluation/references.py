@@ -1,5 +1,5 @@
 """Open the image sets to compare (files, arrays, data sets of `configs/data`, the data of a run), and the images that a
-model edits or starts from."""
+model edits or from which it starts."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def data_images(source: ImageSource, split: str, name: str, limit: int | None = 
 
 
 def run_data(model: Path, allow: Collection[str] = (), key: str = "reference") -> ImageDataModule:
-    """Return the data set that a model was trained on.
+    """Return the data set on which a model was trained.
 
     Args:
         model: run folder, or an export or a checkpoint in one.
         allow: packages whose classes the run's config may name besides dpm_scales.data.
-        key: the option that asks for it, for messages.
+        key: the option that needs it, for messages.
 
     Raises: UserError if the run's config.yaml is missing, or names a class that is not allowed.
     """
@@ -103,7 +103,7 @@ def _named_data(name: str, key: str) -> ImageDataModule:
 
 
 def _build_stored(settings: dict[str, Any], source: str, allow: Collection[str], key: str) -> ImageDataModule:
-    """Return the data set in a run's config; it is downloaded only to the default place."""
+    """Return the data set in a run's config, which is downloaded only to the default folder."""
     usual = settings.get("root") == os.environ.get("DPM_SCALES_DATA", "data_cache")
     if "download" not in settings or usual:
         return _build(settings, source, allow, key)

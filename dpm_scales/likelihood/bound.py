@@ -4,7 +4,7 @@ Scales 1 = t_n > ... > t_1 > 0 are the latent variables of a chain from the prio
 
     ancestral      p(y_s | y_t) = q(y_s | y_t, y_0-hat(y_t)), the posterior with the estimate in place of the image;
                    inference is the process itself, one Markov chain           Ho et al. 2020, Eq. (5)
-    dissipation    p(y_s | y_t) = N(m_s(y_t), r^2 gamma_s^2); inference draws every scale by itself, q(y_s | x_0)
+    dissipation    p(y_s | y_t) = N(m_s(y_t), r^2 gamma_s^2); inference draws scales independently, from q(y_s | x_0)
                                                                                Rissanen et al. 2023, Eq. (8)
 
 the bound is, in nats and on average over x_0's latent variables,
@@ -14,9 +14,10 @@ the bound is, in nats and on average over x_0's latent variables,
     ancestral      KL_ts = 1/2 < d, (tau / gamma_s^2)(L) d >                   d = lambda_s(L) y_0 - m_s(y_t)
     dissipation    KL_ts = 1/2 < d, (r gamma_s)^{-2}(L) d > + n/2 (1 / r^2 - 1 + log r^2)
 
-since the covariances of both are functions of L; tau / gamma_s^2 = (SNR_s - SNR_t) / lambda_s^2. That is a smooth one,
-unlike the posterior's standard deviation, whose root at mu = 0 an expansion would miss. Each chain's bound is that of
-what the sampler of its name draws, with the decoder's noise at the end; other samplers have other likelihoods.
+since the covariances of both are functions of L; tau / gamma_s^2 = (SNR_s - SNR_t) / lambda_s^2. That function is
+smooth, unlike the posterior's standard deviation, whose square root at mu = 0 an expansion would miss. Each chain's
+bound applies to the images drawn by the sampler of its name, with the decoder's noise at the end; other samplers have
+other likelihoods.
 """
 
 from __future__ import annotations
@@ -48,24 +49,24 @@ _DCT = HeatOperator()
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Terms of (a bound on) -log P(x_0) for each image, float64, in nats; they add up."""
+    """Terms of (a bound on) -log P(x_0) for each image, float64, in nats; `total` is their sum."""
 
     #: ``(B,)``, 0 without a context
     context: Tensor
     #: ``(B,)``, from scale 1
     prior: Tensor
-    #: ``(B, n)``, between neighbours of `scales`
+    #: ``(B, n)``, between successive `scales`
     steps: Tensor
     #: ``(B,)``, from the finest scale to the image
     decoder: Tensor
     #: ``(n + 1,)``, from 1 down to the finest scale
     scales: Tensor
-    #: ``(B, n, bands)``, `steps` by bands of frequency, where they were asked for; they add up to `steps`
+    #: ``(B, n, bands)``, `steps` split by frequency band, if requested; they add up to `steps`
     bands: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
-        """Their sum, ``(B,)``."""
+        """Return the sum of all terms, ``(B,)``."""
         return self.context + self.prior + self.steps.sum(1) + self.decoder
 
 
@@ -85,16 +86,17 @@ class VariationalBound:
 
     Args:
         denoiser, prior: the model.
-        steps: of the chain, equally spaced scales; None for all of the process.
-        draws: evaluate only that many steps of each image: the same expectation, more variance; None for all. Steps are
-            drawn in proportion to the term expected of linear filtering, by stratified draws.
+        steps: number of steps of the chain, between equally spaced scales; None for all scales of the process.
+        draws: number of steps evaluated for each image: same expectation, more variance; None for all. Steps are
+            drawn, stratified, in proportion to the term that linear filtering would leave.
         reverse: "ancestral" or "dissipation".
-        noise_ratio: r of the dissipation.
-        decoder_std: of the decoder, in whitened coordinates and units of the value range; None for `wiener_std`.
+        noise_ratio: r of the dissipation chain.
+        decoder_std: standard deviation of the decoder, in whitened coordinates and units of the value range; None for
+            `wiener_std`.
         levels: number of values a pixel can have, see `negative_log_likelihood`.
-        num_bands: split the steps' terms by that many bands of frequency of the DCT, in whitened coordinates, equally
-            wide in the root of the Laplacian's eigenvalues; 0 for none. Where the operator mixes frequencies, as that
-            of osmosis does, their common part is divided between them, and a term may be negative.
+        num_bands: number of frequency bands into which the steps' terms are split, by the DCT in whitened coordinates,
+            equally wide in the square root of the Laplacian's eigenvalues; 0 for none. If the operator mixes
+            frequencies, as in osmosis, their common part is divided between them, and a term can be negative.
 
     Raises: UserError for a process without noise, and for invalid arguments.
     """
@@ -141,12 +143,13 @@ class VariationalBound:
     def __call__(
         self, x_0: Tensor, noise: CounterRNG, labels: Tensor | None = None, on_step: OnStep = lambda number: None
     ) -> Likelihood:
-        """Return one draw of the bound for each image; its expectation bounds -log P(x_0), or -log P(x_0 | v)
-        where each image guides itself (`Process.condition`), and given the labels if there are any.
+        """Return one draw of the bound for each image, whose expectation bounds -log P(x_0).
+
+        Where each image guides itself (`Process.condition`) it bounds -log P(x_0 | v). Labels, if any, are conditions.
 
         Args:
             x_0: images ``(B, C, H, W)`` in the process's value range.
-            noise: one stream for each image; what an image gets does not depend on the batch it is in.
+            noise: one stream for each image, so that an image's result does not depend on its batch.
             labels: ``(B,)`` int64 or None.
             on_step: called with the number of each finished evaluation.
 
@@ -209,12 +212,14 @@ class _Weight:
 
     @property
     def excess(self) -> float:
-        """The cost, in nats per pixel, of noise that differs from the posterior's."""
+        """Return the cost, in nats per pixel, of noise that differs from the posterior's."""
         return 0.0 if self.reverse == "ancestral" else 0.5 * (1 / self.ratio**2 - 1 + 2 * math.log(self.ratio))
 
     def divergence(self, operator: Operator, step: Step, difference: Tensor, bands: Tensor | None) -> Tensor:
-        """Return KL_ts by bands, ``(B, bands)``; one band if there are none. With P_b the part of an image in band b,
-        <d, f(L) d> = sum_b <P_b d, f(L) d>, whatever L is."""
+        """Return KL_ts by bands, ``(B, bands)``; a single band for None.
+
+        With P_b the projection onto band b, <d, f(L) d> = sum_b <P_b d, f(L) d> for any L.
+        """
         # float64: the weight spans many orders of magnitude, and multiplies tiny remainders of d
         d = difference.to(torch.float64)
         weighted = operator.apply(self.function(step), d)
@@ -232,7 +237,7 @@ def _shares(denoiser: BaseDenoiser, weight: _Weight, scales: Tensor, like: Tenso
     uncertain = wiener_error(step.signal_t(mu), denoiser.spectrum.on(mu), step.noise_t(mu) ** 2)
     left = weight.function(step)(mu) * step.signal_s(mu) ** 2 * uncertain
     terms = 0.5 * left.expand(len(step.s), 1, *mu.shape).mean((-3, -2, -1)) + weight.excess
-    return 0.9 * terms / terms.sum() + 0.1 / len(terms)  # every step has a chance, however wrong the spectrum
+    return 0.9 * terms / terms.sum() + 0.1 / len(terms)  # no probability is near 0, however wrong the spectrum
 
 
 def _band_matrix(like: Tensor, number: int) -> Tensor:

@@ -2,11 +2,11 @@ r"""The last term, -log P(x_0 | y) for y at the finest scale: a Gaussian, integr
 
     P(x_0 | y) = prod_i  Phi((x_i + delta/2 - m_i) / std_i) - Phi((x_i - delta/2 - m_i) / std_i)
 
-(Ho et al. 2020, Eq. (13)). x_i is one of `levels` equally spaced values, delta their distance; the bins of the lowest
-and of the highest value reach to infinity. So the probabilities of all images sum to 1 whatever m and std are, as long
-as both are functions of y (and of the context) and not of x_0: any such choice gives a bound, and a worse one only a
-looser bound. Under blur the noise at that scale, mapped back to the image, is not independent from pixel to pixel; this
-decoder takes it to be.
+(Ho et al. 2020, Eq. (13)). x_i is one of `levels` equally spaced values, delta their spacing; the bins of the lowest
+and of the highest value extend to infinity. So the probabilities of all images sum to 1 for any m and std that are
+functions of y (and of the context) and not of x_0: any such choice gives a bound, and a worse choice only a looser one.
+Under blur the noise at that scale, mapped back to the image, is correlated between pixels; this decoder treats it as
+independent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def negative_log_likelihood(
     Args:
         x_0: ``(B, C, H, W)``, values low + k (high - low) / (levels - 1), up to rounding.
         mean, std: ``(B | 1, C | 1, H | 1, W | 1)`` in units of the value range, std > 0.
-        levels: number of values, or None for data that are not discrete: then minus the log density of N(mean, std^2).
+        levels: number of values, or None for continuous data, which gives minus the log density of N(mean, std^2).
 
     Returns: float64 ``(B,)``.
     """
@@ -51,10 +51,10 @@ def negative_log_likelihood(
 
 
 def wiener_std(denoiser: BaseDenoiser, operator: Operator, t: Tensor, like: Tensor) -> Tensor:
-    """The standard deviation that the decoder takes by default, in pixels: ``(B | 1, C, H, W)`` shaped as `like`.
+    """Return the decoder's default standard deviation, in pixels: ``(B, C, H, W)``, the shape of `like`.
 
-    That of the linear (Wiener) estimate of x_0 from y_t for data of the denoiser's spectrum, averaged over the
-    spectrum, in whitened coordinates; so in pixels sqrt(v) times as much under osmosis.
+    It is the root mean square error of the linear (Wiener) estimate of x_0 from y_t for data of the denoiser's
+    spectrum, in whitened coordinates; in pixels this is multiplied by sqrt(v) under osmosis.
 
     Args:
         t: ``()``, the finest scale.
@@ -86,10 +86,10 @@ def decode(
 ) -> Tensor:
     """Return -log P(x_0 | y) in nats for y at the finest scale t, float64 ``(B,)``.
 
-    The mean is the result of a sampler's last step, the estimate of the image at scale 0: x_0-hat, of full contrast.
+    The mean is the result of a sampler's last step, the estimate of the image at scale 0: x_0-hat, with full contrast.
 
     Args:
-        std: in whitened coordinates and units of the value range; None for `wiener_std`.
+        std: standard deviation in whitened coordinates and units of the value range; None for `wiener_std`.
     """
     mean = operator.to_pixels(denoiser.predict_mean(y, t, torch.zeros_like(t), context, labels))
     if std is None:

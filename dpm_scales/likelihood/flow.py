@@ -1,4 +1,4 @@
-r"""Likelihood of the probability flow, for every process with noise and any operator.
+r"""Likelihood under the probability flow, for every process with noise and any operator.
 
 With kappa = lambda / gamma and z = gamma_t^{-1}(L) y_t the flow that has the marginals of the process is
 
@@ -8,20 +8,20 @@ With kappa = lambda / gamma and z = gamma_t^{-1}(L) y_t the flow that has the ma
 
     log p(z_a) = log p(z_b) + int tr(dz' / dz) dt,     tr = tr(kappa'(L) d y_0-hat / dz),     a < b
 
-and a step from t_a to t_b is a trapezoid in kappa, for the image and for the trace alike: second order,
+and a step from t_a to t_b is a trapezoid in kappa, for both the image and the trace, of second order:
 
-    z_b = z_a + (kappa_b - kappa_a)(L) (y_0-hat_a + y_0-hat_b) / 2,     y_0-hat_b seen at the Euler step's end (Heun).
+    z_b = z_a + (kappa_b - kappa_a)(L) (y_0-hat_a + y_0-hat_b) / 2,     y_0-hat_b at the end of the Euler step (Heun).
 
-The trace of f(L) J is estimated by <f(L) e, J e> with random signs e (Hutchinson; Grathwohl et al. 2019), without bias,
-and J e enters through its adjoint, one backward pass. What remains is the error of the steps: unlike the variational
-bound this number bounds nothing until more steps no longer change it.
+The trace of f(L) J is estimated without bias by <f(L) e, J e> with random signs e (Hutchinson; Grathwohl et al. 2019),
+where J e enters through its adjoint, one backward pass. The error of the steps remains: unlike the variational bound,
+this number is not a bound until more steps no longer change it.
 
 The flow goes down to t_1, the first scale of the chain. From there to the 8-bit image the decoder of the variational
 bound is used, so that, up to the steps' error,
 
     -log P(x_0) <= E_eps [ log N(eps) - log p(z_{t_1}) - log P(x_0 | y_{t_1}) ]:
 
-a variational dequantisation. Convention matters: numbers by uniform dequantisation, or cut off at another t, differ.
+a variational dequantisation. Conventions matter: values from uniform dequantisation, or truncated at another t, differ.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class FlowLikelihood:
 
     Args:
         denoiser, prior, decoder_std, levels: as for `VariationalBound`.
-        steps: steps of the ODE, each of two evaluations and two backward passes per probe.
-        probes: sign vectors for each trace.
+        steps: number of ODE steps, each of two evaluations and two backward passes per probe.
+        probes: number of random sign vectors for each trace.
 
     Raises: UserError for a process without noise, a network that predicts the next scale only, and values out of range.
     """
@@ -99,7 +99,7 @@ class FlowLikelihood:
     def __call__(
         self, x_0: Tensor, noise: CounterRNG, labels: Tensor | None = None, on_step: OnStep = lambda number: None
     ) -> Likelihood:
-        """Return one draw for each image; its expectation is the bound above, up to the steps' error, O(steps^-2).
+        """Return one draw for each image, whose expectation is the bound above up to the steps' error, O(steps^-2).
 
         Args and Raises: as for `VariationalBound`.
         """
@@ -133,15 +133,15 @@ def follow_flow(
     probes: int = 1,
     on_step: OnStep = lambda number: None,
 ) -> tuple[Tensor, Tensor]:
-    """The flow from ``scales[-1]`` up to ``scales[0] = 1``.
+    """Integrate the flow from ``scales[-1]`` up to ``scales[0] = 1``, and return the log densities.
 
     Args:
         y: ``(B, C, H, W)`` in whitened coordinates, at ``scales[-1]``.
         scales: ``(n + 1,)``, descending.
 
-    Returns: float64 ``(B,)``, -log p(z_1) of its end under the start, and ``(B, n)``, the integral of the trace over
-        each interval of `scales`. The first minus the sum of the second is -log p(z) of y, and that and
-        sum_j log gamma_j is -log p(y).
+    Returns: float64 ``(B,)``, -log p(z_1) at the end of the flow under `start`, and ``(B, n)``, the integral of the
+        trace over each interval of `scales`. The first minus the sum of the second is -log p(z) of y, and adding
+        sum_j log gamma_j gives -log p(y).
     """
     process, operator, steps = denoiser.process, start.operator, len(scales) - 1
     traces = torch.zeros(len(y), steps, dtype=torch.float64, device=y.device)
@@ -158,7 +158,7 @@ def follow_flow(
 
 
 def _factors(step: Step) -> tuple[SpectralFunction, SpectralFunction, SpectralFunction]:
-    """Return g = gamma_b / gamma_a, (kappa_b - kappa_a) / kappa_a, and their product, of a step from a up to b."""
+    """Return g = gamma_b / gamma_a, (kappa_b - kappa_a) / kappa_a, and their product, for a step from a up to b."""
 
     def growth(mu: Tensor) -> Tensor:
         return 1 / step.noise_ratio(mu)

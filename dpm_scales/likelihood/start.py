@@ -1,4 +1,4 @@
-"""The law of y_1 under a model's prior, checked."""
+"""The law of y_1 under a model's prior, with checks of the prior."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["Start", "start_law"]
 
 
 def start_law(prior: Prior, process: Process, x_0: Tensor, noise: CounterRNG) -> tuple[Start, Context]:
-    """Return `Prior.law`: the law of y_1, and a context for each image, drawn from the inference law q(z | x_0).
+    """Return the law of y_1 and a context for each image, drawn from the inference law q(z | x_0); see `Prior.law`.
 
     Args:
         x_0: images ``(B, C, H, W)`` in the process's value range.
-        noise: one stream for each image; used where the process has a context.
+        noise: one stream for each image; used if the process has a context.
 
-    Raises: UserError for a prior that does not fit the process, has no density (none known, or `noise_ratio` 0), was
-        not fitted, or was fitted to images of another size.
+    Raises: UserError for a prior that does not suit the process, has no known density (or `noise_ratio` 0), was not
+        fitted, or was fitted to images of another size.
     """
     prior.check_kind(process)
     prior.check_size((x_0.shape[-2], x_0.shape[-1]))

@@ -1,8 +1,8 @@
-"""Contracts of evaluation: what describes an image by numbers, and what compares two sets of images by them.
+"""Interfaces of evaluation: extractors describe images by numbers, metrics compare two sets of images by them.
 
-An extractor maps each image to `dim` numbers: a pretrained network (`FeatureNetwork`), or an `ImageMetric` with numbers
-of its own. Since each image is described alone, images may come in batches of any size, be shared by several processes,
-and those of a reference be described once and cached. A metric compares the numbers of two sets.
+An extractor maps each image to `dim` numbers: a pretrained network (`FeatureNetwork`), or an `ImageMetric`, which
+computes its own. Since images are described independently, they can come in batches of any size and be divided among
+processes, and those of a reference can be described once and cached. A metric compares the numbers of two sets.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dpm_scales.metrics.distances import FeatureStatistics
 Array = NDArray[Any]
 
 Track = Callable[[str, int], Callable[[float], None]]
-"""Begins a part of the work, given its name and its number of steps; returns a callback for the number done."""
+"""Begins a part of the work, given its name and number of steps; returns a callback for the number of steps done."""
 
 _NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
 
@@ -37,7 +37,7 @@ class FeatureSet:
 
     Attributes:
         statistics: their number, mean and covariance.
-        rows: float32 (n, d), or None where they were not kept.
+        rows: float32 (n, d), or None if they were not kept.
     """
 
     statistics: FeatureStatistics
@@ -45,7 +45,7 @@ class FeatureSet:
 
     @property
     def number(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return self.statistics.number
 
 
@@ -54,11 +54,11 @@ class Measure:
     """One value of a metric.
 
     Attributes:
-        value: its value.
-        better: "lower" or "higher".
-        std_error: its standard error, where it is known.
-        neighbours: k of the metrics of nearest neighbours.
-        images: numbers of real and fake images used, where these are not all.
+        value: the value.
+        better: which values are better, "lower" or "higher".
+        std_error: its standard error, if known.
+        neighbours: k, for metrics based on nearest neighbours.
+        images: numbers of real and fake images used, if not all.
     """
 
     value: float
@@ -69,14 +69,14 @@ class Measure:
 
 
 class Extractor(Protocol):
-    """What maps each image to numbers.
+    """A map from each image to numbers.
 
     Attributes:
         name: its name in results.
-        dim: numbers per image.
+        dim: number of values per image.
         hash: SHA-256 of its weights, in hexadecimal digits; "" without weights.
-        resizing: how images are brought to its size.
-        batch_size: images that it takes at once.
+        resizing: description of how images are resized.
+        batch_size: number of images that it processes at once.
         options: arguments of its constructor, as given in a config.
     """
 
@@ -95,16 +95,17 @@ class Extractor(Protocol):
 
 
 class Metric(ABC):
-    """Compares a set of images with real ones by their features.
+    """A comparison of a set of images with real ones by their features.
 
-    The features are those of the feature network that was chosen, float32 of the images of each set. A metric that
-    describes images by numbers of its own is an `ImageMetric`.
+    The features are those of the chosen feature network, float32. A metric that computes its own numbers from images is
+    an `ImageMetric`.
 
     Attributes:
-        name: of its value in tables, in `evaluation.json` (`figures`) and, in lower case, in `metrics.csv` (`eval/…`).
+        name: name of its value in tables, in `evaluation.json` (`figures`) and, in lower case, in `metrics.csv`
+            (`eval/…`).
         needs_rows: whether it needs the features of all images (`FeatureSet.rows`), or only their number, mean and
             covariance (`FeatureSet.statistics`), whose memory does not grow with the number of images.
-        fewest: least number of images in each set; fewer are refused before anything is sampled.
+        fewest: smallest number of images in each set; fewer are refused before anything is sampled.
         options: arguments of its constructor, as given in a config.
     """
 
@@ -114,11 +115,11 @@ class Metric(ABC):
     options: Mapping[str, Any] = {}
 
     def names(self, network: Extractor) -> tuple[str, ...]:
-        """Return the names of its values in the features of a network, known before anything is measured."""
+        """Return the names of its values for the features of `network`, before anything is measured."""
         return (self.name,)
 
     def memory(self, numbers: Sequence[int], dim: int) -> float:
-        """Return the bytes that it needs besides the features of sets of these numbers of images."""
+        """Return the bytes that it needs besides the features, for sets of these numbers of images."""
         return 0
 
     @abstractmethod
@@ -127,20 +128,20 @@ class Metric(ABC):
 
         Args:
             real, fake: features of the real images and of those to evaluate; with `rows` if `needs_rows`.
-            track: reports the progress of long work, ``advance = track("what", steps)``, ``advance(1)``; may be
+            track: reports the progress of long work, ``advance = track("what", steps)``, ``advance(1)``; can be
                 ignored.
         """
 
 
 class ImageMetric(Metric):
-    """Compares a set of images with real ones by numbers computed from the images themselves.
+    """A comparison of a set of images with real ones by numbers computed from the images themselves.
 
-    `compare` gets the numbers of `describe` in place of a network's features. They are computed for each image alone,
-    so that images can be shared by several processes and those of the reference be cached.
+    `compare` gets the numbers of `describe` in place of a network's features. They are computed for each image
+    independently, so that images can be divided among processes and those of the reference can be cached.
 
     Attributes:
-        dim: numbers per image.
-        batch_size: images that `describe` gets at once, at most.
+        dim: number of values per image.
+        batch_size: largest number of images passed to `describe` at once.
     """
 
     dim: int = 1
@@ -152,19 +153,19 @@ class ImageMetric(Metric):
     def describe(self, images: Tensor) -> Tensor:
         """Return finite floats (B, dim), on any device, of uint8 images (B, C, H, W), C = 1 (grey) or 3 (RGB).
 
-        The images have their own size, which may differ from batch to batch, and may be on any device. The numbers of
-        an image must not depend on the others of its batch.
+        Images have their original size, which may differ between batches, and may be on any device. The numbers of an
+        image must not depend on the rest of its batch.
         """
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return `describe` as float32. Raises UserError for another shape."""
+        """Return the result of `describe` as float32 (B, dim). Raises UserError if it has another shape."""
         parts = images.split(self.batch_size)
         return torch.cat([as_described(self, "describe", self.describe(part), len(part)) for part in parts])
 
 
 def as_described(extractor: Extractor, method: str, values: Any, number: int) -> Tensor:
-    """Return what an extractor's method returned for `number` images as float32 (number, dim).
+    """Return the result of an extractor's method for `number` images as float32 (number, dim).
 
     Raises: UserError for anything but floats of this shape.
     """
@@ -180,7 +181,7 @@ def as_described(extractor: Extractor, method: str, values: Any, number: int) ->
 
 
 def check_attributes(value: object, attributes: Sequence[str]) -> None:
-    """Raise UserError unless a class of one's own has set its attributes: a name, and whole numbers above 0."""
+    """Raise UserError unless a custom class has set its attributes: a name, and whole numbers above 0."""
     what = _class_of(value)
     for key in attributes:
         found = getattr(value, key, None)
@@ -192,10 +193,10 @@ def check_attributes(value: object, attributes: Sequence[str]) -> None:
 
 
 def identity_of(extractor: Extractor) -> list[Any]:
-    """Return what determines the numbers that an extractor computes, as JSON can represent it.
+    """Return a JSON-compatible list of all that determines the numbers that an extractor computes.
 
-    Name, weights and resizing; for a class from outside this package also the class, the source of its module and its
-    options.
+    The list holds name, weights and resizing; for a class from outside this package also the class, the source of its
+    module and its options.
     """
     identity: list[Any] = [extractor.name, extractor.hash, extractor.resizing]
     kind = type(extractor)

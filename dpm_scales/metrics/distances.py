@@ -6,9 +6,9 @@ With features a of n_a images and b of n_b images, means m and covariances C (di
     kernel    mean k(a_i, a_j) + mean k(b_i, b_j) - 2 mean k(a_i, b_j),  k(x, y) = (x'y / d + 1)^3,
               i != j in the first two: the unbiased MMD^2 of Bińkowski et al. 2018
 
-They are called FID and KID for Inception's features only: see `features`. All sums are
-float64. The Fréchet distance of n images has a bias of about 1/n: compare sets of one size only. The kernel distance
-has none, so it may fall below 0.
+They are called FID and KID for Inception's features only: see `features`. All sums are float64. The Fréchet distance of
+n images has a bias of about 1/n: compare only sets of equal size. The kernel distance is unbiased, so it can be
+negative.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from dpm_scales.errors import UserError, require, require_number
 Array = NDArray[Any]
 
 FOLD_ROWS = 1024
-"""Features are collected until there are this many, or d, before they are factorised."""
+"""Number of feature rows, or d if that is larger, collected before they are factorised."""
 
 KERNEL_SUBSETS = 100
 KERNEL_SUBSET_SIZE = 1000
-"""Number and size of the random subsets, those of clean-fid; a set with fewer images sets the size of all."""
+"""Number and size of the random subsets, as in clean-fid; a set with fewer images than that determines the size."""
 
 
 class FeatureStatistics:
-    """Number, mean and covariance of features that come in batches, in memory of order d^2 whatever their number.
+    """Number, mean and covariance of features that come in batches, in O(d^2) memory whatever their number.
 
-    The covariance is kept as a factor R, R'R = sum_i (f_i - m)(f_i - m)'. Two sets of n_1 and n_2 features with means
-    m_1 and m_2 join into the triangular factor of the rows R_1, R_2 and (n_1 n_2 / (n_1 + n_2))^(1/2) (m_1 - m_2)
+    The covariance is stored as a factor R, R'R = sum_i (f_i - m)(f_i - m)'. Two sets of n_1 and n_2 features with means
+    m_1 and m_2 merge into the triangular factor of the rows R_1, R_2 and (n_1 n_2 / (n_1 + n_2))^(1/2) (m_1 - m_2)
     (Chan et al. 1983, in factored form): nothing is squared, so no digits are lost.
     """
 
@@ -50,7 +50,7 @@ class FeatureStatistics:
     def of(number: int, mean: Array | Tensor, root: Array | Tensor) -> FeatureStatistics:
         """Return statistics from the values of their attributes: number >= 2, mean (d,) and root (r, d).
 
-        Raises: ValueError for shapes that do not fit, or values that are not finite.
+        Raises: ValueError for inconsistent shapes, or values that are not finite.
         """
         middle, factor = feature_rows(mean[None])[0], feature_rows(root)
         if number < 2 or middle.shape != factor.shape[1:]:
@@ -62,7 +62,7 @@ class FeatureStatistics:
 
     @staticmethod
     def of_rows(features: Array | Tensor) -> FeatureStatistics:
-        """Return the statistics of features (n, d), added part by part, without a second copy of all of them.
+        """Return the statistics of features (n, d), added in parts, without a second copy of all features.
 
         Raises: ValueError as `update` does.
         """
@@ -88,23 +88,23 @@ class FeatureStatistics:
 
     @property
     def number(self) -> int:
-        """Number of images added."""
+        """Return the number of images added."""
         return self._number + sum(map(len, self._waiting))
 
     @property
     def dim(self) -> int:
-        """d, 0 before the first batch."""
+        """Return d, or 0 before the first batch."""
         return len(self._mean)
 
     @property
     def mean(self) -> Array:
-        """m, float64 (d,)."""
+        """Return the mean m, float64 (d,)."""
         self._fold()
         return self._mean
 
     @property
     def root(self) -> Array:
-        """X of at most d rows with X'X = C, float64 (min(n + 1, d), d).
+        """Return X with X'X = C, of at most d rows, float64 (min(n + 1, d), d).
 
         Raises: UserError for fewer than two images.
         """
@@ -114,7 +114,7 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> Array:
-        """C, float64 (d, d)."""
+        """Return the covariance C, float64 (d, d)."""
         root = self.root
         return np.asarray(root.T @ root)
 
@@ -137,15 +137,15 @@ class FeatureStatistics:
 def frechet_distance(a: Array | Tensor | FeatureStatistics, b: Array | Tensor | FeatureStatistics) -> float:
     """Return the Fréchet distance of the Gaussians fitted to two sets, >= 0.
 
-    With C = X'X the trace of (C_a C_b)^(1/2) is the nuclear norm of X_a X_b', a matrix of at most d x d: no root of a
-    matrix that is singular whenever there are fewer images than features.
+    With C = X'X the trace of (C_a C_b)^(1/2) is the nuclear norm of X_a X_b', a matrix of at most d x d, so no root is
+    taken of a matrix that is singular whenever there are fewer images than features.
 
     Args:
         a, b: features (n, d), n >= 2, or their statistics.
 
     Raises:
         UserError: fewer than two images.
-        ValueError: features of another shape or of two dimensions, or not finite.
+        ValueError: features of another shape or of different dimensions, or not finite.
     """
     first, second = (x if isinstance(x, FeatureStatistics) else FeatureStatistics.of_rows(x) for x in (a, b))
     check_same_dimension(first.dim, second.dim)
@@ -176,8 +176,9 @@ def kernel_distance(
     themselves, do not grow with their number once it is above `subset_size`.
 
     As in clean-fid each of `subsets` draws takes min(n_a, n_b, `subset_size`) images of both sets, without repetition;
-    one draw does where that is all of both. The subsets overlap, so their spread understates the error. The standard
-    error is that of the estimate as a function of the images: to first order the distance is a mean over the images of
+    a single draw is made if that is all of both. The subsets overlap, so their spread understates the error. The
+    standard error is that of the estimate as a function of the images: to first order the distance is a mean over them
+    of
 
         2 g(a_i),  g(x) = mean_j k(x, a_j) - mean_j k(x, b_j)     and     -2 g(b_j),
 
@@ -186,7 +187,7 @@ def kernel_distance(
 
     Raises:
         UserError: fewer than two images, or `subsets` < 1, or `subset_size` < 2.
-        ValueError: features of another shape or of two dimensions, or not finite.
+        ValueError: features of another shape or of different dimensions, or not finite.
     """
     require_number("subsets", subsets, 1, whole=True)
     require_number("subset_size", subset_size, 2, whole=True)
@@ -211,12 +212,12 @@ def kernel_distance(
 def kernel_subsets(
     number_a: int, number_b: int, subsets: int = KERNEL_SUBSETS, subset_size: int = KERNEL_SUBSET_SIZE
 ) -> int:
-    """Return how many subsets the kernel distance of so many features is a mean over: one if it would hold them all."""
+    """Return the number of subsets over which the kernel distance is averaged: one if it would hold all features."""
     return 1 if number_a == number_b <= subset_size else subsets
 
 
 def _kernel_distance_of_equals(a: Array, b: Array) -> tuple[float, float, float]:
-    """Return the distance of features (m, d) and (m, d), and the variances of 2 g over the images of both."""
+    """Return the distance of two sets of features (m, d), and the variances of 2 g over the images of each set."""
     size = len(a)
     cross = _kernel(a, b)
     within_a, within_b = ((k.sum(axis=1) - k.diagonal()) / (size - 1) for k in (_kernel(a, a), _kernel(b, b)))
@@ -235,7 +236,7 @@ def _kernel(x: Array, y: Array) -> Array:
 
 
 def feature_rows(features: Array | Tensor) -> Array:
-    """Return a copy of features as float64 (n, d) in the memory of the host.
+    """Return a copy of features as float64 (n, d) in host memory.
 
     Raises: ValueError for another shape, or values that are not finite.
     """
@@ -256,6 +257,6 @@ def check_features(features: Array | Tensor) -> None:
 
 
 def check_same_dimension(first: int, second: int) -> None:
-    """Raise ValueError unless two sets have features of one dimension."""
+    """Raise ValueError unless two sets have features of the same dimension."""
     if first != second:
         raise ValueError(f"expected features of one dimension, got {first} and {second}")

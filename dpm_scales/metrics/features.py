@@ -4,10 +4,10 @@
     InceptionFeatures       inception    FID, KID                    299 x 299           2048
     EffLite0Features        efflite0     FD-efflite0, KD-efflite0    224 x 224           1280
 
-"FID" and "KID" mean Inception's features alone: distances of two networks do not compare, so every network has names
-of its own and the SHA-256 of its weights. Images of any size are resized to the square that it was trained on,
-bicubic with antialiasing in floating point (the filter of clean-fid, Parmar et al. 2022; within 0.01 of 255 of it),
-whatever their sides: a rectangle keeps its content but not its proportions.
+"FID" and "KID" refer to Inception's features alone: distances from different networks are not comparable, so every
+network has its own names and the SHA-256 of its weights. Images of any size are resized to the square on which the
+network was trained, bicubic with antialiasing in floating point (the filter of clean-fid, Parmar et al. 2022, to within
+0.01 of 255): a rectangle keeps its content but not its proportions.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ INSTALL_EFFLITE0 = "pip install 'dpm-scales[efflite0]'"
 class FeatureNetwork(nn.Module, ABC):
     """A pretrained network that maps images to features; it is never trained.
 
-    A class of one's own sets `name`, `dim` and `input_side`, loads its weights in its constructor after
-    ``super().__init__()``, and defines `embed`.
+    A subclass sets `name`, `dim` and `input_side`, loads its weights in its constructor after ``super().__init__()``,
+    and defines `embed`.
 
     Args:
         hash: SHA-256 of the file of the weights, in hexadecimal digits; None to compute that of the weights themselves.
-        batch_size: images that go through at once.
+        batch_size: number of images processed at once.
 
     Attributes:
         name: its name in file names and options.
         distance_name, kernel_name: names of the Fréchet and the kernel distance in its features; by default FD-NAME and
             KD-NAME.
         dim: number of features.
-        input_side: side in pixels of the square that images are stretched to.
+        input_side: side in pixels of the square to which images are stretched.
         options: arguments of its constructor, as given in a config.
 
     Raises: UserError for attributes that are missing or out of range.
@@ -82,7 +82,7 @@ class FeatureNetwork(nn.Module, ABC):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the file of the weights, or of their names, types, shapes and values, in hexadecimal digits."""
+        """Return the SHA-256 of the weights' file, or of their names, types, shapes and values, in hexadecimal."""
         if self._hash is None:
             total = hashlib.sha256()
             for key, tensor in self.state_dict().items():
@@ -101,7 +101,7 @@ class FeatureNetwork(nn.Module, ABC):
         """Return features of images, float32 (B, dim), on the network's device; float32 also under autocast.
 
         Args:
-            images: uint8 (B, C, H, W), C = 1 (grey, taken for R = G = B) or 3, of any size, on any device.
+            images: uint8 (B, C, H, W), C = 1 (grey, used as R = G = B) or 3, of any size, on any device.
 
         Raises: ValueError for another dtype or shape, UserError if `embed` returns anything but floats (B, dim).
         """
@@ -116,14 +116,14 @@ class FeatureNetwork(nn.Module, ABC):
         return as_described(self, "embed", self.embed(self.stretch(images)), len(images))
 
     def stretch(self, images: Tensor) -> Tensor:
-        """Resize uint8 (B, 1 or 3, H, W) to float32 (B, 3, input_side, input_side), 0 to 255."""
+        """Return uint8 (B, 1 or 3, H, W) resized to float32 (B, 3, input_side, input_side), 0 to 255."""
         size = (self.input_side, self.input_side)
         pixels = functional.interpolate(images.float(), size=size, mode="bicubic", antialias=True)
         return pixels.clamp(0, 255).expand(-1, 3, -1, -1)
 
     @property
     def resizing(self) -> str:
-        """Description of `stretch`; distances compare only where it is the same."""
+        """Return a description of `stretch`; only distances with the same one are comparable."""
         return f"bicubic with antialiasing to {self.input_side} x {self.input_side}, floating point"
 
     def train(self, mode: bool = True) -> FeatureNetwork:
@@ -134,13 +134,13 @@ class FeatureNetwork(nn.Module, ABC):
 class InceptionFeatures(FeatureNetwork):
     """Inception v3 of 2015 as clean-fid runs it: the 2048 pooled features of FID and KID.
 
-    The weights are TorchScript, and loading TorchScript runs the code in it. So before anything is loaded the file is
-    compared with the SHA-256 of the one that clean-fid downloads; a cut download shows there too.
+    The weights are TorchScript, and loading TorchScript runs the code in it. So before anything is loaded, the file's
+    SHA-256 is compared with that of clean-fid's file, which also detects a truncated download.
 
     Args:
         weights: path to inception-2015-12-05.pt.
-        download: fetch it (91 MB) from NVIDIA, where it is absent; by default nothing is fetched.
-        batch_size: images that go through at once.
+        download: fetch it (91 MB) from NVIDIA if it is absent; by default nothing is fetched.
+        batch_size: number of images processed at once.
         sha256: hash that the file must have. Give another one only for a file that you trust; its distances are then
             named after it, not FID and KID.
 
@@ -165,7 +165,7 @@ class InceptionFeatures(FeatureNetwork):
         super().__init__(sha256, batch_size)
         if sha256 != INCEPTION_SHA256:
             self.distance_name, self.kernel_name = (f"{kind}-inception-{sha256[:8]}" for kind in ("FD", "KD"))
-        # clean-fid wants a folder. A private copy of the bytes that were checked: the file may be changed meanwhile.
+        # clean-fid takes a folder. It gets a private copy of the checked bytes, since the file could change meanwhile.
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / INCEPTION_FILE).write_bytes(content)
             self.network = InceptionV3W(folder, download=False)
@@ -179,11 +179,11 @@ class InceptionFeatures(FeatureNetwork):
 class EffLite0Features(FeatureNetwork):
     """EfficientNet-Lite0 trained on ImageNet: 1280 pooled features, from two packages and without a download.
 
-    The input of the classifier: after the last ReLU6, averaged over the 7 x 7 positions. The input is
-    (x - 127) / 128 as in its training. The weights are a pickle, from which only tensors are loaded.
+    The features are the classifier's input: the output of the last ReLU6, averaged over the 7 x 7 positions. The
+    network's input is (x - 127) / 128, as in its training. The weights are a pickle; only tensors are loaded from it.
 
     Args:
-        batch_size: images that go through at once; more than 16 are slower on a CPU.
+        batch_size: number of images processed at once; more than 16 are slower on a CPU.
 
     Raises: UserError if the packages are not installed, or ship other weights.
     """
@@ -226,7 +226,7 @@ def efflite0_installed() -> bool:
 
 
 def usual_inception_path() -> Path:
-    """Return the path where clean-fid keeps Inception's weights."""
+    """Return the path at which clean-fid stores Inception's weights."""
     return Path("." if platform.system() == "Windows" else "/tmp") / INCEPTION_FILE
 
 
@@ -239,13 +239,13 @@ def pick_features(
     """Return the feature network of a name, on a device.
 
     Args:
-        name: "inception", "efflite0", or "auto": Inception if its weights are given or lie where clean-fid keeps them,
-            else efflite0. A damaged file of weights is an error, never a reason to take the other network.
-        inception: path to Inception's weights; by default where clean-fid keeps them.
-        device: where features are computed.
-        download: fetch Inception's weights where they are absent, for "inception" and "auto".
+        name: "inception", "efflite0", or "auto": Inception if its weights are given or stored where clean-fid stores
+            them, else efflite0. A damaged weights file is an error, never a reason to use the other network.
+        inception: path to Inception's weights; by default that of clean-fid.
+        device: the device on which features are computed.
+        download: fetch Inception's weights if they are absent, for "inception" and "auto".
 
-    Raises: UserError for an unknown name, weights that are absent or differ, or no network available.
+    Raises: UserError for an unknown name, weights that are absent or differ, or if no network is available.
     """
     require_choice("feature network", name, ("auto", *FEATURES))
     path = usual_inception_path() if inception is None else Path(inception)
@@ -276,7 +276,7 @@ def _read_weights(path: Path, sha256: str, advice: str) -> bytes:
 
 
 def _fetch(url: str, path: Path, sha256: str) -> None:
-    """Download a file atomically, and only with this SHA-256."""
+    """Download a file atomically. Raises UserError if that fails or the file has another SHA-256."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)

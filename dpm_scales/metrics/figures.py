@@ -1,4 +1,4 @@
-"""Two sets of images compared in the features of one network: metrics by name."""
+"""Compare two sets of images in the features of a network by named metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpm_scales.metrics.features import FeatureNetwork
 from dpm_scales.metrics.overlap import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS, Manifolds, manifolds
 
 FEWEST_NEIGHBOURS = 1 + max(PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS)
-"""Least number of images of each set for the nearest neighbours."""
+"""Smallest number of images in each set for metrics of nearest neighbours."""
 
 
 class FrechetMetric(Metric):
@@ -51,11 +51,11 @@ class KernelMetric(Metric):
 
 
 class ManifoldMetric(Metric):
-    """Precision, recall, density and coverage of nearest neighbours, see `manifolds`.
+    """Precision, recall, density and coverage from nearest neighbours, see `manifolds`.
 
     Args:
-        images: at most so many images of each set, spread evenly, as time grows with the square of the number; None
-            for all.
+        images: largest number of images used of each set, spread evenly, since time grows with its square; None for
+            all.
     """
 
     name = "manifolds"
@@ -100,7 +100,7 @@ def metric_of(name: Any, manifold_images: int | None = None) -> Metric:
 
 
 def check_measures(measures: Any) -> tuple[Any, ...]:
-    """Return a list as a tuple. Raises UserError for anything else, or an empty list."""
+    """Return a list of measures as a tuple. Raises UserError for anything else, or an empty list."""
     require(isinstance(measures, list | tuple) and len(measures) > 0, f"measures must be a list of {MEASURES}")
     return tuple(measures)
 
@@ -125,7 +125,7 @@ def check_names(metrics: Sequence[Metric], network: FeatureNetwork | None) -> tu
 
 
 def few_images(number: int, what: str, network: FeatureNetwork) -> str | None:
-    """Return a line that says so if a Fréchet distance of `number` images (`what` of them) is too high, else None."""
+    """Return a warning if `number` images (called `what`) are too few for the Fréchet distance, otherwise None."""
     if number > network.dim:
         return None
     return (
@@ -145,13 +145,13 @@ def needs_rows(metrics: Sequence[Metric]) -> bool:
 
 
 def extractors(metrics: Sequence[Metric], network: FeatureNetwork | None) -> list[Extractor]:
-    """Return what has to describe the images for these metrics: the network, if it is used, and all image metrics."""
+    """Return the extractors that these metrics need: the network, if any uses it, and all image metrics."""
     shared: list[Extractor] = [network] if network is not None and needs_network(metrics) else []
     return [*shared, *(metric for metric in metrics if isinstance(metric, ImageMetric))]
 
 
 def _source(metric: Metric, network: FeatureNetwork | None) -> Extractor:
-    """Return what describes images for a metric. Raises ValueError if it needs a network and there is none."""
+    """Return the extractor of a metric. Raises ValueError if it needs a network and there is none."""
     if isinstance(metric, ImageMetric):
         return metric
     if network is None:
@@ -178,8 +178,8 @@ def gather_all(
     """Return the features of uint8 images (B, 1 or 3, H, W) by each of several extractors, reading the images once.
 
     Args:
-        keep_rows: keep all of them; without, memory is of order d^2 whatever the number of images.
-        on_images: called with the number of images of each part that all have processed.
+        keep_rows: whether to keep the features of all images; if not, memory is O(d^2) whatever their number.
+        on_images: called after each part with its number of images, divided by the number of extractors.
 
     Raises: UserError for features that are not finite.
     """
@@ -188,7 +188,7 @@ def gather_all(
     for images in batches:
         for index, source in enumerate(sources):
             parts = []
-            for part in images.split(source.batch_size):  # as a network does, to report progress
+            for part in images.split(source.batch_size):  # as a network does, but here to report progress
                 parts.append(source(part).cpu())
                 if on_images is not None:
                     on_images(len(part) / len(sources))
@@ -213,13 +213,13 @@ def compare(
     """Return the metrics of two sets by name.
 
     Args:
-        real, fake: features by `network`; with `rows` unless no metric needs them. With image metrics, a list of the
+        real, fake: features by `network`; with `rows` if any metric needs them. With image metrics, a list of the
             features by each of `extractors(measures, network)`.
         measures: names in `METRICS`, or metrics.
-        manifold_images: `images` of `ManifoldMetric` where it is given by its name.
-        track: called with the name of each part and its number of steps; returns a callback for the number done.
+        manifold_images: the argument `images` of `ManifoldMetric` if that is given by name.
+        track: see `Track`.
 
-    Raises: UserError for too few images, an unknown measure, or a metric that returns other values than it announced.
+    Raises: UserError for too few images, an unknown measure, or a metric whose values don't match its `names`.
     """
     named = dict.fromkeys(check_measures(measures))
     metrics = [one if isinstance(one, Metric) else metric_of(one, manifold_images) for one in named]
@@ -244,14 +244,14 @@ def compare(
 
 
 def spread_evenly(rows: Array, limit: int | None) -> Array:
-    """Return `limit` of the rows, evenly spread over them, or all where there are no more."""
+    """Return `limit` evenly spaced rows, or all if there are no more than that."""
     if limit is None or len(rows) <= limit:
         return rows
     return rows[np.arange(limit) * len(rows) // limit]
 
 
 def memory_needed(metrics: Sequence[Metric], numbers: Sequence[int], network: FeatureNetwork | None) -> float:
-    """Return the bytes that the metrics of sets of so many images hold at least, at once."""
+    """Return a lower bound on the peak memory, in bytes, of the metrics of sets of these numbers of images."""
     if not needs_rows(metrics):
         return 0
     rows = sum(4 * sum(numbers) * source.dim for source in extractors(metrics, network))

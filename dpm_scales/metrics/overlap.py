@@ -1,7 +1,7 @@
 r"""Overlap of two sets of images, measured by balls around each image's features.
 
-With r_k(x) the distance of x to its k-th nearest neighbour in its own set (itself left out), real features x_i of N
-images and fake ones y_j of M
+With r_k(x) the distance of x to its k-th nearest neighbour in its own set (excluding itself), features x_i of N real
+images and y_j of M fake ones:
 
     precision   share of the y_j with |y_j - x_i| <= r_k(x_i) for some i       (Kynkäänniemi et al. 2019, Eq. (1), (2))
     recall      share of the x_i with |x_i - y_j| <= r_k(y_j) for some j
@@ -10,9 +10,9 @@ images and fake ones y_j of M
 
 The strict signs are those of the authors' code: a set against itself has density 1. All but density lie in [0, 1].
 
-Squares are float64 products of centred features; those closer than `TIE` of their size count as equal, so that a copy
-is at distance 0 and results do not depend on the order of summation. Tables are computed in parts: besides
-float64 copies of the features the memory is of order `TABLE_CELLS`, whatever the number of images.
+Squared distances are float64 products of centred features; those that differ by less than `TIE` relative to their size
+count as equal, so that a copy is at distance 0 and results do not depend on the order of summation. Tables are computed
+in parts: besides float64 copies of the features, memory is of order `TABLE_CELLS`, whatever the number of images.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ DENSITY_NEIGHBOURS = 5
 """k of density and coverage in Naeem et al. 2020."""
 
 TABLE_CELLS = 2**22
-"""Squared distances that are in memory at once: 32 MiB."""
+"""Number of squared distances held in memory at once: 32 MiB."""
 
 TIE = 1e-11
-"""Relative difference of squares below which they are equal."""
+"""Relative difference below which squared distances count as equal."""
 
 
 class Manifolds(NamedTuple):
@@ -63,13 +63,13 @@ def manifolds(
     All pairs of images are compared: the time grows with N^2 + M^2 + M N, the memory with N + M.
 
     Args:
-        on_rows: called with numbers of images as they are done; N + 2 M in all.
         precision_neighbours: k of precision and recall, >= 1.
         density_neighbours: k of density and coverage, >= 1.
+        on_rows: called with the number of rows done since the last call; N + 2 M in all.
 
     Raises:
         UserError: a set with no more images than neighbours, or k < 1.
-        ValueError: features of another shape or of two dimensions, or not finite.
+        ValueError: features of another shape or of different dimensions, or not finite.
     """
     require_number("precision_neighbours", precision_neighbours, 1, whole=True)
     require_number("density_neighbours", density_neighbours, 1, whole=True)
@@ -107,7 +107,7 @@ def manifolds(
 def _radii(
     points: Array, neighbours: tuple[int, ...], on_rows: Callable[[int], None] | None = None
 ) -> tuple[Array, ...]:
-    """Return squared distances (n,) of each point to its k-th nearest other one, for each k."""
+    """Return the squared distance (n,) of each point to its k-th nearest neighbour, for each k."""
     parts = []
     for rows, table in _tables(points, points):
         table[np.arange(len(table)), np.arange(rows.start, rows.stop)] = np.inf
@@ -119,7 +119,7 @@ def _radii(
 
 
 def _tables(a: Array, b: Array) -> Iterator[tuple[slice, Array]]:
-    """Yield rows of a (n, d), as a slice, and their squared distances to all of b (m, d)."""
+    """Yield row slices of a (n, d), and their squared distances to all of b (m, d)."""
     squares_a, squares_b = (a**2).sum(axis=1), (b**2).sum(axis=1)
     step = max(1, TABLE_CELLS // len(b))
     for start in range(0, len(a), step):

@@ -1,18 +1,18 @@
 r"""Measures of a scale-space evolution: variance, entropies, bounds of the reverse process.
 
-Entropies are in nats per image channel, of pixels in the process's own value range; all are float64. Functions of a
-process are closed forms; those of images are measurements.
+Entropies are in nats per image channel, for pixels in the process's value range; all are float64. Functions of a
+process are closed forms; functions of images are measurements.
 
     H(U_t | U_0)                          conditional entropy, Eq. (42), Peter 2024
     H(U_t | U_s) + H(U_s | U_0) - H(U_t | U_0)  <=  H(U_s | U_t)  <=  H(U_t | U_s)       Sohl-Dickstein et al. 2015
 
-The lower bound of the reverse step's entropy always holds: it is H(U_s | U_t, U_0). The upper one needs
-H(U_t) >= H(U_s), which blur without much noise breaks.
+The lower bound on the reverse step's entropy always holds: it is H(U_s | U_t, U_0). The upper one requires
+H(U_t) >= H(U_s), which fails under blur with little noise.
 
 Closed forms are sums over the operator's eigenvalues. For osmosis those of the constant guidance image replace those
-of the actual one. That is exact where the noise does not depend on the eigenvalue, as gamma_t of every osmosis
-process of the package; the noise that one step adds does, and results for steps are then an approximation (8 x 8
-pixels, guidance noise 0.1: -234.19 nats for -234.36, and -201.32 for -201.34).
+of the actual one. That is exact where the noise does not depend on the eigenvalue, as for gamma_t of every osmosis
+process of the package; the noise added by one step depends on it, so results for steps are approximations (8 x 8
+pixels, guidance noise 0.1: -234.19 nats instead of -234.36, and -201.32 instead of -201.34).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def average_grey(x: Tensor) -> Tensor:
 def relative_entropy(u: Tensor, steady_state: Tensor) -> Tensor:
     """Return -sum u ln(u / w), Eq. (50), of images u >= 0, steady state w > 0: ``(..., C, H, W)`` to ``(..., C)``.
 
-    It increases along osmosis, to 0 where u has reached w. A pixel of value 0 adds 0.
+    It increases along osmosis, up to 0 when u reaches w. A pixel of value 0 contributes 0.
 
     Raises: UserError for negative values.
     """
@@ -56,10 +56,10 @@ def relative_entropy(u: Tensor, steady_state: Tensor) -> Tensor:
 
 
 def entropy_increments(process: Process, scales: Tensor, size: Size) -> Tensor:
-    """Return H(U_t | U_0) - H(U_s | U_0) of neighbouring scales, ``(T - 1,)``; >= 0: Lyapunov property (Prop. 3, 7).
+    """Return H(U_t | U_0) - H(U_s | U_0) of successive scales, ``(T - 1,)``; >= 0: Lyapunov property (Prop. 3, 7).
 
-    Summed over the eigenvalues, so that the large and equal parts of both cancel before they are added. NaN where
-    neither scale has noise; inf from a scale without noise.
+    Differences are taken before the sum over eigenvalues, so that large equal parts cancel first. NaN where neither
+    scale has noise; inf where only the first has none.
     """
     _check(scales)
     mu = process.operator().eigenvalues(size[0], size[1], scales.device)
@@ -68,9 +68,9 @@ def entropy_increments(process: Process, scales: Tensor, size: Size) -> Tensor:
 
 
 def step_entropy(process: Process, s: Tensor, t: Tensor, size: Size) -> Tensor:
-    """Return H(U_t | U_s), the entropy of the forward step between scales s < t: ``()``; -inf where nothing is added.
+    """Return H(U_t | U_s), the entropy of the forward step between scales s < t: ``()``; -inf if it adds no noise.
 
-    For osmosis with another than a constant guidance image an approximation, see above.
+    For osmosis with a guidance image that is not constant this is an approximation, see above.
     """
     mu = process.operator().eigenvalues(size[0], size[1], t.device)
     std = process.step(s, t).transition_std(mu).expand(size)
@@ -78,10 +78,10 @@ def step_entropy(process: Process, s: Tensor, t: Tensor, size: Size) -> Tensor:
 
 
 def reverse_entropy_bounds(process: Process, scales: Tensor, size: Size) -> tuple[Tensor, Tensor]:
-    """Return the lower and upper bound of H(U_s | U_t) for neighbouring scales s < t, ``(T - 1,)``, whitened.
+    """Return the lower and upper bound on H(U_s | U_t) for successive scales s < t, ``(T - 1,)``, whitened.
 
-    -inf where a step adds no noise; NaN where nothing is defined (no noise at all). For osmosis with another than a
-    constant guidance image an approximation, see above.
+    -inf where a step adds no noise; NaN where it is undefined (no noise at all). For osmosis with a guidance image that
+    is not constant this is an approximation, see above.
     """
     _check(scales)
     steps = [step_entropy(process, s, t, size) for s, t in zip(scales, scales[1:], strict=False)]

@@ -1,13 +1,13 @@
-"""Where sampling starts: y at scale 1, and the context.
+"""Priors, from which sampling starts: y at scale 1, and the context.
 
 `GaussianPrior`: the process's own noise, for processes that end (almost) in noise: VP, VE, blurring diffusion.
-`DataPrior`: a training image, blurred to scale 1, plus noise (IHDM): for processes that end in blur. The blurred images
-are stored as the few DCT coefficients that are left of them, so an export samples without its training data.
+`DataPrior`: a training image, blurred to scale 1, plus noise (IHDM), for processes that end in blur. The blurred images
+are stored as the few DCT coefficients that remain, so an export can sample without its training data.
 `OsmosisPrior`: the steady state of a guidance image around a training image's mean intensity, plus noise, for the
-osmosis processes. Only those intensities are stored, and what images guide with where the process asks for them.
+osmosis processes. Only those intensities are stored, and the images' guidance detail if the process uses it.
 `ContextPrior`: the process's own noise, with contexts of training images, for any other process with a context.
 
-The last three can be steered: then sampling starts from images that a user chooses, if the start shows images at all.
+The last three can be steered: sampling then starts from images that a user chooses, if the start shows images at all.
 
 | prior | fits processes |
 |---|---|
@@ -16,7 +16,7 @@ The last three can be steered: then sampling starts from images that a user choo
 | OsmosisPrior | those of osmosis |
 | ContextPrior | those with a context |
 
-Every other pair is refused when the model is built. `Prior.law` is the density of the start, for likelihoods.
+Any other combination is refused when the model is built. `Prior.law` is the density of the start, for likelihoods.
 """
 
 from __future__ import annotations
@@ -54,4 +54,4 @@ def auto_prior(process: Process) -> Prior:
 
 
 GuidancePrior = OsmosisPrior
-"""The name of the first release."""
+"""Name of `OsmosisPrior` in the first release."""

@@ -1,4 +1,4 @@
-"""What all priors have in common, and those that store something of the training images."""
+"""Base class of all priors, and of those that store summaries of the training images."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from dpm_scales.rng import CounterRNG
 from dpm_scales.schedules import is_number
 
 STEERABLE = "those of heat, of blurring_constant, and of osmosis trained with process.guidance_image=own (or other)"
-"""Models whose start shows an image, in words, for messages."""
+"""Description, for messages, of the models whose start shows an image."""
 
 
 class Prior(Describable, nn.Module, ABC):
-    """The distribution of y_1 at scale 1, where sampling starts."""
+    """The distribution of y_1 at scale 1, from which sampling starts."""
 
     def check(self, process: Process) -> None:
         """Raise UserError, before any training, for a process whose law at scale 1 is not this prior's."""
         self.check_kind(process)
 
-    def check_kind(self, process: Process) -> None:  # noqa: B027 - a prior of one's own may fit all
-        """Raise UserError for a kind of process that this prior can't start, one of another operator."""
+    def check_kind(self, process: Process) -> None:  # noqa: B027 - a custom prior may suit all processes
+        """Raise UserError for a kind of process that this prior can't start, such as one of another operator."""
 
     def fit(self, images: Tensor, process: Process) -> None:
         """Fit to training images ``(N, C, H, W)`` in the process's value range, if the prior learns from data."""
 
     @property
     def max_images(self) -> int:
-        """Number of training images that `fit` uses at most; 0 for none."""
+        """Return the largest number of training images that `fit` uses; 0 if it uses none."""
         return 0
 
     def steer(self, images: Tensor, process: Process) -> None:
         """Start from these images ``(N, C, H, W)`` in place of training images: sample i from image i mod N.
 
-        Raises: UserError if no image can choose what this prior starts from, or if they are not of the size trained on.
+        Raises: UserError if this prior's start does not depend on images, or if these are not of the training size.
         """
         raise UserError(
             f"{type(process).__name__} starts from noise alone here, and no image can choose its start; models "
@@ -56,7 +56,7 @@ class Prior(Describable, nn.Module, ABC):
 
         Args:
             x_0: images ``(B, C, H, W)`` in the process's value range.
-            noise: one stream for each image; used where the process has a context.
+            noise: one stream for each image; used if the process has a context.
 
         Raises: UserError for a prior whose density is not known.
         """
@@ -92,7 +92,7 @@ class FittedPrior(Prior):
         self._in_turn = False
 
     def ratio(self, process: Process) -> float:
-        """Return r: by default 1, the law at scale 1, but 1.25 where the noise is constant (Rissanen et al. 2023)."""
+        """Return r: by default 1, the law at scale 1, or 1.25 under constant noise (Rissanen et al. 2023)."""
         if self.noise_ratio is not None:
             return self.noise_ratio
         return 1.25 if process.has_constant_noise() else 1.0
@@ -111,17 +111,17 @@ class FittedPrior(Prior):
         self._in_turn = True
 
     def _limit(self, process: Process) -> int:
-        """Return the number of images that `fit` stores at most."""
+        """Return the largest number of images that `fit` stores."""
         return self._max_images
 
     @abstractmethod
     def _store(self, images: Tensor, process: Process) -> None:
-        """Store what sampling starts from, for all images ``(N, C, H, W)``."""
+        """Store the summary from which sampling starts, for all images ``(N, C, H, W)``."""
 
     def _require_density(self, process: Process, channels: int) -> Tensor:
-        """Return log 1/M of each of the M stored images, float64 ``(1, M)``.
+        """Return the log weights log(1 / M) of the M stored images, float64 ``(1, M)``.
 
-        Raises: UserError without stored images, without noise, and for images of other than `channels` channels.
+        Raises: UserError without stored images, without noise, and if the stored images don't have `channels` channels.
         """
         name, stored = type(self).__name__, getattr(self, self.stored[0])
         require(len(stored) > 0, f"{name}: no training images stored yet; train the model first")
@@ -133,11 +133,11 @@ class FittedPrior(Prior):
         return torch.full((1, len(stored)), -math.log(len(stored)), dtype=torch.float64, device=stored.device)
 
     def _pick(self, noise: CounterRNG, count: int) -> Tensor:
-        """Return ``(B,)`` indices of stored images: at random, or in turn where a user has chosen the images."""
+        """Return ``(B,)`` indices of stored images: random ones, or in order if a user has chosen the images."""
         return noise.numbers % count if self._in_turn else (noise.uniform() * count).long()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # the data decide how much is stored; torch still refuses other numbers of dimensions
+        # the size of the buffers depends on the data; torch still refuses another number of dimensions
         for name in self.stored:
             values, own = state_dict.get(prefix + name), getattr(self, name)
             if values is not None and values.ndim == own.ndim:

@@ -1,4 +1,4 @@
-"""A start for any process with a context, which comes from training images."""
+"""A prior for any process with a context, which is drawn from training images."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from dpm_scales.rng import CounterRNG
 class ContextPrior(FittedPrior):
     """y_1 = r gamma_1(L) eps, with the context of a random training image x, as `Process.context_from` draws it.
 
-    Where a process leaves more than 2 % of the mean intensity at scale 1, in units of its noise, lambda_1(L) y_0 is
-    added, y_0 the training image in whitened coordinates: the process's own law at scale 1 for this image.
+    If a process leaves more than 2 % of the mean intensity at scale 1, relative to its noise, lambda_1(L) y_0 is added,
+    y_0 the training image in whitened coordinates: the process's own law at scale 1 for this image.
 
-    The likelihood is one given the context (`Process.condition`), and known where sampling starts from noise.
+    The likelihood is conditional on the context (`Process.condition`), and known only if sampling starts from noise.
 
     Args:
-        noise_ratio: r, the noise of the start over the process's own; None for 1.25 under constant noise, else 1.
-        max_images: how many training images to store, as they are.
+        noise_ratio: r, the noise of the start relative to the process's; None for 1.25 under constant noise, else 1.
+        max_images: number of training images to store, unchanged.
     """
 
     stored: ClassVar[tuple[str, ...]] = ("images",)

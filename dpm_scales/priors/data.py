@@ -1,4 +1,4 @@
-"""A start from blurred training images."""
+"""A prior of blurred training images."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from dpm_scales.rng import CounterRNG
 from dpm_scales.schedules import is_number
 
 DCT = HeatOperator()
-"""The basis that blurred images are stored in."""
+"""The basis in which blurred images are stored."""
 
 
 class DataPrior(FittedPrior):
     """y_1 = lambda_1(L) x + r gamma_1(L) eps, x a random training image (Rissanen et al. 2023).
 
     Args:
-        noise_ratio: r, the noise of the start over the process's own; None for 1.25 where the noise is constant (IHDM:
+        noise_ratio: r, the noise of the start relative to the process's; None for 1.25 under constant noise (IHDM:
             delta / sigma), else 1.
-        max_images: how many training images to keep.
-        tolerance: coefficients that the blur scales below this are dropped.
+        max_images: number of training images to store.
+        tolerance: DCT coefficients whose factor lambda_1 is below this are dropped.
     """
 
     stored: ClassVar[tuple[str, ...]] = ("coefficients",)

@@ -1,22 +1,22 @@
 r"""Inference of the guidance images of osmosis, for the likelihood.
 
-The context is a variable z of the model too, p(x_0) = sum over z of p(z) p(x_0 | z), and inference may draw it by any
-law q(z | x_0) at the cost KL(q || p). White noise, and patterns of other images, have the same law in both and cost
-nothing; inference uses the mean intensity m_0 of the image, while the model draws one of the stored m_i. With s
-the noise of the guidance, M values stored, N pixels, and w the guidance before it is clipped:
+The context is also a latent variable z of the model, p(x_0) = sum over z of p(z) p(x_0 | z), and inference may draw it
+from any law q(z | x_0) at the cost KL(q || p). White noise, and patterns of other images, have the same law in both and
+cost nothing; inference uses the mean intensity m_0 of the image, while the model draws one of the stored m_i. With s
+the noise of the guidance, M stored values, N pixels, and w the guidance before clipping:
 
-| guidance | z | q(z given x_0) | costs, in nats |
+| guidance | z | q(z given x_0) | cost, in nats |
 |---|---|---|---|
 | white noise | v | around m_0 | log q(v; m_0) - log 1/M sum_i q(v; m_i), clipped pixels with their probabilities |
-| smooth noise; noise on other images | w | around m_0 | the same of the mean of w alone, N(m, s^2 b^2 / N) |
+| smooth noise; noise on other images | w | around m_0 | the same for the mean of w alone, N(m, s^2 b^2 / N) |
 | edges; other images without noise | i | softmax_i(-N snr (m_i - m_0)^2 / 2) | log M + sum_i q_i log q_i |
-| nothing (s = 0) | - | - | 0: of mean one, v is 1 |
-| the image itself | - | - | 0: the likelihood is one given v and m_0, see `Process.condition` |
+| nothing (s = 0) | - | - | 0: with mean one, v is 1 |
+| the image itself | - | - | 0: the likelihood is conditional on v and m_0, see `Process.condition` |
 
-A linear pattern multiplies constant noise by a factor b, and the rest of w does not depend on m: so no density of the
-pattern is needed. Edges and images without noise determine m exactly, so that m_0 itself, which is none of the m_i,
-would have infinite cost; inference draws an m_i close to it, to the resolution that the noise of the finest scale
-allows (snr = lambda^2 / gamma^2 there). Then w_i = 1 for that i.
+A linear pattern multiplies constant noise by a factor b, and the rest of w does not depend on m, so no density of the
+pattern is needed. Edges and images without noise determine m exactly, so m_0 itself, which is not one of the m_i, would
+have infinite cost; inference draws an m_i close to it, to the resolution that the noise of the finest scale allows
+(snr = lambda^2 / gamma^2 there). Then w_i = 1 for that i.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dpm_scales.rng import CounterRNG
 
 @dataclass(frozen=True)
 class Known:
-    """What a prior stores of its M training images: m_i ``(M, C)``, what guides ``(M, C, H, W)`` or ``(0, ...)``, and
+    """Summary of a prior's M training images: m_i ``(M, C)``, guidance detail ``(M, C, H, W)`` or ``(0, ...)``, and
     log 1/M ``(1, M)``."""
 
     grey: Tensor
@@ -47,7 +47,7 @@ def infer_guidance(
 ) -> tuple[Tensor, Tensor, Tensor, Context]:
     """Return log w_i ``(B | 1, M)``, the context's cost ``(B,)``, the m_i ``(B | 1, M, C)``, and the context.
 
-    All by the table above, for images ``(B, C, H, W)``.
+    They follow the table above, for images ``(B, C, H, W)``. M is 1 where inference fixes m.
     """
     own, known, shape = x_0.mean((-2, -1)), stored.grey.to(torch.float64), tuple(x_0.shape[1:])
     count, std = len(known), process.guidance.noise
@@ -76,7 +76,7 @@ def infer_guidance(
 
 
 def _grey_near(process: Osmosis, own: Tensor, known: Tensor, pixels: int, noise: CounterRNG) -> tuple[Tensor, Tensor]:
-    """Draw indices ``(B,)`` of intensities `known` ``(M, C)`` near `own` ``(B, C)``; return them, and the cost."""
+    """Draw indices of intensities `known` ``(M, C)`` near `own` ``(B, C)``; return them and the cost, both ``(B,)``."""
     finest = torch.ones((), dtype=torch.float64, device=own.device) / process.num_scales
     snr = torch.exp(process.log_snr(finest, torch.zeros_like(finest)))
     log_q = torch.log_softmax(-0.5 * pixels * snr * squared_distances(own.to(torch.float64), known), 1)
@@ -87,8 +87,8 @@ def _grey_near(process: Osmosis, own: Tensor, known: Tensor, pixels: int, noise:
 
 
 def _log_mean_densities(process: Osmosis, own: Tensor, known: Tensor, white: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log densities of the mean of the unclipped guidance, drawn around `own` ``(B, C)``, under the values
-    `known` ``(M, C)`` and under its own, ``(B, M)`` and ``(B,)``, up to one common constant."""
+    """Return log densities of the mean of the unclipped guidance, drawn around `own` ``(B, C)``, given each of `known`
+    ``(M, C)`` and given `own`: ``(B, M)`` and ``(B,)``, up to a common constant."""
     low, high = process.value_range
     drawn = process.guidance.noise * white.to(torch.float64).mean((-2, -1))  # times b, as the standard deviation
     gain = process.guidance.patterned(torch.ones_like(white[:1], dtype=torch.float64)).mean()
@@ -102,7 +102,7 @@ def _log_guidance_densities(process: Osmosis, v: Tensor, mean: Tensor, paired: b
     """Return log q(v; m) up to a constant that does not depend on m.
 
     v = clip(g + s eps, low, 1) has a density between the bounds, and point masses at them. Between the bounds the
-    number of pixels, their sum and the sum of their squares are sufficient.
+    number of pixels, their sum and the sum of their squares are sufficient statistics.
 
     Args:
         v: guidance images ``(B, C, H, W)``.

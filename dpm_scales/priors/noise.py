@@ -1,4 +1,4 @@
-"""A start from noise alone."""
+"""A prior of noise alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpm_scales.rng import CounterRNG
 
 
 class GaussianPrior(Prior):
-    """y_1 = gamma_1(L) eps."""
+    """y_1 = gamma_1(L) eps, the process's own noise at scale 1."""
 
     def check(self, process: Process) -> None:
         self.check_kind(process)

@@ -1,4 +1,4 @@
-"""A start from the steady states of guidance images."""
+"""A prior of steady states of guidance images."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dpm_scales.rng import CounterRNG
 class OsmosisPrior(FittedPrior):
     """y_1 = lambda_1(0) V^{-1/2} (v m) + r gamma_1(L) eps.
 
-    m are the mean intensities of a random training image, v is the guidance image that the process draws around them,
-    of mean one. Where images guide, the same training image does, or any other with `guidance_image="other"`. The
-    buffer `grey` holds the mean intensities, `relief` the detail of the images that guide.
+    m are the mean intensities of a random training image, and v is the guidance image that the process draws around
+    them, normalised to mean one. If images guide, it is the same training image, or a random one with
+    `guidance_image="other"`. The buffer `grey` holds the mean intensities, `relief` the detail of guiding images.
 
     Args:
-        noise_ratio: r, the noise of the start over the process's own.
-        max_images: how many training images to take the mean intensity of, and at most 1000 that guide.
+        noise_ratio: r, the noise of the start relative to the process's.
+        max_images: number of training images whose mean intensities are stored; at most 1000 if images guide.
     """
 
     max_guides: ClassVar[int] = 1000
@@ -85,7 +85,7 @@ class OsmosisPrior(FittedPrior):
         return start + self.ratio(process) * osmosis.noise_at(1.0, noise.normal(size, dtype), operator), context
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Raise UserError unless images of `size` (H, W) were fitted, where images guide."""
+        """Raise UserError if images guide and those fitted don't have `size` (H, W)."""
         trained = tuple(self.relief.shape[-2:])
         require(
             len(self.relief) == 0 or trained == tuple(size),
@@ -116,13 +116,13 @@ class OsmosisPrior(FittedPrior):
         return Mixture(osmosis.operator(context), cost, log_weights, distances, self.ratio(process)), context
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # models from before images could guide have none
+        # models saved before images could guide lack this buffer
         state_dict.setdefault(prefix + "relief", torch.zeros(0, 1, 1, 1))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def as_osmosis(process: Process) -> Osmosis:
-    """Return the process as one of osmosis. Raises UserError for any other."""
+    """Return the process, typed as an osmosis process. Raises UserError for any other."""
     require(
         process.default_prior() == "guidance",
         f"OsmosisPrior starts from guidance images and needs an osmosis process, not {type(process).__name__}; "

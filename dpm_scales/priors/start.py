@@ -1,4 +1,4 @@
-r"""The law of y_1 under a prior: those of the package are mixtures of Gaussians.
+r"""The law of y_1 under a prior, which is a mixture of Gaussians for all priors of the package.
 
     p(y_1 | v) = sum_i w_i(v) N(c_i, r^2 gamma_1^2(L))
 
@@ -6,7 +6,7 @@ r"""The law of y_1 under a prior: those of the package are mixtures of Gaussians
 |---|---|---|
 | GaussianPrior | 0 | 1 |
 | DataPrior | lambda_1(L) x_i, x_i a training image | 1 / M |
-| OsmosisPrior | lambda_1(0) m_i sqrt(v), m_i its mean intensity, v of mean one | q(v; m_i) / sum_j q(v; m_j) |
+| OsmosisPrior | lambda_1(0) m_i sqrt(v), m_i the mean intensity of x_i, v of mean one | q(v; m_i) / sum_j q(v; m_j) |
 
 With D_i the squared distance of y from c_i in units of r gamma_1(L), the log density of z = gamma_1^{-1}(L) y is
 
@@ -17,7 +17,7 @@ components (Rissanen et al. 2023, appendix: their prior term),
 
     KL <= -logsumexp_i(log w_i - KL_i),     KL_i = D_i(lambda_1(L) y_0) / 2 + n/2 (1 / r^2 - 1 + log r^2),
 
-with equality for a single one.
+with equality for a single component.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Start(ABC):
 
     @abstractmethod
     def divergence(self, mean: Tensor) -> Tensor:
-        """Return the bound on KL(N(mean, gamma_1^2) || p), float64 ``(B,)`` nats; mean ``(B, C, H, W)``, whitened."""
+        """Return a bound on KL(N(mean, gamma_1^2) || p), float64 ``(B,)`` nats, for mean ``(B, C, H, W)``, whitened."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Mixture(Start):
     log_weights: Tensor
     #: squared distances from c_i in units of gamma_1(L), float64 ``(B, M)``, for an operator and float64 images
     distances: Callable[[Operator, Tensor], Tensor]
-    #: r, the prior's noise over the process's own
+    #: r, the prior's noise relative to the process's
     ratio: float = 1.0
 
     def negative_log_density(self, y: Tensor) -> Tensor:

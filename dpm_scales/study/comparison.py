@@ -1,8 +1,8 @@
-"""Processes side by side on the same images: Sect. 6.3, Peter 2024, for any processes and any folder.
+"""Compare processes on the same images, as in Sect. 6.3, Peter 2024, for any processes and any folder.
 
 Every process starts from the same images and takes one Markov path through its scales. Measured at each scale:
 
-    variance          over the pixels of an image, averaged over channels; black is 0 and white 1
+    variance          over the pixels of an image, averaged over channels; black is 0 and white is 1
     average grey      over the pixels of an image, in the same units
     relative entropy  -sum u ln(u / w), Eq. (50), with w the steady state; only for osmosis
     features          of a network, for distances between the images of the processes at the same time
@@ -37,10 +37,10 @@ from dpm_scales.study.fingerprint import describe, describe_images, fingerprint
 Array = NDArray[Any]
 
 FORMER_NAMES = {"dpm": "vp"}
-"""Processes by former name: options still accept these, and the noise of a process follows from its first name."""
+"""Processes by former name: options still accept these, and the noise seed of a process derives from its first name."""
 
 PARTS_VERSION = 2
-"""Version of the measurements; increase it when the same processes and images would give other results."""
+"""Version of the measurements; increase it when the same processes and images give different results."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Parts:
         self.known: list[int] = []
 
     def claim(self, fingerprint: str) -> None:
-        """Reserve the folder for this comparison. Raise UserError if it is another's, or not a real folder."""
+        """Reserve the folder for this comparison. Raises UserError if it holds another one, or is not a real folder."""
         make_folder(self.folder.parent)
         with guarded(self.folder.parent):
             make_folder(self.folder)
@@ -200,7 +200,7 @@ def noise_seed(seed: int, name: str, first: int) -> int:
 def _fingerprint(
     entries: Sequence[Entry], images: NumberedImages, seed: int, features: FeatureNetwork | None, batch_size: int
 ) -> str:
-    """Return a digest of all that determines the results: processes and images in full, settings, features."""
+    """Return a digest of everything that determines the results: processes and images in full, settings, features."""
     laws = [[entry.name, describe(entry.scales), describe(entry.process, entry.name)] for entry in entries]
     network = None if features is None else identity_of(features)
     return fingerprint(PARTS_VERSION, laws, describe_images(images), seed, network, batch_size)

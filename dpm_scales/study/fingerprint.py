@@ -44,7 +44,7 @@ def describe(value: Any, where: str = "process", depth: int = 0) -> Any:
 
     Args:
         value: numbers, strings, None, containers, tensors and arrays (by content), objects (by class and attributes).
-            A class outside this package counts with its source code, as far as Python finds it.
+            A class outside this package includes its source code, if Python finds it.
         where: name of the value, for messages.
         depth: number of enclosing objects and containers.
 
@@ -81,7 +81,7 @@ def describe(value: Any, where: str = "process", depth: int = 0) -> Any:
 
 
 def _named(kind: type) -> list[str]:
-    """Return the name of a class, followed by the source of it and its bases where they are not known code."""
+    """Return the name of a class, followed by its source and that of its bases, except for `_KNOWN_CODE`."""
     name = f"{kind.__module__}.{kind.__qualname__}"
     return [name, *(_source(base) for base in kind.__mro__ if base.__module__.partition(".")[0] not in _KNOWN_CODE)]
 

@@ -1,14 +1,14 @@
 r"""Fit schedules that make one process correspond to another: "blurring diffusion as an approximation of osmosis".
 
 The fit compares the energy of the images in octaves of frequency, E_o(t): the squared DCT coefficients, summed over
-an octave and averaged over images and channels. For the process to be matched, it is measured on its images. The
-fitted process blurs and adds white noise of one level,
+an octave and averaged over images and channels. For the process to be matched, this energy is measured on its images.
+The fitted process blurs and adds white noise of one level,
 
     E_o(t) = sum_{mu in o} exp(-2 mu T) P(mu) + gamma^2 n_o,      P the energy of the images at frequency mu,
 
 so that two numbers are fitted at each time, T and gamma. They minimise the sum over octaves of the squared logarithm
 of the ratio of both energies ("octaves"), or equate the total energies at a given blur T ("variance"). A Markov chain
-needs gamma and T that never decrease: a smaller value is raised to the one before.
+needs gamma and T that never decrease: a smaller value is raised to the previous one.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _best(
     least_time: float,
     least_noise: float,
 ) -> tuple[float, float]:
-    """Return the (T, gamma) with the nearest energies in logarithm, by a grid and a finer one around its best."""
+    """Return the (T, gamma) whose log energies are nearest, by a grid search that is refined around its best point."""
     allowed = levels.clamp(min=max(least_noise, _NOISE_FLOOR)).unique()
     rows = table[times >= least_time]
     kept = times[times >= least_time]
