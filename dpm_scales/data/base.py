@@ -26,10 +26,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
     """Training or validation part of a source: items (image uint8 (C, H, W), label), all images of one size.
 
     Attributes:
-        augmented: whether `get` draws from `rng`. If it does not, none is made, which takes as long as decoding a small
-            image.
-        mirrored: whether all that `get` does with `rng` is `maybe_flip`. Images that are mirrored, or not augmented,
-            can be kept decoded.
+        augmented: whether `get` draws from `rng`. If not, no generator is made, which would take as long as decoding a
+            small image.
+        mirrored: whether `get` uses `rng` for `maybe_flip` only. Images that are mirrored, or not augmented, can be
+            kept decoded.
     """
 
     augmented: bool = True
@@ -52,14 +52,14 @@ class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
         return Permuted(len(self), seed)
 
     def pool(self, count: int) -> Sequence[int]:
-        """Return the indices from which a sample of `count` images is taken: all, or at least so many at hand."""
+        """Return the indices from which to sample `count` images: all, or at least `count` that are quick to read."""
         return range(len(self))
 
     def expect(self, indices: Sequence[int]) -> None:  # noqa: B027 - most images are read one by one
-        """Take note of the items that are asked for next: those of a batch, which may be read faster together."""
+        """Prepare to read these items next: those of a batch, which may be read faster together."""
 
     def identity(self) -> list[Any] | None:
-        """Return plain values that change whenever an image or label does; None if they can't be known."""
+        """Return plain values that change whenever an image or label does; None if no such values are known."""
         return None
 
 
@@ -71,7 +71,7 @@ class ImageSource(Describable, ABC):
         image_size: (H, W) in pixels.
         num_classes: number of labels, or None if the images have none (their label is then -1).
         class_names: one name for each label, or None.
-        split_note: names the folders of the two parts and the unused ones; empty if folders do not define the split.
+        split_note: text that names the folders of both parts and the unused ones; empty if the split has no folders.
     """
 
     channels: int
@@ -85,7 +85,7 @@ class ImageSource(Describable, ABC):
 
     @abstractmethod
     def train(self) -> ImageDataset:
-        """Return the training images, augmented if the source is so configured."""
+        """Return the training images, augmented if so configured."""
 
     @abstractmethod
     def val(self) -> ImageDataset:
@@ -118,11 +118,10 @@ def maybe_flip(image: Tensor, rng: np.random.Generator | None) -> Tensor:
 def split_indices(
     number: int, val_fraction: float, seed: int, labels: np.ndarray | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return sorted training and validation indices below `number`, every label split by the same fraction.
+    """Return sorted training and validation indices below `number`, drawn with `seed`.
 
-    The split is drawn with `seed`.
-
-    With at least two images and a positive fraction, at least one image is held out.
+    Every label is split by the same fraction; if it is positive, at least one image of each label with two or more is
+    held out.
 
     Raises:
         UserError: a fraction outside [0, 1).

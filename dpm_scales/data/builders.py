@@ -1,4 +1,4 @@
-"""One builder for each source of images: its arguments and those of `ImageDataModule`, side by side.
+"""Builders, one for each source of images, which take its arguments together with those of `ImageDataModule`.
 
 They keep the keys of a config flat (`data.root=DIR data.batch_size=32`). The classes document the arguments and their
 defaults.
@@ -20,7 +20,7 @@ from dpm_scales.data.sources import ArraySource, Digits, Photos
 
 
 def batches_of(source: type[ImageSource], name: str) -> Callable[..., ImageDataModule]:
-    """Return the builder called `name`: of keyword arguments, those of `source` and those of `ImageDataModule`."""
+    """Return a builder called `name`, whose keyword arguments are those of `source` and of `ImageDataModule`."""
     own, others = (dict(inspect.signature(made).parameters) for made in (source, ImageDataModule))
     del others["source"]
     arguments = [p.replace(kind=p.KEYWORD_ONLY) for p in (own | others).values()]

@@ -1,4 +1,4 @@
-"""Batches of a source of images, on any number of devices, exactly resumable in mid-epoch."""
+"""Batches of a source of images, on any number of devices, exactly resumable mid-epoch."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class ImageDataModule(Describable, pl.LightningDataModule):
         pin_memory: whether batches are page-locked; None locks them if CUDA is available.
         drop_last: whether to drop an incomplete last batch; otherwise the first images of the order fill it up.
         decoded: keep decoded images in a file that all processes map into memory, see `decoded`.
-        on_device: keep the training images on the device, where batches are gathered and mirrored; None keeps images
-            that are in memory already, if they fit in a quarter of what is free there.
+        on_device: keep the training images on the device, where batches are gathered and mirrored; None does so for
+            images that are already in memory and fit in a quarter of the device's free memory.
 
     Raises:
         UserError: a value out of range, or images that can't be kept.
@@ -109,7 +109,7 @@ class ImageDataModule(Describable, pl.LightningDataModule):
 
     @property
     def train_set(self) -> ImageDataset:
-        """Return the training images, which indexing does not augment."""
+        """Return the training images; indexing does not augment them."""
         return self._part(True)
 
     @property
@@ -160,7 +160,7 @@ class ImageDataModule(Describable, pl.LightningDataModule):
         return loader
 
     def _is_placed(self, train: ImageDataset) -> bool:
-        """Return whether training images are kept on the device of the trainer, whose hooks gather them."""
+        """Return whether training images are kept on the trainer's device, where hooks gather the batches."""
         if self.trainer is None or self.on_device is False:
             return False
         return self.on_device is True or fits(train, self.trainer.strategy.root_device)
@@ -226,7 +226,7 @@ class ImageDataModule(Describable, pl.LightningDataModule):
     def statistics(self, max_images: int = 10000) -> dict[str, float]:
         """Return `mean` and `std` over all training pixels and channels, for values in [0, 1].
 
-        They are measured on at most `max_images` images, evenly spaced in the training set, or in a few of its shards.
+        They are measured on at most `max_images` images, evenly spaced in the training set or in a few of its shards.
         """
         require(max_images >= 1, f"max_images={max_images}: allowed is a whole number >= 1")
         self.prepare_data()

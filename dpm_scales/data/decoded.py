@@ -1,12 +1,12 @@
 """Images that are decoded once: kept in a file that all processes map into memory, or on the device.
 
 Both keep the plain view of each image, `get(index, None)`, and mirror it as the images themselves would be, so that
-batches are the same to the byte. The file holds, for N images of P bytes,
+batches are identical to the byte. The file holds, for N images of P bytes,
 
     N × (CRC-32 of pixels and label, label), 8 bytes each; N × P bytes of pixels
 
-and is filled as images are asked for, by any number of processes. A record whose checksum does not fit is not there:
-the image is decoded again. So a killed process, or a machine that loses power, leaves nothing wrong.
+and is filled as images are requested, by any number of processes. A record whose checksum does not match counts as
+missing, and the image is decoded again. So a killed process or a power failure leaves no wrong image.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ DECODED = "decoded"
 """Folder of these files in the cache of shards."""
 
 VERSION = 1
-"""Version of the file; increase it when the same images give other bytes."""
+"""Version of the file; increase it when the same images give different bytes."""
 
 _RECORD = struct.Struct("<Ii")
 FREE_SHARE = 0.25
-"""Largest share of a device's free memory for images that nobody asked to keep there."""
+"""Largest share of a device's free memory for images kept there by default."""
 
 _LOADED = 256  # images brought to the device at a time
 
@@ -58,18 +58,18 @@ def ignore_interrupts(worker: int) -> None:
 
 
 def require_keepable(images: ImageDataset, option: str) -> None:
-    """Raise UserError if `get(index, rng)` does more than to mirror `get(index, None)`."""
+    """Raise UserError if `get(index, rng)` does more than mirror `get(index, None)`."""
     other = "and these are cropped, or changed otherwise, at random; set data.random_crop=false"
     require(images.mirrored or not images.augmented, f"{option} keeps one view of each image, {other}")
 
 
 class DecodedImages(ImageDataset):
-    """Images of files, decoded when they are first asked for, and kept in a file.
+    """Images of files, decoded on first access and kept in a file.
 
     Args:
-        images: with an `identity`.
-        shape: (C, H, W) of each.
-        folder: of the file, which is named after the identity.
+        images: images with an `identity`.
+        shape: (C, H, W) of each image.
+        folder: folder of the file, which is named after the identity.
 
     Raises:
         UserError: images without an identity, or cropped at random; a full disk.
@@ -130,7 +130,7 @@ class DecodedImages(ImageDataset):
 
     def _keep(self, index: int, image: Tensor, label: int) -> None:
         pixels = image.contiguous().numpy()
-        with suppress(OSError):  # it is decoded again next time
+        with suppress(OSError):  # the image is then decoded again next time
             _write(self._file, pixels.tobytes(), self._place(index))
             _write(self._file, _RECORD.pack(_checksum(pixels, label), label), index * _RECORD.size)
 
@@ -164,7 +164,7 @@ class Drawn(NamedTuple):
 
 
 class Draws(Dataset[tuple[int, bool]]):
-    """What `sampler.EpochImages` draws of each image, without the image, by key (index, epoch)."""
+    """The random draws of `sampler.EpochImages` for each image, without the image, by key (index, epoch)."""
 
     def __init__(self, images: ImageDataset, seed: int) -> None:
         self.images, self.seed = images, seed
@@ -173,7 +173,7 @@ class Draws(Dataset[tuple[int, bool]]):
         return len(self.images)
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Drawn:
-        """Return a whole batch, which torch's loader asks for where it can."""
+        """Return the draws of a whole batch; torch's loader calls this method if there is one."""
         index, epoch = np.asarray(keys, dtype=np.int64).T.copy()
         mirrored = np.zeros(len(index), dtype=bool)
         if self.images.mirrored:
@@ -182,12 +182,12 @@ class Draws(Dataset[tuple[int, bool]]):
 
 
 def as_it_is(batch: Drawn) -> Drawn:
-    """Return a batch that needs no joining, since `Draws` gives whole ones."""
+    """Return a batch unchanged, since `Draws` returns whole batches."""
     return batch
 
 
 def fits(images: ImageDataset, device: torch.device) -> bool:
-    """Return whether images are in memory, and fit on the device beside a training."""
+    """Return whether images are in memory, and fit on the device along with training."""
     if not isinstance(images, TensorImages):
         return False
     return device.type == "cpu" or images.images.nbytes <= FREE_SHARE * available_memory(device)
@@ -198,9 +198,9 @@ class DeviceImages:
 
     Args:
         images: the part.
-        shape: (C, H, W) of each.
-        device: where they are kept.
-        num_workers: loader processes that decode them.
+        shape: (C, H, W) of each image.
+        device: the device on which they are kept.
+        num_workers: number of loader processes that decode them.
         shown: whether to report progress.
 
     Raises:

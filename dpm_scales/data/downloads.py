@@ -42,7 +42,7 @@ class TorchvisionSource(ImageSource):
         random_flip: whether to mirror half of the training images.
 
     Raises:
-        UserError: an unknown name or sizes that do not fit; on use, missing files that cannot be fetched.
+        UserError: an unknown name or invalid sizes; on use, missing files that cannot be fetched.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""The first number of NumPy's generator of (seed, epoch, index), for many images at once.
+"""The first number of NumPy's generator seeded with (seed, epoch, index), for many images at once.
 
-It decides which images are mirrored, see `sampler.EpochImages`. Making a generator for each image takes some 20 us,
-which for batches that are gathered on a GPU would be most of the host's work.
+It decides which images are mirrored, see `sampler.EpochImages`. Making a generator for each image takes about 20 us,
+which would be most of the host's work for batches that are gathered on a GPU.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ Doubles = NDArray[np.float64]
 def first_draws(seed: int, epoch: NDArray[np.int64], index: NDArray[np.int64]) -> Doubles:
     """Return `np.random.default_rng((seed, epoch, index)).random()` for each pair, ``(B,)``, in [0, 1).
 
-    NumPy documents both algorithms and keeps their streams: `SeedSequence` hashes the numbers to a seed of PCG64, whose
-    first output is taken.
+    NumPy documents both algorithms and guarantees their streams: `SeedSequence` hashes the numbers to a seed of PCG64,
+    whose first output is used.
 
     Args:
-        seed: >= 0, of any size.
+        seed: an integer >= 0 of any size.
         epoch, index: ``(B,)``, each in [0, 2^32).
     """
     state = _seed_words([*_words(seed, len(index)), epoch.astype(np.uint32), index.astype(np.uint32)])
@@ -31,7 +31,7 @@ def first_draws(seed: int, epoch: NDArray[np.int64], index: NDArray[np.int64]) -
 
 
 def _words(number: int, count: int) -> list[Words]:
-    """Return the 32-bit words of a number, the lowest first, each ``(count,)``."""
+    """Return the 32-bit words of a number, lowest first, each repeated to ``(count,)``."""
     words = []
     while True:
         words.append(np.full(count, number & 0xFFFFFFFF, dtype=np.uint32))
@@ -41,7 +41,7 @@ def _words(number: int, count: int) -> list[Words]:
 
 
 class _Hash:
-    """SeedSequence's hash of words, whose constant changes with each of them."""
+    """SeedSequence's hash of words, whose constant changes with each word."""
 
     def __init__(self, constant: int, factor: int) -> None:
         self.constant, self.factor = constant, factor
@@ -86,7 +86,7 @@ def _pcg64(words: list[NDArray[np.uint64]]) -> Wide:
     high, low = words[2], words[3]
     one = np.uint64(1)
     increment = (high << one | low >> np.uint64(63), low << one | one)
-    # from state 0: a step, the seed added, a step; then the step that precedes the first output
+    # from state 0: a step, adding the seed, a step; then the step that precedes the first output
     state = _added(increment, (words[0], words[1]))
     for _ in range(2):
         state = _added(_times_multiplier(state), increment)

@@ -43,10 +43,10 @@ _END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
 class ImageStore(ABC):
-    """Image files under one root, by sorted relative names with slashes. Workers receive a pickled copy.
+    """Image files under one root, by relative names with slashes. Workers receive a pickled copy.
 
     Attributes:
-        names: names of the files.
+        names: sorted names of the files.
         folders: names of the folders, including those without images.
     """
 
@@ -57,10 +57,10 @@ class ImageStore(ABC):
 
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
-        """Open the file `name`; return it seekable."""
+        """Open the file `name` and return it, seekable."""
 
     def load(self, name: str, channels: int | None = None) -> Tensor:
-        """Return the image `name`, uint8 ``(C, H, W)``. Raise UserError if it cannot be read."""
+        """Return the image `name`, uint8 ``(C, H, W)``. Raises UserError if it cannot be read."""
         with self.open(name) as file:
             return images.load_image(file, channels, name=self.describe(name))
 
@@ -157,7 +157,7 @@ class ZipStore(ImageStore):
 def require_readable(store: ImageStore, names: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Return the upright sizes (H, W) of images by name.
 
-    Raise UserError if one cannot be read: a result on part of a set does not describe the set.
+    Raises: UserError if one cannot be read, since a result on part of a set does not describe the set.
     """
     sizes, bad = inspect_images(store, names, full=False)
     if bad:
@@ -230,7 +230,7 @@ def read_header(file: BinaryIO) -> tuple[tuple[int, int], bool]:
     """Return the upright size (H, W), and whether the file ends as its format requires."""
     with Image.open(file) as picture:
         width, height = picture.size
-        # asked for EXIF data not yet read, Pillow would decode a whole PNG file
+        # to return EXIF data that it has not yet read, Pillow would decode a whole PNG file
         skip = picture.format == "PNG" and "exif" not in picture.info
         # for a TIFF file its size is already upright
         skip |= picture.format == "TIFF"
@@ -241,7 +241,7 @@ def read_header(file: BinaryIO) -> tuple[tuple[int, int], bool]:
 
 
 def file_state(path: Path) -> list[Any]:
-    """Return the absolute path, size and time of change of a file; only the path if there is none."""
+    """Return the absolute path, size and modification time of a file; only the path if it does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -250,7 +250,7 @@ def file_state(path: Path) -> list[Any]:
 
 
 def listed(names: Collection[str]) -> str:
-    """Return the first of many names, for a message."""
+    """Return at most `LISTED` names, separated by commas, for a message."""
     first = ", ".join(name for name, _ in zip(names, range(LISTED), strict=False))
     return first + (", ..." if len(names) > LISTED else "")
 

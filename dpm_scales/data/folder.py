@@ -31,10 +31,10 @@ class View:
         channels: 1 or 3.
         size: (H, W) in pixels.
         resize_mode: see `ImageFolder`.
-        random_crop: whether to crop at a random place instead of the centre.
+        random_crop: whether to crop at a random position instead of the centre.
         random_flip: whether to mirror half of the images.
         rotate_portrait: whether to rotate portrait images by 90 degrees.
-        center_crop: (H, W) of a central crop that precedes all else, or None.
+        center_crop: (H, W) of a central crop that precedes everything else, or None.
     """
 
     channels: int
@@ -47,16 +47,16 @@ class View:
 
     @property
     def is_random(self) -> bool:
-        """Whether the transform depends on draws."""
+        """Return whether the transform is random."""
         return self.random_crop or self.random_flip
 
     @property
     def only_mirrors(self) -> bool:
-        """Whether all that depends on draws is a flip."""
+        """Return whether a flip is the only random part."""
         return self.random_flip and not self.random_crop
 
     def identity(self) -> list[Any]:
-        """Return what the plain view depends on, as plain values."""
+        """Return the settings on which the plain view depends, as plain values."""
         center = None if self.center_crop is None else list(self.center_crop)
         return [self.channels, list(self.size), self.resize_mode, self.rotate_portrait, center]
 
@@ -84,7 +84,7 @@ class View:
 
 
 def _crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator | None) -> Tensor:
-    """Return a crop (C, *size) of an image, at a random place with `rng`, otherwise at the centre."""
+    """Return a crop (C, *size) of an image, at a random position with `rng`, otherwise at the centre."""
     for axis, side in ((1, size[0]), (2, size[1])):
         spare = image.shape[axis] - side
         if spare < 0:
@@ -94,7 +94,7 @@ def _crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator | None)
 
 
 class FileImages(ReplacedImages):
-    """Some files of a store; by `on_error`, an unreadable one raises or is replaced by the next readable one."""
+    """Some files of a store; with `on_error`, an unreadable one raises or is replaced by the next readable one."""
 
     def __init__(
         self, store: ImageStore, names: Sequence[str], labels: Sequence[int] | None, view: View, on_error: str
@@ -128,11 +128,12 @@ class ImageFolder(ImageSource):
         image_size: side, or [height, width], in pixels; null if all images have the same size.
         resize_mode: treatment of images of another size: "none" refuses them, "resize" distorts them, "crop" crops the
             original, "resize_crop" first shrinks or enlarges the image until the crop just fits.
-        random_crop: whether to crop training images at random places instead of the centre.
+        random_crop: whether to crop training images at random positions instead of the centre.
         random_flip: whether to mirror half of the training images.
         rotate_portrait: whether to rotate portrait images by 90 degrees.
-        split: "folder" trains on `train/` and validates on `val/` (or valid, validation, test); "fraction" draws
-            `val_fraction` of the images with `split_seed`; "auto" takes the folders if both are there.
+        split: "folder" trains on `train/` and validates on `val/` (or valid, validation, test); "fraction" holds out
+            `val_fraction` of the images, drawn with `split_seed`; "auto" uses the folders if both exist.
+        val_fraction, split_seed: see `split`.
         labels: "folder" numbers the folders (below train/ and val/) in alphabetical order; "none" gives no labels.
         on_error: "skip" omits unreadable images, and classes without images, with a warning; "raise" stops at the
             first.
@@ -143,8 +144,8 @@ class ImageFolder(ImageSource):
         left_out: the images found unreadable at the start, and the reasons.
 
     Raises:
-        UserError: nothing to read, sizes that do not fit, an unreadable image or a class without images with
-            on_error="raise".
+        UserError: nothing to read, unsuitable sizes, or, with on_error="raise", an unreadable image or a class without
+            images.
     """
 
     def __init__(
@@ -231,7 +232,7 @@ class ImageFolder(ImageSource):
         return sizes
 
     def _common_size(self, size: tuple[int, int] | None, mode: str) -> tuple[int, int]:
-        """Return the size that all images are given, after checking that they can be."""
+        """Return the size to which all images are brought, after checking that this is possible."""
         first = min(self.sizes, default="")
         wanted = self.sizes[first] if size is None else size
         for name, (height, width) in sorted(self.sizes.items()):
@@ -260,7 +261,7 @@ class BSDS500(ImageFolder):
         root: the folder or .zip file that contains `images`.
         patch_size: side, or [height, width], of the crop in pixels; null takes whole photos and needs rotate_portrait.
         channels: 1 grey or 3 RGB.
-        random_crop: whether to crop training patches at random places instead of the centre.
+        random_crop: whether to crop training patches at random positions instead of the centre.
         random_flip: whether to mirror half of the training patches.
         rotate_portrait: whether to rotate portrait photos, so that all are (321, 481).
         on_error: as in `ImageFolder`.
@@ -298,7 +299,7 @@ def split_names(
 ) -> tuple[list[str], list[str], str]:
     """Return training and validation names, and a note that names their folders.
 
-    Unreadable files take part, so that repairing one does not move others.
+    Unreadable files take part in the split, so that repairing one does not move others.
     """
     tops: dict[str, list[str]] = {}
     for name, parts in _inner_parts(store.names).items():
@@ -324,7 +325,7 @@ def _inner_parts(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def class_of_names(names: Sequence[str], store: ImageStore) -> dict[str, str]:
-    """Return the folder that labels each name: the first below train/, val/ and so on, otherwise the first."""
+    """Return the folder that labels each name: the first folder below train/, val/ and so on, otherwise the first."""
     classes: dict[str, str] = {}
     inner = _inner_parts(store.names)
     for name in names:

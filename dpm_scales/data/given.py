@@ -1,4 +1,4 @@
-"""Images given in Python: tensors, arrays, and data sets of torch."""
+"""Images passed in Python: tensors, arrays, and torch data sets."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class DatasetImages(ImageDataset):
     """Some items of a data set, each an image or (image, label): a uint8 tensor (C, H, W) or a PIL image.
 
     Args:
-        dataset: with `len` and items by number.
-        indices: of the items.
+        dataset: data set with a length and items by index.
+        indices: indices of the items.
         shape: (C, H, W) of all images.
-        num_classes: labels are below it; None for images without labels, and labels of items are ignored.
+        num_classes: number of labels, which are 0 to num_classes - 1; None ignores the labels of items.
         random_flip: whether to mirror half of the images.
     """
 
@@ -58,7 +58,7 @@ class DatasetImages(ImageDataset):
 
 
 def item_of(dataset: Any, number: int) -> tuple[Tensor, Any]:
-    """Return an item's image, uint8 (C, H, W), and its label, `NO_LABEL` without one. Raises UserError for others."""
+    """Return an item's image, uint8 (C, H, W), and its label, or `NO_LABEL`. Raises UserError for other items."""
     item = dataset[number]
     pair = isinstance(item, tuple | list) and len(item) == 2
     image, label = item if pair else (item, NO_LABEL)
@@ -76,14 +76,14 @@ def item_of(dataset: Any, number: int) -> tuple[Tensor, Any]:
 
 
 class GivenImages(ImageSource):
-    """Images in memory or in a data set of torch, with a share held out.
+    """Images in memory or in a torch data set, with a fraction held out.
 
     Args:
-        images: a uint8 tensor or array ``(N, C, H, W)``, values 0 to 255; or a data set with `len` and items by number,
-            see `DatasetImages`.
-        labels: of a tensor's images: integers >= 0, ``(N,)``; None without.
+        images: a uint8 tensor or array ``(N, C, H, W)``, values 0 to 255; or a data set with a length and items by
+            index, see `DatasetImages`.
+        labels: labels of a tensor's images, integers >= 0, ``(N,)``; None for no labels.
         num_classes: number of labels; None ignores those of a data set's items.
-        val_fraction: share of the images (of every label of a tensor's) held out.
+        val_fraction: fraction of the images (for tensors, of every label) held out.
         split_seed: seed of the split.
         random_flip: whether to mirror half of the training images.
 
@@ -137,7 +137,7 @@ class GivenImages(ImageSource):
 
 
 def as_pixels(images: Tensor | np.ndarray) -> Tensor:
-    """Return images as a uint8 tensor ``(N, C, H, W)`` on the CPU. Raises UserError for other types and shapes."""
+    """Return images as a uint8 tensor ``(N, C, H, W)`` on the CPU. Raises UserError for another type or shape."""
     shape = tuple(images.shape)
     kind = str(images.dtype).removeprefix("torch.")
     floats = "; of floats in [0, 1]: (images * 255).round() as uint8" if "float" in kind else ""
@@ -150,7 +150,7 @@ def as_pixels(images: Tensor | np.ndarray) -> Tensor:
 
 
 def as_labels(labels: Tensor | np.ndarray | Sequence[int], count: int, num_classes: int | None) -> Tensor:
-    """Return labels as int64 ``(count,)`` on the CPU. Raises UserError for others, and for labels out of range."""
+    """Return labels as int64 ``(count,)`` on the CPU. Raises UserError for another type, shape or range."""
     try:
         found = torch.as_tensor(labels).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -183,7 +183,7 @@ def given_data(
 ) -> ImageDataModule:
     """Return batches of `GivenImages`.
 
-    Raises: UserError without images, as for a run that was begun in Python and is resumed on the command line.
+    Raises: UserError without images, as for a run that was started in Python and is resumed on the command line.
     """
     again = "resume it there, by ds.train(model, images, run_dir=...), or give data=folder data.root=DIR"
     require(images is not None, f"the images of this run were given in Python; {again}")

@@ -1,11 +1,11 @@
-"""Images of the library `datasets`: a set of the Hugging Face Hub, or parquet, arrow or image files of this machine.
+"""Images from the library `datasets`: a data set of the Hugging Face Hub, or local parquet, arrow or image files.
 
-Sets that are mapped (`streaming=false`) have a length and rows by number: everything holds as for a folder. A stream
-has neither. It is then read in windows of consecutive images, permuted by (seed, epoch, window): the batches are still
-a function of their number, on any number of ranks and workers, but each of these reads the whole stream, and whoever
-resumes reads it again up to the window of its next batch.
+Mapped sets (`streaming=false`) have a length and rows by index, and behave like a folder. A stream has neither. It is
+read in windows of consecutive images, permuted by (seed, epoch, window): the batches are still a function of their
+number, on any number of ranks and workers, but each rank and worker reads the whole stream, and on resuming reads it
+again up to the window of the next batch.
 
-Rows are read undecoded, and images decoded as those of folders are. No pickles are read, and no code of a set is run.
+Rows are read undecoded, and images are decoded like those of folders. No pickles are read, and no code of a set is run.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _BUILDERS = {"parquet": (".parquet",), "arrow": (".arrow",), "imagefolder": EXTE
 
 
 class HubSource(ImageSource):
-    """Images of the library `datasets`.
+    """Images from the library `datasets`.
 
     Args:
-        root: a folder of `save_to_disk`, or of parquet, arrow or image files, or one of these files; otherwise the name
-            of a set on the Hub.
+        root: a folder written by `save_to_disk`, or one with parquet, arrow or image files, or one of these files;
+            otherwise the name of a set on the Hub.
         name: configuration of a set that has several.
         revision: version of a set on the Hub.
-        split: part that is trained on.
+        split: part used for training.
         val_split: part of the validation images; null holds out `val_fraction` of `split`.
-        val_fraction: share that is held out: drawn with `split_seed`, of each label; of a stream, its first images.
-        split_seed: seed of that.
+        val_fraction: fraction held out: drawn from each label with `split_seed`; for a stream, its first images.
+        split_seed: seed of the split.
         image: column of the images.
-        labels: column of the labels; "none" without.
+        labels: column of the labels; "none" for no labels.
         streaming: read the set as a stream, without a copy on this machine.
-        num_images: number of images of a stream that does not tell it.
-        window: images of a stream that are permuted together.
+        num_images: number of images, for a stream that does not report it.
+        window: number of images of a stream that are permuted together.
         channels: 1 grey or 3 RGB; images are converted.
         image_size: side, or [height, width], in pixels; null for that of the first image, which all others must have.
         resize_mode, random_crop, random_flip, rotate_portrait: as in `ImageFolder`.
@@ -53,7 +53,7 @@ class HubSource(ImageSource):
         download: whether to fetch a set from the Hub.
 
     Raises:
-        UserError: a set, part or column that is not there, a stream of unknown length, sizes that do not fit.
+        UserError: a set, part or column that does not exist, a stream of unknown length, unsuitable sizes.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class HubSource(ImageSource):
 
 
 def _opened(place: str, split: str, name: str | None, revision: str | None, streaming: bool, download: bool) -> Any:
-    """Return a part of a set: rows, or a stream. Raises UserError if it is not there."""
+    """Return a part of a set: rows, or a stream. Raises UserError if it does not exist."""
     import datasets
 
     path = Path(place).expanduser()
@@ -163,14 +163,14 @@ def _opened(place: str, split: str, name: str | None, revision: str | None, stre
         )
         require(
             download,
-            f"{place} is no folder here, and data.download=false fetches nothing, as for names of a run alone; "
-            "give data.download=true",
+            f"{place} is not a folder here, and data.download=false fetches nothing, the default for names from a "
+            "run's folder; give data.download=true",
         )
         return datasets.load_dataset(place, name, split=split, revision=revision, streaming=streaming)
 
 
 def _builder(path: Path) -> str:
-    """Return what reads the files at a path. Raises UserError for other files, among them tar shards."""
+    """Return the name of the builder of `datasets` for the files at a path. Raises UserError if there is none."""
     files = [path] if path.is_file() else (file for file in sorted(path.rglob("*")) if file.is_file())
     found = ""
     for file in files:
@@ -183,7 +183,7 @@ def _builder(path: Path) -> str:
 
 
 def _columns(rows: Any, place: str, image: str, labels: str | None) -> Any:
-    """Return the rows with the columns of images, undecoded, and of labels. Raises UserError if they are not there."""
+    """Return the rows with the columns of images, undecoded, and of labels. Raises UserError if they don't exist."""
     import datasets
 
     features = rows.features
@@ -201,7 +201,7 @@ def _columns(rows: Any, place: str, image: str, labels: str | None) -> Any:
 
 
 def _classes(rows: Any, labels: str, streaming: bool) -> tuple[int, tuple[str, ...] | None]:
-    """Return the number of classes and their names. Raises UserError for labels that are no numbers."""
+    """Return the number of classes, and their names or None. Raises UserError for labels that are not class numbers."""
     feature = rows.features[labels]
     names = getattr(feature, "names", None)
     if names:
@@ -222,7 +222,7 @@ def _numbers(values: Iterable[int | None]) -> np.ndarray:
 
 
 def _length(rows: Any, split: str | None, given: int | None, place: str) -> int:
-    """Return the number of images of a stream. Raises UserError if nobody tells it."""
+    """Return the number of images of a stream. Raises UserError if neither the stream nor `given` says it."""
     told_ = getattr((rows.info.splits or {}).get(split), "num_examples", None)
     number = given if given is not None else told_
     if not is_whole(number, 1):

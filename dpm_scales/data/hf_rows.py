@@ -1,4 +1,4 @@
-"""Images in rows of the library `datasets`: some rows of a mapped set, and consecutive ones of a stream."""
+"""Images in rows of the library `datasets`: some rows of a mapped set, or consecutive rows of a stream."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dpm_scales.storage import open_regular
 
 
 class StreamError(LoadingError):
-    """A stream that can't be read on."""
+    """A stream that can't be read any further."""
 
 
 def image_of(value: Any, channels: int, name: str) -> Tensor:
     """Return the image in an undecoded row, ``{"bytes": …, "path": …}``, uint8 ``(C, H, W)``.
 
-    Raises: UserError for a row without one, or one that would have to be fetched.
+    Raises: UserError for a row without an image, or one that would have to be fetched.
     """
     held = value if isinstance(value, dict) else {}
     content, path = held.get("bytes"), held.get("path")
@@ -45,10 +45,10 @@ class RowImages(ReplacedImages):
     """Some rows of a mapped set.
 
     Args:
-        rows: with `len` and undecoded rows by number.
-        indices: of the rows.
-        columns: names of the columns of images and labels; None without labels.
-        classes: labels are below it; None without.
+        rows: a data set with a length and undecoded rows by index.
+        indices: indices of the rows.
+        columns: names of the columns of images and of labels, or None for no labels.
+        classes: number of labels, which are 0 to classes - 1; None for no labels.
         view: transform of an image.
         place: name of the set, for messages.
         on_error: as in `ReplacedImages`.
@@ -67,7 +67,7 @@ class RowImages(ReplacedImages):
         super().__init__(len(indices), place, on_error)
         self.augmented, self.mirrored = view.is_random, view.only_mirrors
         self.rows, self.indices, self.columns, self.classes, self.view = rows, indices, columns, classes, view
-        self._rows: dict[int, dict[str, Any]] = {}  # of the next batch
+        self._rows: dict[int, dict[str, Any]] = {}  # rows of the next batch
 
     def identity(self) -> list[Any]:
         chosen = hashlib.sha256(np.asarray(self.indices, dtype=np.int64).tobytes()).hexdigest()
@@ -88,12 +88,12 @@ class RowImages(ReplacedImages):
 
 
 class StreamImages(ReplacedImages):
-    """Consecutive images of a stream, read forward in windows; going back begins the stream again.
+    """Consecutive images of a stream, read forward in windows; going back restarts the stream.
 
     Args:
         stream: an `IterableDataset` with undecoded rows, of format "arrow".
-        first, number: number of the first image in the stream, and how many.
-        window: images that are held and permuted together.
+        first, number: position of the first image in the stream, and number of images.
+        window: number of images that are held and permuted together.
         columns, classes, view, place, on_error: as in `RowImages`.
     """
 
@@ -129,7 +129,7 @@ class StreamImages(ReplacedImages):
         return range(min(count, self.number))
 
     def substitutes(self, index: int) -> Iterator[int]:
-        """Yield the images of the same window: others would begin the stream again."""
+        """Yield the images of the same window, since others would restart the stream."""
         start = index // self.window * self.window
         count = min(self.window, self.number - start)
         for offset in range(count):
@@ -142,11 +142,11 @@ class StreamImages(ReplacedImages):
         return item_of(self._held[index - window * self.window], self, index, rng)
 
     def _go_to(self, window: int) -> None:
-        """Hold the images of a window. Raises StreamError if the stream fails, or ends before."""
+        """Read the images of a window. Raises StreamError if the stream fails, or ends before them."""
         begun, self._at = self._at >= 0, -1
         with told(self.place, StreamError):
             if not begun or window < self._next:
-                # `iter` of batches, unlike that of rows, gives each worker all of them
+                # `iter` over batches, unlike that over rows, gives all of them to each worker
                 self._rows = self.stream.skip(self.first + window * self.window).iter(batch_size=self.window)
                 self._next = window
             table = None
@@ -167,7 +167,7 @@ class StreamImages(ReplacedImages):
 def item_of(
     row: dict[str, Any], part: RowImages | StreamImages, index: int, rng: np.random.Generator | None
 ) -> tuple[Tensor, int]:
-    """Return the image and label of a row. Raises UserError if it has none that fits."""
+    """Return the image and label of a row. Raises UserError if either is missing or invalid."""
     column, labels = part.columns
     image = part.view(image_of(row[column], part.view.channels, part.describe(index)), rng)
     if part.classes is None or labels is None:
@@ -180,7 +180,7 @@ def item_of(
 
 @contextmanager
 def told(place: str, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Turn the errors of `datasets`, of its many libraries, and of the network into one line."""
+    """Convert errors of `datasets`, its many libraries and the network to a `kind` of UserError of one line."""
     try:
         yield
     except UserError:

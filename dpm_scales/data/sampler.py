@@ -1,4 +1,4 @@
-"""Shuffle images in an order that depends only on (seed, batch number) and can thus resume at any batch."""
+"""Shuffle images in an order that depends only on (seed, batch number), so that training can resume at any batch."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Key = tuple[int, int]
 
 
 class ShuffledBatches(DistributedSampler[Key]):
-    """Endless shuffled global batches n = 0, 1, 2, ..., of which an iterator yields as many as an epoch has.
+    """Endless shuffled global batches n = 0, 1, 2, ...; an iterator yields the batches of one epoch.
 
     With E batches per epoch, batch n is part n mod E of the order of epoch n // E, by default a permutation drawn from
     (seed, n // E). Rank `rank` of `world_size` takes every `world_size`-th image of the global batch. An iterator
     starts at batch `next_batch()`, the only number needed to resume, and yields keys (index, epoch), one per image.
 
-    Derives from DistributedSampler only so that Lightning leaves it in place on several devices.
+    It derives from DistributedSampler only so that Lightning does not replace it on several devices.
 
     Args:
         num_images: size of the data set.
         batch_size: images per batch on one rank.
         seed: seed of all permutations, >= 0.
-        next_batch: returns the number of the batch to start at; called by every new iterator.
+        next_batch: returns the number of the batch at which to start; called by every new iterator.
         drop_last: whether to drop an incomplete last batch; otherwise the first images of the order fill it up.
         rank, world_size: index of this rank, and number of ranks.
         where: prefix of the names of arguments in messages.

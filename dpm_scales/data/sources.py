@@ -22,7 +22,7 @@ MAGIC = (b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06")
 
 @functools.cache
 def _digits() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return ink of 0 to 16, (1797, 64), and labels, which scikit-learn parses from text each time."""
+    """Return ink values 0 to 16, (1797, 64), and labels (1797,); cached, since scikit-learn parses them from text."""
     from sklearn.datasets import load_digits
 
     ink, labels = load_digits(return_X_y=True)
@@ -116,7 +116,7 @@ class ArraySource(ImageSource):
         random_flip: whether to mirror half of the training images.
 
     Raises:
-        UserError: no such file, pickled objects in it, arrays of another type or shape, or more classes than images.
+        UserError: a missing file, pickled objects in it, arrays of another type or shape, or more classes than images.
     """
 
     def __init__(
@@ -163,10 +163,10 @@ class ArraySource(ImageSource):
 
 
 def read_arrays(path: Path, mapped: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the images and the labels or None of a .npy or .npz file; objects are never unpickled.
+    """Return the images, and the labels or None, of a .npy or .npz file; objects are never unpickled.
 
     Args:
-        mapped: read the images of a .npy file when they are used, as a memory map.
+        mapped: map the images of a .npy file into memory, so that they are read when used.
 
     Raises: UserError for other files.
     """
@@ -188,6 +188,6 @@ def read_arrays(path: Path, mapped: bool = False) -> tuple[np.ndarray, np.ndarra
         raise
     except Exception as error:  # NumPy parses headers as Python code; damaged ones raise nearly anything
         reason = str(error).split("\n")[0] or type(error).__name__
-        # NumPy's message advises to allow them
+        # NumPy's message advises allowing them
         reason = "it holds Python objects; save arrays of numbers" if "allow_pickle" in reason else reason
         raise UserError(f"{kind} ({reason})") from error

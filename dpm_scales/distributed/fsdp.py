@@ -1,12 +1,12 @@
 """FSDP: weights, gradients, optimiser state and EMA are sharded over all ranks.
 
-A network is wrapped by its blocks (its children that have children, lists of them one by one): a block's weights are
-gathered when it is computed, and freed after it; the remaining first and last layers are gathered with the network.
-Each tensor is sharded along its first dimension. Shards, sums of gradients and messages are float32, as with DDP;
-``trainer.precision=bf16-mixed`` casts inside of the operations alone.
+A network is wrapped block by block (its children that have children, items of lists individually): a block's weights
+are gathered before it is computed and freed afterwards; the remaining first and last layers are gathered with the
+network. Each tensor is sharded along its first dimension. Shards, sums of gradients and messages are float32, as with
+DDP; ``trainer.precision=bf16-mixed`` casts only inside operations.
 
-Files hold full tensors: models and checkpoints of one device, of DDP and of FSDP are the same, and resume with any of
-them. A checkpoint is gathered tensor by tensor, into the memory of the first rank's machine.
+Files hold full tensors: models and checkpoints from one device, DDP and FSDP are the same, and a run resumes with any
+of these. A checkpoint is gathered tensor by tensor, into the memory of the first rank's machine.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ FSDP = "fsdp"
 
 
 class ShardedStrategy(DDPStrategy):
-    """Starts and connects ranks as DDP does, and shards the module's network over them.
+    """A strategy that starts and connects ranks as DDP does, and shards the module's network over them.
 
-    Checkpoints are loaded on the CPU before the network is sharded, so that those of other strategies fit too.
+    Checkpoints are loaded on the CPU before the network is sharded, so that those of other strategies also fit.
     """
 
     def model_to_device(self) -> None:
-        """Shard the parameters, and move the buffers, which every rank has."""
+        """Shard the parameters, and move the buffers, which every rank holds in full."""
         module: Any = self.lightning_module
         shard(module, module.parts.denoiser.network, self.root_device)
 
     def configure_ddp(self) -> None:
-        """Wrap nothing."""
+        """Do nothing: the network is sharded already, and is not wrapped by DDP."""
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the full state on the first rank, and no tensors on the others."""
@@ -50,7 +50,7 @@ class ShardedStrategy(DDPStrategy):
         return whole(getattr(optimizer, "optimizer", optimizer).state_dict(), self.is_global_zero)
 
     def teardown(self) -> None:
-        """Leave the shards where they are: a tensor on a mesh of GPUs can't be moved to the CPU."""
+        """Tear down without moving the shards: a tensor on a mesh of GPUs can't be moved to the CPU."""
         assert self.cluster_environment is not None and self.accelerator is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
@@ -58,7 +58,7 @@ class ShardedStrategy(DDPStrategy):
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Return whether this module is sharded: then all ranks must compute it at the same time."""
+    """Return whether this module is sharded, so that all ranks must compute it at the same time."""
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
@@ -66,9 +66,9 @@ def shard(module: nn.Module, network: nn.Module, device: torch.device) -> None:
     """Shard a module's network over all ranks, in place, and move the rest of the module to `device`.
 
     Args:
-        module: on the CPU, with the same shapes on all ranks; its values become the first rank's.
-        network: the part of the module that holds its parameters, but for those of a learned loss weight.
-        device: of this rank; the process group must exist.
+        module: a module on the CPU, with the same shapes on all ranks; all get the first rank's values.
+        network: the part of the module that holds its parameters, except those of a learned loss weight.
+        device: device of this rank; the process group must exist.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         value = tensor.detach().to(device).contiguous()
@@ -91,7 +91,7 @@ def shard(module: nn.Module, network: nn.Module, device: torch.device) -> None:
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """Return the children that have children, lists of them one by one."""
+    """Return the children that have children, with the items of lists individually."""
     found: list[nn.Module] = []
     for child in network.children():
         found += child if isinstance(child, nn.ModuleList) else [child]
@@ -113,9 +113,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def clip_norm(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """Scale gradients in place to a total norm of at most `limit`, and return the norm they had, ``()``.
+    """Scale gradients in place to a total norm of at most `limit`, and return their original norm, ``()``.
 
-    Called by all ranks where the parameters are sharded. Does not wait for the device.
+    All ranks must call it if the parameters are sharded. It does not wait for the device.
     """
     parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -130,7 +130,7 @@ def clip_norm(parameters: Iterable[Tensor], limit: float) -> Tensor:
 def whole(state: Any, keep: bool = True) -> Any:
     """Return nested containers with full tensors on the CPU in place of sharded ones; called by all ranks.
 
-    torch's own `get_optimizer_state_dict` names the optimiser's state by parameter, and checkpoints number it.
+    torch's own `get_optimizer_state_dict` names the optimiser's state by parameter, whereas checkpoints number it.
 
     Args:
         state: dictionaries and lists of tensors and plain values, with the same structure on all ranks.
@@ -164,7 +164,7 @@ def like_parameters(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, An
 
 
 def like(value: Any, parameter: Tensor) -> Any:
-    """Return a full tensor sharded and in the memory format of a parameter; what has another shape as it is."""
+    """Return a full tensor sharded and in the memory format of a parameter; values of another shape unchanged."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     if isinstance(parameter, DTensor):

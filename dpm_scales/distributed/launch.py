@@ -5,8 +5,8 @@
         with ranks.others(work, argument):            # ranks 1 to 3 call work(argument)
             work(argument)
 
-The process that the user started is rank 0: it gets the signals, prints, and has the exit status. With
-`torch.distributed.run` that process would be none of the ranks: its status is 1 for any error, and it prints a report.
+The process that the user started is rank 0: it receives the signals, prints, and returns the exit status. With
+`torch.distributed.run` that process would not be a rank: its status is 1 for any error, and it prints a report.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch import distributed
 
 from dpm_scales.errors import UserError
 
-#: seconds that ranks have to end once another one has ended
+#: seconds that ranks have to end after another one has ended
 GRACE = 30
-#: seconds after rank 0 has died until the others get SIGTERM
+#: seconds between the death of rank 0 and SIGTERM for the others
 ORPHANED = 5
 AGAIN = "the same command resumes the run from its last checkpoint"
 #: variables that are set here or by Lightning
@@ -42,16 +42,15 @@ VARIABLES = (
 
 
 class LostProcessError(UserError):
-    """Another rank of the run has died: not the user's mistake."""
+    """Another rank of the run has died, which is not the user's mistake."""
 
     status = 1
 
 
 class LocalRanks:
-    """Makes this process rank 0 of `count` on this machine while the context is open.
+    """A context in which this process is rank 0 of `count` on this machine.
 
-    Afterwards the process group is destroyed and the variables are as before, so that a process can do one run after
-    another.
+    On exit the process group is destroyed and the variables are restored, so that a process can do several runs.
 
     Args:
         count: number of ranks; with 1 nothing is set or started.
@@ -80,11 +79,11 @@ class LocalRanks:
     def others(self, work: Callable[..., None], *arguments: Any) -> Iterator[None]:
         """Start the other ranks, which call `work(*arguments)`; all of them have ended when the context closes.
 
-        They get no Ctrl-C: rank 0 does, and ranks agree on when to stop. They end if rank 0 dies; if one of them fails
-        and rank 0 does not end within `GRACE` seconds, as it may wait for the dead one, it is ended.
+        Only rank 0 receives Ctrl-C, and ranks agree on when to stop. They end if rank 0 dies. If one of them fails and
+        rank 0, which may be waiting for it, does not end within `GRACE` seconds, rank 0 is ended.
 
         Args:
-            work: a function of a module, whose arguments can be pickled.
+            work: a module-level function, whose arguments can be pickled.
         """
         if self.count == 1:
             yield
@@ -131,7 +130,7 @@ def _free_port() -> str:
 def work_apart(variables: dict[str, str], work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """Call `work(*arguments)` in a started process, with further variables; it ends when its parent is gone.
 
-    It is a process group of its own: the terminal's signals are for the parent.
+    It forms a separate process group, so that the terminal's signals reach only the parent.
     """
     os.setpgid(0, 0)  # the terminal's signals are for rank 0
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -141,7 +140,7 @@ def work_apart(variables: dict[str, str], work: Callable[..., None], arguments: 
 
 
 def _follow() -> None:
-    """Send this process SIGTERM once rank 0 is gone, unless it ends by itself, as after a failed collective."""
+    """Send this process SIGTERM once rank 0 is gone, unless it ends on its own, as after a failed collective."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,6 +1,6 @@
-"""Every access to what Lightning does not promise to keep: the package reads and changes it through these functions.
+"""All access to Lightning's private parts, which may change: the package uses them only through these functions.
 
-Checked with Lightning 2.6. `pyproject.toml` bounds the version; after raising the bound, compare this file first.
+Checked with Lightning 2.6. `pyproject.toml` bounds the version; before raising the bound, check this file.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 
 
 def batches_processed(trainer: pl.Trainer) -> int:
-    """Return how many training batches the run has completed, earlier sessions included.
+    """Return the number of training batches that the run has completed, including earlier sessions.
 
-    The number of the batch being trained on. The data order and the random numbers of a step both depend on it.
+    It is the number of the batch being trained on, on which data order and random numbers of a step depend.
     """
     # `completed` lags while a hook saves after a step, `ready` leads after a step that failed
     return int(getattr(trainer.fit_loop.epoch_loop.batch_progress.total, "processed", 0))
@@ -26,17 +26,17 @@ def validation_follows(trainer: pl.Trainer) -> bool:
 
 
 def is_accumulating(trainer: pl.Trainer) -> bool:
-    """Return whether gradients are held that no optimiser step has used yet."""
+    """Return whether there are gradients that no optimiser step has used yet."""
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def stop_after_step(trainer: pl.Trainer) -> None:
-    """Let Lightning end the run after the current step, as after SIGTERM."""
+    """Make Lightning end the run after the current step, as after SIGTERM."""
     trainer._signal_connector.received_sigterm = True
 
 
 def leave_signals_to_us(trainer: pl.Trainer) -> None:
-    """Keep Lightning from broadcasting SIGTERM, amid whatever the other ranks do and with a device sync each step."""
+    """Keep Lightning from broadcasting SIGTERM, which disturbs the other ranks and syncs the device in each step."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
@@ -46,5 +46,5 @@ def update_step_metrics(trainer: pl.Trainer) -> None:
 
 
 def number_logs_by_step(trainer: pl.Trainer) -> None:
-    """Let loggers count optimiser steps; Lightning's own count is one too high where a finished run is extended."""
+    """Make loggers count optimiser steps; Lightning's own count is one too high if a finished run is extended."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step

@@ -1,4 +1,4 @@
-"""Ranks: the number of this process and of all of them, as set by torchrun, srun or submitit, and its share of work.
+"""Ranks: the number of this process and of all processes, as set by torchrun, srun or submitit, and its share of work.
 
     world = current_world()
     for number in world.part(num_samples): ...        # this rank's samples
@@ -21,19 +21,19 @@ import torch
 from dpm_scales.errors import UserError
 
 PORTS = 20000  # jobs use port PORTS + (number % PORTS)
-PATIENCE = timedelta(days=1)  # the longest wait for the slowest process; a dead one is noticed at once
+PATIENCE = timedelta(days=1)  # longest wait for the slowest process; a dead one is noticed at once
 
 
 @dataclass(frozen=True)
 class World:
-    """Describes this process among the `world_size` that share the work.
+    """This process among the `world_size` processes that share the work.
 
     Args:
-        rank: number of this process, from 0.
+        rank: index of this process, from 0.
         world_size: number of processes.
-        local_rank: number of this process on its machine, which is that of its device.
+        local_rank: index of this process on its machine, which is also that of its device.
         local_world_size: number of processes on its machine.
-        node: number of its machine.
+        node: index of its machine.
     """
 
     rank: int = 0
@@ -44,27 +44,27 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes the files that all ranks share."""
+        """Return whether this rank writes the files that all ranks share."""
         return self.rank == 0
 
     @property
     def num_nodes(self) -> int:
-        """Number of machines."""
+        """Return the number of machines."""
         return self.world_size // self.local_world_size
 
     def part(self, count: int) -> range:
-        """Return this rank's part of 0..count - 1: contiguous, almost equally long for all ranks, perhaps empty."""
+        """Return this rank's part of 0..count - 1: contiguous, of almost equal length on all ranks, possibly empty."""
         first, last = (-(-number * count // self.world_size) for number in (self.rank, self.rank + 1))
         return range(first, last)
 
 
 def visible_gpus() -> int:
-    """Return the number of CUDA devices that this process sees; does not claim any of them."""
+    """Return the number of CUDA devices that this process sees, without claiming any of them."""
     return torch.cuda.device_count()
 
 
 def current_world(environment: Mapping[str, str] | None = None) -> World:
-    """Return the world by the environment variables of torchrun, srun, or submitit's local executor.
+    """Return the world described by the environment variables of torchrun, srun, or submitit's local executor.
 
     A command in a batch script without srun runs alone.
 
@@ -76,7 +76,7 @@ def current_world(environment: Mapping[str, str] | None = None) -> World:
         try:
             return int(values.get(name, otherwise))
         except ValueError as error:
-            raise UserError(f"the environment variable {name}={values[name]!r} is no number") from error
+            raise UserError(f"the environment variable {name}={values[name]!r} is not a number") from error
 
     if "RANK" in values and "WORLD_SIZE" in values:
         size = number("WORLD_SIZE", 1)
@@ -95,14 +95,14 @@ def current_world(environment: Mapping[str, str] | None = None) -> World:
         return World()
     if not 0 <= world.rank < world.world_size or world.world_size % world.local_world_size:
         raise UserError(
-            f"the environment tells of process {world.rank} of {world.world_size}, {world.local_world_size} on each "
+            f"the environment describes process {world.rank} of {world.world_size}, {world.local_world_size} on each "
             "machine; unset RANK and WORLD_SIZE, or start it with torchrun or srun"
         )
     return world
 
 
 def meet() -> World:
-    """Return the world, after setting the variables by which ranks of srun or submitit find each other."""
+    """Return the world, after setting the variables through which ranks of srun or submitit find each other."""
     world = current_world()
     if world.world_size > 1 and "RANK" not in os.environ:
         hosts = os.environ.get("SLURM_STEP_NODELIST", "") if "SLURM_STEP_NUM_TASKS" in os.environ else ""
@@ -128,14 +128,14 @@ def first_host(hosts: str) -> str:
 
 
 def own_device(device: torch.device, world: World) -> torch.device:
-    """Return this rank's GPU, unless `device` names one or there is one rank only."""
+    """Return this rank's GPU, or `device` unless that is "cuda" without an index and there are several ranks."""
     if device.type != "cuda" or device.index is not None or world.world_size == 1:
         return device
     return torch.device("cuda", world.local_rank % torch.cuda.device_count())
 
 
 def barrier() -> None:
-    """Wait for all ranks, and create their process group at the first call. Does nothing on one rank."""
+    """Wait for all ranks; the first call creates their process group. Does nothing with a single rank."""
     if meet().world_size == 1:
         return
     if not torch.distributed.is_initialized():

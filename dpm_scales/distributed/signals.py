@@ -1,9 +1,9 @@
-"""Stop all ranks of a run after the same step, and queue its job again.
+"""Stop all ranks of a run after the same step, and requeue its job.
 
 Schedulers send a signal before they take a machine away: SIGUSR1 or SIGUSR2 (`sbatch --signal`) before the time is up,
 SIGTERM on preemption; Ctrl-C is SIGINT. It may reach one process or all of them, at different steps; they end after the
-same step, with a checkpoint. After SIGUSR1 and SIGUSR2 the job is queued again: by submitit if it started the job, else
-by `scontrol requeue`. After SIGTERM the scheduler decides. Lightning's own requeueing, which saves in the middle of a
+same step, with a checkpoint. After SIGUSR1 and SIGUSR2 the job is requeued: by submitit if it started the job, else by
+`scontrol requeue`. After SIGTERM the scheduler decides. Lightning's own requeueing, which saves in the middle of a
 step, is not used.
 """
 
@@ -27,18 +27,19 @@ from dpm_scales.distributed.lightning_private import leave_signals_to_us, stop_a
 from dpm_scales.storage import any_gone
 
 REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
-#: if ranks receive different ones, the largest number counts: SIGINT, the least urgent, comes last
+#: if ranks receive different signals, the largest number wins: SIGINT, the least urgent, is the smallest
 SIGNALS = (signal.SIGINT, *REQUEUE, signal.SIGTERM)
 STOPPING = "stopping after this step, with a checkpoint; Ctrl-C once more stops at once"
 
 
 class StopTogether(Callback):
-    """Ends all ranks after the same step once any of them got a signal; `Checkpoints` then saves that step.
+    """A callback that ends all ranks after the same step once any of them receives a signal.
 
-    So too once a grid or a metric found that the run's folder is gone; the checkpoint is then saved elsewhere.
+    `Checkpoints` then saves that step. The same happens once a grid or a metric finds that the run's folder is gone;
+    the checkpoint is then saved elsewhere.
 
     A validation that follows the step, or has begun, is finished after a first Ctrl-C; other signals interrupt it.
-    A second Ctrl-C ends its process at once. Ranks agree once a step, on the CPU, without waiting for the device.
+    A second Ctrl-C ends its process at once. Ranks agree once per step, on the CPU, without waiting for the device.
     """
 
     def __init__(self) -> None:
@@ -56,13 +57,13 @@ class StopTogether(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step, self._speaks = trainer.global_step, trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:  # after Lightning's, which puts back what was there before
+            for number in SIGNALS:  # after Lightning's handlers, which restore the previous ones at the end
                 signal.signal(number, self._note)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # no checkpoint holds gradients that are being accumulated; and after the last step the run ends anyway
+        # no checkpoint holds gradients that are being accumulated, and after the last step the run ends anyway
         self._note_gone()
         if trainer.global_step != self._step and not 0 < trainer.max_steps <= trainer.global_step:
             self._step = trainer.global_step
@@ -98,12 +99,12 @@ class StopTogether(Callback):
                 print(STOPPING, file=sys.stderr, flush=True)
 
     def _note_gone(self) -> None:
-        """Stop as after Ctrl-C, which finishes a validation: no checkpoint can be written in the middle of one."""
+        """Stop as after Ctrl-C if a folder is gone: a validation is finished, as none can be checkpointed midway."""
         if any_gone():
             self.received = self.received or signal.SIGINT
 
     def _agree(self, trainer: pl.Trainer, patient: bool = False) -> None:
-        """Stop if any rank has a signal; `patient`: not yet after Ctrl-C."""
+        """Stop if any rank has received a signal; with `patient`, not yet after Ctrl-C."""
         if self._group is not None:
             flag = torch.tensor(self.received)
             distributed.all_reduce(flag, distributed.ReduceOp.MAX, self._group)
@@ -113,16 +114,16 @@ class StopTogether(Callback):
 
 
 def requeue(number: int) -> None:
-    """Queue the job again after signal `number`, if it is one of `REQUEUE`; does not return under submitit.
+    """Requeue the job after signal `number`, if it is one of `REQUEUE`; does not return under submitit.
 
-    Called by the first rank. Does nothing outside of a job.
+    Called by the first rank. Does nothing outside a job.
     """
     if number not in REQUEUE:
         return
     if "SUBMITIT_EXECUTOR" in os.environ:
         for handler in map(signal.getsignal, REQUEUE):
             if callable(handler):
-                handler(number, None)  # submitit's, in whose place that of `StopTogether` was
+                handler(number, None)  # submitit's handler, which `StopTogether` had replaced
                 return
     if "SLURM_JOB_ID" in os.environ and shutil.which("scontrol"):
         array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")

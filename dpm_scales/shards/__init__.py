@@ -1,7 +1,7 @@
-"""Tar shards of images: packed, indexed, checked, fetched, cached, and read in an order that a number determines.
+"""Tar shards of images: packed, indexed, checked, fetched, cached, and read in an order determined by one number.
 
-`ShardSource` is a source of images as those of `dpm_scales.data`; the other modules build it from below: `tar` and
-`shard` read one file, `index`, `places` and `scan` say which files there are, `fetch` and `cache` bring them here.
+`ShardSource` is a source of images like those of `dpm_scales.data`; the other modules support it: `tar` and `shard`
+read one file, `index`, `places` and `scan` find the files, `fetch` and `cache` copy them to this machine.
 """
 
 from __future__ import annotations

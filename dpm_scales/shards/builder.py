@@ -1,4 +1,4 @@
-"""Batches of shards, with the options of `ShardSource` and of `ImageDataModule` side by side."""
+"""Builder of batches of shards, with the options of both `ShardSource` and `ImageDataModule`."""
 
 from dpm_scales.data.builders import batches_of
 from dpm_scales.shards.source import ShardSource

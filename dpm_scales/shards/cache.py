@@ -1,8 +1,8 @@
-"""A folder of fetched shards, shared by all processes of this machine that name it, with a limit on its size.
+"""A folder of fetched shards, shared by all processes of this machine that use it, with a limit on its size.
 
-A file is named by the SHA-256 of its content, written beside its place and renamed, and checked before that. A lock of
-the operating system lets one process fetch a shard while others wait for it. The shards used longest ago are removed
-first; a process that has one open goes on reading it.
+A file is named by the SHA-256 of its content; it is written beside its final path, checked and renamed. A lock of the
+operating system lets one process fetch a shard while others wait for it. The least recently used shards are removed
+first; a process that has one open can still read it.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from dpm_scales.shards.index import ShardEntry
 from dpm_scales.storage import atomic_write, make_folder, write_bytes
 
 INDICES = "indices"
-"""Folder, in that folder, of the indices that were fetched, or made of local shards that have none."""
+"""Subfolder of the cache for indices that were fetched, or made for local shards that have none."""
 
 FETCHERS = 4
-"""Threads of a process that fetch ahead."""
+"""Number of threads per process that prefetch shards."""
 
 GIB, DEFAULT_GIGABYTES = 2**30, 50.0
 _OURS = re.compile(r"[0-9a-f]{64}\.tar")
 _LEFT = re.compile(r"\.[0-9a-f]{64}\.tar\.[0-9a-f]{12}\.tmp")
-_STALE = 600.0  # seconds after which a file that nobody writes to, or locks, was left by a killed process
+_STALE = 600.0  # seconds after which an unlocked temporary file without writes counts as left by a killed process
 
 
 class ShardCache:
     """Shards by address, fetched when first needed.
 
     Args:
-        folder: place of the files; created when the first is fetched.
-        gigabytes: largest size of all of them, in GiB, > 0.
-        patience: with each address.
-        download: False never fetches: only what is there is found.
+        folder: folder of the files; created when the first is fetched.
+        gigabytes: limit on their total size in GiB, > 0.
+        patience: tries and timeout for each address.
+        download: whether to fetch files; False uses only those in the cache.
 
     Raises: UserError for a size that is not positive.
     """
@@ -55,7 +55,7 @@ class ShardCache:
         self._wanted: queue.SimpleQueue[tuple[str, ShardEntry]] | None = None
 
     def path(self, url: str, entry: ShardEntry) -> Path:
-        """Return the file of a shard, fetched if it is not there. Raises UserError if it can't be."""
+        """Return the path of a shard's file, fetched if it is not in the cache. Raises UserError if that fails."""
         assert entry.sha256 is not None
         path = self.folder / f"{entry.sha256}.tar"
         if self._is_there(path, entry):
@@ -70,7 +70,7 @@ class ShardCache:
         return path
 
     def text(self, url: str, most: int) -> bytes:
-        """Return a file of at most `most` bytes, which is kept: without `download`, what was kept is returned."""
+        """Return a file of at most `most` bytes and cache it; without `download`, return the cached one."""
         kept = self.folder / INDICES / f"{hashlib.sha256(url.encode()).hexdigest()}.json"
         if not self.download:
             if not kept.is_file():
@@ -83,10 +83,10 @@ class ShardCache:
 
     def _require_download(self, url: str) -> None:
         where = f"{shown(url)} is not in {self.folder}, and data.download=false fetches nothing"
-        require(self.download, f"{where}, as for addresses that only a run's folder names; give data.download=true")
+        require(self.download, f"{where}, the default for addresses from a run's folder; give data.download=true")
 
     def require_room(self, sizes: Sequence[int], number: int) -> None:
-        """Raise UserError unless the largest `number` of files of these sizes in bytes are within the limit."""
+        """Raise UserError unless the `number` largest of files with these sizes in bytes fit within the limit."""
         needed = sum(sorted(sizes)[-number:])
         require(
             needed <= self.limit,
@@ -95,7 +95,7 @@ class ShardCache:
         )
 
     def expect(self, wanted: Sequence[tuple[str, ShardEntry]]) -> None:
-        """Fetch shards ahead, in threads that end with this process; those that fail are left to `path`."""
+        """Prefetch shards in daemon threads; failures are ignored here and reported by `path`."""
         if not self.download:
             return
         self._notice_fork()
@@ -122,12 +122,12 @@ class ShardCache:
         return True
 
     def _mutex(self, bucket: str) -> threading.Lock:
-        """Return the lock among threads; the system's excludes processes, and any thread that lets go frees it."""
+        """Return a lock between threads; the system's lock is between processes, and any thread could release it."""
         self._notice_fork()
         return self._mutexes.setdefault(bucket, threading.Lock())
 
     def _notice_fork(self) -> None:
-        """Forget the parent's locks, which one of its threads may have held, and its threads."""
+        """After a fork, drop the parent's threads and its locks, which one of those may have held."""
         if self._pid != os.getpid():
             self._pid, self._mutexes, self._wanted = os.getpid(), {}, None
 
@@ -136,7 +136,7 @@ class ShardCache:
         return lock(self.folder / name, "is being filled by", "wait for it", wait=True)
 
     def _make_room(self, size: int) -> None:
-        """Remove the shards used longest ago until `size` bytes more are within the limit."""
+        """Remove the least recently used shards until `size` more bytes fit within the limit."""
         with self._mutex("room"), self._lock("room.lock"):
             files = []
             for file in os.scandir(self.folder):
@@ -157,7 +157,7 @@ class ShardCache:
                 used -= freed
 
     def _removed(self, path: str, bucket: str) -> bool:
-        """Remove a file that was left, unless one of its bucket is being fetched; return whether it is gone."""
+        """Remove a leftover file, unless one of its bucket is being fetched; return whether it was removed."""
         mutex = self._mutex(bucket)
         if not mutex.acquire(blocking=False):
             return False

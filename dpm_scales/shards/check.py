@@ -1,4 +1,4 @@
-"""Read a set of shards whole, and say what is wrong; and make the index of shards that have none."""
+"""Read a set of shards in full and report its faults, or make an index of shards that have none."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from dpm_scales.shards.shard import Keys, Shard
 from dpm_scales.shards.shard_set import index_at
 
 Report = Callable[[str, int], Callable[[float], None]]
-"""Begins a part of so many steps; returns what is called with the number of steps done."""
+"""Begins a part, given its name and number of steps; returns a callback for the number of steps done."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What was read of a set of shards.
+    """Result of checking a set of shards.
 
     Attributes:
-        shards, images, bytes: numbers.
+        shards, images, bytes: numbers of shards, images and bytes read.
         faults: see `Faults`.
     """
 
@@ -39,15 +39,16 @@ class Checked:
 def check_shards(
     root: str | Path, keys: Keys, cache: ShardCache, report: Report, index: str | Path | None = None
 ) -> Checked:
-    """Read all shards that `root` names whole: archives, checksums, keys, images and labels.
+    """Read all shards that `root` names in full (archives, checksums, keys, images and labels) and return the result.
 
     Args:
+        root: see `places`.
         keys: which members are images and labels.
-        cache: for shards of addresses.
+        cache: cache for remote shards.
         report: shows progress.
-        index: path or address of the index, if it does not lie beside the shards.
+        index: path or address of the index, if it is not beside the shards.
 
-    Raises: UserError if there are no shards, or the index is none.
+    Raises: UserError if there are no shards, or the index is invalid.
     """
     located = locate(root, index)
     known: ShardIndex | None = None
@@ -83,7 +84,7 @@ def check_shards(
 
 
 def _find_twice(path: Path, name: str, keys: Keys, first_of: dict[str, str], faults: Faults) -> None:
-    """Add the keys that an earlier shard has too."""
+    """Record in `faults` the keys that also occur in an earlier shard."""
     shard = Shard(path, name, keys, partial=True)
     shard.close()
     for member in shard.names:
@@ -94,7 +95,7 @@ def _find_twice(path: Path, name: str, keys: Keys, first_of: dict[str, str], fau
 
 
 def _compare(found: Scan, entry: ShardEntry, index: ShardIndex, name: str, keys: Keys) -> None:
-    """Add the differences between a shard and what the index says of it."""
+    """Record in `found.faults` the differences between a shard and its entry in the index."""
     for what, here, told in (
         ("size", found.bytes, entry.bytes),
         ("number of images", found.images, entry.images),
@@ -111,9 +112,9 @@ def _compare(found: Scan, entry: ShardEntry, index: ShardIndex, name: str, keys:
 
 
 def index_shards(located: Located, keys: Keys, cache: ShardCache, report: Report) -> tuple[ShardIndex, Faults]:
-    """Read shards whole, and return an index of them and what is wrong with them.
+    """Read shards in full and return their index and their faults.
 
-    Shards of addresses are fetched one at a time, and not kept.
+    Remote shards are fetched one at a time, and not kept.
 
     Raises: UserError if there are no shards, or one can't be read at all.
     """

@@ -1,8 +1,8 @@
-"""Fetch files over HTTP: tried again after stalls, cuts and errors of the server, going on where the last try ended.
+"""Fetch files over HTTP, with retries after stalls, disconnections and server errors that resume where the last ended.
 
-Only what was named is asked for. Redirections are followed to other addresses of http and https, never from https to
-http. Secrets are no part of an address, which messages show and runs store: logins are read from ~/.netrc, or the file
-`$NETRC`, and signatures from `$DPM_SCALES_QUERIES`, each sent to its host alone.
+Only the named addresses are requested. Redirects are followed to http and https addresses, never from https to http.
+Addresses hold no secrets, since messages show them and runs store them: logins are read from ~/.netrc, or the file
+`$NETRC`, and signatures from `$DPM_SCALES_QUERIES`, each sent only to its host.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from dpm_scales.errors import UserError, require
 
 SCHEMES = ("http", "https")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-"""Seconds between the first two tries, which double until the longest."""
+"""Pause in seconds between the first two tries, and the longest pause; pauses double in between."""
 
 LEAST_RATE = 1024
-"""Bytes per second, over `timeout` seconds, below which a try ends."""
+"""Bytes per second, averaged over `timeout` seconds, below which a try ends."""
 
 QUERIES = "DPM_SCALES_QUERIES"
-"""Environment variable of queries that are added to the addresses of a host: "HOST?QUERY", separated by spaces."""
+"""Environment variable with queries that are added to the addresses of a host: "HOST?QUERY", separated by spaces."""
 
 _SECRETS = ("signature", "token", "key", "secret", "passw", "auth", "credential", "jwt", "policy")
 _CHUNK = 2**20
-_AGAIN = (408, 416, 425, 429)  # and all of 500 and above
+_AGAIN = (408, 416, 425, 429)  # and all from 500
 _REFUSALS = {
     **dict.fromkeys((301, 302, 303, 307, 308), "; it leads to an address that is not followed"),
-    401: "; it asks for a login, which belongs into ~/.netrc: machine HOST login NAME password WORD",
+    401: "; it asks for a login, which belongs in ~/.netrc: machine HOST login NAME password WORD",
     403: "; access is refused",
     404: "; there is no such file",
 }
@@ -51,11 +51,12 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a server is waited for.
+    """Limits on waiting for a server.
 
     Args:
-        tries: number of tries, >= 1.
-        timeout: seconds without a byte, or with fewer than `LEAST_RATE` a second, that end a try, > 0.
+        tries: number of tries, 1 to 100.
+        timeout: seconds without a byte, or with fewer than `LEAST_RATE` bytes per second, that end a try; > 0, at most
+            3600.
 
     Raises: UserError for values out of range.
     """
@@ -75,7 +76,7 @@ class FetchError(UserError):
 
 
 class _AgainError(Exception):
-    """A try that failed, after which another may succeed; `pause` is what the server asks for, in seconds."""
+    """A failed try, after which another may succeed; `pause` is the wait that the server requests, in seconds."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -83,7 +84,7 @@ class _AgainError(Exception):
 
 
 class _ChangedError(Exception):
-    """A file whose size or checksum is another than expected."""
+    """A file whose size or checksum differs from the expected one."""
 
 
 def is_url(place: str) -> bool:
@@ -92,7 +93,7 @@ def is_url(place: str) -> bool:
 
 
 def check_url(url: str) -> str:
-    """Return the address. Raises UserError for other schemes than http and https, and for one that can't be read."""
+    """Return the address. Raises UserError for schemes other than http and https, a login, or an invalid address."""
     try:
         parts = urlsplit(url)
         ok = parts.scheme in SCHEMES and bool(parts.hostname) and (parts.port or 1) > 0 and url.isprintable()
@@ -106,7 +107,7 @@ def check_url(url: str) -> str:
 
 
 def require_storable(place: str) -> None:
-    """Raise UserError for an address with a signature or key in its query, which a run's folder would hold."""
+    """Raise UserError for an address with a signature or key in its query, which a run's folder would store."""
     if is_url(place) and "?" in place:
         names = [name.lower() for name, _ in parse_qsl(urlsplit(place).query, keep_blank_values=True)]
         secret = next((name for name in names if name == "sig" or any(word in name for word in _SECRETS)), None)
@@ -116,7 +117,7 @@ def require_storable(place: str) -> None:
 
 
 def shown(url: str) -> str:
-    """Return an address for messages, without user, password and query; a path as it is."""
+    """Return an address for messages, without user, password and query; a path unchanged."""
     if not is_url(url):
         return url
     try:
@@ -138,7 +139,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _sent(url: str) -> str:
-    """Return an address as it is sent: with escapes, and with the query of its host in `$DPM_SCALES_QUERIES`."""
+    """Return an address as sent: escaped, and with the query for its host from `$DPM_SCALES_QUERIES`."""
     parts = urlsplit(url)
     queries = [parts.query] if parts.query else []
     for word in os.environ.get(QUERIES, "").split():
@@ -150,13 +151,13 @@ def _sent(url: str) -> str:
 
 
 def _log_in(request: urllib.request.Request) -> None:
-    """Add the login of a request's host, if there is one; it is not sent to where the host may redirect to."""
+    """Add the login for a request's host, if there is one; it is not sent to other hosts after a redirect."""
     host, named = urlsplit(request.full_url).hostname or "", os.environ.get("NETRC", "")
     try:
         logins = netrc.netrc(Path(named).expanduser()) if named else netrc.netrc()
     except FileNotFoundError:
         return
-    except netrc.NetrcParseError as error:  # whose message may hold a password
+    except netrc.NetrcParseError as error:  # its message may contain a password
         where = f"{named or '~/.netrc'}, line {error.lineno}"
         raise FetchError(f"{where}: expected machine HOST login NAME password WORD, in a file for you alone") from error
     except (OSError, UnicodeError) as error:
@@ -182,15 +183,17 @@ def fetch(
     most: int = 2**48,
     patience: Patience = Patience(),  # noqa: B008 - frozen
 ) -> str:
-    """Write a file into an empty binary file, open for reading and writing; return its SHA-256.
+    """Fetch `url` into an empty binary file, open for reading and writing; return the SHA-256.
 
     Args:
         url: address, http or https.
-        length, sha256: what it must be; None for any.
+        file: the file to write.
+        length, sha256: expected number of bytes and checksum; None for any.
         most: largest number of bytes.
-        patience: number of tries and seconds of each.
+        patience: number of tries and timeout of each.
 
-    Raises: FetchError if no try succeeds, or at once if the server refuses, or if the content is another one twice.
+    Raises: FetchError if no try succeeds, at once if the server refuses, or if the content is not the expected one
+        twice.
     """
     check_url(url)
     download = _Download(url, file, length, most, patience.timeout)
@@ -198,7 +201,8 @@ def fetch(
     for number in range(patience.tries):
         if number:
             pause = min(FIRST_PAUSE * 2 ** (number - 1), LONGEST_PAUSE)
-            time.sleep(max(asked, pause * random.Random().uniform(0.75, 1.25)))  # others may wait for the same server
+            # with jitter, since other processes may wait for the same server
+            time.sleep(max(asked, pause * random.Random().uniform(0.75, 1.25)))
         asked = 0.0
         try:
             download.go_on()
@@ -217,12 +221,12 @@ def fetch(
 
 
 class _Download:
-    """A file of a server, a part of which may have come.
+    """A remote file, part of which may have been received.
 
     Args:
         url: its address.
-        file: where it is written.
-        length: what it must have, in bytes; None for any, up to `most`.
+        file: the local file.
+        length: expected number of bytes; None for any up to `most`.
         most: largest number of bytes.
         timeout: seconds without a byte that end a try.
     """
@@ -230,14 +234,14 @@ class _Download:
     def __init__(self, url: str, file: BinaryIO, length: int | None, most: int, timeout: float) -> None:
         self.url, self.file, self.length, self.most, self.timeout = url, file, length, most, timeout
         self._opener = urllib.request.build_opener(_Redirects())
-        self._mark = ""  # of the version of the content that has come in part
+        self._mark = ""  # identifies the version of the content received so far
 
     def begin_again(self) -> None:
         self.file.seek(0)
         self.file.truncate()
 
     def go_on(self) -> None:
-        """Fetch what is missing. Raises `_AgainError`, `_ChangedError`, or FetchError for a refusal."""
+        """Fetch the missing part. Raises `_AgainError`, `_ChangedError`, or FetchError if the server refuses."""
         have = self.file.seek(0, 2)
         headers = {"User-Agent": "dpm-scales", "Accept-Encoding": "identity"}
         if have and self._mark:
@@ -286,7 +290,7 @@ class _Download:
 
     def _refused(self, code: int, asked: str) -> None:
         """Raise the error for a status of the server."""
-        if code == 416:  # what is here is no part of what is there
+        if code == 416:  # the part received does not belong to the server's file
             self.begin_again()
         if code in _AGAIN or code >= 500:
             raise _AgainError(f"HTTP {code}", min(float(asked), LONGEST_PAUSE) if asked.isdigit() else 0.0)
@@ -300,13 +304,13 @@ def _reason(error: object, timeout: float) -> str:
 
 
 def _mark(headers: Any) -> str:
-    """Return what names a version of the content, to go on with it; empty if the server has nothing."""
+    """Return an identifier of the content's version, for resuming; empty if the server sends none."""
     tag = headers.get("ETag", "")
     return str(tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", ""))
 
 
 def _checked(file: BinaryIO, length: int | None, sha256: str | None) -> str:
-    """Return the SHA-256 of a file. Raises `_ChangedError` if it, or the length, is another than expected."""
+    """Return the SHA-256 of a file. Raises `_ChangedError` if it or the length differs from the expected one."""
     digest, have = hashlib.sha256(), 0
     file.seek(0)
     while chunk := file.read(_CHUNK):

@@ -1,11 +1,12 @@
-"""The index of a set of tar shards, `index.json`: their names, sizes, numbers of images and checksums.
+"""The index of a set of tar shards, `index.json`, with their names, sizes, numbers of images and checksums.
 
     {"format": "dpm_scales shards", "version": 1, "images": 1000, "image_size": [32, 32], "num_classes": 2,
      "class_names": ["cat", "dog"],
      "shards": [{"name": "train-000000.tar", "part": "train", "images": 1000, "bytes": 4096000, "sha256": "…"}, …],
      "made": {…}}
 
-Names are relative to the index, and lead nowhere else: a stranger's index names no other file and no other server.
+Names are relative to the index and never lead out of its folder, so a stranger's index can't name any other file or
+server.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ class ShardEntry:
     """One shard.
 
     Attributes:
-        name: relative to the index, with slashes.
+        name: path relative to the index, with slashes.
         images: number of images.
         bytes: size of the file.
-        sha256: of the file, hexadecimal; None if it was not read whole.
-        part: "train", "val", or "" if parts are drawn.
+        sha256: SHA-256 of the file, hexadecimal; None if it was not read in full.
+        part: "train", "val", or "" if the split is drawn.
     """
 
     name: str
@@ -55,7 +56,7 @@ class ShardIndex:
         image_size: (H, W) of all images; None if sizes differ.
         num_classes: number of labels; None without labels.
         class_names: one name for each label, or None.
-        made: settings that made the shards, for the record.
+        made: settings with which the shards were made, for the record.
     """
 
     shards: tuple[ShardEntry, ...]
@@ -69,7 +70,7 @@ class ShardIndex:
         return sum(shard.images for shard in self.shards)
 
     def to_json(self) -> str:
-        """Return the text of the file, the same for the same index."""
+        """Return the text of the file, identical for equal indices."""
         shards = [
             {"name": s.name, "part": s.part, "images": s.images, "bytes": s.bytes, "sha256": s.sha256}
             for s in self.shards
@@ -93,14 +94,14 @@ def parse_index(text: bytes | str, source: str) -> ShardIndex:
     Args:
         source: the file, for messages.
 
-    Raises: UserError for anything that this program would not have written, and names that lead elsewhere.
+    Raises: UserError for anything that this program would not have written, and names that lead out of the folder.
     """
     try:
         held = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} is no JSON ({error}); make it again with dpm-scales data index") from error
+        raise UserError(f"{source} is not JSON ({error}); make it again with dpm-scales data index") from error
     ours = isinstance(held, dict) and held.get("format") == FORMAT
-    require(ours, f"{source} is no index of shards; make one with dpm-scales data index")
+    require(ours, f"{source} is not an index of shards; make one with dpm-scales data index")
     version = held.get("version")
     known = f"{source}: version {version!r:.20} of the index, and this program reads {VERSION}; make it again"
     require(version == VERSION, known)
@@ -142,7 +143,7 @@ def _entry(held: Any) -> ShardEntry:
 
 
 def is_inside(name: str) -> bool:
-    """Return whether a name leads to a tar file in or below the folder of its index, on each system, and in URLs."""
+    """Return whether a name is that of a tar file in or below the folder of its index, on any system and in URLs."""
     path = PurePosixPath(name)
     plain = name.isprintable() and not any(mark in name for mark in "\\:?#%") and len(name) < 1000
     return plain and not path.is_absolute() and ".." not in path.parts and name.endswith(".tar")

@@ -1,7 +1,7 @@
-"""Pack images into tar shards with an index: the same bytes for the same images and settings, and again after a kill.
+"""Pack images into tar shards with an index: the same images and settings give the same bytes, even after a kill.
 
-Shard k of a part holds the images k·n … k·n + n - 1 of the part's order, a permutation drawn from the seed. A shard
-appears whole or not at all, the index last; a command that is repeated keeps the shards that are there.
+Shard k of a part holds the images k·n … k·n + n - 1 of the part's order, a permutation drawn from the seed. Shards are
+written atomically, the index last; a repeated command keeps the shards that exist.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from dpm_scales.storage import (
 FORMATS = ("keep", "png", "ppm")
 MAX_RECORD_BYTES = 2**20
 CHUNK = 64
-"""Images that are encoded at a time."""
+"""Number of images encoded at a time."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,20 @@ class Packing:
     """Settings of shards.
 
     Args:
-        per_shard: images of each shard but the last.
-        labels: "folder" numbers the folders as `ImageFolder` does, and takes the labels of an .npz file; "none" packs
-            none.
-        image_size: side, or (H, W), in pixels to which images are brought; None keeps their sizes.
+        per_shard: number of images in each shard but the last.
+        labels: "folder" numbers the folders as `ImageFolder` does, or uses the labels of an .npz file; "none" packs no
+            labels.
+        image_size: (H, W) in pixels to which images are brought; None keeps their sizes.
         resize_mode: as in `ImageFolder`.
         channels: 1 or 3, to which images are converted; None keeps them.
-        format: "keep" copies files as they are, "png" encodes pixels without loss, "ppm" not at all.
+        format: "keep" copies files unchanged, "png" compresses pixels without loss, "ppm" stores them uncompressed.
         shuffle: permute the images of each part, so that each shard is a sample of it.
-        seed: seed of that.
-        split: "auto" packs the folders train and val as parts if both are there, "none" all images as one.
+        seed: seed of the permutation.
+        split: "auto" packs the folders train and val as parts if both exist, "none" packs all images as one part.
         on_error: "skip" leaves out unreadable images with a warning, "raise" stops at the first.
-        verify: "headers" or "full": how much of each file is read at the start.
+        verify: how much of each file is read at the start: "headers" or "full".
 
-    Raises: UserError for values that are not allowed, or do not fit together.
+    Raises: UserError for invalid or contradictory values.
     """
 
     per_shard: int = 1000
@@ -102,10 +102,10 @@ class PackSource(ABC):
 
     Attributes:
         parts: names of the parts, with their images.
-        labels: of all images, or None.
-        class_names: or None.
+        labels: labels of all images, or None.
+        class_names: names of the labels, or None.
         image_size: (H, W) of all images, or None.
-        digest: SHA-256 of what tells that the images are the same.
+        digest: SHA-256 of names and sizes, and of an array's labels, which identifies the images.
     """
 
     parts: dict[str, Sequence[int]]
@@ -120,15 +120,15 @@ class PackSource(ABC):
 
     @abstractmethod
     def file(self, index: int) -> tuple[str, bytes]:
-        """Return the ending and content of an image's file. Raises UserError, OSError if it can't be read."""
+        """Return the ending and content of an image's file. Raises UserError or OSError if it can't be read."""
 
     @abstractmethod
     def pixels(self, index: int, channels: int | None) -> Tensor:
-        """Return an image, uint8 ``(C, H, W)``. Raises UserError, OSError if it can't be read."""
+        """Return an image, uint8 ``(C, H, W)``. Raises UserError or OSError if it can't be read."""
 
 
 class FileSource(PackSource):
-    """The images of a folder or .zip file. Raises UserError for settings of its own that do not fit."""
+    """The images of a folder or .zip file. Raises UserError if none can be read, or one with on_error="raise"."""
 
     def __init__(self, store: ImageStore, packing: Packing) -> None:
         self.store = store
@@ -167,7 +167,7 @@ class FileSource(PackSource):
 
 
 class ArrayImages(PackSource):
-    """The images of a .npy or .npz file, uint8 (N, H, W) or (N, H, W, C). Raises UserError for others."""
+    """The images of a .npy or .npz file, uint8 (N, H, W) or (N, H, W, C). Raises UserError for other arrays."""
 
     def __init__(self, path: Path, packing: Packing) -> None:
         array, labels = read_arrays(path, mapped=True)
@@ -217,10 +217,11 @@ def pack(
 
     Args:
         place: a folder, a .zip file, or a .npy or .npz file.
-        out: a new or empty folder, or one where the same command was ended before.
-        on_images: called with "images" and their number, returns what is called with the number of packed ones.
+        out: a new or empty folder, or one in which the same command was interrupted or completed before.
+        packing: the settings.
+        on_images: called with "images" and their number; returns a callback for the number of images packed.
 
-    Raises: UserError for images that can't be read, a folder that is not free, or one that can't be written to.
+    Raises: UserError for images that can't be read, a folder that holds other files, or one that is not writable.
     """
     require(not is_url(str(place)), f"{place}: allowed are a folder, a .zip, .npy or .npz file of this machine")
     path, folder = Path(place).expanduser(), Path(out)
@@ -249,7 +250,7 @@ def _listed(size: tuple[int, int] | None) -> list[int] | None:
 
 
 def _begun(folder: Path, text: str) -> ShardIndex | None:
-    """Return the index of a folder that this command has filled, None for one to fill. Raises UserError for others."""
+    """Return the index of a folder that this command completed, None for one to fill. Raises UserError for others."""
     advice = "choose another out, or remove it"
     if (folder / INDEX).is_file():
         index = read_index(folder / INDEX)
@@ -300,7 +301,7 @@ def _write(
 
 
 class Lost:
-    """Images that turned out to be unreadable while they were packed."""
+    """Images found to be unreadable during packing."""
 
     def __init__(self, on_error: str) -> None:
         self.on_error = on_error
@@ -361,7 +362,7 @@ def _named(
 
 
 def write_shard(path: Path, files: Iterator[tuple[str, bytes]], part: str = "") -> ShardEntry:
-    """Write (name, content) of members as a tar file, atomically, and return its entry of an index."""
+    """Write members, (name, content), as a tar file, atomically, and return its entry for an index."""
     count = 0
     with atomic_write(path) as file:
         writer = TarWriter(file)
@@ -373,7 +374,7 @@ def write_shard(path: Path, files: Iterator[tuple[str, bytes]], part: str = "") 
 
 
 def kept_entry(path: Path, part: str = "") -> ShardEntry:
-    """Return the entry of a shard of `write_shard`. Raises UserError for a damaged one."""
+    """Return the entry of an existing shard written by `write_shard`. Raises UserError for a damaged one."""
     with open_regular(path) as file:
         length = file.seek(0, io.SEEK_END)
 

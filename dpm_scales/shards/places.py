@@ -1,11 +1,11 @@
-"""Find the shards that `root` names: a folder, a file, a pattern, or addresses; and their index.
+"""Find the shards that `root` names (a folder, a file, a pattern, or addresses) and their index.
 
 | root | shards |
 |---|---|
 | `DIR` with `index.json` | those of the index |
 | `DIR` without | `*.tar` in it, and in its folders, one level deep |
-| `DIR/index.json`, `FILE.tar` | those of the index; this one |
-| `DIR/*.tar`, `DIR/a-{000..099}.tar` | all that fit, in order of name |
+| `DIR/index.json`, `FILE.tar` | those of the index; this file |
+| `DIR/*.tar`, `DIR/a-{000..099}.tar` | all that match, in order of name |
 | `https://…/` | those of `https://…/index.json` |
 | `https://…/a-{000..099}.tar` | these, with `index=` |
 """
@@ -26,7 +26,7 @@ from dpm_scales.shards.index import INDEX, MAX_INDEX_BYTES, ShardEntry, ShardInd
 from dpm_scales.storage import open_regular
 
 PACKING = ".pack.json"
-"""File in a folder of shards that are not complete yet."""
+"""Name of a file that marks a folder whose shards are not complete yet."""
 
 MOST_SHARDS = 10**6
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -35,13 +35,13 @@ _RANGE = re.compile(r"(\d{1,9})\.\.(\d{1,9})")
 
 @dataclass(frozen=True)
 class Located:
-    """What `root` names.
+    """The shards that `root` names.
 
     Attributes:
         source: `root`, for messages.
-        index: path or address of the index; None without.
-        tars: paths or addresses of the shards named one by one; empty if the index names them.
-        folder: of local shards, to which their names in an index are relative.
+        index: path or address of the index; None without an index.
+        tars: paths or addresses of the shards if `root` names them individually; empty if the index names them.
+        folder: folder to which the names of local shards in an index are relative.
     """
 
     source: str
@@ -51,7 +51,7 @@ class Located:
 
     @property
     def names(self) -> list[str]:
-        """Return the names of `tars` in an index, with slashes: of addresses, their last part."""
+        """Return the names of `tars` in an index, with slashes; for addresses, their last component."""
         if self.is_remote:
             return [PurePosixPath(unquote(urlsplit(tar).path)).name for tar in self.tars]
         return [Path(tar).relative_to(self.folder).as_posix() for tar in self.tars]
@@ -62,13 +62,14 @@ class Located:
 
 
 def locate(root: str | Path, index: str | Path | None = None, without: bool = False) -> Located:
-    """Return where the shards and their index are; no file is read, and nothing is fetched.
+    """Return the locations of the shards and their index; no file is read, and nothing is fetched.
 
     Args:
-        index: path or address of the index, if it does not lie beside the shards.
-        without: look for no index: one will be made.
+        root: see the table above.
+        index: path or address of the index, if it is not beside the shards.
+        without: ignore any index, since one will be made.
 
-    Raises: UserError if there are none, and for addresses of shards without an index.
+    Raises: UserError if there are no shards, and for addresses of shards without an index.
     """
     text = str(root)
     given = None if index is None else str(index)
@@ -81,7 +82,7 @@ def locate(root: str | Path, index: str | Path | None = None, without: bool = Fa
         beside = path / INDEX
         require(
             without or given is not None or beside.is_file() or not (path / PACKING).is_file(),
-            f"{path}: its shards are not complete; repeat the command that makes them, which goes on",
+            f"{path}: its shards are not complete; repeat the command that makes them, which then resumes",
         )
         if given is None and beside.is_file() and not without:
             return Located(text, str(beside), ())
@@ -122,7 +123,7 @@ def _locate_urls(text: str, index: str | None, without: bool) -> Located:
 
 
 def expand(pattern: str) -> list[str]:
-    """Return the strings that braces stand for, `{00..12}` and `{a,b}`, in order. Raises UserError for too many."""
+    """Return the expansions of the braces `{00..12}` and `{a,b}`, in order. Raises UserError if there are too many."""
     found = [pattern]
     while any(_BRACES.search(one) for one in found):
         expanded: list[str] = []
@@ -157,7 +158,7 @@ def read_index(place: str | Path) -> ShardIndex:
 
 
 def match_index(located: Located, index: ShardIndex) -> list[tuple[str, ShardEntry]]:
-    """Return the place of each shard, with its entry: those of the index, or those that `root` names.
+    """Return the path or address of each shard with its entry, for all shards of the index or those that `root` names.
 
     Raises: UserError for a shard that is not in the index.
     """
@@ -192,7 +193,7 @@ def beside(index: str, name: str) -> str:
 
 
 def is_shards(place: str) -> bool:
-    """Return whether a place names shards, and no images in a folder or archive: by its name, or what is in it."""
+    """Return whether a place names shards rather than images in a folder or archive, by its name or its content."""
     if is_url(place) or place.endswith(".tar"):
         return True
     path = Path(place).expanduser()

@@ -1,4 +1,4 @@
-"""Read tar shards for what an index says of them, and for their faults."""
+"""Read tar shards to find the entries of an index, and their faults."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from dpm_scales.shards.shard import Keys, Shard, decode
 from dpm_scales.storage import make_folder, write_text
 
 VERSION = 1
-"""Version of the scan; increase it when the same shards give another index."""
+"""Version of the scan; increase it when the same shards give a different index."""
 
 
 @dataclass
 class Faults:
-    """What is wrong in some files: how often by kind, and the first names of each."""
+    """Faults of some files: their number by kind, and the first names of each kind."""
 
     counts: dict[str, int] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Faults:
             self.names[kind].append(name)
 
     def join(self, other: Faults) -> None:
-        """Add what is wrong in other files."""
+        """Add the faults of other files."""
         for kind, count in other.counts.items():
             self.counts[kind] = self.counts.get(kind, 0) + count
             self.names.setdefault(kind, []).extend(other.names[kind])
@@ -48,7 +48,7 @@ class Faults:
         return bool(self.counts)
 
     def lines(self) -> list[str]:
-        """Return a line for each kind: how often, and the first names."""
+        """Return a line for each kind, with the number and the first names."""
         return [f"{count} {kind}: {_first(self.names[kind], count)}" for kind, count in self.counts.items()]
 
 
@@ -58,13 +58,13 @@ def _first(names: Sequence[str], count: int) -> str:
 
 @dataclass
 class Scan:
-    """What was found in one shard.
+    """Content of one shard.
 
     Attributes:
         images: number of images.
-        bytes, sha256: of the file; the checksum if it was asked for.
-        sizes: the upright (H, W) that occur.
-        classes: the largest label + 1; 0 without labels.
+        bytes, sha256: size and checksum of the file; the checksum is None unless it was read in full.
+        sizes: the upright sizes (H, W) that occur.
+        classes: largest label + 1; 0 without labels.
         faults: see `Faults`.
     """
 
@@ -77,14 +77,16 @@ class Scan:
 
 
 def scan(path: Path, name: str, keys: Keys, whole: bool = False, on_image: Callable[[], None] | None = None) -> Scan:
-    """Return what is in a shard.
+    """Return the content of a shard.
 
     Args:
+        path: path of the file.
         name: name of the shard, for faults.
-        whole: decode all images and compute the checksum; otherwise headers are read.
+        keys: which members are images and labels.
+        whole: decode all images and compute the checksum; otherwise only headers are read.
         on_image: called after each image.
 
-    Raises: UserError, OSError if the file can't be opened.
+    Raises: UserError or OSError if the file can't be opened.
     """
     found, faults = Scan(), Faults()
     shard = Shard(path, name, keys, partial=True)
@@ -127,7 +129,7 @@ def digest_of(file: Any) -> str:
 
 
 def index_of(scans: Iterable[tuple[str, Scan]], keys: Keys, class_names: Sequence[str] | None = None) -> ShardIndex:
-    """Return the index of shards, by name and what was found in them."""
+    """Return the index of shards, given their names and contents."""
     entries, sizes, classes = [], set(), 0
     for name, found in scans:
         top = PurePosixPath(name).parts[0] if "/" in name else ""
@@ -147,9 +149,9 @@ def index_of(scans: Iterable[tuple[str, Scan]], keys: Keys, class_names: Sequenc
 
 
 def scanned(located: Located, keys: Keys, folder: Path) -> tuple[ShardIndex, dict[str, str]]:
-    """Return the index of local shards that have none, kept in the cache `folder`; and the faults, by shard.
+    """Return the index of local shards that have none, stored in the cache `folder`, and the faults by shard.
 
-    One process scans while others wait. The index is made again if a shard has another size or time of change.
+    One process scans while others wait. The index is made again if the size or modification time of a shard changes.
     """
     tars, names = located.tars, located.names
     status = [Path(tar).stat() for tar in tars]

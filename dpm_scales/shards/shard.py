@@ -1,8 +1,8 @@
-"""One tar shard of the format of webdataset: its images and labels, found by name and read by place.
+"""One tar shard in webdataset's format: its images and labels, found by name and read by offset.
 
 The members of one image have a common key, the name up to the first dot after the last slash: `cat/0001.png` and
-`cat/0001.cls` are the image and the label of `cat/0001`. Only these two kinds of members are ever read, an image by
-Pillow and a label as digits; pickles and other members are never opened.
+`cat/0001.cls` are the image and the label of `cat/0001`. Only these two kinds of members are ever read, images by an
+image decoder and labels as digits or JSON; pickles and other members are never opened.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ _HIDDEN = re.compile(r"(?:^|/)(?:__[^/]*__(?:$|/)|__MACOSX/)")
 
 
 class Keys:
-    """Which members of a sample are its image and its label.
+    """Endings that identify the image and the label of a sample.
 
     Args:
-        image: ending of the images' names, `jpg` or `input.png`; None for any of `IMAGE_ENDINGS`.
-        label: ending of the labels' names, `cls`; or `json.FIELD`, an integer field of the member `json`; None without.
+        image: ending of the images' names, such as `jpg` or `input.png`; None for any of `IMAGE_ENDINGS`.
+        label: ending of the labels' names, such as `cls`; or `json.FIELD`, an integer field of the member `json`; None
+            for no labels.
 
-    Raises: UserError for endings that begin with a dot or hold a slash.
+    Raises: UserError for endings that begin with a dot or contain a slash.
     """
 
     def __init__(self, image: str | None = None, label: str | None = None) -> None:
@@ -65,13 +66,13 @@ class Shard:
     Attributes:
         names: names of the images' members.
         defects: names of keys by kind of defect: those without an image, and those that occur twice.
-        damage: why the file can't be read to its end; None if it can.
+        damage: reason why the file can't be read to its end; None if it can.
 
     Args:
-        path: of the tar file.
-        name: name in messages.
+        path: path of the tar file.
+        name: name for messages.
         keys: which members to read.
-        partial: whether to take the images before a damage; otherwise it is an error.
+        partial: whether to use the images that precede damage in the file; otherwise it is an error.
 
     Raises: UserError for a damaged file, and OSError for one that can't be opened.
     """
@@ -127,7 +128,7 @@ class Shard:
         return self._file.read(number)
 
     def content(self, index: int) -> bytes:
-        """Return the file of an image. Raises OSError if it is too large, or the archive was changed."""
+        """Return the content of an image's file. Raises OSError if it is too large, or the archive was truncated."""
         offset, size = self._places[index, :2].tolist()
         if size > MAX_MEMBER_BYTES:
             raise OSError(f"{size} bytes; allowed are {MAX_MEMBER_BYTES}")
@@ -137,12 +138,12 @@ class Shard:
         return data
 
     def open(self, index: int) -> BinaryIO:
-        """Return the file of an image, read as far as it is asked for."""
+        """Return an image's file, read on demand."""
         offset, size = self._places[index, :2].tolist()
         return io.BufferedReader(_Slice(self, offset, size), _CHUNK)
 
     def label(self, index: int) -> int:
-        """Return the label of an image, >= 0. Raises UserError if it has none, or one that is no class."""
+        """Return the label of an image, >= 0. Raises UserError if it has none, or an invalid one."""
         offset, size = self._places[index, 2:].tolist()
         require(offset >= 0, f"no label: its key has no member .{self.keys.label_ending}")
         require(size <= MAX_LABEL_BYTES, f"a label of {size} bytes; allowed are {MAX_LABEL_BYTES}")
@@ -153,7 +154,7 @@ class Shard:
 
 
 class _Slice(io.RawIOBase):
-    """The bytes of a member as a file of their own."""
+    """The bytes of a member as a separate file."""
 
     def __init__(self, shard: Shard, offset: int, size: int) -> None:
         self._shard, self._offset, self._size, self._position = shard, offset, size, 0
@@ -190,7 +191,7 @@ def parse_label(content: bytes, field: str | None) -> int:
     try:
         held = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError("its label is no JSON") from error
+        raise UserError("its label is not JSON") from error
     value = held.get(field) if isinstance(held, dict) else None
     ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_CLASSES
     require(ok, f"the field {field!r} of its label is {value!r:.40}, no number of a class")
@@ -199,12 +200,12 @@ def parse_label(content: bytes, field: str | None) -> int:
 
 
 def decode(content: bytes, channels: int | None, name: str, decoder: str = "pillow") -> Tensor:
-    """Return an image file as uint8 ``(C, H, W)``: the pixels of `images.load_image`, with short cuts.
+    """Return an image file as uint8 ``(C, H, W)``, with the pixels of `images.load_image` but faster where possible.
 
-    Plain PPM and PGM files are copied. With the decoder "simplejpeg", it decodes whole JPEG files without EXIF data
-    that have the wanted channels.
+    Plain PPM and PGM files are copied. The decoder "simplejpeg" decodes complete JPEG files without EXIF data that
+    already have the wanted channels.
 
-    Raises: UserError if it can't be decoded.
+    Raises: UserError if the file can't be decoded.
     """
     if content[:1] == b"P" and (plain := _PNM.match(content)) is not None:
         depth, width, height = (3 if plain[1] == b"6" else 1), int(plain[2]), int(plain[3])
@@ -220,7 +221,7 @@ def decode(content: bytes, channels: int | None, name: str, decoder: str = "pill
 
 
 def _decode_jpeg(content: bytes, channels: int | None) -> Tensor | None:
-    """Return a JPEG file as uint8 ``(C, H, W)``; None if it is not plain: then Pillow has more to do, or to refuse."""
+    """Return a JPEG file as uint8 ``(C, H, W)``; None for one that Pillow must convert, rotate or refuse."""
     import simplejpeg
 
     if content[-2:] != b"\xff\xd9" or b"Exif\0" in content:

@@ -24,7 +24,7 @@ from dpm_scales.shards.shard import Keys, Shard
 from dpm_scales.storage import data_cache, open_regular
 
 OPENINGS = 3
-"""Tries to open a fetched shard, which others may remove from the cache before."""
+"""Number of tries to open a fetched shard, which another process may remove from the cache in the meantime."""
 
 
 class ShardError(LoadingError):
@@ -32,14 +32,14 @@ class ShardError(LoadingError):
 
 
 class ShardSet:
-    """Shards by number, of which the last opened stay open. Workers receive a pickled copy, or open files by a fork.
+    """Shards by number, the last opened of which stay open. Workers receive a pickled copy, or open files by a fork.
 
     Args:
-        source: what was named, for messages.
+        source: the given root, for messages.
         places: path or address of each shard.
-        entries: what the index says of each.
+        entries: entry of each shard in the index.
         keys: which members are images and labels.
-        cache: of fetched shards.
+        cache: cache of fetched shards.
         keep: number of shards that stay open.
         sized: whether the sizes of files must be those of the index.
         partial: whether a shard may be damaged after the images that the index counts.
@@ -65,7 +65,7 @@ class ShardSet:
 
     @property
     def remote(self) -> list[ShardEntry]:
-        """Return the shards that are fetched."""
+        """Return the entries of remote shards, which are fetched."""
         return [entry for place, entry in zip(self.places, self.entries, strict=True) if is_url(place)]
 
     def name(self, number: int) -> str:
@@ -73,7 +73,7 @@ class ShardSet:
         return shown(self.places[number])
 
     def open(self, number: int) -> Shard:
-        """Return a shard, with as many images as its index says. Raises ShardError if it can't be."""
+        """Return a shard with as many images as the index says. Raises ShardError if that is not possible."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -110,17 +110,17 @@ class ShardSet:
         return Shard(self.path(number), self.name(number), self.keys, self.partial)
 
     def path(self, number: int) -> Path:
-        """Return the file of a shard, fetched if necessary. Raises UserError if it can't be."""
+        """Return the path of a shard's file, fetched if necessary. Raises UserError if that fails."""
         place = self.places[number]
         return self.cache.path(place, self.entries[number]) if is_url(place) else Path(place)
 
     def state(self, number: int) -> list[Any]:
-        """Return plain values that change whenever the content of a shard does: checksum, or state of the file."""
+        """Return plain values that change whenever a shard's content does: its checksum, and a local file's state."""
         place, entry = self.places[number], self.entries[number]
         return [entry.sha256, entry.images, *([] if is_url(place) else file_state(Path(place)))]
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Fetch shards ahead, as far as they are fetched at all."""
+        """Prefetch the remote ones of these shards."""
         wanted = [(self.places[n], self.entries[n]) for n in numbers if is_url(self.places[n])]
         if wanted:
             self.cache.expect(wanted)
@@ -160,8 +160,8 @@ class Opened:
 
     Attributes:
         shards: the set.
-        index: of these shards.
-        left_out: what is wrong with shards that are left out, or read in part, by name.
+        index: the index of these shards.
+        left_out: faults of shards that are left out, or read in part, by path or address.
     """
 
     shards: ShardSet
@@ -178,12 +178,13 @@ def open_shards(
     verify: str = "headers",
     keep: int = 16,
 ) -> Opened:
-    """Return the shards that `root` names, see `locate`; without an index, local ones are scanned for one.
+    """Return the shards that `root` names, see `locate`; local ones without an index are scanned to make one.
 
     Args:
-        on_error: "skip" leaves out shards that are missing or of another size than the index says, and without an index
-            what can't be read, with a warning; "raise" stops at the first.
-        verify: "headers" compares the sizes of local files with the index, "full" their checksums too, "none" neither.
+        on_error: "skip" leaves out, with a warning, shards that are missing or differ from the index or, without an
+            index, whatever can't be read; "raise" stops at the first.
+        verify: "headers" compares the sizes of local files with the index, "full" also their checksums, "none" neither.
+        keep: number of shards that stay open.
 
     Raises: UserError if there are no shards, or none that can be read.
     """
@@ -224,7 +225,7 @@ def index_at(place: str, cache: ShardCache) -> ShardIndex:
 
 
 def _difference(place: str, entry: ShardEntry, verify: str) -> str | None:
-    """Return how a local file differs from what the index says, or None. What is fetched is always compared."""
+    """Return how a local file differs from its entry in the index, or None. Fetched files are always verified."""
     if is_url(place) or verify == "none":
         return None
     try:

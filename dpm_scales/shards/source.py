@@ -1,8 +1,8 @@
-"""Images from tar shards: local, or fetched into a cache; in an order that one number resumes on any number of ranks.
+"""Images from tar shards, local or fetched into a cache, in an order that one number resumes on any number of ranks.
 
 The order of an epoch is a function of (seed, epoch) and of the numbers of images in the shards: shards are permuted,
-and images within windows of consecutive shards of that permutation (`order.Windowed`). Nothing else shuffles, and no
-process keeps a position: an image is read by its number, at its place in its shard.
+and images within windows of consecutive shards of that permutation (`order.Windowed`). There is no other shuffling, and
+no process keeps a position: an image is read by its number, at its offset in its shard.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from dpm_scales.storage import data_cache
 
 SPLITS = ("auto", "parts", "shards", "images")
 POOL_SHARDS = 8
-"""Number of shards from which statistics are taken, so that a few are fetched for them and not all."""
+"""Number of shards on which statistics are measured, so that not all shards are fetched for them."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """The images of each shard that are held out: `share` of all shards' together, drawn for each shard by `seed`."""
+    """Images held out of each shard: a fraction `share` of all images, drawn within each shard with `seed`."""
 
     counts: np.ndarray
     share: float
     seed: int
 
     def numbers(self) -> np.ndarray:
-        """Return how many images of each shard are held out, (S,); at least one of all, if there are two."""
+        """Return the number of images held out of each shard, (S,); in total at least one if there are two or more."""
         through = np.rint(self.share * np.cumsum(self.counts)).astype(np.int64)
         numbers = np.diff(through, prepend=0)
         if numbers.sum() == 0 and self.counts.sum() > 1:
@@ -53,7 +53,7 @@ class Held:
         return numbers
 
     def images(self, shard: int, number: int) -> np.ndarray:
-        """Return the sorted numbers of `number` held-out images of a shard."""
+        """Return the sorted indices of the `number` images held out of a shard."""
         order = np.random.default_rng((self.seed, shard, 2)).permutation(int(self.counts[shard]))
         return np.sort(order[:number])
 
@@ -65,13 +65,12 @@ class ShardImages(ReplacedImages):
         shards: the set.
         numbers: the shards of this part.
         view: transform of an image.
-        classes: labels are below it; None without labels.
-        on_error: "skip" lets the next readable image stand in for an unreadable one, or one without a label; "raise"
-            stops.
-        window: shards whose images are permuted together.
+        classes: number of labels, which are 0 to classes - 1; None for no labels.
+        on_error: "skip" replaces an image that is unreadable or lacks a label by the next readable one; "raise" stops.
+        window: number of shards whose images are permuted together.
         decoder: "pillow" or "simplejpeg", see `shard.decode`.
         held: which images of each shard are held out; None for none.
-        validation: take the held-out images, instead of the others.
+        validation: use the held-out images instead of the others.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class ShardImages(ReplacedImages):
         return Windowed(self.counts, self.window, seed, on_window=self._expect)
 
     def pool(self, count: int) -> list[int]:
-        """Return the images of a few shards, evenly spaced in the set; of more if these have fewer than `count`."""
+        """Return the images of a few shards, evenly spaced in the set; of more shards if these have too few."""
         for number in range(min(POOL_SHARDS, len(self.counts)), len(self.counts) + 1):
             chosen = np.unique(np.linspace(0, len(self.counts) - 1, number).round().astype(int))
             if self.counts[chosen].sum() >= min(count, len(self)):
@@ -117,7 +116,7 @@ class ShardImages(ReplacedImages):
 
     def name(self, index: int) -> str:
         shard, member = self._place(index)
-        return f"{self.shards.name(shard)}, image {member}"  # whose name is not known before its shard is opened
+        return f"{self.shards.name(shard)}, image {member}"  # its name is not known before its shard is opened
 
     def describe(self, index: int) -> str:
         number, member = self._place(index)
@@ -136,13 +135,13 @@ class ShardImages(ReplacedImages):
         return self.view(image, rng), label
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Return the shard of an image, and its number there."""
+        """Return the shard of an image, and the image's index in it."""
         place = bisect_right(self._starts, index) - 1
         number, member = self.numbers[place], index - self._starts[place]
         return (number, member) if self.held is None else (number, int(self._members_of(place)[member]))
 
     def _members_of(self, place: int) -> np.ndarray:
-        """Return the numbers, in its shard, of the images of a shard that belong to this part."""
+        """Return the indices, within its shard, of the images that belong to this part."""
         if place not in self._members:
             while len(self._members) >= self.shards.keep:
                 self._members.popitem(last=False)
@@ -158,37 +157,37 @@ class ShardImages(ReplacedImages):
 
 
 class ShardSource(ImageSource):
-    """Images in tar shards of the format of webdataset.
+    """Images in tar shards in webdataset's format.
 
     Args:
-        root: a folder, a file, a pattern or an address, see `shard_places`.
-        val_root: the same, of the validation images; null if `split` divides those of `root`.
-        index: path or address of the index, if it does not lie beside the shards; also that of a `val_root` that names
-            single files.
+        root: a folder, a file, a pattern or an address, see `places`.
+        val_root: the same for the validation images; null if `split` divides those of `root`.
+        index: path or address of the index, if it is not beside the shards; also that of a `val_root` that names
+            individual files.
         channels: 1 grey or 3 RGB; images are converted.
         image_size: side, or [height, width], in pixels; null if the index says that all images have one size.
         resize_mode, random_crop, random_flip, rotate_portrait: as in `ImageFolder`.
-        split: "parts" takes the parts that the index names; "shards" holds out whole shards, drawn with `split_seed`;
-            "images" holds out images of each shard; "auto" takes parts if the index has them, otherwise shards if
-            `val_fraction` of them is one at least, otherwise images.
-        val_fraction: share that is held out.
+        split: "parts" uses the parts that the index names; "shards" holds out whole shards, drawn with `split_seed`;
+            "images" holds out images of each shard; "auto" uses parts if the index has them, otherwise shards if
+            `val_fraction` of them is at least one, otherwise images.
+        val_fraction: fraction held out.
         split_seed: seed of the split.
-        labels: ending of the labels' members, as in "cls", or "json.FIELD"; "none" without.
-        image: ending of the images' members, as in "jpg"; null for any.
+        labels: ending of the labels' members, such as "cls", or "json.FIELD"; "none" for no labels.
+        image: ending of the images' members, such as "jpg"; null for any.
         on_error: "skip" leaves out unreadable images and shards with a warning; "raise" stops at the first.
         verify: "headers" compares the sizes of local shards with the index, "full" their checksums, "none" neither.
-        decoder: "pillow", or "simplejpeg" for JPEG files, which is faster, and gives the same pixels.
-        window: shards whose images are permuted together.
-        cache_gb: largest size in GiB of the cache of fetched shards, see `shard_cache`.
-        tries, timeout: tries of fetching a file, and seconds without a byte that end one.
-        download: whether to fetch shards; false takes those that are in the cache.
+        decoder: "pillow", or "simplejpeg" for JPEG files, which is faster and gives the same pixels.
+        window: number of shards whose images are permuted together.
+        cache_gb: largest size in GiB of the cache of fetched shards, see `cache`.
+        tries, timeout: number of tries to fetch a file, and seconds without a byte that end a try.
+        download: whether to fetch shards; false uses only those in the cache.
 
     Attributes:
         left_out: faults of shards found at the start, by shard.
 
     Raises:
-        UserError: nothing to read, sizes that do not fit, a faulty shard with on_error="raise", an address without an
-            index, or a cache smaller than two windows.
+        UserError: nothing to read, unsuitable sizes, a faulty shard with on_error="raise", an address without an index,
+            or a cache smaller than two windows.
     """
 
     def __init__(
@@ -273,7 +272,7 @@ class ShardSource(ImageSource):
 def _size(
     index: ShardIndex, image_size: int | Sequence[int] | None, resize_mode: str, source: str
 ) -> tuple[tuple[int, int], str]:
-    """Return the size of all images, and how they are brought to it."""
+    """Return the size of all images, and the resize mode that brings them to it."""
     if image_size is not None:
         return images.size_pair(image_size, "image_size"), resize_mode
     if index.image_size is None:
@@ -284,7 +283,7 @@ def _size(
 def _divide(
     index: ShardIndex, split: str, share: float, seed: int
 ) -> tuple[Sequence[int], Sequence[int], Held | None, str]:
-    """Return the shards of both parts, which of their images are held out, and a note on the parts."""
+    """Return the shards of both parts, the images held out of them, and a note on the parts."""
     total = len(index.shards)
     parts = {part: [i for i, shard in enumerate(index.shards) if shard.part == part] for part in ("train", "val")}
     named = bool(parts["train"] and parts["val"])

@@ -1,7 +1,7 @@
 """Find the members of a tar file without unpacking any, and write tar files whose bytes depend on their content alone.
 
-Archives may come from anybody. Nothing is written to disk, links are not followed, and names serve as keys and in
-messages only. Formats: POSIX ustar and pax, GNU long names; members that are sparse, as no image is, are passed over.
+Archives may come from anybody. Nothing is written to disk, links are not followed, and names serve only as keys and in
+messages. Formats: POSIX ustar and pax, GNU long names; sparse members, which images never are, are skipped.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _REGULAR, _DIRECTORY, _NO_DATA = b"0\0" + b"7", b"5", b"123456"
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 Read = Callable[[int, int], bytes]
-"""Returns (number, offset) -> bytes of the archive, fewer at its end."""
+"""Maps (number, offset) to that many bytes of the archive, or fewer at its end."""
 
 
 class DamagedTarError(UserError):
-    """A tar file whose members can't all be found; the message has no file name, which the caller knows."""
+    """A tar file whose members can't all be found; the message leaves the file name to the caller."""
 
 
 class Member(NamedTuple):
-    """A regular file in an archive: its name, and the place of its content."""
+    """A regular file in an archive: its name, and the offset and size of its content in bytes."""
 
     name: str
     offset: int
@@ -40,9 +40,9 @@ class Member(NamedTuple):
 
 
 def members(read: Read, length: int) -> Iterator[Member]:
-    """Yield the regular files of an archive of `length` bytes, in order; those before a damage are yielded too.
+    """Yield the regular files of an archive of `length` bytes, in order, including those before any damage.
 
-    Raises: DamagedTarError for anything but a whole tar file that is not compressed.
+    Raises: DamagedTarError for anything but a complete, uncompressed tar file.
     """
     start, chunk = 0, b""
     position = 0
@@ -90,7 +90,7 @@ def members(read: Read, length: int) -> Iterator[Member]:
             raise DamagedTarError(f"it ends within {printable(name)[:200]!r}, and was cut off; fetch or make it again")
         if regular and not sparse:
             yield Member(name, content, size)
-        if kind == b"S":  # GNU's sparse files have a map, which may go on in blocks of its own
+        if kind == b"S":  # GNU's sparse files have a map, which may continue in additional blocks
             more = header[482:483]
             while more == b"\1":
                 more, content = read(BLOCK, content)[504:505], content + BLOCK
@@ -108,7 +108,7 @@ def _sum_fits(header: bytes) -> bool:
 
 
 def _number(field: bytes) -> int | None:
-    """Return a number, octal digits or GNU's base 256; None if it is neither, or negative."""
+    """Return a number in octal digits or GNU's base 256; None if it is neither, or negative."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip()
@@ -158,7 +158,7 @@ def _no_header(header: bytes, position: int) -> str:
 
 
 class TarWriter:
-    """Writer of a tar file into a binary file: the same bytes for the same members, whoever writes them, and when.
+    """Writer of a tar file into a binary file, whose bytes depend on its members alone, not on user or time.
 
     Attributes:
         bytes: number of bytes written.
@@ -174,7 +174,7 @@ class TarWriter:
         self._write(info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict") + content + bytes(-len(content) % BLOCK))
 
     def close(self) -> str:
-        """Write the mark of the end, and return the SHA-256 of the file as hexadecimal digits."""
+        """Write the end-of-archive mark, and return the SHA-256 of the file as hexadecimal digits."""
         self._write(2 * END)
         return self._digest.hexdigest()
 
