@@ -1,4 +1,4 @@
-"""Train from Python: `train` composes the options of the command line from its arguments, and makes the same run."""
+"""Train from Python: `train` composes the options of the command line from its arguments, and does the same run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dpm_scales.training.settings import check_keys, check_numbers
 from dpm_scales.training.trainer import silence_lightning
 
 Images = Tensor | np.ndarray | str | Path | Dataset[Any] | ImageSource | ImageDataModule
-#: options that follow from the arguments of `train`
+#: options that are determined by the arguments of `train`, with the reason
 FIXED = {
     **dict.fromkeys((*PARTS, "conditional", "label_dropout"), "it follows from the model"),
     "run_dir": "it is an argument of its own",
@@ -46,10 +46,10 @@ FIXED = {
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of a run, by the number of steps before, as in metrics.csv.
+    """The losses of a run, by the number of preceding steps, as in metrics.csv.
 
     Attributes:
-        train: of single batches, every `trainer.log_every_n_steps` steps.
+        train: losses of single batches, every `trainer.log_every_n_steps` steps.
         val: means over the validation images, always with the same noise; empty if none are held out.
     """
 
@@ -67,20 +67,19 @@ def train(
     progress: bool = True,
     **options: Any,
 ) -> Losses:
-    """Train a model; it then has the EMA weights, and is in evaluation mode on the device that it was on.
+    """Train a model in place; afterwards it has the EMA weights and is in evaluation mode, on its original device.
 
     Args:
-        model: trained in place.
+        model: the model.
         images: a uint8 tensor or array ``(N, C, H, W)``; a folder or .zip file of images, or a .npy or .npz file; the
-            folder, pattern or address of tar shards, with labels .cls; a data set of torch, whose items are uint8
-            tensors or PIL images, alone or with a label; an `ImageSource`; or an `ImageDataModule`.
-        steps: number of steps in all.
+            folder, pattern or address of tar shards, with labels .cls; a torch data set, whose items are uint8 tensors
+            or PIL images, alone or with a label; an `ImageSource`; or an `ImageDataModule`.
+        steps: total number of steps.
         run_dir: folder of the run, with the files of `train.py`; an existing run is resumed. None for a temporary one.
-        labels: integers ``(N,)``, of a tensor's images.
+        labels: labels of a tensor's images, integers ``(N,)``.
         progress: whether to show a progress bar.
-        options: those of `train.py`; sections are mappings: ``optimizer={"learning_rate": 1e-4}``,
-            ``data={"batch_size": 32}``. A string chooses a config, ``logger="tensorboard"``; ``weight=MinSNR()`` is an
-            object.
+        options: those of `train.py`. Sections are mappings, ``optimizer={"learning_rate": 1e-4}``; a string chooses a
+            config, ``logger="tensorboard"``; objects are allowed too, ``weight=MinSNR()``.
 
     Returns: the losses of the whole run.
 
@@ -129,10 +128,11 @@ def train(
 
 
 def _data_settings(model: Model, images: Any, labels: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the section `data` of the config, or the name of its file, with `options`; and what it leaves out.
+    """Return the section `data` of the config, with `options`, and the data that a config can't hold.
 
-    Returns: a name and options, or settings; and the data module, or arguments of `given_data`.
-    Raises: UserError for images of no known kind.
+    Returns: the name of a config and its options, or settings; and the data module, the arguments of `given_data`, or
+        None.
+    Raises: UserError for images of an unknown kind.
     """
     recipe = model.recipe
     path = isinstance(images, str | Path)
@@ -175,7 +175,7 @@ def _with_options(defaults: dict[str, Any], options: dict[str, Any]) -> dict[str
 
 
 def _described(data: ImageDataModule) -> dict[str, Any]:
-    """Return the config of a data module; one that can't be rebuilt if it has parts that can't be described."""
+    """Return the config of a data module, or one that can't be rebuilt if some of its parts can't be described."""
     try:
         found: dict[str, Any] = describe(data)
         return found
@@ -184,7 +184,7 @@ def _described(data: ImageDataModule) -> dict[str, Any]:
 
 
 def _data(cfg: DictConfig, run_dir: Path, given: Any) -> ImageDataModule:
-    """Return the data module: the one given, or that of the config."""
+    """Return the data module: the one passed by the user, or that of the config."""
     settings = trusted_data(cfg, run_dir)
     if isinstance(given, ImageDataModule):
         return given
@@ -196,7 +196,7 @@ def _data(cfg: DictConfig, run_dir: Path, given: Any) -> ImageDataModule:
 
 
 def _check_data(model: Model, data: ImageDataModule) -> None:
-    """Raise UserError unless the images and labels are of the model's size, channels and number."""
+    """Raise UserError unless the data have the model's image size, channels and number of classes."""
     recipe = model.recipe
     ours, theirs = ((r.channels, *r.image_size) for r in (recipe, data))
     ok = ours == theirs
@@ -212,7 +212,7 @@ def _check_data(model: Model, data: ImageDataModule) -> None:
 
 
 def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
-    """Return the config chosen for each group, a name or an object, and the other options by dotted key."""
+    """Return the config chosen for each group, as a name or an object, and the other options with dotted keys."""
     choices, values = {}, []
     for key, value in options.items():
         is_object = isinstance(value, Describable | Configured) or (isinstance(value, dict) and "_target_" in value)
@@ -237,7 +237,7 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 def _config(
     model: Model, data: Any, choices: dict[str, Any], values: list[tuple[str, Any]]
 ) -> tuple[DictConfig, list[str]]:
-    """Return the config of a run, and the overrides of configs/train.yaml that give it."""
+    """Return the config of a run, and the overrides of configs/train.yaml that produce it."""
     recipe, overrides = model.recipe, []
     base = composed("train", [])
     for key, value in choices.items():

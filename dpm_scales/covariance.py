@@ -1,26 +1,26 @@
-r"""The variance of a network's error, by scale and frequency: what the noise of a reverse step leaves out.
+r"""The variance of a network's error, by scale and frequency, which the noise of a reverse step neglects.
 
 A step from t to s of the reverse process draws from q(y_s | y_t, y_0) with the network's estimate y_0-hat in place of
-y_0, of which y_t tells a part only. By the law of total variance the step that comes closest to p(y_s | y_t) in
-Kullback-Leibler divergence, among those with the same mean and a covariance that is diagonal in the DCT, adds more
-noise to each coefficient:
+y_0, which y_t does not determine fully. By the law of total variance the step closest to p(y_s | y_t) in
+Kullback-Leibler divergence, among those with the same mean and a covariance that is diagonal in the DCT, adds noise of
+a larger variance to each coefficient:
 
     b^2(mu) + (lambda_s - a lambda_t)^2 v(t),     v(t) = E <phi, y_0 - y_0-hat(y_t, t)>^2
 
-phi is the coefficient's cosine, an eigenvector of L to the eigenvalue mu, and a is the weight of y_t in the step's
-mean (`samplers`). With one number v for all coefficients this is Analytic-DPM (Bao et al. 2022, Theorem 1). Others
-learn v as a function of y_t, by pixel (Ou et al. 2024) or in the DCT (Xia et al. 2026); here it is an average over
-images, and nothing is learnt. If y_0 is Gaussian with independent coefficients and the estimate ideal, y_s then has the
-law of scale s exactly, whatever the length of the step.
+phi is the coefficient's cosine, an eigenvector of L with eigenvalue mu, and a is the weight of y_t in the step's mean
+(`samplers`). With one number v for all coefficients this is Analytic-DPM (Bao et al. 2022, Theorem 1). Others learn v
+as a function of y_t, by pixel (Ou et al. 2024) or in the DCT (Xia et al. 2026); here it is an average over images, and
+nothing is learnt. If y_0 is Gaussian with independent coefficients and the estimate ideal, y_s then has the law of
+scale s exactly, whatever the length of the step.
 
-v is measured on training images (`samplers.measuring`). It is kept as the factor by which it differs from the error of
-the Wiener estimate for the data's spectrum P (`spectrum`),
+v is measured on training images (`samplers.measuring`). It is stored as its ratio r to the error of the Wiener estimate
+for the data's spectrum P (`spectrum`),
 
     v(t) = r(t) P gamma_t^2 / (lambda_t^2 P + gamma_t^2),
 
-since r varies slowly: it is linear in t between the scales of the table, and bilinear in the frequencies of rows and
-columns between its knots, of which an image of up to 16 px has one for each. r = 1 for Gaussian data of that spectrum
-and an ideal network.
+since r varies slowly: it is interpolated linearly in t between the scales of the table, and bilinearly in the
+frequencies of rows and columns between knots (images of up to 16 px have a knot for each frequency). r = 1 for Gaussian
+data of that spectrum and an ideal network.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ from dpm_scales.processes import Process
 from dpm_scales.schedules.base import Float64Module
 from dpm_scales.spectrum import DataSpectrum
 
-#: parts of a denoiser that determine the table, by the beginning of their names
+#: prefixes of the names of the denoiser's tensors that determine the table
 _PARTS = ("network.", "spectrum.")
 _NAMES = ("scales", "rows", "columns", "ratio", "num_images", "seed", "weights_sha256")
 KNOTS = 16
-"""Largest number of knots of an axis."""
+"""Largest number of knots per axis."""
 
 
 def knots_of(size: int, device: torch.device | str | None = None) -> Tensor:
-    """Return frequencies k / size in [0, 1), float64, at most `KNOTS`: all, or the lowest half and from there evenly in
-    log k.
+    """Return the knots of an axis, at most `KNOTS` frequencies k / size in [0, 1), float64.
+
+    For more frequencies than that, half of the knots are the lowest ones and the rest are evenly spaced in log k.
     """
     k = torch.arange(min(size, KNOTS), dtype=torch.float64, device=device)
     if size > KNOTS:
@@ -57,9 +58,9 @@ def knots_of(size: int, device: torch.device | str | None = None) -> Tensor:
 
 
 def hats(knots: Tensor, size: int) -> Tensor:
-    """Return the weights ``(size, K)`` of values at knots in those at the frequencies k / size; each row sums to 1.
+    """Return the weights ``(size, K)`` that interpolate K values at knots to the frequencies k / size.
 
-    Linear between the knots, constant beyond the last one.
+    Interpolation is linear between the knots, constant beyond the last one; each row sums to 1.
     """
     at = torch.arange(size, dtype=torch.float64, device=knots.device)[:, None] / size
     at = torch.minimum(at, knots[-1])
@@ -70,15 +71,15 @@ def hats(knots: Tensor, size: int) -> Tensor:
 
 
 class ErrorVariance(Float64Module):
-    """v of one network, measured.
+    """The measured error variance v of one network.
 
     Args:
-        scales: ``(S,)``, ascending in (0, 1]: where it was measured.
-        rows, columns: ``(R,)`` and ``(C,)``, ascending from 0: frequencies, in units of pi / px.
-        ratio: ``(S, R, C)``, >= 0: r there.
-        weights_sha256: of the denoiser that it belongs to, see `denoiser_digest`.
-        num_images: number of images that it was measured on.
-        seed: of the noise that they got.
+        scales: scales of the measurement, ``(S,)``, ascending in (0, 1].
+        rows, columns: knots, ``(R,)`` and ``(C,)``, ascending from 0: frequencies in units of pi / px.
+        ratio: r at these scales and knots, ``(S, R, C)``, >= 0.
+        weights_sha256: digest of the denoiser to which it belongs, see `denoiser_digest`.
+        num_images: number of images on which it was measured.
+        seed: seed of their noise.
 
     Tensors are float64. Raises: UserError for other shapes and types, and values out of range.
     """
@@ -112,7 +113,7 @@ class ErrorVariance(Float64Module):
             bool((ratio.isfinite() & (ratio >= 0)).all()), "no table of errors: it holds numbers below 0 or no numbers"
         )
         for name, values in {**axes, "ratio": ratio}.items():
-            # not in `state_dict`: a model's weights are the same with and without
+            # not in `state_dict`, so that a model's weights are the same with and without a table
             self.register_buffer(name, values, persistent=False)
         self.weights_sha256, self.num_images, self.seed = weights_sha256, num_images, seed
 
@@ -130,17 +131,17 @@ class ErrorVariance(Float64Module):
         """Return the table of a denoiser's measured errors.
 
         Args:
-            spectrum: of the data, P.
-            mu: ``(H, W)``, eigenvalues of the DCT's coefficients.
+            spectrum: spectrum P of the data.
+            mu: eigenvalues of the DCT coefficients, ``(H, W)``.
             scales: ``(S,)``, ascending.
-            errors: ``(S, H, W)`` float64, mean squares of the errors' coefficients.
+            errors: mean squares of the errors' DCT coefficients, ``(S, H, W)`` float64.
         """
         height, width = errors.shape[-2:]
         rows, columns = knots_of(height, mu.device), knots_of(width, mu.device)
         up, across = hats(rows, height), hats(columns, width)
         linear = _linear_error(process, spectrum, scales, mu)[:, 0]
         ratio = (up.mT @ errors @ across) / (up.mT @ linear @ across)
-        # between knots the sum has changed: restore it
+        # interpolation between knots changes the sum, which is restored here
         kept = (up @ ratio @ across.mT * linear).sum((-2, -1), keepdim=True)
         total = errors.sum((-2, -1), keepdim=True)
         ratio = ratio * torch.where(kept > 0, total / kept, 1)
@@ -150,8 +151,8 @@ class ErrorVariance(Float64Module):
         """Return v, float64 ``(B | 1, 1, H, W)``, in squared units of the value range.
 
         Args:
-            t: ``()`` or ``(B,)``; before the first scale of the table r is that of the first.
-            mu: ``(H, W)``, eigenvalues of the DCT's coefficients, also where the process has a single one.
+            t: ``()`` or ``(B,)``; below the first scale of the table, its r is used.
+            mu: eigenvalues of the DCT coefficients, ``(H, W)``, also if the process has a single eigenvalue.
         """
         at, last = t.reshape(-1), len(self.scales) - 1
         upper = torch.searchsorted(self.scales, at).clamp(min(1, last), last)
@@ -164,7 +165,7 @@ class ErrorVariance(Float64Module):
         return ratio[:, None] * _linear_error(process, spectrum, t, mu)
 
     def require_weights(self, denoiser: nn.Module) -> None:
-        """Raise UserError if it was measured with other weights than the denoiser's."""
+        """Raise UserError if the table was measured with weights other than the denoiser's."""
         require(
             self.weights_sha256 == denoiser_digest(denoiser.state_dict()),
             "the model's covariance was measured with other weights than it has now; measure it again: "
@@ -172,12 +173,12 @@ class ErrorVariance(Float64Module):
         )
 
     def record(self) -> dict[str, int | str]:
-        """Return what determines it, in a few plain values."""
+        """Return plain values that identify the table: number of images, seed and SHA-256."""
         digest = tensors_digest(self.to_tensors().items())
         return {"num_images": self.num_images, "seed": self.seed, "sha256": digest}
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return everything as tensors, to be stored."""
+        """Return the table as tensors, for storing."""
         counts = {"num_images": self.num_images, "seed": self.seed}
         return {
             **{name: getattr(self, name) for name in _NAMES[:4]},
@@ -187,7 +188,7 @@ class ErrorVariance(Float64Module):
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], source: str) -> ErrorVariance:
-        """Return the table that `to_tensors` gave; `source` is its file, for messages. Raises UserError for another."""
+        """Return the table in the result of `to_tensors`. Raises UserError, naming the file `source`, for others."""
         try:
             scales, rows, columns, ratio, images, seed, digest = (tensors[name] for name in _NAMES)
             ok = digest.dtype == torch.uint8 and digest.shape == (32,)
@@ -206,12 +207,12 @@ def _linear_error(process: Process, spectrum: DataSpectrum, t: Tensor, mu: Tenso
 
 
 def denoiser_digest(state: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of a denoiser's network and spectrum, by their names and values in `state_dict`."""
+    """Return the SHA-256 of the names and values in `state_dict` of a denoiser's network and spectrum."""
     return tensors_digest((name, value) for name, value in state.items() if name.startswith(_PARTS))
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256 of named tensors as hexadecimal digits, whatever their order."""
+    """Return the SHA-256 of named tensors as hexadecimal digits, independent of their order."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda entry: entry[0]):
         flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -1,8 +1,8 @@
-"""A denoiser is a network with its meaning: process, target and preconditioning.
+"""A denoiser is a network together with its process, target and preconditioning.
 
-predict(y_t, t)           the network's answer in the target's terms
+predict(y_t, t)           prediction of the target's quantity
 predict_mean(y_t, t, s)   m_s = lambda_s(L) y_0-hat, all that a sampler needs
-loss(x_0, t)              what training minimises, one value per image
+loss(x_0, t)              training loss, one value per image
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from dpm_scales.weights import LossWeight
 
 
 class BaseDenoiser(nn.Module, ABC):
-    """What samplers, edits and likelihoods ask of a denoiser: the mean m_s, and what it was made from."""
+    """Interface of denoisers for samplers, edits and likelihoods: the mean m_s, and process, target and spectrum."""
 
     process: Process
     target: Target
     spectrum: DataSpectrum
-    #: how far its estimates are from the truth, where that was measured, for the optimal covariance of reverse steps
+    #: variance of its estimates' error, for the optimal covariance of reverse steps; None if not measured
     error_variance: ErrorVariance | None
 
     def __init__(self) -> None:
@@ -53,13 +53,13 @@ class BaseDenoiser(nn.Module, ABC):
 
 
 class TargetDenoiser(BaseDenoiser):
-    """A denoiser that predicts in its target's terms; the target turns the prediction into m_s."""
+    """A denoiser that predicts its target's quantity, which the target converts to m_s."""
 
     @abstractmethod
     def predict(
         self, operator: Operator, y_t: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None
     ) -> Tensor:
-        """Return the prediction at scale t ``(B,)``, in pixels or whitened coordinates as the target has it."""
+        """Return the prediction at scale t ``(B,)``, in pixels or whitened coordinates, depending on the target."""
 
     def predict_mean(
         self, y_t: Tensor, t: Tensor, s: Tensor, context: Context = None, labels: Tensor | None = None
@@ -70,7 +70,7 @@ class TargetDenoiser(BaseDenoiser):
 
 
 class WithoutNetwork(TargetDenoiser):
-    """A denoiser whose network predicts 0, to rehearse what its target does with a prediction."""
+    """A denoiser whose network predicts 0, for rehearsing the functions that its target applies."""
 
     def __init__(self, denoiser: BaseDenoiser) -> None:
         super().__init__()
@@ -83,16 +83,16 @@ class WithoutNetwork(TargetDenoiser):
 
 
 class Denoiser(TargetDenoiser):
-    """Network + process + target.
+    """A network with its process and target.
 
     Args:
-        network: ``forward(x, t, labels)``, x ``(B, C + context, H, W)``, t ``(B,)`` in [0, 1]; gives ``(B, C, H, W)``.
+        network: ``forward(x, t, labels)`` of x ``(B, C + context, H, W)`` and t ``(B,)`` in [0, 1]: ``(B, C, H, W)``.
         process: the forward law.
-        target: what the network's output means.
-        data_std: standard deviation of the training images' pixels in the process's value range, > 0; how it is spread
-            over the frequencies is measured from images, see `DataSpectrum`.
+        target: the quantity that is predicted.
+        data_std: standard deviation of the training images' pixels in the process's value range, > 0; its distribution
+            over frequencies is measured from images, see `DataSpectrum`.
 
-    Raises: UserError for another data_std, and if the process can't be learnt through the target.
+    Raises: UserError for an invalid data_std, and if the process can't be learnt through the target.
     """
 
     def __init__(self, network: nn.Module, process: Process, target: Target, data_std: float = 0.5) -> None:
@@ -103,7 +103,7 @@ class Denoiser(TargetDenoiser):
         self._degree = self._filter_degree()
 
     def _filter_degree(self) -> int:
-        """Return the degree that the preconditioning's filter needs, for white data: the spectrum changes it little."""
+        """Return the degree that the preconditioning's filter needs for white data; the spectrum changes it little."""
         white, process = DataSpectrum(), self.process
         # seven curves of all eigenvalues, float64
         num_bytes = 56 * process.operator().eigenvalues(8, 8).numel() * process.num_scales
@@ -114,7 +114,7 @@ class Denoiser(TargetDenoiser):
         return 0 if wiener is None else process.degree_of(wiener)
 
     def resolve_auto(self, size: tuple[int, int]) -> dict[str, str]:
-        """Resolve the target's "auto" arguments for images of `size` (H, W); return them by name, to be stored."""
+        """Resolve the target's "auto" arguments for images of `size` (H, W); return them by name, for storing."""
         chosen = self.target.resolve_auto(self.process, self.spectrum, size)
         revise(self.target, chosen)
         self._degree = self._filter_degree()
@@ -133,7 +133,7 @@ class Denoiser(TargetDenoiser):
         if features is not None:
             seen = torch.cat([seen, features], 1)
         output = self.network(seen, t.to(dtype), labels).to(dtype)
-        if output.shape != y_t.shape:  # which broadcasting might hide
+        if output.shape != y_t.shape:  # broadcasting might hide it
             name, found, wanted = type(self.network).__name__, tuple(output.shape), tuple(y_t.shape)
             raise UserError(f"the network {name} returned {found} for images {wanted}; it must return their shape")
         return c.skip.to(dtype) * z + c.out.to(dtype) * output, c.weight.to(dtype)
@@ -153,13 +153,13 @@ class Denoiser(TargetDenoiser):
         loss_weight: LossWeight | None = None,
         candidates: int = 1,
     ) -> Tensor:
-        """Return the weighted squared error, averaged over each image: ``(B,)``; of `Learned`, its balanced loss.
+        """Return the weighted squared error, averaged over each image, ``(B,)``; with `Learned`, the balanced loss.
 
         Args:
             x_0: ``(B, C, H, W)`` in the process's value range.
             t: ``(B,)`` in (0, 1].
             loss_weight: None for the target's own.
-            candidates: noises drawn for each image, of which it gets the nearest, see `processes.pairing`.
+            candidates: number of noise draws for each image, of which the nearest is used, see `processes.pairing`.
         """
         if context is None:
             context = self.process.context(x_0, generator)
@@ -182,9 +182,9 @@ def spread_evenly(places: Tensor, count: int, offset: Tensor | float) -> Tensor:
     """Return numbers in [0, 1), each uniform and together evenly spread (VDM, App. I): ``(B,)`` float64.
 
     Args:
-        places: ``(B,)`` int64, of this rank's images in the batch of all ranks.
-        count: images of that batch.
-        offset: uniform on [0, 1), the same on all ranks.
+        places: positions of this rank's images in the batch of all ranks, ``(B,)`` int64.
+        count: number of images in that batch.
+        offset: a uniform number in [0, 1), the same on all ranks.
     """
     return (places.to(torch.float64) + offset) / count
 

@@ -1,10 +1,10 @@
-"""Describe objects by the arguments of their constructors, in the plain containers that files hold.
+"""Describe objects by the arguments of their constructors, in plain containers that can be written to files.
 
     describe(VP(num_scales=100))
     {"_target_": "dpm_scales.processes.VP", "num_scales": 100, "noise": {"_target_": ..., ...}, ...}
 
 `models.instantiate.build` makes an equal object from it. A class derived from `Describable` records its arguments.
-Other classes must keep every argument in an attribute of the same name, or be given as `configured(MyNet, width=8)`.
+Other classes must keep every argument in an attribute of the same name, or be passed as `configured(MyNet, width=8)`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DescriptionError(UserError):
 
 
 class Describable:
-    """Base of classes whose objects record the arguments that they are made with, defaults included."""
+    """Base class of objects that record the arguments of their constructor, including defaults."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -37,7 +37,7 @@ class Describable:
 
 
 def _recording(init: Callable[..., None]) -> Callable[..., None]:
-    """Return a constructor that records its arguments first, unless that of a derived class has done so."""
+    """Return a constructor that records its arguments first, unless a derived class has already done so."""
     signature = inspect.signature(init)
 
     @functools.wraps(init)
@@ -45,7 +45,7 @@ def _recording(init: Callable[..., None]) -> Callable[..., None]:
         if _GIVEN not in self.__dict__:
             try:
                 given = _bound(signature, (self, *args), kwargs)
-            except TypeError:  # which `init` raises too, with its own name
+            except TypeError:  # `init` raises it too, under its own name
                 given = None
             # not through nn.Module's own __setattr__, which needs its constructor first
             object.__setattr__(self, _GIVEN, given)
@@ -55,7 +55,7 @@ def _recording(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the arguments by name, without the first; None if some have no name. Raises TypeError for a wrong call."""
+    """Return the arguments by name, except the first; None if some have no name. Raises TypeError for a wrong call."""
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     found: dict[str, Any] = {}
@@ -71,14 +71,14 @@ def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _copied(value: Any) -> Any:
-    """Return a value in new lists and mappings, so that later changes of the caller's do not reach it."""
+    """Return a value in new lists and mappings, so that later changes by the caller do not affect it."""
     if isinstance(value, list | tuple | range):
         return [_copied(entry) for entry in value]
     return {key: _copied(entry) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
 def revise(made: Describable, arguments: Mapping[str, Any]) -> None:
-    """Replace recorded arguments of an object by those that it has since chosen."""
+    """Replace recorded arguments of an object by values that it has chosen since."""
     given = made.__dict__.get(_GIVEN)
     if given is not None:
         object.__setattr__(made, _GIVEN, given | dict(arguments))
@@ -93,14 +93,14 @@ class Configured:
 
 
 def configured(kind: type, **arguments: Any) -> Configured:
-    """Return a class with arguments, to be given to `Model` in place of an object.
+    """Return a class with arguments, to be passed to `Model` in place of an object.
 
-    The model makes the object, and passes a network `in_channels`, `out_channels` and `num_classes` besides. It can be
+    The model makes the object, and also passes `in_channels`, `out_channels` and `num_classes` to a network. It can be
     saved whatever attributes the class has.
 
     Args:
         kind: a class, defined in a module that can be imported.
-        arguments: of its constructor; numbers, strings, lists, mappings and describable objects.
+        arguments: arguments of its constructor: numbers, strings, lists, mappings and describable objects.
 
     Raises: UserError for an argument that the class does not take.
     """
@@ -117,10 +117,10 @@ def configured(kind: type, **arguments: Any) -> Configured:
 
 
 def describe(value: Any) -> Any:
-    """Return a value as plain containers: of an object, its class as `_target_`, and its arguments by name.
+    """Return a value as plain containers; for an object, its class as `_target_` and its arguments by name.
 
-    An argument of None is replaced by what the object chose for it, if that is an object in the attribute of its name:
-    then a file does not depend on this version's defaults.
+    An argument of None is replaced by the object that the constructor chose for it, if the attribute of its name holds
+    one, so that a file does not depend on this version's defaults.
 
     Raises: DescriptionError for a value that can't be described, or a class that other programs can't import.
     """
@@ -160,7 +160,7 @@ def class_name(kind: type) -> str:
 
 
 def _arguments(value: Any) -> dict[str, Any]:
-    """Return the arguments of an object by name. Raises DescriptionError if it has not kept them."""
+    """Return the arguments of an object by name. Raises DescriptionError if it does not keep them."""
     if isinstance(value, Configured):
         return dict(value.arguments)
     name = type(value).__name__

@@ -1,7 +1,7 @@
 """The exception for the user's mistakes, and checks of arguments that raise it.
 
 Constructors and readers raise it with a single line: what was seen, what is allowed, what to do. Entry points print
-that line and exit with its status, 2; everything else is a defect and keeps its traceback.
+that line and exit with its status, 2; any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MOST = 2**63 - 1
 
 
 class UserError(ValueError):
-    """Bad input whose message is one line fit for a person.
+    """Bad input, described by a one-line message for the user.
 
     Attributes:
         status: exit status of an entry point.
@@ -39,12 +39,12 @@ def printable(text: str) -> str:
 
 
 def nearest(name: str, names: Iterable[str], sure: bool = False) -> str | None:
-    """Return the one of `names` nearest to `name`, misspelt, shortened or abbreviated; None if none is near.
+    """Return the one of `names` that `name` most likely misspells or abbreviates; None if none is similar.
 
-    Options of one level, `optimizer.…`, are compared by what differs, their last part.
+    Options with a common parent, `optimizer.…`, are compared by the rest of their names.
 
     Args:
-        sure: only if the match is close.
+        sure: whether to accept only close matches.
     """
     known = sorted(names)
     parent = name.rpartition(".")[0]
@@ -96,8 +96,8 @@ def require_choice(name: str, value: object, allowed: Iterable[str], owner: str 
     """Raise UserError, with the nearest of `allowed`, unless `value` is one of them.
 
     Args:
-        name: the option's.
-        owner: class or task that has the option, if the message is to name it.
+        name: name of the option.
+        owner: class or task that has the option, if the message should name it.
     """
     names = tuple(allowed)
     if value not in names:
@@ -113,7 +113,7 @@ def is_whole(value: object, low: float = -math.inf) -> bool:
 def require_number(
     name: str, value: object, low: float = -math.inf, high: float = math.inf, whole: bool = False
 ) -> None:
-    """Raise UserError unless `value` is a number (a whole one if asked for) with `low` <= value <= `high`.
+    """Raise UserError unless `value` is a number (with `whole`, a whole one) with `low` <= value <= `high`.
 
     Infinite numbers and integers beyond 64 bits are refused.
     """
@@ -127,7 +127,7 @@ def require_number(
 
 
 def is_number(value: object) -> bool:
-    """Return whether `value` is a finite real number, of Python or NumPy; True and False are not."""
+    """Return whether `value` is a finite real number of Python or NumPy; booleans are not numbers here."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer beyond the largest float

@@ -1,7 +1,7 @@
 """Convert, tile, load and save eight-bit images. Only this module depends on 0..255.
 
-Images stored or shown are uint8, (C, H, W) or (B, C, H, W). Models use floats in a `value_range` = (lo, hi), related by
-the affine map that sends 0 to lo and 255 to hi. Files are written atomically.
+Images that are stored or shown are uint8, (C, H, W) or (B, C, H, W). Models use floats in a `value_range` = (lo, hi),
+to which an affine map takes 0 (lo) and 255 (hi). Files are written atomically.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEVELS = 255
 """Maximum value of an eight-bit image."""
 
 PADDING_LEVEL = 128
-"""Grey value between the cells of a grid, visible beside black and white."""
+"""Grey value between the cells of a grid, visible next to black and white."""
 
 SMALLEST_CELL = 32
 """Minimum side in pixels of images in `make_grid`, which enlarges smaller ones."""
@@ -60,7 +60,7 @@ DECODING_ERRORS = (
 
 
 def to_range(images: Tensor, value_range: tuple[float, float], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Map uint8 images of any shape to floats in `value_range` = (lo, hi), lo < hi.
+    """Return uint8 images of any shape, mapped to floats in `value_range` = (lo, hi), lo < hi.
 
     Raises:
         ValueError: `images` are not uint8, or the range is empty.
@@ -72,7 +72,7 @@ def to_range(images: Tensor, value_range: tuple[float, float], dtype: torch.dtyp
 
 
 def to_uint8(x: Tensor, value_range: tuple[float, float]) -> Tensor:
-    """Map floats of any shape from `value_range` to uint8: clip, then round to nearest. NaN becomes 0.
+    """Return floats of any shape, mapped from `value_range` to uint8: clipped, then rounded to nearest. NaN becomes 0.
 
     ``to_uint8(to_range(images, r), r)`` equals `images` exactly.
     """
@@ -82,13 +82,13 @@ def to_uint8(x: Tensor, value_range: tuple[float, float]) -> Tensor:
 
 
 def psnr(images: Tensor, reference: Tensor) -> float:
-    """Return the peak signal-to-noise ratio in dB of uint8 images of one shape, over all of them; inf if equal."""
+    """Return the peak signal-to-noise ratio in dB over all pixels of uint8 images of equal shape; inf if identical."""
     error = (images.to(torch.float64) - reference.to(torch.float64)).square().mean()
     return float(10 * torch.log10(LEVELS**2 / error))
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize one uint8 image (C, H, W) or a batch (B, C, H, W) to `size` = (H', W'), bicubic and antialiased."""
+    """Return a uint8 image (C, H, W) or batch (B, C, H, W), resized to `size` = (H', W'), bicubic and antialiased."""
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     batch = image if image.ndim == 4 else image[None]
@@ -97,7 +97,7 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def make_grid(images: Tensor, columns: int | None = None, padding: int = 1, upscale: int | None = None) -> Tensor:
-    """Tile uint8 images (N, C, H, W) row by row into one image (C, H', W').
+    """Return uint8 images (N, C, H, W), tiled row by row into one image (C, H', W').
 
     Args:
         images: at least one image; they may be rectangular.
@@ -125,7 +125,7 @@ def make_grid(images: Tensor, columns: int | None = None, padding: int = 1, upsc
 
 
 def make_class_grid(images: Tensor, labels: Sequence[int], names: Sequence[str] | None = None) -> Tensor:
-    """Tile uint8 images (N, C, H, W) into one image (C, H', W') with a row for each class, its name on the left.
+    """Return uint8 images (N, C, H, W), tiled into one image (C, H', W') with a row per class, its name on the left.
 
     Rows are sorted by label. A class of more than 10 images takes several rows, and more than 20 classes take several
     columns.
@@ -133,7 +133,7 @@ def make_class_grid(images: Tensor, labels: Sequence[int], names: Sequence[str] 
     Args:
         images: at least one image; they may be rectangular.
         labels: class of each image.
-        names: names of the classes 0, 1, …; a name that Latin letters cannot represent is replaced by its number.
+        names: names of the classes 0, 1, …; a name with letters other than Latin ones is replaced by its number.
     """
     classes = sorted(set(labels))
     members = [[i for i, label in enumerate(labels) if label == number] for number in classes]
@@ -168,7 +168,7 @@ def _ascii(name: str) -> str:
 
 
 def caption(text: str, size: int) -> Tensor:
-    """Return white text of `size` pixels on the grey of the padding, uint8 (H, W); long text is cut."""
+    """Return white text of `size` pixels on the grey of the padding, uint8 (H, W); long text is truncated."""
     text = text if len(text) <= CAPTION_LENGTH else f"{text[: CAPTION_LENGTH - 3]}..."
     font = ImageFont.load_default(size)
     left, top, right, bottom = font.getbbox(text)
@@ -188,7 +188,7 @@ def save_png(path: str | Path, image: Tensor, text: Mapping[str, str] | None = N
 
 
 def png_bytes(image: Tensor, text: Mapping[str, str] | None = None) -> bytes:
-    """Return a uint8 image (C, H, W) as the content of a PNG file; arguments as of `save_png`."""
+    """Return a uint8 image (C, H, W) as the content of a PNG file; arguments as for `save_png`."""
     chunks, file = PngImagePlugin.PngInfo(), io.BytesIO()
     for key, value in (text or {}).items():
         chunks.add_text(key, value)

@@ -23,7 +23,7 @@ def lock(path: Path, held: str, advice: str, wait: bool = False) -> Iterator[Non
     Args:
         path: the lock file, created if missing; it contains the name of the holder.
         held, advice: parts of the message ``"FOLDER {held} HOLDER; {advice}"``.
-        wait: wait for the other process instead of raising.
+        wait: whether to wait for the other process instead of raising.
 
     Raises: UserError if another process holds the lock, or if `path` is not a regular file, such as a link.
     """

@@ -45,10 +45,10 @@ def require_memory(num_bytes: float, what: str, remedy: str, device: torch.devic
 
 
 def available_memory(device: torch.device | None = None) -> float:
-    """Return the bytes that can still be allocated, infinite where that is unknown.
+    """Return the number of bytes that can still be allocated, infinity if it is unknown.
 
     For the machine itself this is the minimum left by the kernel, the limits of this process (``ulimit -v``) and those
-    of its control groups (containers, SLURM); for a CUDA device, what is free there or cached by torch.
+    of its control groups (containers, SLURM); for a CUDA device, the memory that is free or cached by torch.
     """
     if device is not None and device.type == "cuda":
         import torch

@@ -1,4 +1,4 @@
-"""Second moments of a scale for data of a known spectrum, and the preconditioning made from them, see `targets`."""
+"""Second moments of a scale for data of a known spectrum, and the resulting preconditioning, see `targets`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from dpm_scales.operators import Operator, SpectralFunction
 from dpm_scales.processes import Process, Step
 from dpm_scales.spectrum import DataSpectrum
 
-# Least second moment, in units of Var(x_0): a scale may equal the image (the first of a list), and 0 / 0 is undefined.
+# Smallest second moment, relative to Var(x_0): a scale can equal the image (the first of a list), which gives 0 / 0.
 _SMALLEST = 1e-12
-# Noise variance of a deterministic process, in units of Var(x_0): sharpening by more than 50 amplifies rounding errors.
+# Noise variance of deterministic processes, relative to Var(x_0): sharpening by more than 50 amplifies rounding errors.
 _ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of scale t for data of a spectrum: ``(B, 1, 1, 1)`` or ``()``, in squared pixel units."""
+    """Second moments of scale t for data of a spectrum, see `targets`: ``(B, 1, 1, 1)`` or ``()``, in squared units of
+    the value range."""
 
     wiener: SpectralFunction  # w
     estimate: Tensor  # Z
@@ -30,20 +31,20 @@ class Moments:
     total: Tensor  # V
     step: Tensor  # R
     constant_noise: bool
-    flow: Callable[[], Tensor]  # the variance of d y_t / dt, computed when it is asked for
+    flow: Callable[[], Tensor]  # F, the variance of d y_t / dt, computed on demand
 
 
 def wiener_error(signal: Tensor, power: Tensor, noise: Tensor) -> Tensor:
     """Return P gamma^2 / (lambda^2 P + gamma^2), the error variance of the Wiener estimate of x_0.
 
     Args:
-        signal, power, noise: lambda_t, P and gamma_t^2 of each eigenvalue.
+        signal, power, noise: lambda_t, P and gamma_t^2 at each eigenvalue.
     """
     return power * noise / (signal**2 * power + noise)
 
 
 def visible_noise(process: Process, t: Tensor, mu: Tensor, spectrum: DataSpectrum) -> Tensor:
-    """Return gamma_t^2, or the variance of rounding errors where there is no noise."""
+    """Return gamma_t^2 at the eigenvalues mu, or the variance of rounding errors where there is no noise."""
     noise = process.noise_scale(t, mu) ** 2
     return torch.where(noise > 0, noise, _ROUNDING * spectrum.variance)
 
@@ -91,7 +92,7 @@ def moments(process: Process, operator: Operator, t: Tensor, spectrum: DataSpect
 
 @dataclass(frozen=True)
 class Scalings:
-    """c_skip, c_out, c_in and the loss weight, ``(B, 1, 1, 1)``; and w, None for 1."""
+    """c_skip, c_out, c_in and the loss weight, ``(B, 1, 1, 1)``, and w, or None for w = 1; see `targets`."""
 
     skip: Tensor
     out: Tensor
@@ -106,7 +107,8 @@ def plain_scalings(m: Moments, scale_input: bool = True) -> Scalings:
 
 
 def steepest_blur(process: Process, scales: Tensor) -> float:
-    """Return the log of the largest factor by which a step between `scales` (descending) blurs beyond the mean."""
+    """Return the log of the largest factor by which a step between `scales` (descending) damps a frequency, relative to
+    the mean intensity."""
     largest = process.operator().eigenvalues(64, 64, scales.device).max()
     mu = largest * torch.linspace(0, 1, 24, dtype=torch.float64, device=scales.device) ** 3
     log_rho = Step(process, scales[1:], scales[:-1]).log_rho(mu)

@@ -19,10 +19,10 @@ GAP = 2
 
 
 class TaskLine:
-    """Display of one task in one line, which omits less important parts as a whole if there is no room.
+    """Display of one task in one line, which omits whole parts, the least important first, if there is no room.
 
-    Omitted are first the time passed, then the bar, then figures, the last one first, then the rate. Counts and the
-    time left are always shown; a description is shortened before it is omitted.
+    The order of omission is elapsed time, bar, figures (last one first), rate. Counts and the remaining time are always
+    shown; a description is shortened before it is omitted.
 
     Args:
         task: the task, optionally with the fields `unit`, the unit of the rate, and `figures`, a list of short texts.
@@ -98,7 +98,7 @@ class LineProgress(Progress):
 
 
 def progress_bar(shown: bool = True) -> Progress:
-    """Return a progress bar with counts, rate, time passed and time left."""
+    """Return a progress bar with counts, rate, elapsed and remaining time; with `shown` False it displays nothing."""
     return LineProgress(disable=not shown)
 
 
@@ -107,10 +107,10 @@ FIRST_LINE, NEXT_LINES = 5.0, 30.0
 
 
 class Report:
-    """Progress display of several parts: name, count, total, rate and time left of each.
+    """Progress display of several parts: name, count, total, rate and remaining time of each.
 
-    A context manager. In a terminal, each part has a bar. Elsewhere, as in a log file, a part that takes longer than
-    `FIRST_LINE` seconds prints a line every `NEXT_LINES` seconds, and one at its end.
+    It is a context manager. In a terminal, each part has a bar. Elsewhere, as in a log file, a part that takes longer
+    than `FIRST_LINE` seconds prints a line every `NEXT_LINES` seconds, and one at its end.
 
     Args:
         clock: a clock in seconds; tests pass their own.

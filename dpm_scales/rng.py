@@ -1,9 +1,9 @@
-"""White noise that depends on a seed, a sample's number and the draw's number alone.
+"""White noise that depends only on a seed, the number of a sample and the number of a draw.
 
 Sampling with it gives the same image for the same (seed, number), in batches of any size and on any number of devices;
-a training image gets the same noise whichever process it falls to.
-A counter-based generator: the state is a counter, hashed by SplitMix64's finaliser (Steele et al. 2014), in integer
-arithmetic that wraps, so every device draws the same bits, and all samples are drawn in one operation.
+a training image gets the same noise whichever process handles it.
+It is a counter-based generator: the state is a counter, hashed by SplitMix64's finaliser (Steele et al. 2014) in
+integer arithmetic that wraps, so every device draws the same bits, and all samples are drawn in one operation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift to the right logically; torch's shift is arithmetic."""
+    """Return x shifted to the right logically; torch's shift is arithmetic."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
@@ -37,11 +37,11 @@ class CounterRNG:
     Args:
         seed: any integer from 0 to 2^63 - 1.
         count: number of samples B, >= 1.
-        first: number of the first one, >= 0.
-        device: where the noise is made.
-        stride: between numbers, >= 1; the number of processes that share a batch.
+        first: number of the first sample, >= 0.
+        device: device on which the noise is drawn.
+        stride: difference between successive numbers, >= 1; the number of processes that share a batch.
 
-    Raises: UserError for anything else.
+    Raises: UserError for other arguments.
     """
 
     def __init__(
@@ -70,13 +70,14 @@ class CounterRNG:
         return (radius * torch.cos(2 * math.pi * self.uniform(shape))).to(dtype)
 
     def normal_float32(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Draw ``(B, *shape)`` standard normal for training, several times faster, at most 6.7.
+        """Draw ``(B, *shape)`` standard normal for training, several times faster, of magnitude at most 6.7.
 
-        64 random bits make two numbers, radius and angle from 32 each (Box-Muller), in float32: devices round apart.
+        64 random bits give two numbers, radius and angle using 32 each (Box-Muller), in float32, in which devices
+        round differently.
         """
         size = math.prod(shape)
         bits = self._bits((size + 1) // 2)
-        # half a step off zero, whose logarithm is infinite
+        # half a step away from zero, whose logarithm is infinite
         radius = _shift(bits, 32).to(torch.float32).add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
         angle = bits.bitwise_and_(0xFFFFFFFF).to(torch.float32).mul_(2 * math.pi * 2.0**-32)
         pair = torch.cat([torch.cos(angle).mul_(radius), angle.sin_().mul_(radius)], 1)
@@ -85,7 +86,7 @@ class CounterRNG:
     def _bits(self, size: int) -> Tensor:
         """Draw ``(B, size)`` integers of 64 random bits."""
         self._draws += 1
-        # the product wraps as a tensor; as a Python number it would leave 64 bits
+        # the product wraps as a tensor; as a Python number it would exceed 64 bits
         number = torch.full((), self._draws, dtype=torch.int64, device=self.device)
         streams = _mix(self._keys + number * _GOLDEN)
         counters = torch.arange(1, size + 1, dtype=torch.int64, device=self.device) * _GOLDEN
@@ -93,7 +94,7 @@ class CounterRNG:
 
 
 Randomness = torch.Generator | CounterRNG | None
-"""Source of a law's draws: torch's own generator, or one that counts by sample."""
+"""Source of a law's random numbers: torch's generator (None for its default one), or one with a stream per sample."""
 
 
 def white_noise(like: Tensor, randomness: Randomness) -> Tensor:

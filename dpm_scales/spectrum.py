@@ -1,10 +1,10 @@
 r"""The power spectrum of the data over the eigenvalues of the operator: P(mu), measured from training images.
 
 Images have most of their power at low frequencies, and a process that blurs treats frequencies differently; so the
-preconditioning (`targets`) asks for P(mu) where EDM's asks for one number (Karras et al. 2022, Table 1).
+preconditioning (`targets`) uses P(mu) where EDM's uses one number (Karras et al. 2022, Table 1).
 
-P is kept as the factor by which a frequency exceeds white data of the same variance, at knots that are evenly spaced in
-log mu, and once more at mu = 0, the mean intensity. Until it is measured, data are taken to be white.
+P is stored relative to white data of the same variance, at knots that are evenly spaced in log mu, and separately at
+mu = 0, the mean intensity. Until it is measured, data are assumed to be white.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dpm_scales.schedules.base import HIGHEST, LOWEST, on_log_knots
 KNOTS = 25
 
 _SMALLEST = 1e-6
-"""Least power in units of white data: below it 8-bit images are rounded."""
+"""Lowest power relative to white data; below it, 8-bit images are dominated by rounding."""
 
 
 class DataSpectrum(nn.Module):
@@ -31,7 +31,7 @@ class DataSpectrum(nn.Module):
     Args:
         std: standard deviation of the pixels of the training images, > 0.
 
-    Raises: UserError for another std.
+    Raises: UserError for an invalid std.
     """
 
     std: Tensor
@@ -46,24 +46,26 @@ class DataSpectrum(nn.Module):
 
     @property
     def variance(self) -> Tensor:
-        """P averaged over the spectrum, float64 ``()``."""
+        """Return P averaged over the spectrum, float64 ``()``."""
         return self.std.to(torch.float64) ** 2
 
     def forward(self, mu: Tensor) -> Tensor:
-        """Return P(mu), float64, of the shape of mu."""
+        """Return P(mu), float64, in the shape of mu."""
         return self.variance * torch.exp(on_log_knots(self.log_factor.to(torch.float64), mu))
 
     def on(self, mu: Tensor) -> Tensor:
-        """Return P at an operator's eigenvalues; the data's variance if there is a single one, for all frequencies."""
+        """Return P at an operator's eigenvalues; if there is a single one, for all frequencies, the data's variance."""
         return self.variance.expand(mu.shape) if mu.numel() == 1 else self(mu)
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Measure P as a share of the variance.
+        """Measure P relative to the variance, which is not changed.
 
         Args:
-            batches: images in whitened coordinates without their steady state, ``(N, C, H, W)`` of one size, and their
+            batches: images in whitened coordinates minus their steady state, ``(N, C, H, W)`` of one size, and their
                 mean intensities ``(N, C)``.
+
+        Raises: UserError if there are no images.
         """
         operator, number = HeatOperator(), 0
         squares = first = second = torch.zeros(())
@@ -83,12 +85,12 @@ class DataSpectrum(nn.Module):
         if len(mu) > 1:
             knots = torch.linspace(LOWEST, HIGHEST, KNOTS, dtype=torch.float64, device=mu.device)
             log_mu = mu[1:].log()
-            # beyond the image's own frequencies P is that of its lowest and highest
+            # beyond the image's frequencies P is that of its lowest and highest one
             inside = torch.minimum(torch.maximum(knots, log_mu.min()), log_mu.max())
             distance = (inside[:, None] - log_mu) / (0.5 * (knots[1] - knots[0]))
             curve = _local_lines(torch.softmax(-0.5 * distance**2, -1), distance, log_factors[1:])
         self.log_factor.copy_(torch.cat([log_factors[:1], curve]))
-        # smoothing has changed the mean: restore it
+        # smoothing changes the mean, which is restored here
         self.log_factor.sub_((self(mu).mean() / self.variance).log())
 
 

@@ -1,4 +1,4 @@
-"""Write files and folders of commands: atomically, and never through a link.
+"""Write the files and folders of commands atomically, and never through a link.
 
 Everything that a command writes into a folder is opened here. A folder may come from a stranger, who can put a link,
 a pipe or a device in place of any file or folder that will be written or read.
@@ -20,7 +20,7 @@ import yaml
 
 from dpm_scales.errors import UserError, require
 
-#: flags for opening files; some lack on Windows, where a stranger's archive can't create links without extra rights
+#: flags for opening files; Windows lacks some, but there a stranger's archive can't create links without extra rights
 SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _KINDS = {
     stat.S_IFLNK: "a link",
@@ -31,7 +31,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-#: links that may remain: Weights & Biases recreates this one, to its service's log, for each run and never opens it
+#: links that are tolerated: Weights & Biases recreates this one, to its service's log, for each run and never opens it
 KEPT_LINKS = ("debug-core.log",)
 _TEMPORARY = ".{name}.{mark}.tmp"
 DATA_CACHE = "DPM_SCALES_CACHE"
@@ -80,7 +80,7 @@ _GUARDS: list[_Guard] = []
 
 @contextmanager
 def guarded(folder: str | Path) -> Iterator[None]:
-    """Restrict this module's writes below `folder` to real folders, and to the time while `folder` stays in its place.
+    """Restrict this module's writes below `folder` to real folders, and refuse them once `folder` is gone.
 
     `folder` itself may be a link, since the user named it. `check_folder` checks what it already contains.
 
@@ -137,7 +137,7 @@ def entries_below(folder: str | Path) -> Iterator[tuple[os.DirEntry[str], str | 
 
 
 def check_names(folder: str | Path, names: Iterable[str]) -> None:
-    """Raise UserError if an entry is neither a file nor a folder; for names that other libraries will write."""
+    """Raise UserError if one of these names, which other libraries will write, is neither a file nor a folder."""
     for name in names:
         kind = kind_of(Path(folder, name))
         require(kind in (None, "a file", "a folder"), refusal(Path(folder, name), str(kind)))
@@ -212,16 +212,16 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 def _not_written(path: Path, error: OSError) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    hint = "free some space; what was there is as it was" if full else "choose a writable place"
+    hint = "free some space; existing files are unchanged" if full else "choose a writable place"
     return UserError(f"cannot write {path}: {error.strerror or error}; {hint}")
 
 
 def open_sized(path: str | Path, size: int) -> int:
-    """Open a file of `size` bytes for reading and writing at any place, by several processes; return its descriptor.
+    """Open a file of `size` bytes for random access by several processes, and return its descriptor.
 
-    A new file holds zeros. Its place on the disk is taken at once, so that later writes can't fill the disk.
+    A new file holds zeros. Its disk space is allocated at once, so that later writes can't fill the disk.
 
-    Raises: UserError if the file can't be made (permissions, full disk), or if a link is in its place.
+    Raises: UserError if the file can't be created (permissions, full disk), or if a link is in its place.
     """
     path, new = Path(path), False
     try:
@@ -257,7 +257,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`; on leaving it is renamed to `folder`. If the body raises, it is removed.
+    """Yield an empty folder beside `folder`, which is renamed to `folder` at the end, or removed if the body raises.
 
     Raises: UserError if `folder` exists and is not an empty folder, or can't be created.
     """
@@ -311,11 +311,11 @@ def open_regular(path: str | Path) -> BinaryIO:
     kind = kind_of(os.path.realpath(path))
     if kind not in ("a file", "a folder", None):
         raise UserError(f"{path} is {kind}, where a file belongs; remove it")
-    # checked again once open: another process may have replaced it
+    # checked again after opening, since another process may have replaced it
     file = open(os.open(path, os.O_RDONLY | (SAFE & ~getattr(os, "O_NOFOLLOW", 0))), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise UserError(f"{path} is no file; remove it")
+        raise UserError(f"{path} is not a regular file; remove it")
     return file
 
 
@@ -343,12 +343,12 @@ def kind_of(path: str | Path) -> str | None:
 
 
 def refusal(path: str | Path, kind: str) -> str:
-    """Return why nothing is written to `path`, which is `kind`, such as "a link"."""
+    """Return a message that refuses to write to `path`, which is `kind`, such as "a link"."""
     return f"{str(path)!r} is {kind}, and nothing is written through it; remove it, or choose another folder"
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush a folder to disk, so that a renaming in it is durable, where the file system supports it."""
+    """Flush a folder to disk, so that a rename in it is durable, if the file system supports it."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -358,16 +358,16 @@ def _sync_folder(folder: Path) -> None:
 
 
 MAX_CONFIG_BYTES = 2**20
-#: the loader of `yaml.safe_load`, in C where PyYAML has it: eight times faster
+#: the loader of `yaml.safe_load`, in C if PyYAML has it, which is eight times faster
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the plain values of a YAML file, constructing no objects. Raises UserError for any other file."""
+    """Return the plain values of a YAML file, without constructing objects. Raises UserError for any other file."""
     try:
         with open_regular(path) as file:
             text = file.read(MAX_CONFIG_BYTES + 1)
-        require(len(text) <= MAX_CONFIG_BYTES, f"{path} is larger than {MAX_CONFIG_BYTES} bytes: no config of ours")
+        require(len(text) <= MAX_CONFIG_BYTES, f"{path} is larger than {MAX_CONFIG_BYTES} bytes, not a config")
         return yaml.load(text.decode(), Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError, OSError, TypeError) as error:
         if isinstance(error, UserError):

@@ -1,4 +1,4 @@
-"""Write tables: as CSV text without cells that a spreadsheet would interpret as formulas, and as short cells."""
+"""Format tables: as CSV text whose cells no spreadsheet interprets as formulas, and with short cells."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-r"""Regression targets of the network, and the way from its output to the clean image at the target scale.
+r"""Regression targets of the network, and the conversion of its output to the mean m_s at the next scale.
 
 A sampler needs only m_s = lambda_s(L) y_0-hat; at s = 0 that is y_0-hat. With F the network, and c_skip, c_out, c_in
 scalars of t,
 
-    prediction = c_skip z + c_out F(c_in z, t),     loss = weight * mean (prediction - truth)^2
+    prediction = c_skip z + c_out F(c_in z, t),     loss = weight * mean (prediction - regression target)^2
 
 (lam, gam: lambda, gamma.)
 
-| target | truth | m_s | c_skip | c_out | weight |
+| target | regression target | m_s | c_skip | c_out | weight |
 |---|---|---|---|---|---|
 | Clean, "scalar" | x_0 | lambda_s(L) x_0-hat | S / V | sqrt(D) | 1 / D |
 | Clean, "wiener" | x_0 | lambda_s(L) x_0-hat | 1 | sqrt(D) | 1 / D |
@@ -15,27 +15,26 @@ scalars of t,
 | Noise | eps | (y_t - gamma_t eps-hat) / rho | 0 | 1 | 1 |
 | Velocity | lam_t eps - gam_t y_0 | lam_s (lam_t y_t - gam_t v-hat) / (lam_t^2 + gam_t^2) | 0 | 1 | 1 |
 | Flow | lam' y_0 + gam' eps | lam_s (gam' y_t - gam_t v-hat) / (lam_t gam' - lam' gam_t) | 0 | sqrt(F) | 1 / F |
-| NextScale | m_s - x_t at s = t - 1/K | x_t + the answer | 0 | sqrt(R) | 1 / R or 1 |
+| NextScale | m_s - x_t at s = t - 1/K | x_t + prediction | 0 | sqrt(R) | 1 / R or 1 |
 
-The network sees c_in z and the prediction starts from c_skip z, with z = w(L) y_t in pixels. Mostly w = 1, z = x_t and
-c_in = 1 / sqrt(V); "wiener" takes for z the Wiener estimate of x_0, all that linear filtering can do:
+The network receives c_in z and the prediction starts from c_skip z, with z = w(L) y_t in pixels. By default w = 1,
+z = x_t and c_in = 1 / sqrt(V); with "wiener", z is the Wiener estimate of x_0, the optimum of linear filtering:
 
     w = lambda_t P / (lambda_t^2 P + gamma_t^2),    c_in = 1 / sqrt(Z)
 
-"spectral" is the same in the DCT where the operator has no spectrum of its own.
+"spectral" is the same in the DCT, for operators with a single eigenvalue.
 
-P(mu) is the variance of the data at each frequency, measured (`spectrum`). Averages over the spectrum: V = Var(x_t),
-S = Cov(x_0, x_t), D = Var(x_0 - c_skip z), Z = Var(z), R = Var(m_s - x_t), F = Var(v).
-Where lambda and gamma do not depend on mu,
-"wiener" and "scalar" are one, and exactly EDM's (Karras et al. 2022, Table 1), for any a_t:
+P(mu) is the measured variance of the data at each frequency (`spectrum`). Averages over the spectrum are V = Var(x_t),
+S = Cov(x_0, x_t), D = Var(x_0 - c_skip z), Z = Var(z), R = Var(m_s - x_t), F = Var(v). Where lambda and gamma do not
+depend on mu, "wiener" and "scalar" coincide and are exactly EDM's (Karras et al. 2022, Table 1), for any a_t:
 c_skip w = a s^2 / (a^2 s^2 + gamma^2), c_out = gamma s / sqrt(a^2 s^2 + gamma^2), c_in w = 1 / sqrt(V).
 
-Under blur and a little constant noise x_t is smooth, and its faint frequencies are lost to the network beside the
-strong ones; z is sharpened down to the noise. Under scheduled noise the raw pixels carry more information only where
-the data are nearly white, as 8 px digits are.
+Under blur and a little constant noise x_t is smooth, and to the network its strong frequencies hide the faint ones; z
+is sharpened down to the noise. Under scheduled noise the raw pixels carry more information only if the data are nearly
+white, like 8 px digits.
 
-The Clean target never divides, so it is the robust one under blur: errors of a noise estimate are amplified by 1 / rho
-at high frequencies. The noise target's division is by rho, the factor of one step, never by lambda_t.
+The Clean target never divides, which makes it robust under blur: errors of a noise estimate are amplified by 1 / rho at
+high frequencies. The noise target divides by rho, the factor of one step, never by lambda_t.
 """
 
 from __future__ import annotations
@@ -55,9 +54,9 @@ from dpm_scales.operators import Operator, spectral_of
 from dpm_scales.processes import Process, Step
 from dpm_scales.spectrum import DataSpectrum
 
-#: a step that blurs a frequency by more than this leaves nothing of it to divide by
+#: largest factor by which a step may blur a frequency that is divided by what is left of it
 MAX_DIVISION = 1e6
-#: least gain for which "auto" takes the estimate: MNIST gains at 1.11, and 8 px digits, at most 1.09, do not
+#: smallest gain for which "auto" chooses the Wiener estimate: MNIST benefits at 1.11, 8 px digits (up to 1.09) do not
 WORTHWHILE = 1.1
 PRECONDITIONINGS = ("auto", "scalar", "wiener", "spectral", "none")
 
@@ -89,24 +88,24 @@ class Target(Describable, ABC):
         """Raise UserError if a sampler can't go through `scales` (descending to 0) with this target."""
 
     def resolve_auto(self, process: Process, spectrum: DataSpectrum, size: tuple[int, int]) -> dict[str, str]:
-        """Resolve "auto" arguments by the data's spectrum, for images of `size` (H, W); return them by name."""
+        """Resolve "auto" arguments from the data's spectrum, for images of `size` (H, W); return them by name."""
         return {}
 
     def basis(self, operator: Operator) -> Operator:
-        """Return the operator on whose eigenvalues the moments are taken, and by which the filter w acts."""
+        """Return the operator at whose eigenvalues the moments are taken, and of which the filter w is a function."""
         return operator
 
     def scalings(self, m: Moments) -> Scalings:
         return plain_scalings(m)
 
     def noise_errors(self, signal: Tensor, noise: Tensor) -> Tensor:
-        """Return the squared error of eps for a unit squared error of the prediction, from lambda_t and gamma_t.
+        """Return the squared error of eps for a unit squared error of the prediction, given lambda_t and gamma_t.
 
-        Raises: UserError where the prediction does not say what eps is.
+        Raises: UserError if the prediction does not determine eps.
         """
         raise UserError(
-            f"a loss weight by the signal-to-noise ratio speaks of the clean image, and the {type(self).__name__} "
-            "target of another; use target=clean, noise or velocity, or weight=target"
+            f"a loss weight by the signal-to-noise ratio needs an estimate of the clean image, and the "
+            f"{type(self).__name__} target gives none; use target=clean, noise or velocity, or weight=target"
         )
 
     def noise_errors_at(self, process: Process, t: Tensor, mu: Tensor) -> Tensor:
@@ -131,9 +130,10 @@ class Clean(Target):
 
     Args:
         preconditioning: "scalar" (EDM's), "wiener", "spectral", "none", or "auto", see `resolve_auto`. "spectral" is
-            "wiener" in the DCT where the operator has no spectrum of its own, as that of VP and VE.
-        clip: clip the estimate to the process's value range while sampling.
-        scale_input: divide the network's input by its standard deviation; False only with preconditioning "none".
+            "wiener" in the DCT, for operators with a single eigenvalue, such as those of VP and VE.
+        clip: whether to clip the estimate to the process's value range during sampling.
+        scale_input: whether to divide the network's input by its standard deviation; False only with preconditioning
+            "none".
 
     Raises: UserError for other values.
     """
@@ -150,10 +150,10 @@ class Clean(Target):
     def resolve_auto(self, process: Process, spectrum: DataSpectrum, size: tuple[int, int]) -> dict[str, str]:
         """Resolve "auto" to "wiener", "spectral" or "scalar".
 
-        An estimate by frequency where the noise is constant, so that only blur distinguishes the scales, and where it
-        leaves less than 1 / `WORTHWHILE` of the error of the best scalar, in the geometric mean over the scales: a
-        fifth of it for photos, two thirds for MNIST, most of it for 8 px digits. It is "spectral" where the operator
-        has a single eigenvalue, else "wiener".
+        The Wiener estimate is chosen if the noise is constant, so that only blur distinguishes the scales, or if its
+        error is less than 1 / `WORTHWHILE` of that of the best scalar, in the geometric mean over the scales: a fifth
+        for photos, two thirds for MNIST, nearly the same for 8 px digits. It is "spectral" if the operator has a single
+        eigenvalue, otherwise "wiener".
         """
         if self.preconditioning == "auto":
             k = torch.linspace(1, process.num_scales, min(50, process.num_scales), dtype=torch.float64)
@@ -194,12 +194,13 @@ class Clean(Target):
 
 
 class _Mixed(Target):
-    """A prediction that holds noise, from which the estimate of the clean image follows by arithmetic.
+    """A prediction that contains noise, from which the estimate of the clean image is computed.
 
     Args:
-        clip: clip this estimate to the process's value range while sampling, as DDPM's code does; only without blur.
-        scale_input: divide the network's input by its standard deviation; False as in DDPM's code, which gives the
-            network x_t itself.
+        clip: whether to clip this estimate to the process's value range during sampling, as DDPM's code does; only
+            without blur.
+        scale_input: whether to divide the network's input by its standard deviation; DDPM's code does not, and gives
+            the network x_t itself.
     """
 
     name: ClassVar[str]
@@ -291,9 +292,9 @@ class Velocity(_Mixed):
 class Flow(_Mixed):
     """v = d y_t / dt = lambda'_t(L) y_0 + gamma'_t(L) eps, the velocity of flow matching (Lipman et al. 2023).
 
-    With D = lambda gamma' - lambda' gamma > 0: y_0 = (gamma' y - gamma v) / D. For `Rectified` without blur that is
+    With D = lambda gamma' - lambda' gamma > 0: y_0 = (gamma' y - gamma v) / D. For `Rectified` without blur,
     v = eps - x_0 and D = 1. The output is scaled by the standard deviation of v, a constant for `Rectified`.
-    Arguments are those of `_Mixed`.
+    Arguments are as for `_Mixed`.
     """
 
     name = "flow"
@@ -340,7 +341,7 @@ class NextScale(Target):
     """The step to the next finer scale, m_s - x_t in pixels, s = t - 1 / num_scales (Rissanen et al. 2023, Eq. (9)).
 
     Args:
-        equal_weight: give every scale the same weight, rather than the published unweighted pixel loss.
+        equal_weight: whether to weight all scales equally, instead of the published unweighted pixel loss.
     """
 
     def __init__(self, equal_weight: bool = False) -> None:
@@ -365,7 +366,7 @@ class NextScale(Target):
         self.check_steps(process, len(scales) - 1)
 
     def check_steps(self, process: Process, steps: int) -> None:
-        """Raise UserError unless `steps` is the whole chain: the network has learnt single steps only."""
+        """Raise UserError unless `steps` is the whole chain, since the network has learnt single steps only."""
         if steps != process.num_scales:
             raise UserError(
                 f"a network trained on the finer-scale target has learnt steps of 1/{process.num_scales} only, "
@@ -374,4 +375,4 @@ class NextScale(Target):
 
 
 FinerScale = NextScale
-"""The name of the first release."""
+"""Name of `NextScale` in the first release."""

@@ -1,7 +1,7 @@
-r"""Weights of the scales in the loss: published ones, as functions of the signal-to-noise ratio.
+r"""Weights of the scales in the loss: published ones, as functions of the signal-to-noise ratio, and a learned one.
 
-A weight is published for one of the targets and holds for all: the squared errors of x_0, eps and v at a given x_t
-are fixed multiples of each other. With SNR = lambda^2 / gamma^2 and the weight w of eps's squared error,
+A weight is published for one target and applies to all, since the squared errors of x_0, eps and v at a given x_t are
+fixed multiples of each other. With SNR = lambda^2 / gamma^2 and the weight w of eps's squared error,
 
 | weight | w(SNR), of eps | of x_0: w SNR | of v, variance preserving: w SNR / (SNR + 1) | source |
 |---|---|---|---|---|
@@ -10,12 +10,11 @@ are fixed multiples of each other. With SNR = lambda^2 / gamma^2 and the weight 
 | FlowLoss | (D / lambda)^2, D = lambda gamma' - lambda' gamma | (D / gamma)^2 | ... | Li & He 2025 |
 | EDM | 1 + 1 / (s^2 SNR) | SNR + 1 / s^2 | ... | Karras et al. 2022, Table 1 |
 
-s is the data's standard deviation. For any process v = lambda eps - gamma y_0, and a unit squared error of v is
-lambda^2 / (lambda^2 + gamma^2)^2 of eps.
+s is the data's standard deviation. For any process v = lambda eps - gamma y_0, and a unit squared error of v
+corresponds to a squared error of lambda^2 / (lambda^2 + gamma^2)^2 of eps.
 
-Under blur each frequency has its own SNR. There a scale's weight is the mean of its frequencies' weights, each counted
-by the data's power P(mu) (`spectrum`): a weight is an average over the share of the image that a scale still shows.
-Where lambda and gamma do not depend on mu that is the published weight.
+Under blur each frequency has its own SNR. The weight of a scale is then the mean of its frequencies' weights, weighted
+by the data's power P(mu) (`spectrum`). Where lambda and gamma do not depend on mu this is the published weight.
 
 `Learned` fits the weights to the losses, for any process.
 """
@@ -36,7 +35,7 @@ from dpm_scales.schedules import require_finite, require_positive
 from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Target
 
-_FAINT = 1e-100  # least signal, which is divided by
+_FAINT = 1e-100  # smallest signal scale to divide by
 _LARGEST = 1e12  # beyond it float32 gradients overflow in the optimiser
 
 
@@ -62,7 +61,7 @@ class LossWeight(Describable, ABC):
         )
 
     def of_curves(self, process: Process, t: Tensor, mu: Tensor, variance: Tensor) -> Tensor:
-        """Return w at scales t ``(B,)`` and eigenvalues mu, ``(B, 1, *mu.shape)`` or with trailing sizes of one."""
+        """Return w at scales t ``(B,)`` and eigenvalues mu: ``(B, 1, *mu.shape)``, trailing dimensions possibly one."""
         signal, noise = process.signal_scale(t, mu).clamp(min=_FAINT), process.noise_scale(t, mu)
         return self.of_noise((signal / noise) ** 2, variance)
 
@@ -71,8 +70,8 @@ class LossWeight(Describable, ABC):
         """Return w > 0 of the shape of `snr`.
 
         Args:
-            snr: signal-to-noise ratios lambda^2 / gamma^2 > 0, float64 ``(B, 1, h, w)``, of the eigenvalues.
-            variance: of the data, ``()``, in squared units of the process's value range.
+            snr: signal-to-noise ratios lambda^2 / gamma^2 > 0 at the eigenvalues, float64 ``(B, 1, h, w)``.
+            variance: variance of the data, ``()``, in squared units of the process's value range.
         """
 
     def __call__(
@@ -97,15 +96,15 @@ class LossWeight(Describable, ABC):
         return (weight * power).sum((-2, -1), keepdim=True) / power.sum()
 
     def balanced(self, loss: Tensor, process: Process, t: Tensor) -> Tensor:
-        """Return what is minimised in place of the weighted losses ``(B,)`` of images at t ``(B,)``: the losses."""
+        """Return the losses to minimise, ``(B,)``, from the weighted losses at scales t ``(B,)``; by default these."""
         return loss
 
 
 class MinSNR(LossWeight):
-    """Min-SNR-gamma: no scale counts more than the one of SNR = gamma (Hang et al. 2023).
+    """Min-SNR-gamma: no scale's error of x_0 weighs more than at SNR = gamma (Hang et al. 2023).
 
     Args:
-        gamma: published 5, > 0.
+        gamma: > 0, published as 5.
     """
 
     def __init__(self, gamma: float = 5.0) -> None:
@@ -117,11 +116,11 @@ class MinSNR(LossWeight):
 
 
 class P2(LossWeight):
-    """Perception prioritised: scales that only clean imperceptible detail count less (Choi et al. 2022).
+    """Perception prioritised: scales that only remove imperceptible noise weigh less (Choi et al. 2022).
 
     Args:
-        gamma: strength, published 0.5 or 1, >= 0; 0 weights all errors of eps alike.
-        k: published 1, > 0.
+        gamma: strength, >= 0, published as 0.5 or 1; 0 weights all errors of eps equally.
+        k: > 0, published as 1.
     """
 
     def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
@@ -137,7 +136,7 @@ class P2(LossWeight):
 class EDM(LossWeight):
     """Unit expected loss of a new network at every scale, for any target (Karras et al. 2022).
 
-    The Clean target's own weight is the same where nothing blurs.
+    The Clean target's own weight is the same for processes without blur.
     """
 
     def of_noise(self, snr: Tensor, variance: Tensor) -> Tensor:
@@ -150,7 +149,7 @@ class FlowLoss(LossWeight):
     With D = lambda gamma' - lambda' gamma an error of x_0 is D / gamma times as large in v: 1 / t for `Rectified`.
 
     Args:
-        max_weight: largest weight of the error of x_0, > 0; published (1 / 0.05)^2 = 400.
+        max_weight: largest weight of the error of x_0, > 0; published as (1 / 0.05)^2 = 400.
     """
 
     def __init__(self, max_weight: float = 400.0) -> None:
@@ -172,15 +171,15 @@ class FlowLoss(LossWeight):
 class Learned(LossWeight, nn.Module):
     """Learned uncertainty (Kendall et al. 2018; Karras et al. 2024, EDM2, Eq. 21): loss / exp(u(t)) + u(t).
 
-    It is least where exp(u(t)) is the expected loss at scale t, so that all scales contribute alike whatever their
-    losses are. The loss is that of the target's own weight. u is a cosine series in t and in log t, 0 at first; its
-    coefficients are trained with the network and stored in checkpoints, and are no part of the exported model. Works
-    with any process, also without noise. The training loss may be negative.
+    It is minimal where exp(u(t)) is the expected loss at scale t, so that all scales contribute equally, whatever their
+    losses. The loss is that with the target's own weight. u is a cosine series in t and in log t, initially 0; its
+    coefficients are trained with the network and stored in checkpoints, but not in the exported model. It works with
+    any process, also without noise. The training loss can be negative.
 
     Args:
-        terms: of each of the two series, from 1.
+        terms: number of terms of each of the two series, at least 1.
 
-    Raises: UserError for another number of terms.
+    Raises: UserError for an invalid number of terms.
     """
 
     replaces = False
@@ -189,7 +188,7 @@ class Learned(LossWeight, nn.Module):
         nn.Module.__init__(self)
         require(is_whole(terms, 1), f"Learned: terms must be a whole number from 1, got {terms!r}")
         self.terms = terms
-        # a module, not a parameter alone: FSDP gathers the weights of the modules that it sees called
+        # a module rather than a parameter, since FSDP gathers weights when a module is called
         self.series = nn.Linear(2 * terms, 1, bias=False)
         nn.init.zeros_(self.series.weight)
 
