@@ -151,7 +151,7 @@ class ErrorVariance(Float64Module):
         """Return v, float64 ``(B | 1, 1, H, W)``, in squared units of the value range.
 
         Args:
-            t: ``()`` or ``(B,)``; below the first scale of the table, its r is used.
+            t: ``()`` or ``(B,)``; below the first scale of the table, r is that of this first scale.
             mu: eigenvalues of the DCT coefficients, ``(H, W)``, also if the process has a single eigenvalue.
         """
         at, last = t.reshape(-1), len(self.scales) - 1

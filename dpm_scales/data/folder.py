@@ -94,7 +94,7 @@ def _crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator | None)
 
 
 class FileImages(ReplacedImages):
-    """Some files of a store; with `on_error`, an unreadable one raises or is replaced by the next readable one."""
+    """Some files of a store; an unreadable one raises or is replaced by the next readable one, see `on_error`."""
 
     def __init__(
         self, store: ImageStore, names: Sequence[str], labels: Sequence[int] | None, view: View, on_error: str

@@ -143,7 +143,7 @@ def between(
     weight: Tensor,
     context: Context,
 ) -> Tensor:
-    """Return y_t between two images, whose means are interpolated linearly and whose noise along the arc.
+    """Return y_t between two images: means are interpolated linearly, noise along the arc.
 
     Args:
         ends: both images in pixels, ``(B, C, H, W)``.

@@ -109,7 +109,7 @@ def rehearse(
 
 
 def described(chosen: Extractor | Metric) -> dict[str, Any] | None:
-    """Return the class and options of a feature network or metric from outside this package; None for its own ones."""
+    """Return the class and options of a feature network or metric from outside this package, None for one of it."""
     kind = type(chosen)
     if kind.__module__.partition(".")[0] == "dpm_scales":
         return None

@@ -148,7 +148,7 @@ class Process(Describable, nn.Module):
 
     @property
     def is_scalar(self) -> bool:
-        """Return whether logSNR changes equally at all eigenvalues between scales, as if only white noise is added."""
+        """Return whether logSNR changes equally at all eigenvalues between scales, as with white noise and no blur."""
         return self.blur is None and self.clock is None and (self.color is None or self.color.is_fixed)
 
     def context_from(self, x: Tensor, noise: CounterRNG) -> Context:

@@ -153,7 +153,7 @@ class Heun(DDIM):
     - variable="noise":  w = (exp(h) - 1) / 2, the trapezoid in gamma / lambda, exactly EDM's;
     - variable="logsnr": w = 1 - (1 - exp(-h)) / h, the exponential integrator of the same order: bounded where a step
       spans many nats, as at the high frequencies of a blur;
-    - variable=None: "noise" for a process without blur, otherwise "logsnr".
+    - variable=None: "noise" if logSNR changes equally at all frequencies (`Process.is_scalar`), otherwise "logsnr".
 
     With "noise", w = 0 where scale s has no noise, as in EDM's last step, and where scale t is pure noise.
 
