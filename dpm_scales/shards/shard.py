@@ -191,7 +191,7 @@ def parse_label(content: bytes, field: str | None) -> int:
     try:
         held = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError("its label is not JSON") from error
+        raise UserError("its label is no JSON") from error
     value = held.get(field) if isinstance(held, dict) else None
     ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_CLASSES
     require(ok, f"the field {field!r} of its label is {value!r:.40}, no number of a class")
