@@ -151,9 +151,9 @@ class Clean(Target):
         """Resolve "auto" to "wiener", "spectral" or "scalar".
 
         The Wiener estimate is chosen if the noise is constant, so that only blur distinguishes the scales, or if its
-        error is less than 1 / `WORTHWHILE` of that of the best scalar, in the geometric mean over the scales: a fifth
-        for photos, two thirds for MNIST, nearly the same for 8 px digits. It is "spectral" if the operator has a single
-        eigenvalue, otherwise "wiener".
+        error is less than 1 / `WORTHWHILE` of that of the best scalar, in the geometric mean over the scales: 0.4 (vp)
+        to 0.6 (ve) of it for grey photos of 64 px, 0.7 (vp) to 0.9 (blurring) for MNIST, 0.92 and more for 8 px digits.
+        It is "spectral" if the operator has a single eigenvalue, otherwise "wiener".
         """
         if self.preconditioning == "auto":
             k = torch.linspace(1, process.num_scales, min(50, process.num_scales), dtype=torch.float64)
@@ -307,7 +307,7 @@ class Flow(_Mixed):
         require(
             not bool(still.any()),
             f"the flow target divides by the speed at which signal turns into noise, and {type(process).__name__} has "
-            "frequencies that stand still at some scale; use target=clean",
+            "frequencies that do not change at some scale; use target=clean",
         )
 
     def check_scales(self, process: Process, scales: Tensor) -> None:

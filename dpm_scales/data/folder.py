@@ -196,7 +196,7 @@ class ImageFolder(ImageSource):
             message = f"{root}: {len(empty)} class folders hold no readable image: {listed(empty)}"
             require(not empty or on_error == "skip", f"{message}; fill or remove them, or set on_error=skip")
             if empty:
-                warnings.warn(f"{message}; they are no classes", stacklevel=2)
+                warnings.warn(f"{message}; they do not count as classes", stacklevel=2)
         train_view = View(channels, self.image_size, mode, random_crop, random_flip, rotate_portrait)
         val_view = View(channels, self.image_size, mode, rotate_portrait=rotate_portrait)
         self._train, self._val = (

@@ -22,7 +22,7 @@ from dpm_scales import images
 from dpm_scales.data.base import NO_LABEL, ImageDataset, ImageSource, split_indices
 from dpm_scales.data.files import EXTENSIONS
 from dpm_scales.data.folder import RESIZE_MODES, View, require_one_of
-from dpm_scales.data.hf_rows import RowImages, StreamImages, image_of, told
+from dpm_scales.data.hf_rows import RowImages, StreamImages, hub_errors, image_of
 from dpm_scales.errors import UserError, is_whole, require, suggest
 
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
@@ -104,7 +104,7 @@ class HubSource(ImageSource):
         if wanted is not None:
             self.num_classes, self.class_names = _classes(rows, wanted, streaming)
         if size is None:
-            with told(place):
+            with hub_errors(place):
                 first = next(iter(rows.iter(batch_size=1)))
             first = first.to_pylist()[0] if streaming else {key: value[0] for key, value in first.items()}
             shape = image_of(first[image], channels, f"{place}, the first image").shape
@@ -147,7 +147,7 @@ def _opened(place: str, split: str, name: str | None, revision: str | None, stre
     import datasets
 
     path = Path(place).expanduser()
-    with told(place):
+    with hub_errors(place):
         if path.exists():
             if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
                 held = datasets.load_from_disk(str(path))
@@ -207,7 +207,9 @@ def _classes(rows: Any, labels: str, streaming: bool) -> tuple[int, tuple[str, .
     if names:
         return len(names), tuple(map(str, names))
     advice = "cast the column to ClassLabel"
-    require(not streaming, f"the column {labels!r} of a stream does not tell its classes; {advice}, or streaming=false")
+    require(
+        not streaming, f"the column {labels!r} of a stream does not state its classes; {advice}, or streaming=false"
+    )
     whole = str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
     require(whole, f"the column {labels!r} holds no integers; {advice}")
     values = _numbers(rows[labels])
@@ -223,12 +225,12 @@ def _numbers(values: Iterable[int | None]) -> np.ndarray:
 
 def _length(rows: Any, split: str | None, given: int | None, place: str) -> int:
     """Return the number of images of a stream. Raises UserError if neither the stream nor `given` says it."""
-    told_ = getattr((rows.info.splits or {}).get(split), "num_examples", None)
-    number = given if given is not None else told_
+    stated = getattr((rows.info.splits or {}).get(split), "num_examples", None)
+    number = given if given is not None else stated
     if not is_whole(number, 1):
         raise UserError(
-            f"{place}: the stream {split!r} does not tell its number of images; give data.num_images=N (of validation: "
-            "val_fraction in place of val_split), or streaming=false"
+            f"{place}: the stream {split!r} does not state its number of images; give data.num_images=N (of "
+            "validation: val_fraction in place of val_split), or streaming=false"
         )
     assert isinstance(number, int)
     return number

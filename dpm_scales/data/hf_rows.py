@@ -144,7 +144,7 @@ class StreamImages(ReplacedImages):
     def _go_to(self, window: int) -> None:
         """Read the images of a window. Raises StreamError if the stream fails, or ends before them."""
         begun, self._at = self._at >= 0, -1
-        with told(self.place, StreamError):
+        with hub_errors(self.place, StreamError):
             if not begun or window < self._next:
                 # `iter` over batches, unlike that over rows, gives all of them to each worker
                 self._rows = self.stream.skip(self.first + window * self.window).iter(batch_size=self.window)
@@ -179,7 +179,7 @@ def item_of(
 
 
 @contextmanager
-def told(place: str, kind: type[UserError] = UserError) -> Iterator[None]:
+def hub_errors(place: str, kind: type[UserError] = UserError) -> Iterator[None]:
     """Convert errors of `datasets`, its many libraries and the network to a `kind` of UserError of one line."""
     try:
         yield

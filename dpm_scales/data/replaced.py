@@ -88,5 +88,5 @@ class ReplacedImages(ImageDataset):
                 self._bad[at] = 1
                 if (found := int(self._bad.count_nonzero())) <= LISTED:
                     more = "; more are only counted" if found == LISTED else ""
-                    warnings.warn(f"another image stands in for an unreadable one ({reason}){more}", stacklevel=2)
+                    warnings.warn(f"another image replaces an unreadable one ({reason}){more}", stacklevel=2)
         raise UnreadableImageError(f"{self.place}: none of its {self.number} images can be read")

@@ -163,7 +163,7 @@ def check_covariance(sampler: Sampler) -> None:
     """Raise UserError for a sampler with the optimal covariance, which was measured for unconditional estimates."""
     require(
         sampler.covariance is None,
-        f"covariance={sampler.covariance} is for drawing: here the estimates are bent towards the given image, and "
+        f"covariance={sampler.covariance} is for drawing: here the estimates are guided towards the given image, and "
         "their error is not what was measured; leave sampler.covariance out",
     )
 

@@ -181,7 +181,7 @@ def _network(files: _Files, settings: _Settings) -> dict[str, Any]:
     require(
         is_whole(channels[0], 1) and channels[0] == channels[1],
         f"{place}: in_channels={channels[0]!r}, out_channels={channels[1]!r}; they must be equal: a network that "
-        "also predicts variances, or sees more than the image, has no equal here",
+        "also predicts variances, or sees more than the image, has no equivalent here",
     )
     require(channels[0] in (1, 3), f"{place}: images of {channels[0]} channels; images have 1 or 3 here, grey or RGB")
     require(

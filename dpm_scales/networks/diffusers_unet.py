@@ -76,7 +76,9 @@ class DiffusersUNet(Describable, nn.Module):
         settings = dict(unet or {})
         known = unet_arguments()
         for name in settings:
-            require(name not in OWN, f"unet may not hold {name!r}, which follows from the network's other arguments")
+            require(
+                name not in OWN, f"unet must not contain {name!r}, which follows from the network's other arguments"
+            )
             close = nearest(str(name), known)
             hint = "" if close is None else f": did you mean {close!r}?"
             require(name in known, f"unet holds {name!r}, and UNet2DModel has no such argument{hint}")

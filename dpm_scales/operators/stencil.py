@@ -214,7 +214,7 @@ def agrees(trial: Callable[[torch.device], None], device: torch.device, subject:
         trial(device)
     except Exception as error:  # a missing compiler, an unknown card: whatever Triton may raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"{subject} of no use here ({reason}); {instead}", stacklevel=3)
+        warnings.warn(f"{subject} unusable here ({reason}); {instead}", stacklevel=3)
         return False
     return True
 

@@ -205,13 +205,13 @@ def fetch(
             time.sleep(max(asked, pause * random.Random().uniform(0.75, 1.25)))
         asked = 0.0
         try:
-            download.go_on()
+            download.resume()
             return _checked(file, length, sha256)
         except _AgainError as error:
             reason, asked = str(error), error.pause
         except _ChangedError as error:
             reason, changed = str(error), changed + 1
-            download.begin_again()
+            download.restart()
             if changed == 2:
                 raise FetchError(
                     f"{shown(url)}: {reason}; it was changed, or the index is an older one: make that again with "
@@ -236,11 +236,11 @@ class _Download:
         self._opener = urllib.request.build_opener(_Redirects())
         self._mark = ""  # identifies the version of the content received so far
 
-    def begin_again(self) -> None:
+    def restart(self) -> None:
         self.file.seek(0)
         self.file.truncate()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Fetch the missing part. Raises `_AgainError`, `_ChangedError`, or FetchError if the server refuses."""
         have = self.file.seek(0, 2)
         headers = {"User-Agent": "dpm-scales", "Accept-Encoding": "identity"}
@@ -267,7 +267,7 @@ class _Download:
     def _receive(self, response: Any, have: int) -> None:
         goes_on = response.status == 206 and f"bytes {have}-" in response.headers.get("Content-Range", "")
         if not goes_on:
-            self.begin_again()
+            self.restart()
             have = 0
         self._mark = _mark(response.headers)
         declared = response.headers.get("Content-Length", "")
@@ -291,7 +291,7 @@ class _Download:
     def _refused(self, code: int, asked: str) -> None:
         """Raise the error for a status of the server."""
         if code == 416:  # the part received does not belong to the server's file
-            self.begin_again()
+            self.restart()
         if code in _AGAIN or code >= 500:
             raise _AgainError(f"HTTP {code}", min(float(asked), LONGEST_PAUSE) if asked.isdigit() else 0.0)
         raise FetchError(f"{shown(self.url)}: HTTP {code}{_REFUSALS.get(code, '')}")

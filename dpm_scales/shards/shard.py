@@ -186,15 +186,15 @@ def parse_label(content: bytes, field: str | None) -> int:
     if field is None:
         text = content.strip()
         ok = text.isdigit() and len(text) < 11 and int(text) < MAX_CLASSES
-        require(ok, f"the label {content[:20]!r} is no number of a class")
+        require(ok, f"the label {content[:20]!r} is not a class number")
         return int(text)
     try:
         held = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError("its label is no JSON") from error
+        raise UserError("its label is not JSON") from error
     value = held.get(field) if isinstance(held, dict) else None
     ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_CLASSES
-    require(ok, f"the field {field!r} of its label is {value!r:.40}, no number of a class")
+    require(ok, f"the field {field!r} of its label is {value!r:.40}, which is not a class number")
     assert isinstance(value, int)
     return value
 

@@ -241,7 +241,7 @@ class ShardSource(ImageSource):
         )
         self.channels, self.image_size = channels, size
         if labels != "none":
-            none = f"{shards.source}: the index knows of no labels; pack them with labels=folder, or set labels=none"
+            none = f"{shards.source}: the index lists no labels; pack them with labels=folder, or set labels=none"
             require(found.num_classes is not None, none)
             self.num_classes, self.class_names = found.num_classes, found.class_names
         train = View(channels, size, mode, random_crop, random_flip, rotate_portrait)

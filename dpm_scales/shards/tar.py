@@ -154,7 +154,7 @@ def _no_header(header: bytes, position: int) -> str:
     packed = next((name for start, name in _PACKED.items() if header.startswith(start)), None)
     if position == 0 and packed is not None:
         return f"it is packed by {packed}, so that its images can't be found by place; unpack it to a plain .tar file"
-    return "it is no tar file" if position == 0 else f"no header at byte {position}, where a member should begin"
+    return "it is not a tar file" if position == 0 else f"no header at byte {position}, where a member should begin"
 
 
 class TarWriter:

@@ -90,7 +90,7 @@ class UnreadableImages(Callback):
             return
         self._told = len(names)
         if warn:
-            warnings.warn(f"{len(names)} unreadable images until now: {listed(names)}; see {self.path}", stacklevel=2)
+            warnings.warn(f"{len(names)} unreadable images so far: {listed(names)}; see {self.path}", stacklevel=2)
         more = f"and {len(names) - MOST_NAMES} more\n" if len(names) > MOST_NAMES else ""
         text = "".join(f"{name!r}\n" for name in names[:MOST_NAMES])
         try:

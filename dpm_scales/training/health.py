@@ -77,7 +77,7 @@ class Health:
         if options is None:
             options = [f"optimizer.learning_rate={min(module.learning_rate / 10, SAFE_RATE):g}"]
         more = "" if str(trainer.precision).startswith("32") else ", or with trainer.precision=32-true"
-        start = f"{what}; nothing is kept of that"
+        start = f"{what}; none of it is saved"
         command = resume_command(run_dir, *options)
         # several batches have failed with these weights
         failed = trainer.global_step - row if row > 1 else -1

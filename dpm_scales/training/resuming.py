@@ -107,7 +107,7 @@ RULES = {
     "ema.length": Rule(
         WARNED,
         "the EMA weights are kept, so the average has another profile",
-        "the EMA weights are kept, and their profile is that of neither length while the steps before count",
+        "the EMA weights are kept, and their profile matches neither length until the earlier steps no longer count",
     ),
     "ema.power_lengths": Rule(REFUSED, "the averages begin with a run's first step"),
     "ema.snapshot_every": Rule(TAKES, "the snapshots are kept; any intervals fit together"),

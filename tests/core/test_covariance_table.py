@@ -300,5 +300,5 @@ def test_restoring_an_image_refuses_it() -> None:
     known = torch.ones(H, W, dtype=torch.bool)
     bent = Consistent(denoiser, Mask(known), images(1, 1, H, W).float(), 0.0)
     sampler = Resampling(Ancestral(3, covariance=OPTIMAL), 1)
-    with refused("bent towards the given image", "leave sampler.covariance out"):
+    with refused("guided towards the given image", "leave sampler.covariance out"):
         restore(bent, sampler, float64([1.0, 0.5, 0.0]), CounterRNG(0, 1), (1, H, W))

@@ -308,8 +308,8 @@ def test_spectral_preconditioning_of_a_process_without_blur_is_the_wiener_estima
         (lambda: Warm(blur_ratio=-0.5), ("ratio", ">= 0")),
         (lambda: CutOff(0.0), ("levels", "positive")),
         (lambda: VP(10, clock=3.0), ("clock=3.0", "no clock schedule")),  # type: ignore[arg-type]
-        (lambda: Denoiser(nn.Conv2d(1, 1, 1), VP(10, clock=SpectralClock(2.0)), Flow()), ("flow", "stand still")),
-        (lambda: Flow().check(InverseHeat(20)), ("flow", "stand still", "use target=clean")),
+        (lambda: Denoiser(nn.Conv2d(1, 1, 1), VP(10, clock=SpectralClock(2.0)), Flow()), ("flow", "do not change")),
+        (lambda: Flow().check(InverseHeat(20)), ("flow", "do not change", "use target=clean")),
         (lambda: FlowLoss(0.0), ("max_weight", "positive")),
     ],
 )

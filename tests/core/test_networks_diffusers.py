@@ -59,7 +59,7 @@ def test_no_label_is_one_more_index() -> None:
 
 BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown": ({"unet": {**UNET, "layer_per_block": 2}}, ("'layer_per_block'", "did you mean 'layers_per_block'")),
-    "own": ({"unet": {**UNET, "in_channels": 2}}, ("unet may not hold 'in_channels'",)),
+    "own": ({"unet": {**UNET, "in_channels": 2}}, ("unet must not contain 'in_channels'",)),
     "channels": ({"channels": 0}, ("in_channels is 0",)),
     "classes": ({"num_classes": 0}, ("num_classes is 0",)),
     "scales": ({"num_scales": 2.5}, ("num_scales is 2.5",)),

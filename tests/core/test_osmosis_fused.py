@@ -73,7 +73,7 @@ def test_cpu_takes_five_products() -> None:
 
 def test_a_broken_triton_is_told_once_and_left_alone() -> None:
     """On this device the kernel can't run."""
-    with pytest.warns(UserWarning, match="Triton is of no use here .*five passes"):
+    with pytest.warns(UserWarning, match="Triton is unusable here .*five passes"):
         assert not module._fuses_right(torch.device("cpu"))
     assert not module._fuses_right(torch.device("cpu"))  # no second warning: it would be an error here
 

@@ -111,7 +111,7 @@ def test_what_one_kernel_does_not_take() -> None:
 
 def test_a_device_where_they_are_wrong_is_told_once_and_left_alone() -> None:
     """On this device the kernels can't run."""
-    with pytest.warns(UserWarning, match="sweeps in one kernel are of no use here .*two for each degree"):
+    with pytest.warns(UserWarning, match="sweeps in one kernel are unusable here .*two for each degree"):
         assert not module._one_kernel_right(torch.device("cpu"))
     assert not module._one_kernel_right(torch.device("cpu"))  # no second warning: it would be an error here
 

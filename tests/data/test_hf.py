@@ -143,7 +143,7 @@ def test_sets_of_the_hub(streaming: bool, folder: Path, tmp_path: Path, monkeypa
 def test_integer_columns_are_classes(folder: Path) -> None:
     found = source(folder, labels="n", val_fraction=0)
     assert found.num_classes == 3 and found.class_names is None
-    with pytest.raises(UserError, match="'n' of a stream does not tell its classes"):
+    with pytest.raises(UserError, match="'n' of a stream does not state its classes"):
         stream(folder, labels="n")
 
 
@@ -202,7 +202,7 @@ def test_a_stream_that_ends_early(folder: Path) -> None:
     with pytest.raises(StreamError, match="the stream ended after 50 images; give data.num_images=50"):
         numbers(stream(folder, num_images=60).train())
     assert len(stream(folder, num_images=30).train()) == 30
-    with pytest.raises(UserError, match="does not tell its number of images; give data.num_images=N"):
+    with pytest.raises(UserError, match="does not state its number of images; give data.num_images=N"):
         stream(folder, num_images=None)
     with pytest.raises(UserError, match="num_images is for streaming=true"):
         source(folder, num_images=9)

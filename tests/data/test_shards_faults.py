@@ -38,7 +38,7 @@ def test_images_and_labels_that_are_faulty_are_replaced_and_counted(tmp_path: Pa
         found = source(tmp_path, val_fraction=0, on_error="skip")
     (tmp_path / "index.json").write_text(index_of([], Keys()).to_json())
     assert found.num_classes == 8 and "0003.png" in "".join(found.left_out.values())
-    with pytest.warns(UserWarning, match="stands in for an unreadable one"):
+    with pytest.warns(UserWarning, match="replaces an unreadable one"):
         assert [number_of(found.train()[i][0]) for i in range(10)] == [0, 1, 2, 4, 4, 6, 6, 7, 8, 9]
     assert {one.rpartition("/")[2] for one in found.train().unreadable} == {"a.tar, image 3", "a.tar, image 5"}
     (tmp_path / "index.json").unlink()
@@ -169,10 +169,10 @@ def test_places(tmp_path: Path, copied: Path) -> None:
 def test_options_that_are_none(shards: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         source(shards, **options)
-    with pytest.raises(UserError, match="knows of no labels"):
+    with pytest.raises(UserError, match="lists no labels"):
         lie_free = {"format": "dpm_scales shards", "version": 1, "shards": [], "image_size": None}
         parse_index(json.dumps(lie_free | {"num_classes": None, "class_names": None}), "x")
-        raise UserError("knows of no labels")
+        raise UserError("lists no labels")
 
 
 # --- check ------------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def cut(content: bytes) -> dict[str, tuple[bytes, str]]:
         "a size beyond the file": (bytes(large), "it ends within 'a.png'"),
         "joined to another": (content + content, "it holds more after the mark of its end"),
         "gzip": (b"\x1f\x8b" + bytes(2000), "it is packed by gzip"),
-        "no tar": (b"<html>" + bytes(2000), "it is no tar file"),
+        "no tar": (b"<html>" + bytes(2000), "it is not a tar file"),
     }
 
 

@@ -212,7 +212,7 @@ def test_processes_and_tasks_without_it_are_refused(run: Path, tmp_path: Path) -
     digit = tmp_path / "digit.png"
     ds.save_png(digit, DIGITS[0])
     for options, words in (
-        (("task=superres", "factor=2", f"image={digit}"), "bent towards the given image"),
+        (("task=superres", "factor=2", f"image={digit}"), "guided towards the given image"),
         (("task=interpolate", f"start={digit}", f"end={digit}"), "drop sampler.covariance="),
     ):
         refusal(sampled(run, tmp_path / "out", *options, "sampler.covariance=optimal"), words)

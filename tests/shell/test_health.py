@@ -140,7 +140,7 @@ def test_a_run_that_ends_without_a_finite_loss_exports_nothing(
         outcome = attempt(run_dir, *options)
         assert outcome.status == 2 and outcome.err.count("\n") == 1, outcome.err
         good = 6 if bad == 1 else 4
-        assert f"the loss was not finite in {which} before the end at step 8; nothing is kept of that." in outcome.err
+        assert f"the loss was not finite in {which} before the end at step 8; none of it is saved." in outcome.err
         assert f"The last good checkpoint is of step {good}: resume with" in outcome.err
         assert not (run_dir / "model").exists() and not (run_dir / "result.json").exists()
         assert checkpoint(run_dir)["global_step"] == good
@@ -160,7 +160,7 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
     options = ("trainer.max_steps=1", "trainer.val_check_interval=1", "optimizer.weight_decay=1e30")
     outcome = attempt(run_dir, *RUN, *options, "optimizer.learning_rate=1e30")
     assert outcome.status == 2 and outcome.err.count("\n") == 1, outcome.err
-    assert "weights are not finite after step 1; nothing is kept of that. There is no checkpoint yet" in outcome.err
+    assert "weights are not finite after step 1; none of it is saved. There is no checkpoint yet" in outcome.err
     assert not (run_dir / "checkpoints").exists() and not (run_dir / "model").exists()
 
 

@@ -181,7 +181,7 @@ def test_too_many_nan_in_a_row_end_the_run(number: int, tmp_path: Path, monkeypa
     assert outcome.status == 2 and outcome.err.count("\n") == 1
     run_dir = tmp_path / "run"
     command = f"python train.py run_dir={run_dir} optimizer.learning_rate=0.0001"
-    assert "the loss was not finite for 20 steps in a row until step 40; nothing is kept of that. " in outcome.err
+    assert "the loss was not finite for 20 steps in a row until step 40; none of it is saved. " in outcome.err
     assert outcome.err.endswith(f"The last good checkpoint is of step 10: resume with {command}\n")
     assert values["global_step"] == 10 and not (run_dir / "model").exists()
     monkeypatch.undo()
