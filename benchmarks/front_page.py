@@ -29,15 +29,19 @@ def cells(line: str) -> list[str]:
 
 
 def first_rows(table: str, number: int) -> list[str]:
-    """Return the head of a leaderboard table, the best rows of its first `number` processes, and the real images."""
+    """Return the head of a leaderboard table, its first `number` processes, and the real images.
+
+    Of the variants of a process, "warm b=1", the process itself is shown if it has a row, else the best of them.
+    """
     lines = [line for line in table.splitlines() if line.startswith("|")]
     head = cells(lines[0])
     kept = [i for i, name in enumerate(head) if name not in DROPPED]
-    rows, seen = [], set()
-    for line in lines[2:]:
-        row = cells(line)
+    body = [cells(line) for line in lines[2:]]
+    plain, rows, seen = {row[0] for row in body}, [], set()
+    for row in body:
         family = row[0].split()[0]
-        if row[0].startswith("real images") or (family not in seen and len(seen) < number):
+        is_chosen = family not in seen and len(seen) < number and (row[0] == family or family not in plain)
+        if is_chosen or row[0].startswith("real images"):
             seen.add(family)
             rows.append(f"| {' | '.join(row[i] for i in kept)} |")
     return [f"| {' | '.join(head[i] for i in kept)} |", "|" + "---|" * len(kept), *rows]

@@ -52,9 +52,12 @@ def read_rows(folders: Sequence[Path]) -> list[Row]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return "mean ± half of the range" in three digits, or the single value."""
+    """Return "mean ± half of the range", the mean in three digits and the other as precise, or the single value."""
     mean, half = float(np.mean(values)), (max(values) - min(values)) / 2
-    return _three(mean) if len(values) == 1 else f"{_three(mean)} ± {_three(half)}"
+    if len(values) == 1:
+        return _three(mean)
+    digits = f"{mean:.0f}" if abs(mean) >= 100 else f"{mean:#.3g}"
+    return f"{digits} ± {half:.{len(digits.partition('.')[2])}f}"
 
 
 def _three(value: float) -> str:

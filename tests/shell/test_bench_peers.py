@@ -79,7 +79,7 @@ def test_rows_run_once_and_the_page_has_the_table(here: Path, tmp_path: Path, mo
     text = page.read_text()
     rows = [line for line in text.splitlines() if line.startswith("| 0.001 ")]
     assert [row.split(" | ")[1] for row in rows] == ["torchcfm 1.2", "azula 1.2"]  # the best first
-    assert "| 1.40 | 12 | 2.0 | 10 | 300 | some | 500 | 20 ± 0 |" in rows[0]
+    assert "| 1.40 | 12 | 2.0 | 10 | 300 | some | 500 | 20.0 ± 0.0 |" in rows[0]
     assert "| | real images | | | | | | | | 70 | |" in text and "100 GFLOP/s" in text
     assert text.startswith("# Speed\n") and text.endswith("\nAfter.\n")
 

@@ -168,6 +168,20 @@ def test_tables() -> None:
     ] == [31, 20.04, 50, 32]
 
 
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([1.6274, 1.352, 1.3744], "1.45 ± 0.14"),
+        ([1.7517, 1.7729, 1.5837], "1.70 ± 0.09"),
+        ([15.16, 15.51, 18.36], "16.3 ± 1.6"),
+        ([100.0, 110.0], "105 ± 5"),
+        ([20.0], "20"),
+    ],
+)
+def test_spreads_are_as_precise_as_their_means(values: list[float], text: str) -> None:
+    assert spectral_tables.spread(values) == text
+
+
 @pytest.mark.parametrize("group", sorted(spectral_tables.GROUPS))
 def test_groups_are_plotted_by_their_number(group: str, tmp_path: Path) -> None:
     rows = [*spectral.GROUPS[group], *spectral.GROUPS["pairing"]]
