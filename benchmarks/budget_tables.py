@@ -53,7 +53,7 @@ def _group(lines: Sequence[Row]) -> str:
 
     def order(name: str) -> tuple[float, ...]:
         own = rows[name]
-        return tuple(float(np.mean([float(r["fd"]) for r in own[b]])) if b in own else np.inf for b in budgets[::-1])
+        return tuple(float(np.mean([float(r["fd"]) for r in own[b]])) if b in own else np.inf for b in budgets)
 
     seeds = sorted({int(line["seed"]) for line in lines})
     commits = ", ".join(sorted({f"{line['commit']}, {line['date']}" for line in lines}))
