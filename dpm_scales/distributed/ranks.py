@@ -134,13 +134,17 @@ def own_device(device: torch.device, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank % torch.cuda.device_count())
 
 
-def barrier() -> None:
-    """Wait for all ranks; the first call creates their process group. Does nothing with a single rank."""
-    if meet().world_size == 1:
-        return
-    if not torch.distributed.is_initialized():
+def connect() -> None:
+    """Create the process group of all ranks, once; collective operations need it. Does nothing with a single rank."""
+    if meet().world_size > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-    torch.distributed.barrier()
+
+
+def barrier() -> None:
+    """Connect all ranks and wait for them; does nothing with a single rank."""
+    connect()
+    if meet().world_size > 1:
+        torch.distributed.barrier()
 
 
 def first_decides(decide: Callable[[], None]) -> None:
@@ -152,7 +156,7 @@ def first_decides(decide: Callable[[], None]) -> None:
     if world.world_size == 1:
         decide()
         return
-    barrier()
+    connect()
     status: list[int | None] = [None]
     try:
         if world.is_main:

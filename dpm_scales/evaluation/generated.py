@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.data.image_sets import ImageSet
-from dpm_scales.distributed.ranks import World, barrier
+from dpm_scales.distributed.ranks import World, connect
 from dpm_scales.metrics import FeatureSet, FeatureStatistics
 from dpm_scales.metrics.base import Extractor
 from dpm_scales.metrics.figures import gather_all
@@ -143,7 +143,7 @@ def sample_features(
     for values, column in zip(own, padded.split(dims, 1), strict=True):
         if values.rows is not None:
             column[: len(values.rows)] = torch.from_numpy(values.rows)
-    barrier()
+    connect()
     gathered = [torch.empty_like(padded) for _ in parts]
     torch.distributed.all_gather(gathered, padded)
     every = torch.cat([values[:number] for values, number in zip(gathered, parts, strict=True)])

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from dpm_scales.errors import require
 
@@ -197,9 +196,12 @@ def _steps(weight: Tensor) -> tuple[int, ...]:
 
 
 def may_fuse(u: Tensor) -> bool:
-    """Return whether Triton can compute products of `u`. Inductor has its own fusion; fake tensors have no memory."""
+    """Return whether Triton can compute products of `u`; not for subclasses, such as fake tensors without memory.
+
+    Inductor fuses by itself.
+    """
     ours = u.device.type == "cuda" and u.dtype in (torch.float32, torch.float64)
-    return ours and not isinstance(u, FakeTensor) and not torch.compiler.is_compiling() and _fuses_right(u.device)
+    return ours and type(u) is Tensor and not torch.compiler.is_compiling() and _fuses_right(u.device)
 
 
 @functools.cache

@@ -67,7 +67,7 @@ def on_ranks(number: int, function: Callable[[World], Result]) -> list[Result]:
                     place.copy_(own.get(other, values))
 
             with (
-                mock.patch("dpm_scales.evaluation.generated.barrier", lambda: None),
+                mock.patch("dpm_scales.evaluation.generated.connect", lambda: None),
                 mock.patch("torch.distributed.all_gather", all_gather),
             ):
                 found = function(World(rank, number))
