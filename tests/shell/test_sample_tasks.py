@@ -253,7 +253,10 @@ def test_the_noise_of_an_edit_may_have_a_color(desk: Path, tmp_path: Path) -> No
 
 def test_degrading_first_tells_how_near_the_results_come(desk: Path, tmp_path: Path) -> None:
     """Three columns of what there was, and a ratio in dB; from the scale of the blur where heat can start there."""
-    for process, note in (("vp", "each estimate guided"), ("heat", r"from t=[\d.]+, a blur of [\d.]+ px")):
+    for process, note in (
+        ("vp", "each estimate guided towards the image"),
+        ("heat", r"from t=[\d.]+, a blur of [\d.]+ px"),
+    ):
         out = tmp_path / process
         options = ("image=set", "blur_sigma=1", "degrade=true", "num_samples=2")
         outcome = edit(desk, out, "task=deblur", f"model={process}", *options)
