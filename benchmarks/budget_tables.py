@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.pages import Row, merged, read_csv, with_part, write_csv
+from benchmarks.pages import Row, finished_rows, merged, read_csv, with_part, write_csv
 from benchmarks.spectral_tables import spread
 from dpm_scales.errors import require
 from dpm_scales.storage import write_text
@@ -19,19 +18,6 @@ KEY = ("set", "trick", "budget", "seed", "average", "number", "machine")
 USUAL = 10
 """The average with `ema.decay`'s ramp, which row names do not mention."""
 NAMES = {0: "last weights", 5: "EMA over a fifth", 20: "EMA over a twentieth"}
-
-
-def read_rows(out: Path) -> list[Row]:
-    """Return a line for each finished row and average, with the distance of real images."""
-    real_file = out / "real.json"
-    real = json.loads(real_file.read_text()) if real_file.is_file() else {}
-    lines = []
-    for path in sorted(out.glob("*/*/seed*.json")):
-        row = json.loads(path.read_text())
-        same = (real.get("set"), real.get("number")) == (row["set"], row["number"])
-        row["real_fd"] = round(real["fd"], 4) if same else ""
-        lines += [{**row, **entry} for entry in row.pop("samples")]
-    return lines
 
 
 def table(lines: Sequence[Row]) -> str:
@@ -85,7 +71,7 @@ def write_page(out: Path, path: Path, page: Path | None) -> str:
 
     Raises: UserError if there are no rows, or the page has no place for the table.
     """
-    lines = merged(read_csv(path), read_rows(out), KEY)
+    lines = merged(read_csv(path), finished_rows(out), KEY)
     require(bool(lines), f"{out}: no finished rows")
     write_csv(path, lines)
     found = table(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,22 @@ from dpm_scales.storage import write_text
 from dpm_scales.tables import csv_text
 
 Row = dict[str, Any]
+
+
+def finished_rows(out: Path) -> list[Row]:
+    """Return a line for each entry of `samples` in OUT/*/*/seed*.json, with the distance of real images as `real_fd`.
+
+    OUT/real.json holds that distance; it is "" for rows of another set or number of samples.
+    """
+    real_file = out / "real.json"
+    real = json.loads(real_file.read_text()) if real_file.is_file() else {}
+    lines = []
+    for path in sorted(out.glob("*/*/seed*.json")):
+        row = json.loads(path.read_text())
+        same = (real.get("set"), real.get("number")) == (row["set"], row["number"])
+        row["real_fd"] = round(real["fd"], 4) if same else ""
+        lines += [{**row, **entry} for entry in row.pop("samples")]
+    return lines
 
 
 def read_csv(path: Path) -> list[Row]:

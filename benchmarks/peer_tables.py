@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.pages import Row, merged, read_csv, with_part, write_csv
+from benchmarks.pages import Row, finished_rows, merged, read_csv, with_part, write_csv
 from benchmarks.spectral_tables import spread
 from dpm_scales.errors import require
 from dpm_scales.storage import write_text
@@ -24,15 +24,7 @@ def read_rows(out: Path) -> list[Row]:
     ceilings = out / "ceilings.json"
     machine = json.loads(ceilings.read_text()) if ceilings.is_file() else {}
     rates = {f"ceiling_{key}": machine.get(key, "") for key in ("matrix", "convolution", "copy", "share")}
-    real_file = out / "real.json"
-    real = json.loads(real_file.read_text()) if real_file.is_file() else {}
-    lines = []
-    for path in sorted(out.glob("*/*/seed*.json")):
-        row = json.loads(path.read_text())
-        same = (real.get("set"), real.get("number")) == (row["set"], row["number"])
-        row["real_fd"] = round(real["fd"], 4) if same else ""
-        lines += [{**row, **entry, **rates} for entry in row.pop("samples")]
-    return lines
+    return [line | rates for line in finished_rows(out)]
 
 
 def table(lines: Sequence[Row]) -> str:
