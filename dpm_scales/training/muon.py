@@ -119,10 +119,14 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take a step; all of it is skipped if `found_inf` is 1, without waiting for the device."""
         (group,) = self.param_groups
+        loss = None
+        if closure is not None:  # before the group is split: Lightning's zeroes the gradients of the whole group
+            with torch.enable_grad():
+                loss = closure()
         everything = group["params"]
         group["params"] = self._others
         try:
-            loss = super().step(closure)
+            super().step()
         finally:
             group["params"] = everything
         self._step_matrices(group)

@@ -145,6 +145,32 @@ def test_a_step_is_skipped_where_a_gradient_is_not_finite() -> None:
         assert all(torch.equal(muon.state[p][key], value) for key, value in state.items())
 
 
+def test_a_closure_starts_from_no_gradients() -> None:
+    """As Lightning's, which zeroes the gradients of the whole group within the step: the same bits as outside of it."""
+    nets = network(), network()
+    plain, closed = (Muon(net.parameters(), 0.01, (0.9, 0.99), 0.0, [net["embedding"].weight]) for net in nets)
+    x = torch.randn(4, 3, 9, 9, generator=generator())
+
+    def loss_of(net: nn.ModuleDict) -> Tensor:
+        return net["same"](net["first"](x)).square().mean() + net["linear"](torch.ones(2, 48)).square().mean()
+
+    def closure() -> float:
+        loss = loss_of(nets[1])
+        closed.zero_grad()
+        loss.backward()
+        return float(loss)
+
+    for _ in range(3):
+        plain.zero_grad()
+        loss = loss_of(nets[0])
+        loss.backward()
+        plain.step()
+        assert closed.step(closure) == float(loss)
+        for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+            assert torch.equal(p, q), name
+            assert p.grad is None or torch.equal(p.grad, q.grad), name
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 MUON = ("optimizer.method=muon", "network.widths=[16]", *FAST)
