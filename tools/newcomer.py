@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -64,7 +65,8 @@ def steps_of(page: str) -> list[Step]:
 def run(step: Step, folder: Path) -> tuple[float, int]:
     """Run a step in `folder`, in its environment once there is one; return seconds and status."""
     activate = ". .venv/bin/activate\n" if (folder / ".venv/bin/activate").is_file() else ""
-    command = step.text if step.language == "sh" else f"python - <<'EOF'\n{step.text}EOF\n"
+    python = "python" if activate else shlex.quote(sys.executable)  # machines may have python3 alone
+    command = step.text if step.language == "sh" else f"{python} - <<'EOF'\n{step.text}EOF\n"
     lines = ["bash", "-ec", activate + command]
     start = time.monotonic()
     if step.interrupted:
