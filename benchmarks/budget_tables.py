@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.pages import Row, finished_rows, merged, read_csv, with_part, write_csv
+from benchmarks.rows import Row, finished_rows, merged, publish, read_csv
 from benchmarks.spectral_tables import spread
 from dpm_scales.errors import require
 from dpm_scales.storage import write_text
@@ -73,9 +73,7 @@ def write_page(out: Path, path: Path, page: Path | None) -> str:
     """
     lines = merged(read_csv(path), finished_rows(out), KEY)
     require(bool(lines), f"{out}: no finished rows")
-    write_csv(path, lines)
     found = table(lines)
     write_text(out / "budgets.md", found)
-    if page is not None:
-        write_text(page, with_part(page.read_text(), START, END, found, page))
+    publish(lines, found, path, page, START, END)
     return found

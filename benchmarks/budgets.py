@@ -19,9 +19,7 @@ import argparse
 import copy
 import itertools
 import json
-import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,33 +30,21 @@ from torch import Tensor
 import dpm_scales as ds
 from benchmarks.budget_tables import write_page
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
+from benchmarks.rows import claimed
 from benchmarks.spectral import measured, provenance
 from dpm_scales.data import GivenImages
 from dpm_scales.denoisers import spread_evenly, uniform_scales
 from dpm_scales.errors import UserError, require
-from dpm_scales.locks import lock
-from dpm_scales.storage import write_text
+from dpm_scales.models.instantiate import CONFIGS
+from dpm_scales.storage import read_yaml, write_text
 from dpm_scales.training.fit import fit_to_data
-from dpm_scales.training.module import AUTO_WARMUP
-from dpm_scales.training.muon import Muon, embedding_weights
+from dpm_scales.training.module import DiffusionModule
 from dpm_scales.training.scale_sampling import DensityScales
 
-NETWORKS: dict[str, dict[str, Any]] = {
-    "mnist": {
-        "widths": [24, 48, 96],
-        "blocks_per_level": 1,
-        "attention_levels": [2],
-        "embedding_dim": 192,
-        "patch_size": 2,
-        "head_dim": 48,
-        "extra_decoder_block": False,
-    },
-    "digits": {"width": 8},
-}
-"""Arguments of the network for each image set; that of mnist is `network=small`."""
 SHIFTS = tuple(itertools.product((0, -2, 2), repeat=2))
 """Shifts in pixels of `augment`, given to the network as its label; samples are drawn for the first."""
 DECAY = 0.999
+SETS = ["digits", "mnist"]
 SAMPLER = ds.DPMSolver(0.0, 10, "logsnr")
 
 
@@ -106,11 +92,13 @@ TRICKS = {
 """The rows by name."""
 
 
-def built(trick: Trick, images: Tensor, network: dict[str, Any], seed: int) -> ds.Model:
-    """Return a new model for the images, its data-dependent parts fitted to them."""
+def built(trick: Trick, images: Tensor, network: str, seed: int) -> ds.Model:
+    """Return a new model for the images, with the network of a config, its data-dependent parts fitted to them."""
+    arguments: dict[str, Any] = read_yaml(CONFIGS / "network" / f"{network}.yaml")
+    left = ("_target_", "in_channels", "out_channels", "num_classes")  # the model completes them
     torch.manual_seed(seed)
     model = ds.Model(
-        ds.UNet(**{**network, **trick.network}),
+        ds.UNet(**{key: value for key, value in arguments.items() if key not in left} | trick.network),
         ds.VP(),
         image_size=(images.shape[-2], images.shape[-1]),
         channels=images.shape[1],
@@ -145,12 +133,6 @@ def shifted(images: Tensor) -> tuple[Tensor, Tensor]:
     return moved[kinds, torch.arange(len(images), device=images.device)], kinds
 
 
-def learning_rate(step: int, passed: float) -> float:
-    """Return the factor on the learning rate, as in a run whose `trainer.max_time` ends at passed = 1."""
-    warmup = min(1.0, max((step + 1) / (AUTO_WARMUP + 1), 10 * passed))
-    return warmup * 0.5 * (1 + math.cos(math.pi * min(passed, 1.0)))
-
-
 def train(
     model: ds.Model, trick: Trick, images: Tensor, seconds: float, seed: int, device: torch.device
 ) -> tuple[dict[int, ds.Model], dict[str, Any]]:
@@ -163,12 +145,8 @@ def train(
     parameters = list(network.parameters())
     for parameter in parameters:
         parameter.requires_grad_(True)
-    betas = (0.9, 0.99)
-    optimizer: torch.optim.AdamW = (
-        Muon(parameters, trick.rate, betas, 0.0, embedding_weights(network))
-        if trick.method == "muon"
-        else torch.optim.AdamW(parameters, lr=trick.rate, betas=betas, weight_decay=0.0, fused=True)
-    )
+    module = DiffusionModule(model, trick.rate, warmup_steps="auto", method=trick.method)
+    optimizer = module.make_optimizer()
     process = model.denoiser.process
     density = None if trick.density == "uniform" else DensityScales(trick.density, process)
     averages = {k: [p.detach().clone() for p in parameters] for k in trick.averages}
@@ -184,7 +162,7 @@ def train(
             even = spread_evenly(torch.arange(size, device=device), size, torch.rand((), device=device))
             t = uniform_scales(even, process.num_scales) if density is None else density.draw(even)
             for group in optimizer.param_groups:
-                group["lr"] = trick.rate * learning_rate(step, passed)
+                group["lr"] = trick.rate * module.rate(step, max_steps=-1, passed=passed)
             optimizer.zero_grad()
             loss = model.loss(x, t, labels)
             loss.backward()
@@ -210,7 +188,7 @@ def run_row(images: ImageSet, name: str, seconds: float, seed: int, path: Path, 
     """Train, sample and measure one row, and write its file."""
     trick, device = TRICKS[name], torch.device(options.device)
     data = torch.from_numpy(images.training_images()).to(device)
-    model = built(trick, data, NETWORKS[images.name], seed)
+    model = built(trick, data, images.network, seed)
     models, found = train(model, trick, data, seconds, seed, device)
     row: dict[str, Any] = {"set": images.name, "figure": images.quality, "trick": name, "budget": seconds, "seed": seed}
     row |= {"number": options.number, **found, **provenance(device), "samples": []}
@@ -227,20 +205,14 @@ def run(images: ImageSet, options: argparse.Namespace) -> None:
     """Run all rows that are neither finished nor locked by another process, one seed after the other."""
     for seed, seconds, name in itertools.product(options.seeds, options.seconds, options.tricks):
         path = options.out / f"{seconds:g}" / name.replace(",", "").replace(" ", "_") / f"seed{seed}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(lock(path.with_suffix(".lock"), "is run by", "it takes this row"))
-            except UserError as held:
-                print(held, flush=True)
-                continue
-            if not path.is_file():
+        with claimed(path.with_suffix(".lock")) as is_held:
+            if is_held and not path.is_file():
                 run_row(images, name, seconds, seed, path, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Try what could help short runs.")
-    parser.add_argument("--set", choices=sorted(NETWORKS), default="mnist")
+    parser.add_argument("--set", choices=SETS, default="mnist")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="prepared images; OUT unless given")
     parser.add_argument("--seconds", nargs="+", type=float, default=[60.0], help="budgets, of optimisation")
@@ -249,8 +221,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--number", type=int, default=500, help="samples of each kind")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tables", action="store_true", help="only write the table")
-    parser.add_argument("--csv", type=Path, help="file of all rows, with --tables")
-    parser.add_argument("--page", type=Path, help="page with the table, with --tables")
+    parser.add_argument(
+        "--csv", type=Path, help="file that keeps all rows, which grows; needed for --tables and --page"
+    )
+    parser.add_argument("--page", type=Path, metavar="FILE.md", help="page whose table is rewritten")
     options = parser.parse_args(arguments)
     try:
         for name in options.tricks:
@@ -258,9 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         low = min(options.seconds)
         require(low > 0, f"a budget of {low:g} seconds trains nothing; give --seconds above 0")
         options.out = options.out.resolve()
-        if options.tables:
-            require(options.csv is not None, "--tables needs --csv FILE, which keeps all rows")
-        else:
+        for name, is_given in (("--tables", options.tables), ("--page", options.page is not None)):
+            require(not is_given or options.csv is not None, f"{name} needs --csv FILE, which keeps all rows")
+        if not options.tables:
             kind = IMAGE_SETS[options.set]
             images = kind((options.cache or options.out).resolve(), None)
             run(images, options)

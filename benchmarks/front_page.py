@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.pages import with_part
+from benchmarks.rows import with_part
 from dpm_scales.errors import require
 from dpm_scales.storage import write_text
 

@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from typing import Any
 import torch
 
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
+from benchmarks.rows import claimed
 from benchmarks.spectral_tables import write_tables
 from dpm_scales.errors import UserError, require
 from dpm_scales.locks import lock
@@ -307,16 +308,10 @@ def run(contest: Contest, rows: dict[str, tuple[str, ...]], seeds: Sequence[int]
     steps, failures = steps_of(contest, rows), []
     for seed in seeds:
         for row, options in rows.items():
-            folder = contest.folder(row, seed)
-            folder.mkdir(parents=True, exist_ok=True)
-            with ExitStack() as stack:
+            with claimed(contest.folder(row, seed) / "row.lock") as is_held:
                 try:
-                    stack.enter_context(lock(folder / "row.lock", "is run by", "it takes this row"))
-                except UserError as held:
-                    print(held, flush=True)
-                    continue
-                try:
-                    run_row(contest, row, options, seed, steps[row])
+                    if is_held:
+                        run_row(contest, row, options, seed, steps[row])
                 except UserError as error:
                     failures.append(f"{row}, seed {seed}: {error}")
                     print(failures[-1], file=sys.stderr, flush=True)

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pages import Row, merged, read_csv, with_part, write_csv
+from benchmarks.rows import Row, merged, read_csv, with_part, write_csv
 from dpm_scales import plots
 from dpm_scales.errors import require
 from dpm_scales.storage import write_text

@@ -128,7 +128,7 @@ def first_host(hosts: str) -> str:
 
 
 def own_device(device: torch.device, world: World) -> torch.device:
-    """Return this rank's GPU, or `device` unless that is "cuda" without an index and there are several ranks."""
+    """Return this rank's GPU if `device` is "cuda" without an index and there are several ranks, else `device`."""
     if device.type != "cuda" or device.index is not None or world.world_size == 1:
         return device
     return torch.device("cuda", world.local_rank % torch.cuda.device_count())

@@ -174,13 +174,16 @@ class DiffusionModule(pl.LightningModule):
         dropped = self._noise(LABELS, x_0, first).uniform() < recipe.label_dropout
         return torch.where(dropped, recipe.num_classes, labels)
 
-    def configure_optimizers(self) -> Any:
+    def make_optimizer(self) -> torch.optim.AdamW:
+        """Return the optimiser of `method` for all parameters, at the largest learning rate."""
         # fused: one kernel, and it can skip a step on the device (see configure_gradient_clipping)
         rate, betas, decay = self.learning_rate, self.betas, self.weight_decay
         if self.method == "muon":
-            optimizer: torch.optim.AdamW = Muon(self.parameters(), rate, betas, decay, embedding_weights(self))
-        else:
-            optimizer = torch.optim.AdamW(self.parameters(), lr=rate, betas=betas, weight_decay=decay, fused=True)
+            return Muon(self.parameters(), rate, betas, decay, embedding_weights(self))
+        return torch.optim.AdamW(self.parameters(), lr=rate, betas=betas, weight_decay=decay, fused=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer()
         optimizer.register_load_state_dict_pre_hook(like_parameters)
         after_step = getattr(self.parts.denoiser.network, "after_step", None)
         if after_step is not None:  # a hook of the optimiser: before checkpoints and EMA see the weights

@@ -13,7 +13,9 @@ import torch
 
 from benchmarks import budget_tables, budgets, spectral_tables
 from benchmarks.image_sets import IMAGE_SETS
+from dpm_scales.training.module import DiffusionModule
 from support.few_images import Few
+from support.shell import small_model
 
 
 def test_batches_hold_each_image_once_a_pass() -> None:
@@ -40,16 +42,20 @@ def test_labels_say_how_images_are_shifted() -> None:
 
 
 def test_rate_rises_over_a_tenth_and_falls_to_zero() -> None:
-    steady = [budgets.learning_rate(200, passed) for passed in (0.0, 0.5, 1.0, 1.2)]
-    assert steady == pytest.approx([1.0, 0.5, 0.0, 0.0], abs=1e-12)
-    assert budgets.learning_rate(0, 0.0) == pytest.approx(1 / 101)
-    assert budgets.learning_rate(3, 0.05) == pytest.approx(0.5 * 0.5 * (1 + math.cos(0.05 * math.pi)))
+    module = DiffusionModule(small_model(), warmup_steps="auto")
+
+    def factor(step: int, passed: float) -> float:
+        return module.rate(step, max_steps=-1, passed=passed)
+
+    assert [factor(200, passed) for passed in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-12)
+    assert factor(0, 0.0) == pytest.approx(1 / 101)
+    assert factor(3, 0.05) == pytest.approx(0.5 * 0.5 * (1 + math.cos(0.05 * math.pi)))
 
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(IMAGE_SETS, "few", Few)
-    monkeypatch.setitem(budgets.NETWORKS, "few", {"width": 4})
+    monkeypatch.setattr(budgets, "SETS", ["few"])
 
 
 TOY = ("--set", "few", "--seconds", "0.001", "--number", "3")
@@ -92,6 +98,7 @@ def test_rows_run_once_and_give_a_table(tmp_path: Path, capsys: pytest.CaptureFi
         (("--tricks", "more"), "unknown trick 'more'; allowed are adamw 64"),
         (("--seconds", "0"), "a budget of 0 seconds trains nothing"),
         (("--tables",), "--tables needs --csv FILE"),
+        (("--page", "page.md"), "--page needs --csv FILE"),
         (("--tables", "--csv", "rows.csv"), "no finished rows"),
     ],
 )

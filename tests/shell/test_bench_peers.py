@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import pages, peer_tables, peers
+from benchmarks import peer_tables, peers
 from benchmarks.image_sets import IMAGE_SETS
 from benchmarks.peer_models import PEERS
 from dpm_scales.errors import UserError
+from dpm_scales.tables import csv_text
 from support.few_images import Few
 
 
@@ -85,7 +86,7 @@ def test_rows_run_once_and_the_page_has_the_table(here: Path, tmp_path: Path, mo
 
     # rows of another machine stay beside the new ones, and those of this one are replaced
     other = [{**line, "machine": "another"} for line in lines[:1]]
-    table.write_text(pages.csv_text(list(lines[0]), [*lines, *other]))
+    table.write_text(csv_text(list(lines[0]), [*lines, *other]))
     peers.main([*arguments, "--tables"])
     assert len(list(csv.DictReader(io.StringIO(table.read_text())))) == 5
     assert page.read_text().count("| budget s |") == 2

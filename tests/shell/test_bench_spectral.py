@@ -16,6 +16,7 @@ from benchmarks import spectral, spectral_tables
 from benchmarks.half_blur import HalfBlurFlowLoss
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
 from dpm_scales.errors import UserError
+from dpm_scales.locks import lock
 from support.shell import CONFIGS, call, composed
 
 
@@ -79,14 +80,14 @@ def test_rows_run_once_and_are_shared(
     # samples that are missing are drawn from the same weights, and equal those that were lost
     vp_file = tmp_path / "vp/seed0/row.json"
     vp_file.write_text(json.dumps(vp | {"samples": vp["samples"][:3]}))
-    free = spectral.lock
+    free = lock
 
     def one_is_held(path: Path, *words: Any, **options: Any) -> Any:
         if path == tmp_path / "own/seed0/row.lock":
             raise UserError("it takes this row")
         return free(path, *words, **options)
 
-    monkeypatch.setattr(spectral, "lock", one_is_held)
+    monkeypatch.setattr("benchmarks.rows.lock", one_is_held)
     spectral.main([*arguments, "--seeds", "0"])
     again = json.loads(vp_file.read_text())
     assert [entry["fd"] for entry in again["samples"]] == [entry["fd"] for entry in vp["samples"]]

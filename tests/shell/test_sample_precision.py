@@ -77,16 +77,22 @@ def test_samples_differ_by_the_rounding_of_the_network(overrides: tuple[str, ...
     assert 0 < found < 0.05 * float(full[-1].square().mean().sqrt())
 
 
-def test_every_option_has_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_model(tmp_path / "model", lively())
+def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Let torch.compile run graphs as they are; return the list of those that it has compiled so far."""
     graphs: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    return graphs
+
+
+def test_every_option_has_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "model", lively())
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend=backend))
+    graphs = compiled_graphs(monkeypatch)
 
     def sample(out: str, *options: str) -> Any:
         return call("sample.py", "model=model", "num_samples=3", "batch_size=2", f"out={out}", *options, cwd=tmp_path)
@@ -149,13 +155,7 @@ def test_evaluation_draws_the_same_samples(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*(covariance is singular|px are enlarged)")
 def test_evaluate_takes_both_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path / "model", lively())
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    graphs = compiled_graphs(monkeypatch)
     np.save(tmp_path / "real.npy", np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8))
     options = ("model=model", "reference=real.npy", "num_samples=4", "batch_size=4", "measures=[frechet]")
     with small_features(Means()):

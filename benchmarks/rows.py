@@ -1,19 +1,35 @@
-"""Keep the rows of benchmarks in CSV files, and their tables on pages of the documentation."""
+"""Share the rows of benchmarks between processes, keep them in CSV files, and write their tables on pages."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpm_scales.errors import require
+from dpm_scales.errors import UserError, require
+from dpm_scales.locks import lock
 from dpm_scales.storage import write_text
 from dpm_scales.tables import csv_text
 
 Row = dict[str, Any]
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Hold the lock of a row while the body runs; yield whether it is held, and print who holds it otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        is_held = True
+        try:
+            stack.enter_context(lock(path, "is run by", "it takes this row"))
+        except UserError as other:
+            print(other, flush=True)
+            is_held = False
+        yield is_held
 
 
 def finished_rows(out: Path) -> list[Row]:
@@ -51,6 +67,16 @@ def merged(old: Sequence[Row], new: Sequence[Row], key: Sequence[str]) -> list[R
 
 def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).removesuffix(".0")
+
+
+def publish(lines: Sequence[Row], found: str, kept: Path, page: Path | None, start: str, end: str) -> None:
+    """Write all lines to the CSV file `kept`, and a table of them between the lines `start` and `end` of a page.
+
+    Raises: UserError if the page has no place for the table.
+    """
+    write_csv(kept, lines)
+    if page is not None:
+        write_text(page, with_part(page.read_text(), start, end, found, page))
 
 
 def with_part(text: str, start: str, end: str, part: str, page: object) -> str:
