@@ -275,7 +275,8 @@ def _processor() -> str:
     except OSError:
         lines = []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {vectors}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
 def chosen_rows(names: Sequence[str], own: Sequence[str]) -> dict[str, tuple[str, ...]]:
