@@ -39,9 +39,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
 from benchmarks.peer_models import PEERS, Peer
 from benchmarks.peer_tables import write_page
+from benchmarks.rows import claimed
 from benchmarks.spectral import measured, provenance
 from dpm_scales.errors import UserError, require
-from dpm_scales.locks import lock
 from dpm_scales.storage import atomic_write, write_text
 
 STARTED = "DPM_SCALES_BENCHMARK_STARTED"
@@ -266,15 +266,14 @@ def run(options: argparse.Namespace) -> list[str]:
     for seconds in options.seconds:
         for seed in options.seeds:
             for peer in options.peers:
-                folder = options.out / peer / f"{seconds:g}"
-                folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    with lock(folder / f"seed{seed}.lock", "is run by", "it takes this row"):
-                        if not (folder / f"seed{seed}.json").is_file():
+                path = options.out / peer / f"{seconds:g}" / f"seed{seed}.json"
+                with claimed(path.with_suffix(".lock")) as is_held:
+                    try:
+                        if is_held and not path.is_file():
                             run_row(images, peer, seconds, seed, options, device)
-                except UserError as error:
-                    failures.append(str(error))
-                    print(error, file=sys.stderr, flush=True)
+                    except UserError as error:
+                        failures.append(str(error))
+                        print(error, file=sys.stderr, flush=True)
     real = {"set": images.name, "number": options.number, **images.real(options.number)}
     write_text(options.out / "real.json", json.dumps(real) + "\n")
     return failures

@@ -80,7 +80,10 @@ def table(lines: Sequence[Row], figure: str) -> str:
     numbers = sorted({int(line["asked"]) for line in lines} - {0})
     names = list(dict.fromkeys(line["row"] for line in lines if line["row"] != REAL))
     names.sort(key=lambda name: float(np.mean(quality(lines, name, 0)[1] or [np.inf])))
-    heads = ["process", "seeds", "input", *map(str, numbers), "`auto`", "training s", "ms / image", "commit, date"]
+    kernel = [line for line in lines if line.get("kd")]
+    kernel_heads = ["KD of `auto`"] if kernel else []
+    heads = ["process", "seeds", "input", *map(str, numbers), "`auto`", *kernel_heads]
+    heads += ["training s", "ms / image", "commit, date, machine"]
     text = [
         f"{figure}, lower is better; ˢ: by the SDE solver.\n",
         f"| {' | '.join(heads)} |",
@@ -88,21 +91,29 @@ def table(lines: Sequence[Row], figure: str) -> str:
     ]
     for name in names:
         own = [line for line in lines if line["row"] == name]
-        first, auto = own[0], [line for line in own if line["sampler"] == "auto"]
+        auto = [line for line in own if line["sampler"] == "auto"]
         cells = []
         for number in (*numbers, 0):
             solver, values = quality(lines, name, number)
             cells.append(f"{spread(values)}{LETTERS.get(solver, '')}" if values else "")
+        if kernel:
+            values = [float(line["kd"]) for line in auto if line.get("kd")]
+            cells.append(spread(values) if values else "")
         seeds = {line["seed"] for line in own}
-        seconds = {line["seed"]: float(line["training_cpu_seconds"]) for line in own if line["training_cpu_seconds"]}
-        each = [1e3 * float(line["seconds"]) / int(line["number"]) for line in auto]
+        here = [line for line in own if line["machine"] == own[0]["machine"]]  # only its times are comparable
+        seconds = {line["seed"]: float(line["training_cpu_seconds"]) for line in here if line["training_cpu_seconds"]}
+        each = [1e3 * float(line["seconds"]) / int(line["number"]) for line in here if line["sampler"] == "auto"]
         cells += [f"{np.mean(values):.0f}" if values else "" for values in (list(seconds.values()), each)]
-        where = f"{first['commit']}, {first['date']}"
-        text.append(f"| {name} | {len(seeds)} | {first['preconditioning']} | {' | '.join(cells)} | {where} |")
+        where = "; ".join(dict.fromkeys(f"{line['commit']}, {line['date']}, {line['machine']}" for line in own))
+        text.append(f"| {name} | {len(seeds)} | {own[0]['preconditioning']} | {' | '.join(cells)} | {where} |")
     for line in lines:
         if line["row"] == REAL:
-            gaps = " |" * (len(numbers))
-            text.append(f"| {REAL}, n = {line['number']} | | |{gaps} {_three(float(line['fd']))} | | | |")
+            gaps = " |" * len(numbers)
+            cells = [
+                _three(float(line["fd"])),
+                *([_three(float(line["kd"])) if line.get("kd") else ""] if kernel else []),
+            ]
+            text.append(f"| {REAL}, n = {line['number']} | | |{gaps} {' | '.join(cells)} | | | |")
     return "\n".join(text) + "\n"
 
 

@@ -142,15 +142,23 @@ def test_seconds_become_steps(trained: list[str], tmp_path: Path, monkeypatch: p
 def _line(row: str, seed: int, sampler: str, asked: int, fd: float, **more: Any) -> dict[str, Any]:
     head = {"row": row, "set": "mnist", "budget": "9 images", "options": "", "shared": "", "seed": seed}
     rest = {"preconditioning": "wiener", "training_cpu_seconds": 9.0, "seconds": 1.0, "number": 10, "commit": "abc"}
-    return head | rest | {"date": "2026-01-01", "sampler": sampler, "asked": asked, "fd": fd} | more
+    rest |= {"date": "2026-01-01", "machine": "M"}
+    return head | rest | {"sampler": sampler, "asked": asked, "fd": fd} | more
 
 
 def test_tables() -> None:
     lines = [_line("vp", seed, *kind, 100 + 10 * seed) for seed in (0, 1) for kind in (("2m", 5), ("auto", 0))]
     lines += [_line("heat", 0, "2m", 5, 30.0), _line("heat", 0, "sde", 5, 20.04), _line("heat", 0, "auto", 0, 50.0)]
     rows = spectral_tables.table(lines, "FD").splitlines()[4:]
-    assert rows[0].startswith("| heat | 1 | wiener | 20 ˢ | 50 | 9 | 100 | abc, 2026-01-01 |")
+    assert rows[0].startswith("| heat | 1 | wiener | 20 ˢ | 50 | 9 | 100 | abc, 2026-01-01, M |")
     assert rows[1].startswith("| vp | 2 | wiener | 105 ± 5 | 105 ± 5 |")
+    # a seed of another machine counts for quality, not for times; a second distance has its column
+    other = {"commit": "def", "machine": "N", "seconds": 7.0, "training_cpu_seconds": 70.0, "kd": 0.5}
+    more = spectral_tables.table([*lines, _line("heat", 1, "auto", 0, 54.0, **other)], "FD").splitlines()[2:]
+    assert "| `auto` | KD of `auto` | training s |" in more[0]
+    assert more[2] == (
+        "| heat | 2 | wiener | 20 ˢ | 52.0 ± 2.0 | 0.5 | 9 | 100 | abc, 2026-01-01, M; def, 2026-01-01, N |"
+    )
     # one table for each set and budget, with the pictures that were drawn
     page = "Intro\n<!-- tables -->\nformer\n<!-- end of tables -->\nOutro\n"
     assert set(spectral_tables.contests([*lines, lines[0] | {"budget": "5 seconds"}])) == {

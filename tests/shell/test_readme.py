@@ -139,7 +139,7 @@ def test_it_fits_and_keeps_its_promises() -> None:
 
 def test_first_rows_of_the_leaderboard(tmp_path: Path) -> None:
     table = (
-        "FD, lower is better.\n\n| process | seeds | input | 5 | commit, date |\n|---|---|---|---|---|\n"
+        "FD, lower is better.\n\n| process | seeds | input | 5 | commit, date, machine |\n|---|---|---|---|---|\n"
         "| vp paired | 1 | scalar | 2 | abc, 2026-01-02 |\n"
         "| warm b=1 | 1 | wiener | 3 | abc, 2026-01-01 |\n| warm b=2 | 1 | wiener | 4 | abc, 2026-01-01 |\n"
         "| vp | 1 | scalar | 5 | abc, 2026-01-02 |\n| heat | 1 | wiener | 9 | abc, 2026-01-01 |\n"
