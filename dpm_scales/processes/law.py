@@ -71,6 +71,8 @@ class Process(Describable, nn.Module):
     lyapunov: ClassVar[bool] = True
     #: whether a_t^2 + gamma_t^2 = 1, which is checked at construction
     variance_preserving: ClassVar[bool] = False
+    #: whether `sampler=auto` follows the probability flow, in place of the SDE, where the process blurs
+    deterministic_sampling: ClassVar[bool] = False
 
     def __init__(
         self,

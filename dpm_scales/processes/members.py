@@ -191,6 +191,8 @@ class Warm(Process):
     Raises: UserError as `Process` does.
     """
 
+    deterministic_sampling: ClassVar[bool] = True
+
     def __init__(
         self,
         num_scales: int = 1000,

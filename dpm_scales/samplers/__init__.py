@@ -60,6 +60,9 @@ def auto_sampler(
 ) -> Sampler:
     """Return the default sampler of a model: Heun without blur, dissipation without noise, else SDE-DPM-Solver++(2M).
 
+    Processes with `deterministic_sampling` get DPM-Solver++(2M) in place of its SDE, unless they are given a colour or
+    a covariance of the noise to add: Warm Diffusion comes closer to the data with it in any number of steps.
+
     Noise added along the way removes errors of earlier steps, and a second-order method needs a fraction of the
     ancestral sampler's steps: on 8 px digits 50 steps came closer to the data than 250 for blurring and osmosis
     diffusion, and than all 100 under constant noise. Without any noise a chain amplifies its own errors, so a single
@@ -80,4 +83,5 @@ def auto_sampler(
         return Ancestral(steps, noise_color=noise_color)
     if process.is_scalar:
         return Heun(steps=min(18, process.num_scales) if steps is None else steps, noise_color=noise_color)
-    return DPMSolver(1.0, number, "uniform", noise_color=noise_color)
+    eta = 0.0 if process.deterministic_sampling and noise_color is None else 1.0
+    return DPMSolver(eta, number, "uniform", noise_color=noise_color)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.priors import GaussianPrior, auto_prior
-from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Process
+from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Process, Warm
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import (
     DDIM,
@@ -36,6 +36,7 @@ from dpm_scales.schedules import (
     LinearTimeBlur,
     ListedNoise,
     LogBlur,
+    PowerLaw,
 )
 from dpm_scales.targets import Clean, NextScale, Noise, Target
 from support.oracles import (
@@ -298,6 +299,15 @@ def test_auto_sampler_suits_the_process(process: Process, kind: type[Sampler], s
     sampler.check(of(process))
     few = auto_sampler(of(process), 5)
     assert type(few) is kind and len(few.scales(process)) == 6
+
+
+def test_auto_sampler_of_warm_diffusion_adds_no_noise_unless_told_which() -> None:
+    denoiser = of(Warm())
+    plain, colored = auto_sampler(denoiser), auto_sampler(denoiser, noise_color=PowerLaw(0.1))
+    assert isinstance(plain, DPMSolver) and (plain.eta, plain.steps, plain.grid) == (0, 50, "uniform")
+    assert isinstance(colored, DPMSolver) and colored.eta == 1 and colored.noise_color is not None
+    for sampler in (plain, colored):
+        sampler.check(denoiser)
 
 
 @pytest.mark.parametrize("process", [VP(), InverseHeat(), Blurring()])
