@@ -104,8 +104,7 @@ def table(lines: Sequence[Row], figure: str) -> str:
         seconds = {line["seed"]: float(line["training_cpu_seconds"]) for line in here if line["training_cpu_seconds"]}
         each = [1e3 * float(line["seconds"]) / int(line["number"]) for line in here if line["sampler"] == "auto"]
         cells += [f"{np.mean(values):.0f}" if values else "" for values in (list(seconds.values()), each)]
-        where = "; ".join(dict.fromkeys(f"{line['commit']}, {line['date']}, {line['machine']}" for line in own))
-        text.append(f"| {name} | {len(seeds)} | {own[0]['preconditioning']} | {' | '.join(cells)} | {where} |")
+        text.append(f"| {name} | {len(seeds)} | {own[0]['preconditioning']} | {' | '.join(cells)} | {_origin(own)} |")
     for line in lines:
         if line["row"] == REAL:
             gaps = " |" * len(numbers)
@@ -115,6 +114,16 @@ def table(lines: Sequence[Row], figure: str) -> str:
             ]
             text.append(f"| {REAL}, n = {line['number']} | | |{gaps} {' | '.join(cells)} | | | |")
     return "\n".join(text) + "\n"
+
+
+def _origin(lines: Sequence[Row]) -> str:
+    """Return commits, dates and machine of the lines, for each machine."""
+    parts = []
+    for machine in dict.fromkeys(line["machine"] for line in lines):
+        own = [line for line in lines if line["machine"] == machine]
+        commits, dates = (" ".join(dict.fromkeys(line[key] for line in own)) for key in ("commit", "date"))
+        parts.append(f"{commits}, {dates}, {machine}")
+    return "; ".join(parts)
 
 
 def plot_evaluations(lines: Sequence[Row], figure: str, path: Path) -> None:
@@ -163,7 +172,8 @@ def plot_group(lines: Sequence[Row], group: str, figure: str, path: Path) -> Non
 
 
 def _plain(name: str) -> bool:
-    return name != REAL and not any(re.fullmatch(pattern, name) for pattern, _ in GROUPS.values())
+    """Return whether a row is a process itself, not a variant of one such as "warm b=1"."""
+    return " " not in name
 
 
 def _finish(axes: Any, figure: str, lines: Sequence[Row]) -> None:
