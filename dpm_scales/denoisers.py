@@ -16,7 +16,7 @@ from dpm_scales.covariance import ErrorVariance
 from dpm_scales.describe import revise
 from dpm_scales.errors import UserError
 from dpm_scales.memory import require_memory
-from dpm_scales.moments import moments
+from dpm_scales.moments import Moments
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context, Process
 from dpm_scales.processes.pairing import nearest_noise
@@ -110,7 +110,7 @@ class Denoiser(TargetDenoiser):
         require_memory(num_bytes, f"num_scales={process.num_scales}", "lower num_scales")
         scales = torch.arange(1, process.num_scales + 1, dtype=torch.float64) / process.num_scales
         basis = self.target.basis(process.operator())
-        wiener = self.target.scalings(moments(process, basis, scales, white, (8, 8))).filter
+        wiener = self.target.scalings(Moments(process, basis, scales, white, (8, 8))).filter
         return 0 if wiener is None else process.degree_of(wiener)
 
     def resolve_auto(self, size: tuple[int, int]) -> dict[str, str]:
@@ -126,7 +126,7 @@ class Denoiser(TargetDenoiser):
         """Return prediction and loss weight; t is ``(B,)``."""
         size, dtype = (y_t.shape[-2], y_t.shape[-1]), y_t.dtype
         basis = self.target.basis(operator)
-        c = self.target.scalings(moments(self.process, basis, t, self.spectrum, size))
+        c = self.target.scalings(Moments(self.process, basis, t, self.spectrum, size))
         z = operator.to_pixels(y_t if c.filter is None else basis.at_degree(self._degree).apply(c.filter, y_t))
         seen = c.inner.to(dtype) * z
         features = self.process.context_features(context)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,22 +18,6 @@ _SMALLEST = 1e-12
 _ROUNDING = 1e-4
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Second moments of scale t for data of a spectrum, see `targets`: ``(B, 1, 1, 1)`` or ``()``, in squared units of
-    the value range."""
-
-    wiener: SpectralFunction  # w
-    estimate: Tensor  # Z
-    wiener_residual: Tensor  # D for w
-    cross: Tensor  # S
-    residual: Tensor  # D for w = 1
-    total: Tensor  # V
-    step: Tensor  # R
-    constant_noise: bool
-    flow: Callable[[], Tensor]  # F, the variance of d y_t / dt, computed on demand
-
-
 def wiener_error(signal: Tensor, power: Tensor, noise: Tensor) -> Tensor:
     """Return P gamma^2 / (lambda^2 P + gamma^2), the error variance of the Wiener estimate of x_0.
 
@@ -45,49 +29,108 @@ def wiener_error(signal: Tensor, power: Tensor, noise: Tensor) -> Tensor:
 
 def visible_noise(process: Process, t: Tensor, mu: Tensor, spectrum: DataSpectrum) -> Tensor:
     """Return gamma_t^2 at the eigenvalues mu, or the variance of rounding errors where there is no noise."""
-    noise = process.noise_scale(t, mu) ** 2
+    return _visible(process.noise_scale(t, mu) ** 2, spectrum)
+
+
+def _visible(noise: Tensor, spectrum: DataSpectrum) -> Tensor:
     return torch.where(noise > 0, noise, _ROUNDING * spectrum.variance)
 
 
-def moments(process: Process, operator: Operator, t: Tensor, spectrum: DataSpectrum, size: tuple[int, int]) -> Moments:
-    """Return the moments at scales t ``(B,)`` for images of `size` (H, W)."""
-    finer = (t - 1 / process.num_scales).clamp(min=0)
-    smallest = _SMALLEST * spectrum.variance
+class Moments:
+    """Second moments of scale t for data of a spectrum, see `targets`: ``(B, 1, 1, 1)`` or ``()``, in squared units of
+    the value range. Each is computed when it is first read, since a target needs a few of them.
 
-    def parts(mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return process.signal_scale(t, mu), spectrum.on(mu), visible_noise(process, t, mu, spectrum)
+    Args:
+        process: the forward law.
+        operator: the operator at whose eigenvalues averages are taken.
+        t: scales ``(B,)``.
+        spectrum: P(mu).
+        size: (H, W) of the images.
+    """
 
-    def wiener(mu: Tensor) -> Tensor:
-        signal, power, noise = parts(mu)
+    def __init__(
+        self, process: Process, operator: Operator, t: Tensor, spectrum: DataSpectrum, size: tuple[int, int]
+    ) -> None:
+        self._process, self._t, self._spectrum = process, t, spectrum
+        self._mu = operator.eigenvalues(*size, t.device)
+        self._smallest = _SMALLEST * spectrum.variance
+
+    def wiener(self, mu: Tensor) -> Tensor:
+        """Return w."""
+        if mu is self._mu:
+            signal, power, noise = self._signal, self._power, self._visible
+        else:
+            signal, power = self._process.signal_scale(self._t, mu), self._spectrum.on(mu)
+            noise = visible_noise(self._process, self._t, mu, self._spectrum)
         return signal * power / (signal**2 * power + noise)
 
-    def mean(values: Tensor) -> Tensor:
-        return values.expand(*values.shape[:-2], *mu.shape).mean((-2, -1), keepdim=True)
+    @cached_property
+    def _signal(self) -> Tensor:
+        return self._process.signal_scale(self._t, self._mu)
 
-    mu = operator.eigenvalues(*size, t.device)
-    signal, power, noise = parts(mu)
-    true_noise = process.noise_scale(t, mu) ** 2
-    sharpened = signal**2 * power + noise
-    total = torch.maximum(mean(signal**2 * power + true_noise), smallest)
-    cross = mean(signal * power)
-    error = (1 - cross / total * signal) ** 2 * power + (cross / total) ** 2 * true_noise
-    step = (process.signal_scale(finer, mu) - signal) ** 2 * power + true_noise
+    @cached_property
+    def _power(self) -> Tensor:
+        return self._spectrum.on(self._mu)
 
-    def flow() -> Tensor:
-        signal_rate, noise_rate = process.rates(t, mu)
-        return torch.maximum(mean(signal_rate**2 * power + noise_rate**2), smallest)
+    @cached_property
+    def _noise(self) -> Tensor:
+        """The variance of the noise, 0 where there is none."""
+        return self._process.noise_scale(self._t, self._mu) ** 2
 
-    return Moments(
-        wiener=wiener,
-        estimate=torch.maximum(mean((signal * power) ** 2 / sharpened), smallest),
-        wiener_residual=torch.maximum(mean(wiener_error(signal, power, noise)), smallest),
-        cross=cross,
-        residual=torch.maximum(mean(error), smallest),
-        total=total,
-        step=torch.maximum(mean(step), smallest),
-        constant_noise=process.has_constant_noise(),
-        flow=flow,
-    )
+    @cached_property
+    def _visible(self) -> Tensor:
+        return _visible(self._noise, self._spectrum)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        return values.expand(*values.shape[:-2], *self._mu.shape).mean((-2, -1), keepdim=True)
+
+    def _moment(self, values: Tensor) -> Tensor:
+        return torch.maximum(self._mean(values), self._smallest)
+
+    @cached_property
+    def total(self) -> Tensor:
+        """V."""
+        return self._moment(self._signal**2 * self._power + self._noise)
+
+    @cached_property
+    def cross(self) -> Tensor:
+        """S."""
+        return self._mean(self._signal * self._power)
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """D for w = 1."""
+        slope = self.cross / self.total
+        return self._moment((1 - slope * self._signal) ** 2 * self._power + slope**2 * self._noise)
+
+    @cached_property
+    def estimate(self) -> Tensor:
+        """Z."""
+        sharpened = self._signal**2 * self._power + self._visible
+        return self._moment((self._signal * self._power) ** 2 / sharpened)
+
+    @cached_property
+    def wiener_residual(self) -> Tensor:
+        """D for w."""
+        return self._moment(wiener_error(self._signal, self._power, self._visible))
+
+    @cached_property
+    def step(self) -> Tensor:
+        """R."""
+        finer = (self._t - 1 / self._process.num_scales).clamp(min=0)
+        lost = self._process.signal_scale(finer, self._mu) - self._signal
+        return self._moment(lost**2 * self._power + self._noise)
+
+    @cached_property
+    def flow(self) -> Tensor:
+        """F, the variance of d y_t / dt."""
+        signal_rate, noise_rate = self._process.rates(self._t, self._mu)
+        return self._moment(signal_rate**2 * self._power + noise_rate**2)
+
+    @property
+    def constant_noise(self) -> bool:
+        """Whether gamma is the same at all scales but 0."""
+        return self._process.has_constant_noise()
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,19 @@ def _mix(x: Tensor) -> Tensor:
     return _shift(x, 31).bitwise_xor_(x)
 
 
+def _wrapped(x: int) -> int:
+    """Return x modulo 2^64 as a signed 64-bit integer."""
+    return (x + 2**63) % 2**64 - 2**63
+
+
+def _mixed(x: int) -> int:
+    """Return `_mix` of one integer, without work for the device."""
+    x %= 2**64
+    x = (x >> 30 ^ x) * _MIX_1 % 2**64
+    x = (x >> 27 ^ x) * _MIX_2 % 2**64
+    return _wrapped(x >> 31 ^ x)
+
+
 class CounterRNG:
     """Independent noise for the samples numbered `first`, `first + stride`, ... of a seed.
 
@@ -52,8 +65,7 @@ class CounterRNG:
         require(is_whole(first, 0), f"samples are numbered from 0, got first={first!r}")
         require(is_whole(stride, 1), f"numbers of samples must grow, got stride={stride!r}")
         numbers = torch.arange(first, first + count * stride, stride, dtype=torch.int64, device=device)
-        seeded = _mix(torch.full((), seed, dtype=torch.int64, device=device) + _GOLDEN)
-        self._keys = _mix(seeded + (numbers + 1) * _GOLDEN)
+        self._keys = _mix((numbers + 1) * _GOLDEN + _mixed(seed + _GOLDEN))
         self._draws = 0
         self.numbers = numbers
         self.count = count
@@ -86,9 +98,7 @@ class CounterRNG:
     def _bits(self, size: int) -> Tensor:
         """Draw ``(B, size)`` integers of 64 random bits."""
         self._draws += 1
-        # the product wraps as a tensor; as a Python number it would exceed 64 bits
-        number = torch.full((), self._draws, dtype=torch.int64, device=self.device)
-        streams = _mix(self._keys + number * _GOLDEN)
+        streams = _mix(self._keys + _wrapped(self._draws * _GOLDEN))
         counters = torch.arange(1, size + 1, dtype=torch.int64, device=self.device) * _GOLDEN
         return _mix(streams[:, None] + counters)
 

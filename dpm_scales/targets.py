@@ -49,7 +49,7 @@ from torch import Tensor
 
 from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, require, require_choice
-from dpm_scales.moments import Moments, Scalings, moments, plain_scalings, steepest_blur
+from dpm_scales.moments import Moments, Scalings, plain_scalings, steepest_blur
 from dpm_scales.operators import Operator, spectral_of
 from dpm_scales.processes import Process, Step
 from dpm_scales.spectrum import DataSpectrum
@@ -160,7 +160,7 @@ class Clean(Target):
             t = k.round().to(spectrum.std.device) / process.num_scales
             own = process.operator()
             resolved = spectral_of(own)
-            m = moments(process, resolved, t, spectrum, size)
+            m = Moments(process, resolved, t, spectrum, size)
             gain = (m.residual / m.wiener_residual).log().mean().exp()
             estimate = "wiener" if resolved is own else "spectral"
             self.preconditioning = estimate if m.constant_noise or bool(gain > WORTHWHILE) else "scalar"
@@ -173,8 +173,8 @@ class Clean(Target):
         if self.preconditioning == "none":
             return plain_scalings(m, self.scale_input)
         if self.preconditioning in ("wiener", "spectral") or (self.preconditioning == "auto" and m.constant_noise):
-            one, residual = torch.ones_like(m.total), m.wiener_residual
-            return Scalings(one, residual.sqrt(), m.estimate.rsqrt(), 1 / residual, m.wiener)
+            residual = m.wiener_residual
+            return Scalings(torch.ones_like(residual), residual.sqrt(), m.estimate.rsqrt(), 1 / residual, m.wiener)
         return Scalings(m.cross / m.total, m.residual.sqrt(), m.total.rsqrt(), 1 / m.residual)
 
     def noise_errors(self, signal: Tensor, noise: Tensor) -> Tensor:
@@ -314,7 +314,7 @@ class Flow(_Mixed):
         _check_division(process, scales, "flow")
 
     def scalings(self, m: Moments) -> Scalings:
-        variance = m.flow()
+        variance = m.flow
         return replace(plain_scalings(m, self.scale_input), out=variance.sqrt(), weight=1 / variance)
 
     def regression_target(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.errors import require_number
-from dpm_scales.moments import moments
+from dpm_scales.moments import Moments
 from dpm_scales.operators import Operator
 from dpm_scales.processes import Context
 
@@ -61,7 +61,7 @@ def wiener_std(denoiser: BaseDenoiser, operator: Operator, t: Tensor, like: Tens
         like: images ``(B, C, H, W)``.
     """
     size = (like.shape[-2], like.shape[-1])
-    m = moments(denoiser.process, operator, t.reshape(1), denoiser.spectrum, size)
+    m = Moments(denoiser.process, operator, t.reshape(1), denoiser.spectrum, size)
     return operator.to_pixels(m.wiener_residual.sqrt().to(like.dtype) * torch.ones_like(like))
 
 

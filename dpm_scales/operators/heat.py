@@ -13,15 +13,19 @@ and its inverse, and than an FFT up to several hundred pixels.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ClassVar, ParamSpec
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dpm_scales.errors import UserError, require, require_choice
 from dpm_scales.operators.base import Decay, Operator, PixelOperator, SpectralFunction, Term, images_of, values_of
 
 SPECTRA = ("continuous", "discrete")
+P = ParamSpec("P")
 
 
 def dct_matrix(n: int, device: torch.device | str | None = None) -> Tensor:
@@ -37,10 +41,41 @@ def _axis_eigenvalues(n: int, spectrum: str, device: torch.device | str | None) 
     return omega**2 if spectrum == "continuous" else 4 * torch.sin(omega / 2) ** 2
 
 
+def _eigenvalues(height: int, width: int, spectrum: str, device: torch.device | str | None) -> Tensor:
+    rows, columns = (_axis_eigenvalues(n, spectrum, device) for n in (height, width))
+    return rows[:, None] + columns[None, :]
+
+
+def _kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Return a function that keeps the constants that it makes, each a dozen kernels; callers must not change them.
+
+    While torch compiles or a dispatch mode is active, such as that of fake tensors, constants are made anew.
+    """
+    kept = lru_cache(maxsize=32)(make)
+
+    @wraps(make)
+    def get(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+            return make(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return kept(*args, **kwargs)
+
+    return get
+
+
+@_kept
+def _basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return dct_matrix(n, device).to(dtype)
+
+
+_kept_axis_eigenvalues = _kept(_axis_eigenvalues)
+_kept_eigenvalues = _kept(_eigenvalues)
+
+
 def _blur_matrix(n: int, time: Tensor, spectrum: str, dtype: torch.dtype) -> Tensor:
     """Return G(T) of shape ``(*time.shape, n, n)`` in `dtype`; the exponentials are taken in float64."""
-    basis = dct_matrix(n, time.device).to(dtype)
-    decay = torch.exp(-_axis_eigenvalues(n, spectrum, time.device) * time[..., None]).to(dtype)
+    basis = _basis(n, dtype, time.device)
+    decay = torch.exp(-_kept_axis_eigenvalues(n, spectrum, time.device) * time[..., None]).to(dtype)
     return (basis.T * decay[..., None, :]) @ basis
 
 
@@ -101,9 +136,9 @@ class HeatOperator(Operator):
         return 2 * math.pi**2 if self.spectrum == "continuous" else 8.0
 
     def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-        rows = _axis_eigenvalues(height, self.spectrum, device)
-        columns = _axis_eigenvalues(width, self.spectrum, device)
-        return rows[:, None] + columns[None, :]
+        if device is None:  # the default device may change
+            return _eigenvalues(height, width, self.spectrum, device)
+        return _kept_eigenvalues(height, width, self.spectrum, torch.device(device))
 
     def analysis(self, x: Tensor) -> Tensor:
         """Return the orthonormal DCT-II over the last two axes: pixels to coefficients u."""
@@ -157,9 +192,8 @@ class HeatOperator(Operator):
     @staticmethod
     def _matrices(x: Tensor) -> tuple[Tensor, Tensor]:
         height, width = x.shape[-2:]
-        columns = dct_matrix(width, x.device).to(x.dtype)
-        rows = columns if height == width else dct_matrix(height, x.device).to(x.dtype)
-        return rows, columns
+        columns = _basis(width, x.dtype, x.device)
+        return (columns if height == width else _basis(height, x.dtype, x.device)), columns
 
 
 def spectral_of(operator: Operator) -> Operator:

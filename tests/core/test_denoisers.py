@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
-from dpm_scales.moments import Scalings, moments
+from dpm_scales.moments import Moments, Scalings
 from dpm_scales.networks import UNet
 from dpm_scales.processes import VE, VP, Homogeneous, InverseHeat
 from dpm_scales.targets import Clean, NextScale, Noise, Velocity
@@ -59,7 +59,7 @@ SUITABLE = [
 
 def of(denoiser: Denoiser, t: Tensor, size: tuple[int, int] = (H, W)) -> Scalings:
     process = denoiser.process
-    return denoiser.target.scalings(moments(process, process.operator(), t, denoiser.spectrum, size))
+    return denoiser.target.scalings(Moments(process, process.operator(), t, denoiser.spectrum, size))
 
 
 def gain(denoiser: Denoiser, twin: Twin, t: Tensor, size: tuple[int, int] = (H, W)) -> Array:

@@ -16,7 +16,7 @@ import dpm_scales as ds
 from dpm_scales import networks, priors, processes, samplers, schedules, targets, weights
 from dpm_scales.describe import Describable, DescriptionError, configured, describe
 from dpm_scales.models.instantiate import build
-from dpm_scales.moments import moments
+from dpm_scales.moments import Moments
 from dpm_scales.spectrum import DataSpectrum
 
 #: arguments of classes that can't be made without, or whose defaults would leave something out
@@ -69,7 +69,7 @@ def values_of(made: Any) -> list[torch.Tensor]:
     if isinstance(made, samplers.Sampler):
         return [made.scales(processes.VP(num_scales=60))]
     if isinstance(made, targets.Target):
-        c = made.scalings(moments(ds.VP(), ds.VP().operator(), t, DataSpectrum(), (8, 8)))
+        c = made.scalings(Moments(ds.VP(), ds.VP().operator(), t, DataSpectrum(), (8, 8)))
         return [c.skip, c.out, c.inner, c.weight]
     if isinstance(made, weights.Learned):
         torch.nn.init.ones_(made.series.weight)

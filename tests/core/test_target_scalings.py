@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpm_scales.moments import moments
+from dpm_scales.moments import Moments
 from dpm_scales.processes import VE, VP, Homogeneous, Process
 from dpm_scales.schedules import ListedBeta, ListedDissipationTimes, LogBlur
 from dpm_scales.spectrum import DataSpectrum
@@ -32,7 +32,7 @@ def white(std: float) -> DataSpectrum:
 
 
 def scalings(process: Process, target: Target, t: list[float], data_std: float, size: tuple[int, int] = (H, W)) -> Any:
-    m = moments(process, process.operator(), float64(t), white(data_std), size)
+    m = Moments(process, process.operator(), float64(t), white(data_std), size)
     return target.scalings(m)
 
 
@@ -99,7 +99,7 @@ def test_scalings_under_blur_are_second_moments_averaged_over_the_spectrum(twin:
     spectrum.log_factor.copy_(torch.linspace(2, -2, len(spectrum.log_factor)))
     mu = twin.mu(H, W).ravel()
     power = spectrum(float64(mu.tolist())).tolist()
-    m = moments(process, process.operator(), float64(t), spectrum, (H, W))
+    m = Moments(process, process.operator(), float64(t), spectrum, (H, W))
     targets = (Clean("scalar"), Clean("wiener"), Velocity(), NextScale(equal_weight=True))
     scalar, c, plain, finer = (target.scalings(m) for target in targets)
     assert c.filter is not None and scalar.filter is plain.filter is finer.filter is None
@@ -135,7 +135,7 @@ def test_wiener_estimate_is_the_best_linear_one(twin: Twin) -> None:
     process, t = twin.build(), 0.5
     spectrum = white(0.6)
     spectrum.log_factor.copy_(torch.linspace(2, -2, len(spectrum.log_factor)))
-    m = moments(process, process.operator(), float64([t]), spectrum, (H, W))
+    m = Moments(process, process.operator(), float64([t]), spectrum, (H, W))
     data = dense(twin, lambda mu: spectrum(torch.from_numpy(mu)).numpy())
     blur = dense(twin, lambda mu: twin.signal(t, mu) * np.ones_like(mu))
     noise = dense(twin, lambda mu: np.maximum(twin.variance(t, mu), 0) * np.ones_like(mu))
