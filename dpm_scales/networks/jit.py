@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpm_scales.errors import UserError, require, require_number
+from dpm_scales.errors import require, require_number
 from dpm_scales.networks.base import ImageNetwork, fold, require_counts, unfold
 from dpm_scales.networks.blocks import LABEL_STD, ScaleEmbedding, zero_init
 
@@ -124,19 +124,20 @@ class JiTBlock(nn.Module):
 
 
 class JiT(ImageNetwork):
-    """Plain transformer of pixel patches, designed to predict the clean image, for any size that the patches divide.
+    """Plain transformer of pixel patches, designed to predict the clean image, for images of any size.
 
     JiT-B/16 of the paper is JiT(width=768, depth=12, num_heads=12, patch_size=16, bottleneck=128, class_tokens=32).
     Positions are relative: the paper's additional table of absolute positions is omitted, so that a network takes
-    images of any size. The output layer starts at zero, so a new network returns zeros. All shapes are static, and
-    nothing waits for the device. FSDP wraps it block by block.
+    images of any size; sides that patches do not divide are padded internally, to the right and bottom, by repeating
+    the border, and the result is cropped. The output layer starts at zero, so a new network returns zeros. All shapes
+    are static, and nothing waits for the device. FSDP wraps it block by block.
 
     Args:
         in_channels, out_channels: channels of input and result, at least 1; None until `complete`.
         width: channels of a token, even.
         depth: number of blocks.
         num_heads: number of attention heads; `width / num_heads` must be a multiple of 4.
-        patch_size: side of a patch in pixels; divides height and width of the images.
+        patch_size: side of a patch in pixels.
         bottleneck: channels between the two linear layers that embed a patch.
         mlp_ratio: size of the feed-forward layers, > 0: SwiGLU has 2/3 `mlp_ratio` `width` channels inside.
         class_tokens: number of label tokens, which join those of the image from a third of the depth on; 0 for none.
@@ -209,19 +210,11 @@ class JiT(ImageNetwork):
                 self.token_places = nn.Parameter(torch.empty(self.class_tokens, width))
                 nn.init.normal_(self.token_places, std=_TOKEN_STD)
 
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raise UserError for an image size ``(H, W)`` that the patches do not divide."""
-        if size[0] % self.patch_size or size[1] % self.patch_size:
-            raise UserError(
-                f"images of {size[0]}x{size[1]} pixels: JiT with patch_size={self.patch_size} needs sides that are "
-                f"multiples of {self.patch_size}; change the images' size or network.patch_size"
-            )
-
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Apply the network.
 
         Args:
-            x: (B, in_channels, H, W) floating point, ideally of unit variance; H and W multiples of `patch_size`.
+            x: (B, in_channels, H, W) floating point, ideally of unit variance.
             t: (B,) floating point scale in [0, 1].
             labels: (B,) int64 in [0, num_classes], where `num_classes` means "no label"; None means that for all.
 
@@ -229,7 +222,6 @@ class JiT(ImageNetwork):
         Raises: UserError if a shape or type is wrong, or labels are given to a network without classes.
         """
         self._check(x, t)
-        self.check_size((x.shape[2], x.shape[3]))
         emb = self.embed_scale(t)
         numbers = self._labels(labels, t)
         label = None if self.embed_label is None else self.embed_label(numbers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -186,9 +187,10 @@ def test_a_wrong_argument_is_named(changes: dict[str, Any], seen: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_size_that_patches_do_not_divide_is_refused() -> None:
-    line = "images of 8x10 pixels: JiT with patch_size=4 needs sides that are multiples of 4; change"
-    with pytest.raises(UserError, match=line):
-        build()(*inputs(2, 8, 10))
-    with pytest.raises(UserError, match=line):
-        build().check_size((8, 10))
+def test_sides_that_patches_do_not_divide_are_padded_by_the_border() -> None:
+    network = perturbed(build()).eval()
+    x, t, labels = inputs(2, 9, 11)
+    padded = torch.from_numpy(np.pad(x.numpy(), ((0, 0), (0, 0), (0, 3), (0, 1)), mode="edge"))
+    found = network(x, t, labels)
+    assert found.shape == (2, 3, 9, 11)
+    assert torch.equal(found, network(padded, t, labels)[..., :9, :11])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import dpm_scales as ds
@@ -59,13 +60,26 @@ def test_runs_resume_exactly(network: str, process: str, tmp_path: Path) -> None
     assert (drawn / "000001.png").is_file()
 
 
-def test_a_size_that_the_network_can_not_take_is_not_sampled(tmp_path: Path) -> None:
+def test_sizes_that_patches_do_not_divide_are_drawn(tmp_path: Path) -> None:
     folder = train(tmp_path / "run", *TOY["jit"], "trainer.max_steps=1")
-    end = call("sample.py", f"model={folder}", "size=[8,10]", "num_samples=1", "out=out", cwd=tmp_path)
-    one_line(end, "images of 8x10", "multiples of 4")
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="images of 8x10"):
-        load_model(folder).sample(1, size=(8, 10))
+    drawn = sample(folder, tmp_path / "samples", "size=[8,10]", "num_samples=1")
+    with Image.open(drawn / "000000.png") as image:
+        assert image.size == (10, 8)
+
+
+class Square(ds.UNet):
+    """A network for square images."""
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise UserError for other images."""
+        if size[0] != size[1]:
+            raise UserError(f"images of {size[0]}x{size[1]} pixels: give square ones")
+
+
+def test_a_size_that_the_network_can_not_take_is_refused_before_work() -> None:
+    for size, given in (((8, 8), (8, 10)), ((8, 10), None)):
+        with pytest.raises(UserError, match="images of 8x10 pixels: give square ones"):
+            ds.Model(Square(width=4), ds.VP(20), image_size=size, channels=1).sample(1, size=given)
 
 
 def test_the_learned_weight_trains_from_python(tmp_path: Path) -> None:
@@ -87,7 +101,7 @@ def one_line(end: Outcome, *words: str) -> None:
 
 def test_what_can_not_be_is_one_line(tmp_path: Path) -> None:
     for options, words in (
-        ((*TOY["jit"], "network.patch_size=3"), ("images of 8x8", "multiples of 3", "network.patch_size")),
+        ((*TOY["jit"], "network.patch_size=0"), ("patch_size is 0",)),
         ((*TOY["edm2"], "network.rate_scale=0"), ("rate_scale must be > 0",)),
         ((*TOY["edm2"], "network.head_dim=3"), ("head_dim is 3",)),
         (("weight=learned", "weight.terms=0", *TOY["jit"]), ("terms must be a whole number",)),
