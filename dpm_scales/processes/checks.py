@@ -78,7 +78,8 @@ class Chain:
         require(
             abs(float(total[worst]) - 1) < 1e-6,
             f"{self.name}: signal^2 + noise^2 is {total[worst]:.4g} at scale k={worst} of {len(total) - 1}, and must "
-            f"be 1; take a variance-preserving schedule, or for {schedule} the process ve or heat",
+            f"be 1; take a variance-preserving schedule, or for {schedule} a process without this promise: rectified, "
+            "ve, heat or osmosis_diffusion",
         )
 
     def check_lyapunov(self) -> None:
