@@ -51,7 +51,7 @@ from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError, require, require_choice
 from dpm_scales.moments import Moments, Scalings, plain_scalings, steepest_blur
 from dpm_scales.operators import Operator, spectral_of
-from dpm_scales.processes import Process, Step
+from dpm_scales.processes import Process, Step, few_scales
 from dpm_scales.spectrum import DataSpectrum
 
 #: largest factor by which a step may blur a frequency that is divided by what is left of it
@@ -309,6 +309,11 @@ class Flow(_Mixed):
             f"the flow target divides by the speed at which signal turns into noise, and {type(process).__name__} has "
             "frequencies that do not change at some scale; use target=clean",
         )
+        with process.rehearsal(type(self), 1) as new:
+            if new:
+                some = few_scales(t, 100)
+                image = some[:, None, None, None]
+                self.regression_target(process, process.operator(), image, image, image, some)
 
     def check_scales(self, process: Process, scales: Tensor) -> None:
         _check_division(process, scales, "flow")

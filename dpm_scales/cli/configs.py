@@ -113,6 +113,11 @@ def inner_groups(group: str) -> list[str]:
     return sorted(path.relative_to(CONFIGS).as_posix() for path in (CONFIGS / group).iterdir() if path.is_dir())
 
 
+def groups_in(group: str, path: Path) -> list[str]:
+    """Return the groups nested in `group` that a config of it takes, such as process/noise, sorted."""
+    return sorted(f"{group}/{name}" for name, _ in defaults(path) if name and not name.startswith("override"))
+
+
 def config_file(group: str, choice: str, own: Sequence[str] = ()) -> Path | None:
     """Return the file of a choice from the package's configs or the folders `own`; None if there is none."""
     places = [place / group / f"{choice}.yaml" for place in (CONFIGS, *map(Path, own))]
@@ -131,8 +136,7 @@ def chosen_options(group: str, path: Path) -> dict[str, Option]:
 def keys(group: str, choice: str) -> set[str]:
     """Return the keys in one config of a group; each nested group counts as one key."""
     path = CONFIGS / group / f"{choice}.yaml"
-    inner = {f"{package(group)}.{name}" for name, _ in defaults(path) if name and not name.startswith("override")}
-    return inner | set(chosen_options(group, path))
+    return {package(inner) for inner in groups_in(group, path)} | set(chosen_options(group, path))
 
 
 def all_groups(config_name: str) -> list[str]:

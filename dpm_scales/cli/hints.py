@@ -67,12 +67,35 @@ def mistaken_option(config_name: str, argv: Sequence[str]) -> str | None:
         if group in groups and not override.is_delete() and not all(isinstance(one, str | list) for one in chosen):
             value = str(override.input_line).partition("=")[2]
             return f"{group} is chosen by a name, and can't be {value}; leave it out for the default"
+        if "/" in group and group in groups and not override.is_delete():
+            line = _without_group(config_name, argv, group)
+            if line is not None:
+                return line
         ours = not (key.startswith("hydra.") or key.rpartition(".")[2].startswith("_") or key[-1].isdigit())
         if ours and key not in present and not (override.is_add() or override.is_force_add()):
             return unknown_option(config_name, key, argv)
         if sweep and not is_multirun(flags):
             values = str(override.input_line).partition("=")[2]
             return f"{group}={values} gives several values: -m makes a run of each, and {group}=[{values}] is a list"
+    return None
+
+
+def _without_group(config_name: str, argv: Sequence[str], group: str) -> str | None:
+    """Return the error message for a nested group, process/clock say, that the chosen config of its group lacks."""
+    outer, places = group.partition("/")[0], config_dirs(argv)
+    typed = [a.partition("=")[2] for a in argv if re.fullmatch(rf"{outer}=[\w,]+", a)]
+    own = OmegaConf.select(_composed(config_name, argv, with_hydra=True), f"hydra.runtime.choices.{outer}")
+    for choice in typed[-1].split(",") if typed else [str(own)]:
+        path = configs.config_file(outer, choice, places)
+        taken = [] if path is None else configs.groups_in(outer, path)
+        if path is None or group in taken:
+            continue
+        files = {name: configs.config_file(outer, name) for name in configs.choices(outer)}
+        with_it = [name for name, file in files.items() if file and group in configs.groups_in(outer, file)]
+        more = f" or one of {len(with_it) - MOST_NAMED} more" if len(with_it) > MOST_NAMED else ""
+        only = f", only {', '.join(taken)}" if taken else ""
+        others = ", ".join(with_it[:MOST_NAMED]) + more
+        return f"{outer}={choice} takes no {group}{only}; leave it out, or choose {outer}={others}"
     return None
 
 
@@ -97,17 +120,24 @@ def _owners(config_name: str, full: str) -> list[str]:
     return found
 
 
-def _composed(config_name: str, argv: Sequence[str]) -> Any:
-    """Return the config with the choices made on the command line, or the default one if composing them fails."""
+def _composed(config_name: str, argv: Sequence[str], with_hydra: bool = False) -> Any:
+    """Return the config with the choices made on the command line.
+
+    If they can't be composed, it is that of the outer groups' choices, or else the default one.
+
+    Args:
+        with_hydra: whether to include Hydra's own config, which names the choices.
+    """
     outer = configs.groups(config_name)
     choices = [a for a in argv if re.fullmatch(rf"({'|'.join(outer)})(/\w+)*=\w+", a)]
+    plain = [a for a in choices if "/" not in a]
     places = ",".join(f"'file://{Path(place).absolute()}'" for place in config_dirs(argv))
     own = [f"hydra.searchpath=[{places}]"] if places else []
-    for overrides in ([*own, *choices], []):
+    for overrides in ([*own, *choices], [*own, *plain], []):
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-                return compose(config_name, overrides=overrides)
+                return compose(config_name, overrides=overrides, return_hydra_config=with_hydra)
         except (HydraException, OmegaConfBaseException, ValueError):  # ValueError: a choice that is no name
             continue
     return OmegaConf.create()

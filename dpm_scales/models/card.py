@@ -150,7 +150,9 @@ def _process(process: Process) -> str:
     own_noise = type(process).log_noise_scale is not Process.log_noise_scale
     noise = r"\gamma_t(L)" if own_noise else r"\gamma_t"
     law = rf"y_t = \lambda_t(L)\, y_0 + {noise}\, \varepsilon, \qquad \varepsilon \sim \mathcal{{N}}(0, I)"
-    keeps = bool((process.noise(torch.linspace(0, 1, 9, device=tables_of(process)).double())[0] == 0).all())
+    log_signal, log_noise = process.noise(torch.linspace(0, 1, 9, device=tables_of(process)).double())
+    keeps = bool((log_signal == 0).all())
+    preserves = not keeps and bool((((2 * log_signal).exp() + (2 * log_noise).exp() - 1).abs() < 1e-6).all())
     low, high = process.value_range
     operator = f"`{type(process.operator()).__name__}`, {_first_line(process.operator())}"
     if process.has_context:
@@ -166,7 +168,7 @@ def _process(process: Process) -> str:
         "## Process",
         _first_line(process),
         f"$$ {law} $$",
-        f"$$ {_signal(process, keeps)} $$",
+        f"$$ {_signal(process, keeps, preserves)} $$",
         f"with t = k / {process.num_scales}, k = 0, …, {process.num_scales}, and pixels in [{low:g}, {high:g}].",
         "\n".join(items),
         f"![signal and noise against the scale t]({SCHEDULE})",
@@ -174,11 +176,12 @@ def _process(process: Process) -> str:
     return "\n\n".join(blocks)
 
 
-def _signal(process: Process, keeps: bool) -> str:
+def _signal(process: Process, keeps: bool, preserves: bool) -> str:
     """Return lambda_t as a formula.
 
     Args:
         keeps: whether a_t = 1 at all scales.
+        preserves: whether a_t^2 + gamma_t^2 = 1 at all scales.
     """
     if process.blur is None:
         scale = r"\lambda_t = 1" if keeps else r"\lambda_t = a_t"
@@ -188,7 +191,7 @@ def _signal(process: Process, keeps: bool) -> str:
             decay = rf"\left((1 - d) {decay} + d\right)"
         scale = rf"\lambda_t(\mu) = {'' if keeps else 'a_t '}{decay}"
         scale += rf", \qquad d = {process.min_decay:g}" if process.min_decay > 0 else ""
-    return scale + (r", \qquad a_t^2 + \gamma_t^2 = 1" if process.variance_preserving else "")
+    return scale + (r", \qquad a_t^2 + \gamma_t^2 = 1" if preserves else "")
 
 
 def _parts(model: Parts) -> str:

@@ -4,7 +4,7 @@ from dpm_scales.processes.expanded import ExpandedProcess, StencilProcess
 from dpm_scales.processes.law import MAX_MEAN_LEFT, Context, Process
 from dpm_scales.processes.members import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Spectral, Warm
 from dpm_scales.processes.osmosis import InverseOsmosis, Osmosis, OsmosisDiffusion, OsmosisFilter
-from dpm_scales.processes.steps import Gaussian, Scale, Step, as_scale
+from dpm_scales.processes.steps import Gaussian, Scale, Step, as_scale, few_scales
 
 __all__ = [
     "MAX_MEAN_LEFT",
@@ -28,4 +28,5 @@ __all__ = [
     "Step",
     "Warm",
     "as_scale",
+    "few_scales",
 ]

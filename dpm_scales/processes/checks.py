@@ -35,6 +35,12 @@ class Chain:
     log_signal: Tensor
     variance: Tensor
 
+    @classmethod
+    def of(cls, name: str, mu: Tensor, log_signal: Tensor, noise: Tensor) -> Chain:
+        """Return the chain of curves as a process gives them: log lambda and gamma, ``(K + 1, 1, M | 1)``."""
+        shape = (len(log_signal), len(mu))
+        return cls(name, mu, log_signal[:, 0].expand(shape), (noise[:, 0] ** 2).expand(shape))
+
     def check_image(self) -> None:
         """Raise UserError unless scale 0 is the image: no blur, no noise."""
         log_signal, variance = self.log_signal[0], self.variance[0]
@@ -72,7 +78,8 @@ class Chain:
         require(
             abs(float(total[worst]) - 1) < 1e-6,
             f"{self.name}: signal^2 + noise^2 is {total[worst]:.4g} at scale k={worst} of {len(total) - 1}, and must "
-            f"be 1; take a variance-preserving schedule, or for {schedule} the process ve or heat",
+            f"be 1; take a variance-preserving schedule, or for {schedule} a process without this promise: rectified, "
+            "ve, heat or osmosis_diffusion",
         )
 
     def check_lyapunov(self) -> None:
@@ -93,6 +100,12 @@ class Chain:
             raise UserError(
                 f"{self.name}: at scale k={k + 1} of {len(bad)}, eigenvalue mu={self.mu[j]:.4g}: {describe(k, j)}"
             )
+
+
+def spanning(operator: Operator) -> Tensor:
+    """Return eigenvalues ``(M,)`` that span the spectrum of L, float64; only 0 where L = 0."""
+    largest = operator.eigenvalues(64, 64).max().item()
+    return torch.linspace(0, 1, 24, dtype=torch.float64) ** 3 * largest if largest > 0 else torch.zeros(1).double()
 
 
 def require_law(

@@ -17,6 +17,7 @@ from dpm_scales.operators import Degrees, HeatOperator, Operator, SpectralFuncti
 from dpm_scales.operators.degrees import RehearsedOperator
 from dpm_scales.operators.expanded import TOLERANCE
 from dpm_scales.processes.law import Context, Process
+from dpm_scales.processes.steps import few_scales
 from dpm_scales.rng import Randomness
 from dpm_scales.schedules import BlurSchedule, Color, NoiseSchedule, require_positive
 
@@ -57,10 +58,12 @@ class ExpandedProcess(Process, ABC):
         #: degree sufficient for the means of the law itself
         self.degree = chebyshev_degree(self._means(ts, len(ts), STRIDES), self.tolerance)
         self.degrees.learn(*self._means(ts, REHEARSED, {*STRIDES, num_scales // 4, num_scales // 2, num_scales}))
+        if color is not None:
+            self._rehearse_noise(few_scales(ts[1:], REHEARSED // 4))
 
     def _means(self, ts: Tensor, number: int, strides: Collection[int]) -> list[SpectralFunction]:
         """Return the factors of the law's means for steps of the lengths `strides`, at no more than `number` scales."""
-        pick = torch.linspace(0, len(ts) - 1, min(len(ts), number)).round().long()
+        pick = few_scales(torch.arange(len(ts)), number)
         functions: list[SpectralFunction] = [self.signal(ts[pick])]
         for stride in strides:
             if 1 <= stride <= self.num_scales:
@@ -68,6 +71,12 @@ class ExpandedProcess(Process, ABC):
                 step = self.step(ts[finer], ts[finer + stride])
                 functions += [step.rho, step.posterior_coef_xt, step.posterior_coef_x0]
         return functions
+
+    def _rehearse_noise(self, ts: Tensor) -> None:
+        """Learn the degrees of the coloured noise that training adds."""
+        with self.rehearsal("noise", 1) as new:
+            if new:
+                self.noise_at(ts, ts[:, None, None, None], self._operator)
 
     @abstractmethod
     def context(self, x_0: Tensor, generator: Randomness = None) -> Context: ...
@@ -80,7 +89,8 @@ class ExpandedProcess(Process, ABC):
 
     @contextmanager
     def rehearsal(self, key: Hashable, calls: int) -> Iterator[bool]:
-        if key in self.degrees.rehearsed:
+        # a colour that learns changes when it is fitted or loaded, and with it the degrees: a device then waits
+        if key in self.degrees.rehearsed or (self.color is not None and self.color.learns):
             yield False
             return
         own, self._operator = self._operator, RehearsedOperator(self.degrees, calls)

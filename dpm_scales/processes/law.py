@@ -31,7 +31,7 @@ from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError
 from dpm_scales.memory import require_memory
 from dpm_scales.operators import Decay, LogCurve, Operator, SpectralFunction, batch_view
-from dpm_scales.processes.checks import Chain, require_law
+from dpm_scales.processes.checks import Chain, require_law, spanning
 from dpm_scales.processes.steps import Gaussian, Scale, Step, as_scale
 from dpm_scales.rng import CounterRNG, Randomness, white_noise
 from dpm_scales.schedules import BlurSchedule, Clock, Color, NoiseSchedule
@@ -89,7 +89,7 @@ class Process(Describable, nn.Module):
         self.value_range = require_law(self, operator, num_scales, min_decay, value_range, noise, blur, color, clock)
         self._operator, self._largest = operator, operator.largest
         # peak memory of `_check_consistency`; all tables together take less
-        num_bytes = num_scales * (80 + 40 * len(self._probes()))
+        num_bytes = num_scales * (80 + 40 * len(spanning(operator)))
         require_memory(num_bytes, f"{type(self).__name__}: num_scales={num_scales}", "lower num_scales")
         self.num_scales = num_scales
         self.min_decay = float(min_decay)
@@ -105,8 +105,7 @@ class Process(Describable, nn.Module):
     def bind_size(self, size: tuple[int, int]) -> None:
         """Set the size (H, W) of the images, to which the energy of a colour refers; without a colour, do nothing.
 
-        Raises: UserError for a colour that vanishes or overflows at some frequency, and for curves that no Markov chain
-        has.
+        Raises: UserError for a colour that vanishes or overflows at some frequency, or for which no chain exists.
         """
         if self.color is not None:
             self.color.bind_spectrum(self._operator.eigenvalues(*size, self.color.spectrum.device))
@@ -196,8 +195,7 @@ class Process(Describable, nn.Module):
         t = self._scale(t)
         if self.clock is not None or not (self.blur is None or self.blur.is_gaussian):
             return LogCurve(lambda mu: self._log_signal(t, mu))
-        log_scale, _ = self.noise(t)
-        return Decay(log_scale, None if self.blur is None else self.blur(t), self.min_decay)
+        return Decay(self.noise(t)[0], None if self.blur is None else self.blur(t), self.min_decay)
 
     def white_signal(self, t: Scale) -> SpectralFunction:
         """Return w_t^-1 lambda_t, the signal scale after the noise, of colour w_t(mu), is whitened."""
@@ -256,6 +254,17 @@ class Process(Describable, nn.Module):
     def log_snr(self, t: Scale, mu: Tensor) -> Tensor:
         """Return l_t(mu) = log(lambda_t^2 / gamma_t^2), +inf where there is no noise."""
         return 2 * (self.signal(as_scale(t, mu)).log(mu) - self.log_noise_scale(t, mu))
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """Return gamma_t / lambda_t at mu = 0, by which grids choose scales, float64, in the shape of t, () or (B,).
+
+        With a colour or a clock it is that of the noise schedule, since frequencies then differ.
+        """
+        if self.color is None and self.clock is None:
+            mu = torch.zeros((), dtype=torch.float64, device=t.device)
+            return torch.exp(-0.5 * self.log_snr(t, mu)).reshape(t.shape)
+        log_signal, log_noise = self.noise(t)
+        return torch.exp(log_noise - log_signal)
 
     def has_constant_noise(self) -> bool:
         """Return whether gamma is the same at all scales but 0 (or 0 at all), so that only blur distinguishes them."""
@@ -379,22 +388,14 @@ class Process(Describable, nn.Module):
 
     # --- construction -------------------------------------------------------------------------------------------------
 
-    def _probes(self) -> Tensor:
-        """Return eigenvalues ``(M,)`` that span the spectrum, float64; only 0 where L = 0."""
-        largest = self._operator.eigenvalues(64, 64).max().item()
-        return torch.linspace(0, 1, 24, dtype=torch.float64) ** 3 * largest if largest > 0 else torch.zeros(1).double()
-
     def _check_consistency(self) -> None:
         """Raise UserError unless every step of the chain exists and the class's promises hold."""
-        ts, mu = torch.arange(self.num_scales + 1, dtype=torch.float64) / self.num_scales, self._probes()
-        shape = (len(ts), len(mu))
-        ts, mu = ts.to(self._scale(0.0).device), mu.to(self._scale(0.0).device)
-        log_signal = self.signal(ts).log(mu)[:, 0].expand(shape)
-        chain = Chain(type(self).__name__, mu, log_signal, (self.noise_scale(ts, mu)[:, 0] ** 2).expand(shape))
+        ts = torch.arange(self.num_scales + 1).to(self._scale(0.0)) / self.num_scales
+        mu = spanning(self._operator).to(ts.device)
+        chain = Chain.of(type(self).__name__, mu, self.signal(ts).log(mu), self.noise_scale(ts, mu))
         chain.check_image()
         chain.check_transitions()
         if self.variance_preserving:
-            log_signal, log_noise = self.noise(ts)
-            chain.check_variance_preserving(log_signal, log_noise, type(self.noise).__name__)
+            chain.check_variance_preserving(*self.noise(ts), type(self.noise).__name__)
         if self.lyapunov:
             chain.check_lyapunov()

@@ -22,7 +22,6 @@ signs, so the steady state resembles v only where intensities are positive: use 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -189,9 +188,13 @@ class OsmosisDiffusion(Osmosis):
 
     It combines Gaussian noise with drift-diffusion between the pixels: the two readings of the Fokker-Planck equation
     (Sect. 6, Peter 2024) in one process.
-    """
 
-    variance_preserving: ClassVar[bool] = True
+    The noise schedule need not preserve variance: with a_t and T(t) the law exists for any gamma_t that does not fall.
+    Neither a_t nor the decay d_t(mu) grows, so rho = lambda_t / lambda_s <= 1 at every eigenvalue in [0, 8], for every
+    guidance image, and the transition's variance is beta^2 = gamma_t^2 - rho^2 gamma_s^2 >= gamma_t^2 - gamma_s^2 >= 0.
+    A fixed colour multiplies it by w(mu)^2; one that changes with t is checked at every scale. With `Rectified` it is
+    flow matching: lambda_t(mu) = (1 - t) d_t(mu), gamma_t = t.
+    """
 
     def __init__(
         self,

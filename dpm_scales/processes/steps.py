@@ -23,6 +23,11 @@ def as_scale(t: Scale, like: Tensor | None = None) -> Tensor:
     return torch.full((), float(t), dtype=torch.float64, device=None if like is None else like.device)
 
 
+def few_scales(scales: Tensor, number: int) -> Tensor:
+    """Return at most `number` of the scales, evenly spread, with the first and the last."""
+    return scales[torch.linspace(0, len(scales) - 1, min(len(scales), number)).round().long()]
+
+
 @dataclass(frozen=True)
 class Gaussian:
     """A Gaussian on images: `mean` in pixels ``(B, C, H, W)``, `std` a function of mu in whitened coordinates."""

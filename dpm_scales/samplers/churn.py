@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dpm_scales.errors import require
 from dpm_scales.processes import Context, Process, Step
-from dpm_scales.samplers.grids import noise_level, scales_at
+from dpm_scales.samplers.grids import scales_at
 from dpm_scales.schedules import is_number
 
 
@@ -79,4 +79,4 @@ def _level(process: Process) -> Callable[[Tensor], Tensor]:
     blur = process.blur
     if process.has_constant_noise() and blur is not None:
         return lambda t: (2 * blur(t)).sqrt()
-    return lambda t: noise_level(process, t)
+    return process.noise_level

@@ -66,21 +66,12 @@ def _progress(like: Tensor, steps: int) -> Tensor:
     return full if steps > 1 else torch.zeros_like(full)
 
 
-def noise_level(process: Process, t: Tensor) -> Tensor:
-    """Return gamma / lambda at the eigenvalue 0, that of the schedule under a colour or clock, in the shape of t."""
-    if process.color is not None or process.clock is not None:
-        log_signal, log_noise = process.noise(t)
-        return torch.exp(log_noise - log_signal)
-    mu = torch.zeros((), dtype=torch.float64, device=t.device)
-    return torch.exp(-0.5 * process.log_snr(t, mu)).reshape(t.shape)
-
-
 def _ends(process: Process, name: str) -> tuple[Tensor, Tensor]:
     """Return gamma / lambda at k = 1 and at t = 1, or at the scale before it if no signal is left at t = 1."""
     ends = torch.tensor([1 / process.num_scales, 1.0], dtype=torch.float64, device=tables_of(process))
-    smallest, largest = noise_level(process, ends)
+    smallest, largest = process.noise_level(ends)
     if bool(largest > NO_SIGNAL):
-        largest = noise_level(process, ends[1:] - ends[0])[0]
+        largest = process.noise_level(ends[1:] - ends[0])[0]
     if not bool(largest > smallest * (1 + 1e-6)) or not bool(torch.isfinite(largest)):
         raise UserError(
             f"the {name} grid needs noise that grows with t, and that of {type(process).__name__} does not; "
@@ -93,7 +84,7 @@ def _at_levels(process: Process, wanted: Tensor, device: torch.device | str | No
     """Return the scales at the noise levels `wanted`, the first replaced by 1, followed by 0."""
     found, key = _found.setdefault(process, {}), (wanted.device, *wanted.tolist())
     if key not in found:
-        found[key] = scales_at(lambda t: noise_level(process, t), wanted, 1 / process.num_scales)
+        found[key] = scales_at(process.noise_level, wanted, 1 / process.num_scales)
     ts = found[key].clone()
     ts[0] = 1.0
     return torch.cat([ts, torch.zeros_like(ts[:1])]).to(device)

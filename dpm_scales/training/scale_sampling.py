@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dpm_scales.errors import require, require_number
 from dpm_scales.processes import Process
-from dpm_scales.samplers.grids import NO_SIGNAL, noise_level, tables_of
+from dpm_scales.samplers.grids import NO_SIGNAL, tables_of
 
 NORMALS = {"logit_normal": (0.0, 1.0), "log_normal": (-1.2, 1.2)}
 """Densities with parameters, and their published mean and standard deviation."""
@@ -56,7 +56,7 @@ class DensityScales:
         if kind == "logit_normal":
             self.edges = torch.logit(t)
             return
-        level = noise_level(process, t).log()
+        level = process.noise_level(t).log()
         require(
             self.num_scales > 1 and bool((level.diff() > 0).all()),
             f"scale_sampling={kind} needs noise that grows with t, and that of {type(process).__name__} does not; use "

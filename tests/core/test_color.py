@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from dpm_scales.denoisers import BaseDenoiser, Denoiser
 from dpm_scales.likelihood import FlowLikelihood, VariationalBound
-from dpm_scales.operators import HeatOperator
+from dpm_scales.operators import HeatOperator, degrees
 from dpm_scales.priors import GaussianPrior
 from dpm_scales.processes import VE, VP, Blurring, InverseHeat, OsmosisDiffusion, Process, Spectral
 from dpm_scales.rng import CounterRNG
@@ -33,7 +35,7 @@ from dpm_scales.schedules import (
 )
 from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Clean
-from support.oracles import TinyNetwork, close, float64, images, refused
+from support.oracles import TinyNetwork, close, float64, images, pretended_gpu, refused
 from support.reference import dct_basis, eigenvalues
 
 SIZE = (6, 10)
@@ -331,3 +333,43 @@ def test_colored_osmosis_is_its_dense_matrix(color: Callable[[], Color]) -> None
         expected = signal @ y_0 + noise @ white[b].flatten().numpy()
         # the colour has a root at mu = 0, which an expansion meets to 1e-2 of its largest value
         close(y[b].flatten(), expected, 1e-2 if isinstance(process.color, PowerLaw) else 1e-5, 0)
+
+
+class _Recorder(HeatOperator):
+    """Keeps the function that it is given."""
+
+    applied: Callable[[Tensor], Tensor]
+
+    def apply(self, f: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        self.applied = f
+        return y
+
+
+@pytest.mark.parametrize("make", [lambda: LowPass(0.3), DataPower], ids=["low-pass", "data"])
+def test_a_device_expands_the_noise_of_the_color_that_was_fitted_last(
+    make: Callable[[], Color], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Degrees found before training, when a colour of the data is still white, would end in NaN."""
+    process = OsmosisDiffusion(8, blur=LinearTimeBlur(2.0), color=make(), guidance_noise=0.3)
+    DPMSolver(1.0, 4, "uniform").check(Denoiser(TinyNetwork(), process, Clean()))
+    process.fit_color(lambda mu: 1 / (mu + 0.1))
+    operator = _Recorder()
+    process.noise_at(T, images(BATCH, 1, *SIZE), operator)
+    nodes = degrees._nodes  # a device's own, as far as a host can tell
+    monkeypatch.setattr(degrees, "_nodes", lambda number, device: nodes(number, None))
+    device: Any = SimpleNamespace(type="cuda")
+    (series,) = process.degrees.series(operator.applied, 1, device)
+    assert series.coefficients is not None
+    angle = torch.linspace(0, math.pi, 50, dtype=torch.float64)
+    cosines = torch.cos(torch.arange(series.coefficients.shape[-1])[:, None] * angle)
+    expected = operator.applied(4 * (1 + torch.cos(angle))[None])
+    close(series.coefficients @ cosines, expected, 1e-2 * float(expected.max()), 0)
+
+
+@pytest.mark.parametrize("make", [lambda: LowPass(0.3), PowerLaw], ids=["low-pass", "power-law"])
+def test_losses_of_colored_osmosis_never_wait_for_the_device(make: Callable[[], Color]) -> None:
+    process = OsmosisDiffusion(8, blur=LinearTimeBlur(2.0), color=make(), guidance_input=False)
+    denoiser = Denoiser(TinyNetwork(), process, Clean())
+    with pretended_gpu(denoiser):
+        x = torch.rand(BATCH, 1, *SIZE, device="cuda")
+        assert denoiser.loss(x, torch.rand(BATCH, device="cuda", dtype=torch.float64)).device.type == "cuda"

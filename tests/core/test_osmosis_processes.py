@@ -23,10 +23,11 @@ from dpm_scales.processes import (
     OsmosisDiffusion,
     OsmosisFilter,
     Process,
+    Spectral,
 )
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, DPMSolver, Heun, Sampler
-from dpm_scales.schedules import LogBlur, SinSquaredBlur
+from dpm_scales.schedules import FlowBlur, LogBlur, LowPass, Rectified, SinSquaredBlur
 from dpm_scales.targets import Clean, NextScale, Noise, Target, Velocity
 from support.oracles import TinyNetwork, generator, pretended_gpu
 from support.osmosis_twins import guidance_images, images, means, white_function
@@ -56,6 +57,16 @@ PAIRS = [
         lambda: InverseHeat(20, blur=LogBlur(0.3, 3.0), spectrum="discrete"),
     ),
     Pair(
+        "osmosis-flow",
+        lambda: OsmosisDiffusion(20, Rectified(), FlowBlur(), tolerance=EXACT),
+        lambda: Spectral(20, Rectified(), FlowBlur(), min_decay=0.001, spectrum="discrete"),
+    ),
+    Pair(
+        "osmosis-low-pass",
+        lambda: OsmosisDiffusion(20, blur=SinSquaredBlur(4.0), color=LowPass(0.2), tolerance=EXACT),
+        lambda: Blurring(20, blur=SinSquaredBlur(4.0), color=LowPass(0.2), spectrum="discrete"),
+    ),
+    Pair(
         "osmosis-filter",
         lambda: OsmosisFilter(20, blur=LogBlur(0.3, 3.0), tolerance=EXACT),
         lambda: Homogeneous(20, blur=LogBlur(0.3, 3.0), spectrum="discrete"),
@@ -63,7 +74,7 @@ PAIRS = [
     ),
 ]
 pairs = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
-noisy_pairs = pytest.mark.parametrize("pair", PAIRS[:2], ids=lambda pair: pair.name)
+noisy_pairs = pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.noisy], ids=lambda pair: pair.name)
 T = torch.tensor([0.1, 0.55, 1.0], dtype=torch.float64)
 S = torch.tensor([0.05, 0.4, 0.5], dtype=torch.float64)
 

@@ -15,11 +15,23 @@ from torch import Tensor, nn
 
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.priors import GaussianPrior, auto_prior
-from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Process, Warm
+from dpm_scales.processes import (
+    VE,
+    VP,
+    Blurring,
+    BlurringChain,
+    Homogeneous,
+    InverseHeat,
+    OsmosisDiffusion,
+    Process,
+    Spectral,
+    Warm,
+)
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import (
     DDIM,
     Ancestral,
+    Churn,
     Dissipation,
     DPMSolver,
     Heun,
@@ -36,10 +48,13 @@ from dpm_scales.schedules import (
     LinearTimeBlur,
     ListedNoise,
     LogBlur,
+    LowPass,
     PowerLaw,
+    SpectralClock,
 )
 from dpm_scales.targets import Clean, NextScale, Noise, Target
 from support.oracles import (
+    NOISY,
     NOISY_MEMBERS,
     Answer,
     H,
@@ -163,6 +178,55 @@ def test_karras_grid_finds_a_level_on_a_plateau() -> None:
 def test_karras_grid_needs_noise_that_grows(process: Process) -> None:
     with refused("karras grid", "noise that grows", type(process).__name__, "grid=uniform"):
         karras_grid(process, 1)
+
+
+# --- noise levels -----------------------------------------------------------------------------------------------------
+
+
+@over(NOISY)
+def test_the_noise_level_is_noise_over_signal_of_the_mean(twin: Twin) -> None:
+    """From the curves of the twin, at mu = 0, in the shape of t."""
+    scales, mu = [0.13, 0.4, 0.5, 0.77, 1.0], np.zeros((1, 1))
+    expected = [math.sqrt(twin.variance(t, mu).item()) / twin.signal(t, mu).item() for t in scales]
+    close(twin.build().noise_level(float64(scales)).numpy(), expected, 0, 1e-9)
+    assert twin.build().noise_level(float64(0.4)).shape == ()
+
+
+@pytest.mark.parametrize(
+    ("make", "plain"),
+    [
+        (lambda: VP(50, color=PowerLaw(0.7)), lambda: VP(50)),
+        (lambda: VE(50, color=PowerLaw(-0.2, energy="published")), lambda: VE(50)),
+        (lambda: VP(50, clock=SpectralClock(2.0)), lambda: VP(50)),
+        (lambda: Spectral(50, color=LowPass(0.3)), lambda: Spectral(50)),
+        (lambda: OsmosisDiffusion(50, color=LowPass(0.3)), lambda: OsmosisDiffusion(50)),
+        (lambda: InverseHeat(50, color=PowerLaw(0.7), clock=SpectralClock(1.0)), lambda: InverseHeat(50)),
+    ],
+)
+def test_a_color_or_a_clock_leaves_the_noise_level_of_the_schedule(
+    make: Callable[[], Process], plain: Callable[[], Process]
+) -> None:
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    assert torch.equal(make().noise_level(t), plain().noise_level(t))
+    # which at mu = 0 is not that of the process itself
+    own = torch.exp(-0.5 * make().log_snr(t, float64([0.0]))).flatten()
+    low_pass = isinstance(make().color, LowPass)  # white at mu = 0
+    assert low_pass or not torch.allclose(own[1:], plain().noise_level(t)[1:], rtol=1e-3)
+
+
+def test_grids_and_churn_ask_the_process_for_its_noise_level() -> None:
+    class Louder(VE):
+        """Its level is another than that of its curves."""
+
+        def noise_level(self, t: Tensor) -> Tensor:
+            return 2.0 * torch.exp(3 * t)
+
+    process, t = Louder(100), float64([1.0, 0.6, 0.0])
+    close(logsnr_grid(process, 4).numpy(), [1.0, 0.67, 0.34, 0.01, 0.0], 1e-12)
+    levels = (math.exp(3 / 2), math.exp(0.03 / 2))
+    expected = [2 * math.log(levels[0] + i / 3 * (levels[1] - levels[0])) / 3 for i in range(4)]
+    close(karras_grid(process, 4, 2.0).numpy(), [*expected, 0.0], 1e-12)
+    close(Churn(0.5).scales(process, t), [1.0, 0.6 + math.log(1.25) / 3], 1e-12)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -173,7 +173,26 @@ HINTS = {
     "train.py -m process=vp,3": "process is chosen by a name, and can't be vp,3; leave it out for the default",
     "train.py experiment=3": "experiment is chosen by a name, and can't be 3; leave it out for the default",
     "train.py ~sede": "unknown option 'sede': did you mean 'seed'?",
-    "train.py process/blur=log": "unknown option 'process.blur': it belongs to process=blurring and process=blurring_",
+    "train.py process/blur=log": (
+        "process=vp takes no process/blur, only process/clock, process/color, process/noise; leave it out, or choose "
+        "process=blurring, blurring_chain, blurring_constant, clocked or one of "
+    ),
+    "train.py process=osmosis_diffusion process/clock=spectral": (
+        "process=osmosis_diffusion takes no process/clock, only process/blur, process/color, process/noise; leave it "
+        "out, or choose process=blurring, blurring_constant, clocked, cut_off or one of "
+    ),
+    "train.py process=inverse_osmosis process/clock=spectral process.clock.spread=2": (
+        "process=inverse_osmosis takes no process/clock, only process/blur, process/color, process/noise; leave it "
+    ),
+    "train.py experiment=mnist_osmosis_flow process/clock=spectral": (
+        "process=osmosis_diffusion takes no process/clock, only "
+    ),
+    "train.py -m process=vp,osmosis_diffusion process/clock=spectral": (
+        "process=osmosis_diffusion takes no process/clock, only "
+    ),
+    "evolve.py process=osmosis process/color=white": "process=osmosis takes no process/color, only process/blur; leave",
+    "train.py process=osmosis_diffusion process/clock=spectrl": "process=osmosis_diffusion takes no process/clock, ",
+    "train.py process=vp process/clock=spectrl": "unknown process/clock 'spectrl': did you mean 'spectral'? ",
     "train.py process=vp,heat": "process=vp,heat gives several values: -m makes a run of each, and process=[vp,heat]",
     "train.py process=heat process.blur={_target_:dpm_scales.schedules.LogBlur} process.blur.blur_sigma_mx=3": (
         "unknown option 'process.blur.blur_sigma_mx': "

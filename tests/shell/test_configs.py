@@ -350,6 +350,7 @@ def test_recipes_of_every_data_set() -> None:
     wanted |= {f"{data}_{process}" for data in ("mnist", "photos32") for process in ("vp", "ve", "heat", "blurring")}
     wanted |= {f"{data}_{process}" for data in ("cifar10", "bsds500") for process in ("vp", "heat", "blurring")}
     wanted |= {f"mnist_{process}" for process in SPECTRAL}
+    wanted |= {f"mnist_osmosis_{name}" for name in ("diffusion", "flow", "color")}
     assert wanted <= set(EXPERIMENTS)
 
 

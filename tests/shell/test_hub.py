@@ -24,7 +24,7 @@ from dpm_scales.models import card, draw, load_model, save_model
 from dpm_scales.models.card import plot_schedule, write_card
 from dpm_scales.models.push import push_model
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, InverseHeat, OsmosisDiffusion, Process, Spectral
-from dpm_scales.schedules import PowerLaw, SpectralClock
+from dpm_scales.schedules import PowerLaw, Rectified, SpectralClock
 from support.diffusers_folders import write
 from support.fake_hub import FakeHub, push, serving
 from support.oracles import refused
@@ -283,7 +283,11 @@ FORMULAS: dict[str, tuple[Process, tuple[str, ...]]] = {
     "heat": (InverseHeat(20), (r"\lambda_t(\mu) = e^{-\mu T(t)} $$", "blur, T in px²: `LogBlur`")),
     "blurring": (Blurring(20), (r"a_t \left((1 - d) e^{-\mu T(t)} + d\right), \qquad d = 0.001",)),
     "chain": (BlurringChain(20), (r"\gamma_t(L)\, \varepsilon", r"\lambda_t(\mu) = e^{-\mu T(t)}")),
-    "osmosis": (OsmosisDiffusion(20), ("each sample has its own, by its context", "k = 0, …, 20")),
+    "osmosis": (
+        OsmosisDiffusion(20),
+        ("each sample has its own, by its context", r"d = 0.001, \qquad a_t^2 + \gamma_t^2 = 1 $$", "k = 0, …, 20"),
+    ),
+    "osmosis-flow": (OsmosisDiffusion(20, Rectified()), ("d = 0.001 $$", "noise, a and γ: `Rectified`")),
 }
 
 

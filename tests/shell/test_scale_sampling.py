@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -244,6 +245,17 @@ def test_a_density_of_noise_levels_needs_noise_that_grows() -> None:
         with refused(kind, "InverseHeat", "uniform"):
             DensityScales(kind, InverseHeat(20))
     assert DensityScales("logit_normal", InverseHeat(20)).draw(float64([0.5])).shape == (1,)
+
+
+def test_a_density_of_noise_levels_asks_the_process_for_them() -> None:
+    class Louder(VE):
+        """Its level is another than that of its curves."""
+
+        def noise_level(self, t: Tensor) -> Tensor:
+            return 2.0 * torch.exp(3 * t)
+
+    edges = DensityScales("log_normal", Louder(40)).edges
+    close(edges, math.log(2) + 3 * np.arange(1, 41) / 40, 1e-12, 0)
 
 
 def test_a_run_with_a_density_resumes_exactly(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ SHORT = ("process.num_scales=4", "sampler.steps=null", *FAST)
         ("process=rectified", "target=clean", "weight=flow", "process/color=listed", "process.color.weights=[1,2,3]"),
         ("process=vp", "process/color=spectrum", "target.preconditioning=spectral"),
         ("process=osmosis_diffusion", "process/color=low_pass", "target=velocity"),
+        ("process=osmosis_diffusion", "process/noise=rectified", "process/blur=flow", "target=flow"),
         ("process=clocked", "process.clock.spread=3"),
     ],
-    ids=lambda options: options[0].removeprefix("process=") + "-" + options[1].partition("=")[2],
+    ids=lambda options: "-".join(option.partition("=")[2] for option in options[:2]),
 )
 def test_members_go_the_whole_way(options: tuple[str, ...], tmp_path: Path) -> None:
     run_dir = train(tmp_path / "run", *options, *SHORT, "trainer.max_steps=2")
@@ -55,6 +56,22 @@ def test_members_go_the_whole_way(options: tuple[str, ...], tmp_path: Path) -> N
         (("process=vp", "process/color=pink"), ("process/color", "pink")),
         (("process=clocked", "process.clock.spread=-1"), ("spread", ">= 0")),
         (("process=clocked", "target=flow"), ("flow", "do not change")),
+        (
+            ("process=osmosis_diffusion", "process/clock=spectral"),
+            ("takes no process/clock", "process/color", "leave it out"),
+        ),
+        (
+            ("process=inverse_osmosis", "process/clock=spectral"),
+            ("takes no process/clock", "process/color", "leave it out"),
+        ),
+        (
+            ("process=blurring", "process/noise=rectified"),
+            ("for Rectified", "rectified, ve, heat or osmosis_diffusion"),
+        ),
+        (
+            ("process=inverse_osmosis", "process/noise=rectified", "process/blur=flow", "target=flow"),
+            ("flow target divides", "use target=clean"),
+        ),
         (("process=heat", "target=flow"), ("flow", "do not change")),
         (("process=heat", "scale_sampling=logsnr"), ("logsnr", "noise that grows")),
         (("scale_sampling=logit_normal", "scale_std=0"), ("scale_std", "> 0")),
