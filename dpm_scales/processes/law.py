@@ -378,9 +378,8 @@ class Process(Describable, nn.Module):
         per_mode = 0.5 * math.log(2 * math.pi * math.e) + self.log_noise_scale(t, mu)
         total = per_mode.expand(*per_mode.shape[: -mu.ndim], *size).sum((-2, -1))
         volume = op.log_volume()
-        if isinstance(volume, Tensor):  # (B, C), and total () or (B, 1)
-            return total + volume
-        return (total.squeeze(-1) if t.ndim else total) + volume
+        # a tensor is (B, C), and total () or (B, 1)
+        return (total if isinstance(volume, Tensor) or not t.ndim else total.squeeze(-1)) + volume
 
     def _scale(self, t: Scale) -> Tensor:
         """Return t as a tensor; a Python number is placed on the device of the curves' tables."""
