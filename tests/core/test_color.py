@@ -14,7 +14,7 @@ from dpm_scales.denoisers import BaseDenoiser, Denoiser
 from dpm_scales.likelihood import FlowLikelihood, VariationalBound
 from dpm_scales.operators import HeatOperator
 from dpm_scales.priors import GaussianPrior
-from dpm_scales.processes import VE, VP, Blurring, InverseHeat, OsmosisDiffusion, Process, Spectral
+from dpm_scales.processes import VE, VP, Blurring, InverseHeat, Process, Spectral
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, Dissipation, DPMSolver, Heun, Sampler, UniPC
 from dpm_scales.schedules import (
@@ -306,28 +306,3 @@ def test_a_pretended_network_trains_under_color() -> None:
     loss = denoiser.loss(images(BATCH, 1, *SIZE), T)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
-
-
-@pytest.mark.parametrize("color", [lambda: PowerLaw(0.5, 0.2), lambda: LowPass(0.3)], ids=["power-law", "low-pass"])
-def test_colored_osmosis_is_its_dense_matrix(color: Callable[[], Color]) -> None:
-    """gamma_t(L) of the noise and lambda_t(L) of the mean, by the eigenvectors of the operator's own matrix."""
-    process = OsmosisDiffusion(8, blur=LinearTimeBlur(2.0), color=color(), guidance_noise=0.3)
-    process.bind_size((4, 5))
-    x, white, t = images(2, 1, 4, 5), images(2, 1, 4, 5, seed=1), float64([0.4, 0.9])
-    context = process.context(x, torch.Generator().manual_seed(0))
-    operator = process.operator(context)
-    y = process.perturb(operator.to_white(x), t, white, operator)
-    for b in range(2):
-        single = process.operator(None if context is None else context[b : b + 1])
-        unit = torch.eye(20, dtype=torch.float64).reshape(20, 1, 4, 5)
-        columns = [single.apply(lambda mu: mu, e[None]).flatten() for e in unit]
-        mu, vectors = np.linalg.eigh(torch.stack(columns, 1).numpy())
-        eigenvalues_ = torch.from_numpy(mu.clip(0))
-        signal, noise = (
-            (vectors * curve(float(t[b]), eigenvalues_).numpy()) @ vectors.T
-            for curve in (process.signal_scale, process.noise_scale)
-        )
-        y_0 = single.to_white(x[b : b + 1]).flatten().numpy()
-        expected = signal @ y_0 + noise @ white[b].flatten().numpy()
-        # the colour has a root at mu = 0, which an expansion meets to 1e-2 of its largest value
-        close(y[b].flatten(), expected, 1e-2 if isinstance(process.color, PowerLaw) else 1e-5, 0)
