@@ -182,20 +182,6 @@ def test_the_data_s_color_needs_no_device_of_its_own() -> None:
     assert process.noise_scale(1.0, float64([1.0])).dtype == torch.float64
 
 
-class _Whistle(Color):
-    """Noise that falls towards t = 1 at high frequencies."""
-
-    is_fixed = False
-
-    def log_shape(self, t: Tensor, mu: Tensor) -> Tensor:
-        return mu * (1 - t) * 0.5
-
-
-def test_a_color_for_which_no_chain_exists_is_refused_with_scale_and_eigenvalue() -> None:
-    with refused("at scale k=", "eigenvalue mu=", "transition would need the variance"):
-        VP(50, color=_Whistle("published"))
-
-
 def test_low_pass_noise_is_white_at_the_end_and_smooth_before() -> None:
     process, mu = Spectral(K, color=LowPass(0.25)), HeatOperator().eigenvalues(*SIZE)
     close(process.noise_scale(1.0, mu), torch.ones(SIZE), 1e-12)

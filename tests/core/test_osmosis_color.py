@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import scipy.linalg
 import scipy.special
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from dpm_scales.samplers import Ancestral, DPMSolver, Sampler
 from dpm_scales.schedules import Color, ConstantNoise, LinearTimeBlur, LowPass, PowerLaw
 from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Clean
-from support.oracles import ScriptedNoise, close, float64
+from support.oracles import Hadamard, ScriptedNoise, close, float64
 from support.osmosis_twins import guidance_images, images, means, white_function, white_matrix
 from support.reference import (
     Array,
@@ -385,19 +384,6 @@ def test_the_terms_of_the_bound_are_those_of_the_dense_matrix(kind: str, tone: s
         close(found.steps[:, i], expected, 0, EXACT if c.tone.smooth else ROUGH)
 
 
-class Signs(CounterRNG):
-    """Sign vectors of one channel whose outer products average to the identity: exact traces."""
-
-    def __init__(self, count: int, pixels: int) -> None:
-        super().__init__(0, count)
-        self._rows, self._next = scipy.linalg.hadamard(pixels), 0
-
-    def uniform(self, shape: tuple[int, ...] = ()) -> Tensor:
-        signs = self._rows[self._next % len(self._rows)].reshape(1, *shape)
-        self._next += 1
-        return torch.from_numpy(0.5 + 0.25 * signs).expand(self.count, *shape)
-
-
 @over
 def test_the_flow_and_its_trace_are_those_of_the_dense_matrix(kind: str, tone: str) -> None:
     """Heun's steps for an estimate g_t(L) y, eigenvalue by eigenvalue in z = y / gamma: density and every trace."""
@@ -425,7 +411,7 @@ def test_the_flow_and_its_trace_are_those_of_the_dense_matrix(kind: str, tone: s
 
     scales = [1.0, 0.7, 0.4]
     number = SIZE[0] * SIZE[1]
-    last, traces = follow_flow(Linear(), start, y, float64(scales), Signs(BATCH, number), v, probes=number)
+    last, traces = follow_flow(Linear(), start, y, float64(scales), Hadamard(BATCH, number), v, probes=number)
     z = (basis.mT @ y.flatten(1)[..., None])[..., 0].numpy() / c.noise(scales[-1], at)
     exact = 1e-8 if c.tone.smooth else ROUGH * number
     for i in (1, 0):

@@ -68,9 +68,12 @@ class Pair:
         self._rows, self._columns = (torch.from_numpy(dct_basis(n)) for n in size)
 
     def tint(self, x: Tensor, power: int = 1) -> Tensor:
-        """Return w(L)^power x, by scipy's DCT."""
-        u = self._rows @ x @ self._columns.T
-        return self._rows.T @ (torch.exp(power * self.log_weight) * u) @ self._columns
+        """Return w(L)^power x."""
+        return self.multiply(torch.exp(power * self.log_weight), x)
+
+    def multiply(self, factor: Tensor, x: Tensor) -> Tensor:
+        """Multiply the DCT coefficients of x by `factor` ``(H, W)``, by scipy's DCT."""
+        return self._rows.T @ (factor * (self._rows @ x @ self._columns.T)) @ self._columns
 
     def denoisers(self) -> tuple[Estimate, Estimate]:
         """Return a denoiser of the coloured process, and that of the white one of which it is the filtered image."""
