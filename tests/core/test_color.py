@@ -14,7 +14,6 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.operators import HeatOperator
 from dpm_scales.processes import VE, VP, Spectral
 from dpm_scales.schedules import (
-    Color,
     CosineLogSNR,
     DataPower,
     KernelColor,
