@@ -12,11 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.errors import UserError
 from dpm_scales.operators import HeatOperator, PixelOperator
 from dpm_scales.processes import VE, VP, Blurring, InverseHeat, InverseOsmosis, Process, Spectral
-from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, DPMSolver, Heun, Sampler, UniPC
 from dpm_scales.schedules import (
     Color,
     ConstantNoise,
@@ -27,9 +25,8 @@ from dpm_scales.schedules import (
     NoiseSchedule,
     Rectified,
 )
-from dpm_scales.spectrum import DataSpectrum
-from dpm_scales.targets import Clean
-from support.oracles import ScriptedNoise, close, coefficients, float64, generator, images, pixels
+from support.frequencies import SAMPLERS, at_scales, path, visited
+from support.oracles import close, coefficients, float64, generator, images, pixels
 from support.reference import Array, cosine_log_snr, edm_knot, eigenvalues
 
 SIZE, K, TIME = (2, 3), 12, 0.12
@@ -160,72 +157,18 @@ class Alone(NoiseSchedule):
         return signal, noise + float64(weights).reshape(t.shape)
 
 
-class PerFrequency(BaseDenoiser):
-    """An estimate that is a nonlinear function of each coefficient alone."""
-
-    def __init__(self, process: Process) -> None:
-        super().__init__()
-        self.process, self.target, self.spectrum = process, Clean("none", clip=False), DataSpectrum()
-
-    def predict_mean(
-        self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor:
-        estimate = np.tanh(1.5 * coefficients(y_t.numpy())) * math.cos(float(t))
-        return self.process.operator().apply(self.process.signal(s), torch.from_numpy(pixels(estimate)))
-
-
-SAMPLERS: dict[str, Callable[[], Sampler]] = {
-    "ancestral": Ancestral,
-    "ancestral-transition": lambda: Ancestral(variance="transition"),
-    "ddim-0": lambda: DDIM(0.0, None),
-    "ddim-0.5": lambda: DDIM(0.5, None),
-    "ddim-1": lambda: DDIM(1.0, None),
-    "dpmpp-1": lambda: DPMSolver(0.0, None, "uniform", order=1),
-    "dpmpp-2": lambda: DPMSolver(0.0, None, "uniform"),
-    "sde-dpmpp-2": lambda: DPMSolver(1.0, None, "uniform"),
-    "unipc-1": lambda: UniPC(1, None, "uniform"),
-    "unipc-2": lambda: UniPC(2, None, "uniform"),
-    "unipc-3": lambda: UniPC(3, None, "uniform"),
-    "heun-noise": lambda: Heun(None, "uniform", variable="noise"),
-    "heun-logsnr": lambda: Heun(None, "uniform", variable="logsnr"),
-    "heun-churned": lambda: Heun(None, "uniform", variable="logsnr", s_churn=3.0),
-    "dissipation": Dissipation,
-    "cold": Cold,
-}
-LADDER = [0.8, 0.6, 0.45, 0.3, 0.2, 0.0]
-
-
 @pytest.mark.parametrize(("law", "energy"), [("vp", "published"), ("rectified", "unit")])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_each_step_treats_a_frequency_like_a_scalar_process(law: str, sampler: str, energy: str) -> None:
     process, white = bound(law, energy), {"rectified": Rectified, "vp": CosineLogSNR}[law]
-    start, draws = images(2, 1, *SIZE), [images(2, 1, *SIZE, seed=k) for k in range(1, 6)]
-
-    def path(sampler: Sampler, process: Process, y: Tensor, whites: list[Tensor]) -> Array:
-        found: list[Array] = []
-        sampler.reverse(
-            PerFrequency(process),
-            y,
-            ScriptedNoise(whites),
-            scales=float64(LADDER),
-            on_step=lambda i, x: found.append(coefficients(x.numpy())),
-        )
-        return np.stack(found)
-
-    together = SAMPLERS[sampler]()
-    found = path(together, process, start, draws)
-    u, noises = coefficients(start.numpy()), [coefficients(draw.numpy()) for draw in draws]
-    for row in range(SIZE[0]):
-        for column in range(SIZE[1]):
-            scalar, place = SAMPLERS[sampler](), (slice(None), slice(None), [[row]], [[column]])
-            if scalar.churn is not None:  # t_hat follows the schedule, not the colour
-                assert together.churn is not None
-                visited = together.churn.scales(process, float64(LADDER))
-                scalar.churn.scales = lambda process, scales, visited=visited: visited  # type: ignore[method-assign]
-            alone = Process(PixelOperator(), K, Alone(white(), float(MU[row, column]), energy))
-            whites = [torch.from_numpy(noise[place]) for noise in noises]
-            one = path(scalar, alone, torch.from_numpy(u[place]), whites)
-            close(found[..., row, column], one[..., 0, 0], 1e-10, 0)
+    start, *whites = (coefficients(images(2, 1, *SIZE, seed=k).numpy()) for k in range(6))
+    found = path(SAMPLERS[sampler](), process, start, whites)
+    scales = visited(SAMPLERS[sampler](), process)  # t_hat of churn follows the schedule, not the colour
+    for row, column in np.ndindex(SIZE):
+        place = (..., slice(row, row + 1), slice(column, column + 1))
+        alone = Process(PixelOperator(), K, Alone(white(), float(MU[row, column]), energy))
+        one = path(at_scales(SAMPLERS[sampler](), scales), alone, start[place], [w[place] for w in whites])
+        close(found[place], one, 1e-10, 0)
 
 
 # --- chains that can't exist ------------------------------------------------------------------------------------------
