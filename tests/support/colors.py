@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from dpm_scales.schedules import (
 )
 from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Clean
-from support.reference import dct_basis
+from support.reference import Array, Twin, dct_basis, eigenvalues
 
 SIZE = (6, 10)
 K = 12
@@ -84,6 +86,21 @@ class Pair:
 
 
 pair = functools.cache(Pair)
+
+
+@dataclass(frozen=True)
+class ColoredTwin(Twin):
+    """A twin whose noise has the weights w(mu), normalised over the spectrum of images of `size`; without its chain."""
+
+    weight: Callable[[Array], Array] = np.ones_like
+    size: tuple[int, int] = SIZE
+
+    def variance(self, t: float, mu: Array) -> Array:
+        mean_square = (self.weight(eigenvalues(*self.size)) ** 2).mean()
+        return np.asarray(super().variance(t, mu) * self.weight(mu) ** 2 / mean_square)
+
+    def step(self, k: int, mu: Array) -> tuple[Array, Array]:
+        raise NotImplementedError
 
 
 class Estimate(BaseDenoiser):
