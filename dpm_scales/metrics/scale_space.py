@@ -10,9 +10,9 @@ The lower bound on the reverse step's entropy always holds: it is H(U_s | U_t, U
 H(U_t) >= H(U_s), which fails under blur with little noise.
 
 Closed forms are sums over the operator's eigenvalues. For osmosis those of the constant guidance image replace those
-of the actual one. That is exact where the noise does not depend on the eigenvalue, as for gamma_t of every osmosis
-process of the package; the noise added by one step depends on it, so results for steps are approximations (8 x 8
-pixels, guidance noise 0.1: -234.19 nats instead of -234.36, and -201.32 instead of -201.34).
+of the actual one. That is exact where the noise does not depend on the eigenvalue, as for gamma_t of white noise; the
+noise added by one step depends on it, so results for steps are approximations (8 x 8 pixels, guidance noise 0.1:
+-234.19 nats instead of -234.36, and -201.32 instead of -201.34).
 """
 
 from __future__ import annotations

@@ -65,11 +65,13 @@ class ExpandedOperator(Operator):
         return self._symmetric[dtype]
 
     def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-        """Return the spectrum for unit weights, a model of L's spectrum for power spectra and entropies.
-
-        Exact eigenvalues need the dense matrix; [0, 8] bounds them all.
-        """
+        """Return the spectrum for unit weights, a model of L's spectrum for power spectra; [0, 8] bounds L's own."""
         return HeatOperator("discrete").eigenvalues(height, width, device)
+
+    def dense_eigenvalues(self) -> Tensor:
+        """Return L's own eigenvalues ``(B | 1, C | 1, N)``, ascending, float64, from dense matrices: N^3 operations."""
+        mu = torch.linalg.eigvalsh(self.symmetric_stencil(torch.float64).dense())
+        return torch.where(mu > 1e-12, mu, 0.0)  # the eigenvalue 0, up to rounding: a colour can have a root there
 
     def at_degree(self, degree: int) -> Self:
         fixed = copy.copy(self)

@@ -44,6 +44,11 @@ class DataPrior(FittedPrior):
     def check_kind(self, process: Process) -> None:
         require_no_context(self, process)
         require(
+            process.clock is None,
+            f"DataPrior starts from images blurred by one time for all frequencies, and {type(process).__name__} has a "
+            "clock; leave process/clock out, or take a process that ends in noise, such as blurring",
+        )
+        require(
             process.is_heat_blur,
             f"DataPrior starts from blurred training images and needs a process that blurs, not "
             f"{type(process).__name__}; set prior=gaussian (or auto)",

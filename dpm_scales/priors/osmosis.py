@@ -103,13 +103,14 @@ class OsmosisPrior(FittedPrior):
         log_weights, cost, grey, context = infer_guidance(osmosis, known, x_0, noise)
 
         def distances(operator: Operator, y: Tensor) -> Tensor:
-            # along sqrt(v), plus orthogonal to it
-            zero = torch.zeros((), dtype=torch.float64, device=y.device)
-            std = osmosis.noise_scale(one_like(y), zero)
+            # along sqrt(v), plus orthogonal to it; a colour's noise is scaled to that along sqrt(v)
+            one, zero = one_like(y), torch.zeros((), dtype=torch.float64, device=y.device)
+            std, log_noise = osmosis.noise_scale(one, zero), osmosis.log_noise_scale
+            y = operator.apply(lambda mu: torch.exp(log_noise(one, 0 * mu) - log_noise(one, mu)), y)
             mode = operator.to_pixels(torch.ones_like(y)) / math.sqrt(y.shape[-2] * y.shape[-1])
             along = (y * mode).sum((-2, -1))
             across = (y - along[..., None, None] * mode).square().flatten(1).sum(1)
-            scale = osmosis.signal_scale(one_like(y), zero) * math.sqrt(y.shape[-2] * y.shape[-1])
+            scale = osmosis.signal_scale(one, zero) * math.sqrt(y.shape[-2] * y.shape[-1])
             distances = squared_distances(along[:, None], scale * grey.to(torch.float64))[:, 0]
             return (across[:, None] + distances) / std**2
 

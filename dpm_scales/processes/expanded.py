@@ -6,6 +6,7 @@ To define such a process, subclass `StencilProcess` with two methods: `context`,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +14,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dpm_scales.operators import Degrees, HeatOperator, Operator, SpectralFunction, StencilOperator, chebyshev_degree
+from dpm_scales.operators import (
+    Degrees,
+    ExpandedOperator,
+    HeatOperator,
+    Operator,
+    SpectralFunction,
+    StencilOperator,
+    chebyshev_degree,
+)
 from dpm_scales.operators.degrees import RehearsedOperator
 from dpm_scales.operators.expanded import TOLERANCE
 from dpm_scales.processes.law import Context, Process
-from dpm_scales.processes.steps import few_scales
+from dpm_scales.processes.steps import Scale, few_scales
 from dpm_scales.rng import Randomness
 from dpm_scales.schedules import BlurSchedule, Color, NoiseSchedule, require_positive
 
@@ -26,6 +35,9 @@ STRIDES = (1, 4, 20, 100)
 
 REHEARSED = 100
 """Number of scales whose functions are rehearsed then; where others need a higher degree, a device returns NaN."""
+
+DENSE_PIXELS = 1024
+"""Largest number of pixels for which the entropy of coloured noise is computed from dense matrices."""
 
 
 class ExpandedProcess(Process, ABC):
@@ -86,6 +98,22 @@ class ExpandedProcess(Process, ABC):
 
     def degree_of(self, *functions: SpectralFunction) -> int:
         return max(self.degree, chebyshev_degree(functions, self.tolerance))
+
+    def conditional_entropy(self, t: Scale, size: tuple[int, int], context: Context = None) -> Tensor:
+        """Return H(U_t | U_0) as `Process` does; with a context and a colour float64 ``(B | 1, C | 1)``.
+
+        Coloured noise has the determinant of gamma_t(L), for which the eigenvalues of each context's matrix are
+        computed. Images of more than `DENSE_PIXELS` get those of unit weights instead, with an error below 0.01 nats
+        per pixel for guidance noise of 0.1.
+        """
+        operator = self.operator(context)
+        if self.color is None or not isinstance(operator, ExpandedOperator) or math.prod(size) > DENSE_PIXELS:
+            return super().conditional_entropy(t, size, context)
+        scales, mu = self._scale(t).reshape(-1), operator.dense_eigenvalues()
+        per_mode = 0.5 * math.log(2 * math.pi * math.e) + self.log_noise_scale(scales, mu)[:, 0]
+        total = per_mode.expand(len(scales), *mu.shape).sum(-1)  # every scale with every sample
+        both = len(scales) > 1 and len(mu) > 1
+        return (total.diagonal().T if both else total.flatten(0, 1)) + operator.log_volume()
 
     @contextmanager
     def rehearsal(self, key: Hashable, calls: int) -> Iterator[bool]:

@@ -125,9 +125,10 @@ class Process(Describable, nn.Module):
     def _look_at_ends(self) -> None:
         """Record the properties of the curves at the first and the last scale."""
         zero = torch.zeros(1, dtype=torch.float64, device=self._scale(0.0).device)
-        first, last = self.log_noise_scale(1 / self.num_scales, zero), self.log_noise_scale(1.0, zero)
-        self._constant = bool(torch.isclose(first, last, rtol=0, atol=1e-9).all())
-        self._noisy = bool((last > -math.inf).all())
+        first, last = (self.log_noise_scale(t, zero) for t in (1 / self.num_scales, 1.0))
+        if self.clock is not None:  # which starts later than the first scale, with the noise of the schedule
+            first, last = (self.noise(zero + t)[1] for t in (1 / self.num_scales, 1.0))
+        self._constant, self._noisy = torch.allclose(first, last, 0, 1e-9), bool((last > -math.inf).all())
         self._mean_left = float((0.5 * self.log_snr(1.0, zero)).exp())
 
     # --- context and operator -----------------------------------------------------------------------------------------

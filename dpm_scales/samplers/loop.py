@@ -85,6 +85,16 @@ class StepContext:
         """Evaluate the denoiser at y_t and return m_s = lambda_s(L) y_0-hat."""
         return self.denoiser.predict_mean(y, self.t, self.s, self.context, self.labels)
 
+    def image(self, y: Tensor, m: Tensor) -> Tensor:
+        """Return the image at the end of the last step, s = 0: m_0, but y_t where a clock has not started at t.
+
+        Such a frequency has no noise yet, so that of y_t is the image's own, and needs no estimate.
+        """
+        if self.process.clock is None:
+            return m
+        ratio = self.curves.noise_ratio  # 1 for such a frequency, else 0
+        return self.operator.combine((lambda mu: (ratio(mu), 1 - ratio(mu)), [y, m]))
+
     def white(self, like: Tensor) -> Tensor:
         """Draw white noise of the shape and dtype of `like`."""
         return self.noise.normal(tuple(like.shape[1:]), like.dtype)
@@ -255,7 +265,7 @@ class Sampler(Describable, ABC):
             if self.churn is not None:
                 y = self.churn.add(process, y, scales[i], t, move.added(y), context)
             m = move.predict_mean(y)
-            y = self.step(move, y, m) if i < last else m
+            y = self.step(move, y, m) if i < last else move.image(y, m)
             if on_step is not None:
                 on_step(i, operator.to_pixels(y))
         return operator.to_pixels(y)

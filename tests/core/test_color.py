@@ -12,57 +12,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import BaseDenoiser, Denoiser
-from dpm_scales.likelihood import FlowLikelihood, VariationalBound
+from dpm_scales.denoisers import Denoiser
 from dpm_scales.operators import HeatOperator, degrees
-from dpm_scales.priors import GaussianPrior
-from dpm_scales.processes import VE, VP, Blurring, InverseHeat, OsmosisDiffusion, Process, Spectral
-from dpm_scales.rng import CounterRNG
-from dpm_scales.samplers import DDIM, Ancestral, Dissipation, DPMSolver, Heun, Sampler, UniPC
+from dpm_scales.processes import VE, VP, OsmosisDiffusion, Spectral
+from dpm_scales.samplers import DPMSolver
 from dpm_scales.schedules import (
     Color,
     CosineLogSNR,
     DataPower,
-    EDMNoise,
     KernelColor,
     LinearTimeBlur,
     ListedColor,
     LowPass,
     PowerLaw,
-    Rectified,
-    SinSquaredBlur,
     WhiteColor,
 )
-from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Clean
+from support.colors import COLORS, LAWS, SIZE, K, pair
 from support.oracles import TinyNetwork, close, float64, images, pretended_gpu, refused
-from support.reference import dct_basis, eigenvalues
+from support.reference import Array, dct_basis, eigenvalues
 
-SIZE = (6, 10)
-K = 12
 BATCH = 3
-
-
-def data_power() -> Color:
-    color = DataPower(0.5)
-    color.fit(lambda mu: 1 / (mu + 0.1))
-    return color
-
-
-COLORS: dict[str, Callable[[], Color]] = {
-    "power-law": lambda: PowerLaw(0.5),
-    "power-law-published": lambda: PowerLaw(-0.3, 0.02, "published"),
-    "data": data_power,
-    "kernel": lambda: KernelColor(0.4, 8),
-    "listed": lambda: ListedColor([1.0, 0.2, 3.0], [0.0, 0.2, 0.6]),
-}
-LAWS: dict[str, Callable[[Color | None], Process]] = {
-    "vp": lambda color: Spectral(K, CosineLogSNR(), color=color),
-    "ve": lambda color: Spectral(K, EDMNoise(0.02, 20.0), color=color),
-    "rectified": lambda color: Spectral(K, Rectified(), color=color),
-    "blurring": lambda color: Blurring(K, blur=SinSquaredBlur(3.0), color=color),
-    "heat": lambda color: InverseHeat(K, blur=LinearTimeBlur(3.0), color=color),
-}
 T = float64([0.25, 0.6, 1.0])
 S = float64([0.1, 0.5, 0.75])
 
@@ -71,107 +41,71 @@ def over_colors(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.parametrize("name", COLORS)(pytest.mark.parametrize("law", LAWS)(test))
 
 
-class Pair:
-    """A coloured process, the white one, and the filter w(L) between them."""
-
-    def __init__(self, law: str, name: str) -> None:
-        self.colored, self.white = LAWS[law](COLORS[name]()), LAWS[law](None)
-        self.colored.bind_size(SIZE)
-        color = self.colored.color
-        assert color is not None
-        self.log_weight = color.log(torch.ones(1, 1, dtype=torch.float64), HeatOperator().eigenvalues(*SIZE))
-
-    def tint(self, x: Tensor, power: int = 1) -> Tensor:
-        """Return w(L)^power x, by scipy's DCT."""
-        rows, columns = (torch.from_numpy(dct_basis(n)) for n in SIZE)
-        return rows.T @ (torch.exp(power * self.log_weight) * (rows @ x @ columns.T)) @ columns
-
-
 @over_colors
 def test_the_law_is_that_of_white_noise_on_filtered_data(law: str, name: str) -> None:
-    pair, x = Pair(law, name), images(BATCH, 2, *SIZE)
+    case, x = pair(law, name), images(BATCH, 2, *SIZE)
     x_t = images(BATCH, 2, *SIZE, seed=1)
     operator = HeatOperator()
     for colored, white in (
-        (pair.colored.marginal(x, T), pair.white.marginal(pair.tint(x, -1), T)),
-        (pair.colored.transition(x, S, T), pair.white.transition(pair.tint(x, -1), S, T)),
+        (case.colored.marginal(x, T), case.white.marginal(case.tint(x, -1), T)),
+        (case.colored.transition(x, S, T), case.white.transition(case.tint(x, -1), S, T)),
         (
-            pair.colored.posterior(x_t, x, S, T),
-            pair.white.posterior(pair.tint(x_t, -1), pair.tint(x, -1), S, T),
+            case.colored.posterior(x_t, x, S, T),
+            case.white.posterior(case.tint(x_t, -1), case.tint(x, -1), S, T),
         ),
     ):
-        close(colored.mean, pair.tint(white.mean))
+        close(colored.mean, case.tint(white.mean), 1e-10, 0)
         noise = images(BATCH, 2, *SIZE, seed=2)
-        close(operator.apply(colored.std, noise), pair.tint(operator.apply(white.std, noise)), 1e-9)
+        close(operator.apply(colored.std, noise), case.tint(operator.apply(white.std, noise)), 1e-10, 0)
+
+
+def listed(values: Array, knots: Array, x: Array) -> Array:
+    """Return a curve that is log-linear between its values at the knots."""
+    return np.asarray(np.exp(np.interp(x, knots, np.log(values))))
+
+
+def kernel_weight(mu: Array) -> Array:
+    d = np.arange(9)
+    kernel = (np.hypot(d[:, None], d[None, :]) + 1) ** -0.4
+    twice = np.where((d > 0) & (d < 8), 2.0, 1.0)
+    series = [(twice[:, None] * twice * kernel * np.cos(np.pi * k * d / 8)[:, None]).sum() for k in d]
+    return np.asarray(np.sqrt(np.interp(np.sqrt(mu), np.pi * d / 8, series)))
+
+
+def data_weight(mu: Array) -> Array:
+    knots = np.linspace(math.log(1e-5), math.log(20.0), 48)
+    inner = listed((np.exp(knots) + 0.1) ** -0.5, knots, np.log(mu.clip(1e-30)))
+    return np.where(mu > 0, inner, 0.1**-0.5)
+
+
+FORMULAS: dict[str, Callable[[Array], Array]] = {
+    "power-law": lambda mu: (np.sqrt(mu) / (2 * np.pi) + 0.05) ** 0.5,
+    "power-law-published": lambda mu: (np.sqrt(mu) / (2 * np.pi) + 0.02) ** -0.3,
+    "data": data_weight,
+    "kernel": kernel_weight,
+    "listed": lambda mu: listed(np.array([1.0, 0.2, 3.0]), np.array([0.0, 0.2, 0.6]), np.sqrt(mu) / (2 * np.pi)),
+}
+
+
+@pytest.mark.parametrize("name", COLORS)
+def test_weights_in_closed_form(name: str) -> None:
+    """By numpy, divided by the root mean square over the image's spectrum unless published."""
+    weight = FORMULAS[name](eigenvalues(*SIZE))
+    if not name.endswith("published"):
+        weight = weight / np.sqrt((weight**2).mean())
+    close(pair("vp", name).log_weight.exp(), weight, 1e-10, 0)
 
 
 @over_colors
 def test_the_entropy_grows_by_the_sum_of_the_logarithms(law: str, name: str) -> None:
-    pair = Pair(law, name)
-    difference = pair.colored.conditional_entropy(T, SIZE) - pair.white.conditional_entropy(T, SIZE)
-    close(difference, pair.log_weight.sum().expand(3), 1e-9)
-
-
-class Estimate(BaseDenoiser):
-    """An estimate of y_0 that is neither linear nor symmetric, between coordinates given by `there` and `back`."""
-
-    def __init__(self, process: Process, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.process, self.target, self.spectrum = process, Clean("none", clip=False), DataSpectrum()
-        self.there, self.back = there, back
-
-    def predict_mean(
-        self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor:
-        z = self.there(y_t)
-        estimate = torch.tanh(0.5 * z + 0.3 * z.roll(1, -1) - 0.2 * z.roll(2, -2)) * torch.cos(t)
-        return self.process.operator().apply(self.process.signal(s), self.back(estimate))
-
-
-SAMPLERS: dict[str, Callable[[], Sampler]] = {
-    "ancestral": Ancestral,
-    "ddim": lambda: DDIM(0.3, None),
-    "heun": lambda: Heun(None, "uniform"),
-    "heun-churned": lambda: Heun(None, "uniform", s_churn=3.0),
-    "dpmpp": lambda: DPMSolver(0.0, None, "uniform"),
-    "sde-dpmpp": lambda: DPMSolver(1.0, None, "uniform"),
-    "unipc": lambda: UniPC(3, None, "uniform"),
-    "dissipation": Dissipation,
-}
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("law", LAWS)
-def test_every_sampler_draws_the_filtered_samples_of_the_white_process(law: str, sampler: str) -> None:
-    pair, start = Pair(law, "power-law"), images(BATCH, 1, *SIZE)
-    same: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
-    white = Estimate(pair.white, same, same)
-    colored = Estimate(pair.colored, lambda y: pair.tint(y, -1), pair.tint)
-    expected = SAMPLERS[sampler]().reverse(white, start, CounterRNG(0, BATCH))
-    actual = SAMPLERS[sampler]().reverse(colored, pair.tint(start), CounterRNG(0, BATCH))
-    close(actual, pair.tint(expected), 1e-8)
-
-
-@pytest.mark.parametrize("law", ["vp", "ve", "blurring"])
-def test_the_likelihood_is_that_of_the_filtered_data(law: str) -> None:
-    pair, x = Pair(law, "power-law"), images(2, 1, *SIZE)
-    same: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731
-    white = Estimate(pair.white, same, same)
-    colored = Estimate(pair.colored, lambda y: pair.tint(y, -1), pair.tint)
-    for make in (
-        lambda denoiser: VariationalBound(denoiser, GaussianPrior()),
-        lambda denoiser: FlowLikelihood(denoiser, GaussianPrior(), steps=6),
-    ):
-        expected = make(white)(pair.tint(x, -1), CounterRNG(0, 2))
-        actual = make(colored)(x, CounterRNG(0, 2))
-        close(actual.prior, expected.prior, 1e-7)
-        if isinstance(make(white), VariationalBound):  # the flow's random signs are drawn in other coordinates
-            close(actual.steps, expected.steps, 1e-7)
+    case = pair(law, name)
+    difference = case.colored.conditional_entropy(T, SIZE) - case.white.conditional_entropy(T, SIZE)
+    close(difference, case.log_weight.sum().expand(3), 1e-10, 0)
 
 
 @pytest.mark.parametrize("name", COLORS)
 def test_a_pixel_has_the_energy_of_white_noise(name: str) -> None:
-    process = Pair("vp", name).colored
+    process = pair("vp", name).colored
     color = process.color
     assert color is not None
     mu = HeatOperator().eigenvalues(*SIZE)
@@ -252,25 +186,16 @@ def test_the_data_s_color_needs_no_device_of_its_own() -> None:
     assert process.noise_scale(1.0, float64([1.0])).dtype == torch.float64
 
 
-class _Whistle(Color):
-    """Noise that falls towards t = 1 at high frequencies."""
-
-    is_fixed = False
-
-    def log_shape(self, t: Tensor, mu: Tensor) -> Tensor:
-        return mu * (1 - t) * 0.5
-
-
-def test_a_color_for_which_no_chain_exists_is_refused_with_scale_and_eigenvalue() -> None:
-    with refused("at scale k=", "eigenvalue mu=", "transition would need the variance"):
-        VP(50, color=_Whistle("published"))
-
-
 def test_low_pass_noise_is_white_at_the_end_and_smooth_before() -> None:
     process, mu = Spectral(K, color=LowPass(0.25)), HeatOperator().eigenvalues(*SIZE)
     close(process.noise_scale(1.0, mu), torch.ones(SIZE), 1e-12)
     close(process.noise_scale(0.5, mu), 0.5 * torch.exp(-mu * 0.125), 1e-12)
     assert not process.is_scalar
+
+
+def fit_power(exponent: float, smallest: float = 1e-3) -> None:
+    """Fit the colour of a process to steep power, as training does before its first step."""
+    VP(K, color=DataPower(exponent)).fit_color(lambda mu: smallest + (1 - mu).clamp(min=0))
 
 
 @pytest.mark.parametrize(
@@ -292,6 +217,9 @@ def test_low_pass_noise_is_white_at_the_end_and_smooth_before() -> None:
         (lambda: LowPass(0.0), ("LowPass", "time", "positive")),
         (lambda: Spectral(K, color=LowPass(9.0)), ("LowPass", "1e", "lower its time")),
         (lambda: Spectral(K, color=ListedColor([1.0, 1e9])), ("ListedColor", "1e9", "bring its weights closer")),
+        (lambda: fit_power(9.0), ("DataPower", "1e", "at most 1e6", "lower its exponent")),
+        (lambda: fit_power(1e308), ("DataPower", "zero or infinite", "lower its exponent")),
+        (lambda: fit_power(0.5, smallest=0.0), ("DataPower", "zero or infinite")),
         (lambda: VE(K, color="pink"), ("color='pink'", "no color schedule")),  # type: ignore[arg-type]
     ],
 )
@@ -308,31 +236,6 @@ def test_a_pretended_network_trains_under_color() -> None:
     loss = denoiser.loss(images(BATCH, 1, *SIZE), T)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
-
-
-@pytest.mark.parametrize("color", [lambda: PowerLaw(0.5, 0.2), lambda: LowPass(0.3)], ids=["power-law", "low-pass"])
-def test_colored_osmosis_is_its_dense_matrix(color: Callable[[], Color]) -> None:
-    """gamma_t(L) of the noise and lambda_t(L) of the mean, by the eigenvectors of the operator's own matrix."""
-    process = OsmosisDiffusion(8, blur=LinearTimeBlur(2.0), color=color(), guidance_noise=0.3)
-    process.bind_size((4, 5))
-    x, white, t = images(2, 1, 4, 5), images(2, 1, 4, 5, seed=1), float64([0.4, 0.9])
-    context = process.context(x, torch.Generator().manual_seed(0))
-    operator = process.operator(context)
-    y = process.perturb(operator.to_white(x), t, white, operator)
-    for b in range(2):
-        single = process.operator(None if context is None else context[b : b + 1])
-        unit = torch.eye(20, dtype=torch.float64).reshape(20, 1, 4, 5)
-        columns = [single.apply(lambda mu: mu, e[None]).flatten() for e in unit]
-        mu, vectors = np.linalg.eigh(torch.stack(columns, 1).numpy())
-        eigenvalues_ = torch.from_numpy(mu.clip(0))
-        signal, noise = (
-            (vectors * curve(float(t[b]), eigenvalues_).numpy()) @ vectors.T
-            for curve in (process.signal_scale, process.noise_scale)
-        )
-        y_0 = single.to_white(x[b : b + 1]).flatten().numpy()
-        expected = signal @ y_0 + noise @ white[b].flatten().numpy()
-        # the colour has a root at mu = 0, which an expansion meets to 1e-2 of its largest value
-        close(y[b].flatten(), expected, 1e-2 if isinstance(process.color, PowerLaw) else 1e-5, 0)
 
 
 class _Recorder(HeatOperator):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dpm_scales.editing import Resampling
-from dpm_scales.processes import Process
+from dpm_scales.processes import VP, Blurring, Process, Spectral
 from dpm_scales.samplers import DDIM, Ancestral, DPMSolver, Sampler, uniform_grid
+from dpm_scales.schedules import Color, PowerLaw, SinSquaredBlur
+from support.colors import ColoredTwin
 from support.oracles import (
+    BY_NAME,
     GaussianData,
     H,
     OracleDenoiser,
@@ -27,10 +32,39 @@ from support.oracles import (
     over,
     pixels,
 )
-from support.reference import Array, Twin, cosine_twin
+from support.reference import Array, NoiseTwin, Twin, cosine_twin
 
 OPTIMAL = "optimal"
 KINDS = ["vp-cosine", "ve-edm", "blurring", "inverse-heat-0.1", "chain"]
+STRAIGHT = NoiseTwin(lambda t: (1 - (1 - 1e-12) * t, t * t), lambda k: (math.nan, math.nan))
+
+
+def colored(name: str, make: Callable[[Color], Process], noise: NoiseTwin, **more: Any) -> ColoredTwin:
+    """Return a process of eight scales with noise of a power law, for the images of these tests."""
+
+    def build() -> Process:
+        process = make(PowerLaw(0.6, 0.1))
+        process.bind_size((H, W))
+        return process
+
+    def weight(mu: Array) -> Array:
+        return np.asarray((np.sqrt(mu) / (2 * np.pi) + 0.1) ** 0.6)
+
+    return ColoredTwin(name, build, 8, noise, spectrum="continuous", weight=weight, size=(H, W), **more)
+
+
+SPECTRAL = [
+    Twin("rectified", lambda: Spectral(8), 8, STRAIGHT, spectrum="continuous"),
+    colored("rectified-colored", lambda color: Spectral(8, color=color), STRAIGHT),
+    colored("vp-colored", lambda color: VP(8, color=color), BY_NAME["vp-cosine"].noise),
+    colored(
+        "blurring-colored",
+        lambda color: Blurring(8, blur=SinSquaredBlur(4.0), color=color),
+        BY_NAME["blurring"].noise,
+        time=BY_NAME["blurring"].time,
+        floor=0.001,
+    ),
+]
 
 
 class Exact(nn.Module):
@@ -84,7 +118,7 @@ def coarse(twin: Twin, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-@over(named(*KINDS))
+@over([*named(*KINDS), *SPECTRAL])
 def test_a_few_steps_end_in_the_exact_law_of_gaussian_data(twin: Twin, eta: float) -> None:
     """At every scale of a grid of three steps; with the published covariance some of the variance is lost."""
     data, scales = gaussian_data(), coarse(twin, 3)
@@ -126,7 +160,7 @@ def test_the_second_order_already_has_most_of_what_the_first_order_lacks() -> No
     ],
     ids=["ancestral", "ddim", "sde-dpmpp", "order-1", "resampled"],
 )
-@over(named("vp-cosine", "blurring"))
+@over([*named("vp-cosine", "blurring"), *SPECTRAL])
 def test_a_step_adds_the_published_variance_and_that_of_the_error(
     twin: Twin, eta: float, make: Callable[[str | None], Sampler]
 ) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import scipy.linalg
 import scipy.stats
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from dpm_scales.schedules import CosineLogSNR, SinSquaredBlur
 from dpm_scales.targets import Clean, NextScale, Noise, Velocity
 from support.oracles import (
     GaussianData,
+    Hadamard,
     TinyNetwork,
     close,
     coefficients,
@@ -54,20 +54,6 @@ SMOOTH = [
 
 
 H, W = 1, 4
-
-
-class Hadamard(CounterRNG):
-    """Sign vectors, as many as pixels, whose outer products average to the identity: exact traces."""
-
-    def __init__(self, count: int, pixels: int) -> None:
-        super().__init__(0, count)
-        self._rows = scipy.linalg.hadamard(pixels)
-        self._next = 0
-
-    def uniform(self, shape: tuple[int, ...] = ()) -> Tensor:
-        signs = self._rows[self._next % len(self._rows)].reshape(1, *shape)
-        self._next += 1
-        return torch.from_numpy(0.5 + 0.25 * signs).expand(self.count, *shape)
 
 
 class Differentiable(Denoiser):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from dpm_scales.images import load_image
+from support.evaluate_helpers import Means, noise_images, small_features
 from support.shell import FAST, attempt, call, files, sample, train
 
 SHORT = ("process.num_scales=4", "sampler.steps=null", *FAST)
@@ -47,9 +52,33 @@ def test_members_go_the_whole_way(options: tuple[str, ...], tmp_path: Path) -> N
     assert len(list(edited.glob("0*.png"))) == 3
 
 
+@pytest.mark.slow
+def test_a_colored_member_is_evaluated_and_inpaints(tmp_path: Path) -> None:
+    """Its samples and its bits per dimension, and an image that keeps the pixels given, to the byte."""
+    options = ("process=rectified", "process/color=power_law", "target=flow")
+    run_dir = train(tmp_path / "run", *options, *SHORT, "trainer.max_steps=2")
+    reference = noise_images(tmp_path / "reference", 6, 0)
+    judged = (f"model={run_dir}", f"reference={reference}", "likelihood=flow", "likelihood_scales=3")
+    with small_features(Means()):
+        outcome = call("evaluate.py", *judged, "cache=false", f"out={tmp_path / 'judged'}", cwd=tmp_path)
+    assert outcome.status == 0, outcome.err
+    found = json.loads((tmp_path / "judged" / "evaluation.json").read_text())
+    assert math.isfinite(found["likelihood"]["bits"]) and math.isfinite(found["figures"]["FD-means"]["value"]), found
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[2:6, 3:7] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    image = reference / "000000.png"
+    task = (f"model={run_dir}", "task=inpaint", f"image={image}", "mask=mask.png", "num_samples=2", "steps=3")
+    outcome = call("sample.py", *task, f"out={tmp_path / 'e'}", cwd=tmp_path)
+    assert outcome.status == 0, outcome.err
+    given, drawn = (load_image(path)[0].numpy() for path in (image, tmp_path / "e" / "000000.png"))
+    assert (given == drawn)[mask == 0].all() and (given != drawn)[mask > 0].any()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (("process=vp", "process/color=spectrum", "process.color.exponent=80"), ("DataPower", "lower its exponent")),
         (("process=vp", "process/color=power_law", "process.color.exponent=80"), ("PowerLaw", "exponent")),
         (("process=vp", "process/color=listed", "process.color.weights=[1]"), ("weights", "two or more")),
         (("process=vp", "process/color=listed", "process.color.frequencies=[0.1]"), ("2 weights", "1 frequencies")),

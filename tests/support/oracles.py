@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -255,6 +256,26 @@ class ScriptedNoise(CounterRNG):
         draw = self.draws.pop(0)
         assert draw.shape[1:] == shape and draw.dtype == dtype
         return draw
+
+
+class Hadamard(ScriptedNoise):
+    """Sign vectors, as many as pixels, whose outer products average to the identity: exact traces.
+
+    Args:
+        count: number of images.
+        pixels: number of pixels of an image with its channels, a power of 2.
+        draws: normal draws, as for `ScriptedNoise`.
+    """
+
+    def __init__(self, count: int, pixels: int, draws: Sequence[Tensor] = ()) -> None:
+        CounterRNG.__init__(self, 0, count)
+        self.draws = list(draws)
+        self._rows, self._next = scipy.linalg.hadamard(pixels), 0
+
+    def uniform(self, shape: tuple[int, ...] = ()) -> Tensor:
+        signs = self._rows[self._next % len(self._rows)].reshape(1, *shape)
+        self._next += 1
+        return torch.from_numpy(0.5 + 0.25 * signs).expand(self.count, *shape)
 
 
 def with_target(twin: Twin, target: Target, network: nn.Module, data_std: float = 0.5) -> Denoiser:
