@@ -1,4 +1,4 @@
-"""Train on a pretended GPU: the whole of Lightning's loop runs on fake tensors, and what would wait for the GPU is found.
+"""Train on a pretended GPU: Lightning's whole loop runs on fake tensors, and what would wait for the GPU is found.
 
 Fake tensors compute nothing, and raise where the host reads a value. What else makes the host wait is a copy between it
 and the device, unless it is asked not to; these are listed.
@@ -50,7 +50,9 @@ class Waits(TorchDispatchMode):
             kinds = {one.device.type for one in tree_leaves(ends) if isinstance(one, Tensor)}
             kept_going = given.get("non_blocking", False) or (name in INTO and True in args[2:])
             if len(kinds) > 1 and not kept_going:
-                self.found.append(f"{name} of {[tuple(one.shape) for one in tree_leaves(args) if hasattr(one, 'shape')]}")
+                self.found.append(
+                    f"{name} of {[tuple(one.shape) for one in tree_leaves(args) if hasattr(one, 'shape')]}"
+                )
         return result
 
 
