@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
-from benchmarks.peer_models import PEERS, Peer
+from benchmarks.peer_base import Peer
+from benchmarks.peer_models import PEERS
 from benchmarks.peer_tables import write_page
 from benchmarks.rows import claimed
 from benchmarks.spectral import measured, provenance

@@ -1,7 +1,7 @@
 """Measure what `docs/speed.md` reports for a GPU, in at most 12 minutes on one card.
 
     python -m benchmarks.speed_gpu --out runs/speed --bsds BSDS500/images
-    python -m benchmarks.speed_gpu --out runs/speed --parts quality --cifar DIR --minutes 14
+    python -m benchmarks.speed_gpu --out runs/speed --parts quality --cifar DIR          # as often as needed
     python -m benchmarks.speed_gpu --out runs/toy --toy --device cpu                     # tries the command, in minutes
 
 | part | |
@@ -11,10 +11,11 @@
 | `share` | the forward process in a training step |
 | `blur` | `heat_blur`, beside other libraries, as a share of the card's copies and products |
 | `osmosis` | the osmosis filter on all images of BSDS500 |
-| `quality` | CIFAR-10 after 1, 3 and 8 minutes from a cold start, ours and the fastest peer; only on request |
+| `quality PEER SECONDS` | CIFAR-10 after 60, 180 and 480 s from a cold start; only on request |
 
-Each part runs in its own process with its own time limit, and its result is kept in OUT/PART.json. The same command
-resumes with the parts that are left. OUT/speed.json has all results, OUT/speed.md the tables.
+`--parts quality` stands for ours and the fastest peer at all budgets. Each part runs in its own process with its own
+time limit, at which its whole process group ends, and its result is kept in OUT/PART.json. The same command resumes
+with the parts that are left. OUT/speed.json has all results, OUT/speed.md the tables.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,7 +42,9 @@ import torch
 from PIL import Image
 
 from benchmarks import blur, osmosis, peers, step
-from benchmarks.peer_models import PEERS, Ours, Peer
+from benchmarks.peer_base import Peer
+from benchmarks.peer_models import PEERS
+from benchmarks.peer_ours import Ours
 from benchmarks.spectral import provenance
 from benchmarks.speed_tables import page
 from dpm_scales.errors import UserError, require
@@ -47,15 +52,20 @@ from dpm_scales.storage import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 WAYS: dict[str, tuple[str, ...]] = {
-    "bf16+compile": ("trainer.precision=bf16-mixed", "compile=true"),
-    "bf16": ("trainer.precision=bf16-mixed", "compile=false"),
-    "float32": ("trainer.precision=32-true", "compile=false"),
+    "bf16+compile": ("trainer.precision=bf16-mixed", "compile=true", "optimizer.method=adamw"),
+    "bf16": ("trainer.precision=bf16-mixed", "compile=false", "optimizer.method=adamw"),
+    "float32": ("trainer.precision=32-true", "compile=false", "optimizer.method=adamw"),
+    "bf16+compile+muon": ("trainer.precision=bf16-mixed", "compile=true", "optimizer.method=muon"),
 }
-"""Ways to train, with the options of ours; the peers' examples compile nothing."""
+"""Ways to train, with the options of ours; the peers' examples compile nothing and use Adam or AdamW."""
+BUDGETS = (60, 180, 480)
+"""Seconds from a cold start, for quality."""
 PROCESSES = ("vp", "blurring", "osmosis_diffusion")
 LARGE_BLURS = ((512, 3, 32, 32), (64, 3, 256, 256))
 LEAST = 5
 """Smallest number of seconds for which a part is started."""
+LONGEST = 720
+"""Largest number of seconds of a part."""
 Row = dict[str, Any]
 
 
@@ -81,10 +91,11 @@ TOY = Sizes(
 
 @dataclass(frozen=True)
 class Part:
-    """A measurement with its limit in seconds."""
+    """A measurement, its limit in seconds, and the smallest number of seconds for which it is started."""
 
     limit: float
     run: Callable[[argparse.Namespace, Sizes, torch.device], Row]
+    least: float = LEAST
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -213,20 +224,27 @@ def filters(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> 
     return osmosis.whole_set(given, device)
 
 
-def quality(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> Row:
-    """Run the rows of `benchmarks.peers` on CIFAR-10, ours and the fastest peer; return their lines."""
-    fastest = fastest_peer([row for row in map(_read, sorted(options.out.glob("rate *.json"))) if row])
-    chosen = ["dpm_scales", *([] if fastest is None else [fastest])]
-    out = options.out / "quality"
-    given = ["--out", str(out), "--device", options.device, "--peers", *chosen]
-    if options.toy:
-        given += ["--set", "digits", "--seconds", "0.001", "--number", "8", "--batch-size", "4", "--small"]
-    else:
-        require(options.cifar is not None, "quality needs CIFAR-10: --cifar DIR, or the .tar.xz file of such a folder")
-        given += ["--set", "cifar10", "--source", str(_unpacked(options.cifar, options.out)), "--large"]
-        given += ["--seconds", "60", "180", "480", "--number", "2000", "--batch-size", str(sizes.batch)]
-    peers.main(given)
-    return {"rows": [json.loads(path.read_text()) for path in sorted(out.glob("*/*/seed*.json"))]}
+def quality(name: str, seconds: float) -> Callable[[argparse.Namespace, Sizes, torch.device], Row]:
+    """Return the part that runs one row of `benchmarks.peers` on CIFAR-10."""
+
+    def run(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> Row:
+        out, budget = options.out / "quality", 0.001 if options.toy else seconds
+        given = ["--out", str(out), "--device", options.device, "--peers", name, "--seconds", f"{budget:g}"]
+        if options.toy:
+            given += ["--set", "digits", "--number", "8", "--batch-size", "4", "--small"]
+        else:
+            require(
+                options.cifar is not None, "quality needs CIFAR-10: --cifar DIR, or the .tar.xz file of such a folder"
+            )
+            given += ["--set", "cifar10", "--source", str(_unpacked(options.cifar, options.out)), "--large"]
+            given += ["--number", "2000", "--batch-size", str(sizes.batch)]
+        peers.main(given)
+        row = _read(out / name / f"{budget:g}" / "seed0.json")
+        require(row is not None, f"{name}, {seconds:g} s: another process runs this row")
+        assert row is not None
+        return row
+
+    return run
 
 
 def _unpacked(path: Path, out: Path) -> Path:
@@ -261,7 +279,20 @@ def parts() -> dict[str, Part]:
     chosen = [(name, way) for name, way in dict.fromkeys(ways) if installed(name)]
     rates = {f"rate {name} {way}": Part(150 if "compile" in way else 60, rate(name, way)) for name, way in chosen}
     others = {"share": Part(60, share), "blur": Part(60, blurs), "osmosis": Part(90, filters)}
-    return {"ceilings": Part(60, card), **others, **rates, "quality": Part(3600, quality)}
+    rows = {
+        f"quality {name} {seconds}": Part(min(LONGEST, seconds + 240), quality(name, seconds), seconds + 60)
+        for seconds in BUDGETS
+        for name in PEERS
+        if installed(name)
+    }
+    return {"ceilings": Part(60, card), **others, **rates, **rows}
+
+
+def chosen_parts(names: Sequence[str], out: Path) -> list[str]:
+    """Return names of parts, with those of ours and the fastest peer so far in place of "quality"."""
+    fastest = fastest_peer([row for row in map(_read, sorted(out.glob("rate *.json"))) if row])
+    rows = [f"quality {name} {seconds}" for seconds in BUDGETS for name in ("dpm_scales", fastest) if name is not None]
+    return [one for name in names for one in (rows if name == "quality" else [name])]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -284,30 +315,37 @@ def run_part(name: str, options: argparse.Namespace) -> None:
 
 
 def start_part(name: str, given: Sequence[str], seconds: float) -> str | None:
-    """Measure one part in its own process; return why it has no result, None if it has one."""
+    """Measure one part in its own process group; return why it has no result, None if it has one."""
     command = [sys.executable, "-m", "benchmarks.speed_gpu", *given, "--part", name]
-    try:
-        found = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": found}
-        done = subprocess.run(command, env=environment, timeout=seconds, capture_output=True, text=True, check=False)
-    except subprocess.TimeoutExpired:
-        return f"not finished in {seconds:.0f} s"
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return None if done.returncode == 0 else (lines[-1] if lines else f"status {done.returncode}")
+    found = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": found}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, process_group=0) as process:
+        try:
+            _, errors = process.communicate(timeout=seconds)
+        except BaseException as error:  # Ctrl-C does not reach a group of its own
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that the part has started
+            if isinstance(error, subprocess.TimeoutExpired):
+                return f"not finished in {seconds:.0f} s"
+            raise
+    lines = [line for line in errors.splitlines() if line.strip()]
+    return None if process.returncode == 0 else (lines[-1] if lines else f"status {process.returncode}")
 
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> dict[str, str]:
     """Measure the chosen parts that have no result yet, until the time is up; return why others have none."""
     deadline = time.monotonic() + 60 * options.minutes
     missing: dict[str, str] = {}
-    for name in options.parts:
+    known = parts()
+    for name in chosen_parts(options.parts, options.out):
         if _stored(options.out, name) is not None:
             continue
-        left = deadline - time.monotonic()
-        if left < LEAST:
+        left, part = deadline - time.monotonic(), known[name]
+        if left < (LEAST if options.toy else part.least):
             missing[name] = "no time was left"
             continue
-        why = start_part(name, given, min(left, parts()[name].limit))
+        why = start_part(name, given, min(left, part.limit))
         if why is not None:
             missing[name] = why
         print(f"{name}: {'measured' if why is None else why}", flush=True)
@@ -318,10 +356,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write the tables."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     known = parts()
-    usual = [name for name in known if name != "quality"]
+    usual = [name for name in known if not name.startswith("quality ")]
     parser = argparse.ArgumentParser(description="Measure speeds on a GPU.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--parts", nargs="+", choices=list(known), default=usual, metavar="PART")
+    parser.add_argument("--parts", nargs="+", choices=[*known, "quality"], default=usual, metavar="PART")
     parser.add_argument("--minutes", type=float, default=12, help="the time of this call")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--bsds", type=Path, metavar="DIR", help="folder with the images of BSDS500")
@@ -348,4 +386,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part's processes end too
     main()

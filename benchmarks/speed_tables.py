@@ -27,7 +27,7 @@ def page(results: Mapping[str, Row], missing: Mapping[str, str], absent: Sequenc
         _shares(results.get("share")),
         _blurs(results.get("blur")),
         _osmosis(results.get("osmosis")),
-        _quality(results.get("quality")),
+        _quality([row for name, row in results.items() if name.startswith("quality ")]),
     ]
     head = next((f"{row['machine']}, {row['commit']}, {row['date']}." for row in results.values()), "Nothing measured.")
     notes = [f"{name}: {why}" for name, why in missing.items()]
@@ -107,13 +107,13 @@ def _osmosis(row: Row | None) -> str:
     )
 
 
-def _quality(part: Row | None) -> str:
-    if part is None:
+def _quality(found: Sequence[Row]) -> str:
+    if not found:
         return ""
     rows = []
-    for row in sorted(part["rows"], key=lambda row: (row["budget"], row["peer"])):
+    for row in sorted(found, key=lambda row: (row["budget"], row["peer"])):
         for drawn in row["samples"]:
             counts = [f"{row['budget']:g}", f"{row['parameters'] / 1e6:.1f}", str(row["images"])]
             rows.append([row["peer"], *counts, drawn["sampler"], f"{drawn['seconds']:.1f}", f"{drawn['fd']:.4g}"])
     head = ["library", "budget s", "M parameters", "images seen", "sampler", "seconds for all samples", "FD"]
-    return f"{part['rows'][0]['set']}, {part['rows'][0]['number']} samples:\n\n" + _table(head, rows)
+    return f"{found[0]['set']}, {found[0]['number']} samples:\n\n" + _table(head, rows)

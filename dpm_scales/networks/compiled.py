@@ -108,16 +108,22 @@ def _with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @contextmanager
 def compiled_training(network: nn.Module, failed: Failed) -> Iterator[None]:
-    """Compile a network as a single graph while the body runs, including its hooks.
+    """Compile a network as a single graph for training while the body runs, including its hooks.
 
-    Parameter names do not change, and copies of the network are not compiled.
+    In evaluation mode it runs uncompiled: validations and sample grids have shapes of their own, and compiling for each
+    takes longer than it saves. Parameter names do not change, and copies of the network are not compiled.
 
     Args:
         failed: called if compiling fails, at the first step; the network then runs uncompiled.
     """
-    made = _compiled(network, network._call_impl, failed)
+    plain: Callable[..., Tensor] = network._call_impl
+    made = _compiled(network, plain, failed)
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        return made(*args, **kwargs) if network.training else plain(*args, **kwargs)
+
     # `Module.__call__` calls it in place of `_call_impl`; copies of a module omit it
-    network._compiled_call_impl = made
+    network._compiled_call_impl = call
     try:
         yield
     finally:

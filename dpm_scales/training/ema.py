@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
@@ -20,6 +21,9 @@ from dpm_scales.training.module import DiffusionModule
 class EMA(WeightAveraging):
     """Exponential moving average, decay min(`decay`, (1 + n) / (10 + n)) at update n; sharded if the weights are.
 
+    Updates do not wait for the device. Those of torch's own class, which Lightning's would call, read the number of
+    earlier ones from it twice.
+
     Args:
         decay: in [0, 1].
         length: length of a power-function average in its place, see `models.power_profiles`; None for the EMA.
@@ -31,9 +35,9 @@ class EMA(WeightAveraging):
         require_number("ema.decay", decay, 0, 1)
         self.decay = decay
         self.exponent = None if length is None else exponent_of(check_length("ema.length", length))
-        self._step = 0
+        self._updates = 0  # on the host; checkpoints have it as torch's `n_averaged`
         # buffers are constants of the model; averaging would round integers
-        super().__init__(use_buffers=False, multi_avg_fn=self._average)
+        super().__init__(use_buffers=False)
 
     @property
     def state_key(self) -> str:
@@ -70,8 +74,10 @@ class EMA(WeightAveraging):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._step = trainer.global_step  # on the host, and exact, where `count` is a tensor on the device
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        step = trainer.global_step
+        if step > self._latest_update_step:  # otherwise gradients are being accumulated
+            self._update(pl_module, step)
+            self._latest_update_step = step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the module's own weights, which Lightning's class would overwrite: `last.ckpt` holds both."""
@@ -79,25 +85,55 @@ class EMA(WeightAveraging):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        assert self._average_model is not None
+        self._average_model.n_averaged.fill_(self._updates)
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint["state_dict"] = whole(checkpoint["state_dict"], trainer.is_global_zero)
 
-    def _average(self, averages: Sequence[Tensor], currents: Sequence[Tensor], count: Tensor | int) -> None:
-        if self.exponent is not None:
-            weight = newest_weight(self._step, self.exponent)
-            torch._foreach_lerp_([*map(local, averages)], [*map(local, currents)], weight)
-            return
-        n = torch.as_tensor(count, dtype=torch.float32, device=averages[0].device)
-        decay = torch.clamp((1 + n) / (10 + n), max=self.decay)
-        for average, current in zip(map(local, averages), map(local, currents), strict=True):
-            average.copy_(torch.lerp(current, average, decay.to(average.dtype)))
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        assert self._average_model is not None
+        self._updates = int(self._average_model.n_averaged)
 
+    @torch.no_grad()
+    def _update(self, source: pl.LightningModule, step: int) -> None:
+        """Average the parameters after a step, the first time copy them; copy the buffers."""
+        averages, currents = _locals(self.module.parameters()), _locals(source.parameters())
+        if self._updates == 0:
+            _copy(averages, currents)
+        else:
+            self._average(averages, currents, self._updates, step)
+        _copy(_locals(self.module.buffers()), _locals(source.buffers()))
+        self._updates += 1
+
+    def _average(self, averages: Sequence[Tensor], currents: Sequence[Tensor], updates: int, step: int) -> None:
+        """Update averages in place after `updates` earlier ones, at an optimiser step."""
+        if self.exponent is not None:
+            torch._foreach_lerp_(averages, currents, newest_weight(step, self.exponent))
+            return
+        # in float32 and in this order of operands, in which averages have always been computed
+        n, one, ten = np.float32([updates, 1, 10])
+        decay = min((one + n) / (ten + n), np.float32(self.decay))
+        _copy(averages, torch._foreach_lerp(currents, averages, float(decay)))
+
+    @torch.no_grad()
     def _swap_models(self, pl_module: pl.LightningModule) -> None:
-        pairs = (
-            *zip(self.module.parameters(), pl_module.parameters(), strict=True),
-            *zip(self.module.buffers(), pl_module.buffers(), strict=True),
-        )
-        for average, current in ((local(a.detach()), local(b.detach())) for a, b in pairs):
-            kept = average.clone()
-            average.copy_(current)
-            current.copy_(kept)
+        _swap(_locals(self.module.parameters()), _locals(pl_module.parameters()))
+        _swap(_locals(self.module.buffers()), _locals(pl_module.buffers()))
+
+
+def _locals(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [local(tensor.detach()) for tensor in tensors]
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    if targets:  # torch refuses empty lists
+        torch._foreach_copy_(targets, sources)
+
+
+def _swap(ones: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    kept = [one.clone() for one in ones]
+    _copy(ones, others)
+    _copy(others, kept)

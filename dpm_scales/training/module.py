@@ -149,7 +149,8 @@ class DiffusionModule(pl.LightningModule):
         even = self._even(TRAINING, noise.numbers - number * count, count, number)
         labels = self._dropped(labels, x_0, number * count)
         loss = self._loss(x_0, even, labels, noise)
-        self.log("train/loss", loss, prog_bar=True, on_step=True, sync_dist=True)
+        # not on Lightning's progress bar, for which it would wait for the device in each step
+        self.log("train/loss", loss, on_step=True, sync_dist=True)
         return loss
 
     def _loss(self, x_0: Tensor, even: Tensor, labels: Tensor | None, noise: CounterRNG) -> Tensor:
@@ -254,7 +255,7 @@ class DiffusionModule(pl.LightningModule):
         sums, counts = cast(Tensor, self.trainer.strategy.reduce(self._band_sums, reduce_op="sum"))
         values = sums / counts.clamp(min=1)
         # the same on all ranks already; `sync_dist` only silences Lightning's advice to use it
-        self.log("val/loss", sums.sum() / counts.sum().clamp(min=1), prog_bar=True, sync_dist=True)
+        self.log("val/loss", sums.sum() / counts.sum().clamp(min=1), sync_dist=True)
         for i in range(BANDS):
             self.log(f"val/loss_t{(i + 1) / BANDS:.2f}", values[i], sync_dist=True)
 

@@ -107,8 +107,8 @@ class StepBar(ProgressBar):
         return (trainer.global_step - first) / max(time.perf_counter() - start, 1e-9)
 
     def _losses(self, trainer: pl.Trainer) -> list[str]:
-        values = trainer.progress_bar_metrics
-        return [f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float)]
+        values = trainer.callback_metrics
+        return [f"{name} {float(values[name]):.4f}" for name in ("train/loss", "val/loss") if name in values]
 
 
 class MetricsFile(Logger):

@@ -5,16 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import peer_tables, peers
 from benchmarks.image_sets import IMAGE_SETS
 from benchmarks.peer_models import PEERS
+from benchmarks.peer_ours import Ours
 from dpm_scales.errors import UserError
 from dpm_scales.tables import csv_text
+from dpm_scales.training.module import DiffusionModule
 from support.few_images import Few
 
 
@@ -53,12 +58,38 @@ def test_each_library_trains_and_draws(peer: str, here: Path) -> None:
     assert {path.suffix for path in (here / peer / "0.001").iterdir()} == {".json", ".lock"}
 
 
+@pytest.mark.parametrize(("budget", "steps"), [(12.25, 7), (3.0, 1), (-2.0, 1)])
+def test_on_a_gpu_ours_is_one_run_that_ends_by_the_clock(
+    budget: float, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here 2.5 s pass before the first step, and each step takes a second; 3 s are left for what comes after."""
+    clock, rates = [0.0], list[float]()
+    fit_start, step = DiffusionModule.on_fit_start, DiffusionModule.training_step
+
+    def prepared(module: DiffusionModule) -> None:
+        fit_start(module)
+        clock[0] += 2.5
+
+    def timed(module: DiffusionModule, *given: Any) -> Any:
+        clock[0] += 1.0
+        rates.append(module.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        return step(module, *given)
+
+    monkeypatch.setattr(DiffusionModule, "on_fit_start", prepared)
+    monkeypatch.setattr(DiffusionModule, "training_step", timed)
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    ours = Ours(torch.randint(256, (12, 1, 8, 8), dtype=torch.uint8), 4, 0, tmp_path, small=True)
+    ours.train_by_the_clock(lambda: budget - clock[0])
+    assert ours.steps == steps and clock[0] == 2.5 + steps
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+    if steps > 1:  # of 13 s, 2.5 have passed, 0.75 are more than the budget, and 3 are kept
+        assert rates[-1] == pytest.approx(3e-3 * 0.5 * (1 + math.cos(math.pi * (2.5 + 0.75 + 3 + steps - 1) / 13)))
+
+
 def test_rows_run_once_and_the_page_has_the_table(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
     def train_row(peer: Any, settings: dict[str, Any], out: Path) -> dict[str, Any]:
-        import torch
-
         name = next(name for name, kind in PEERS.items() if kind is peer)
         made.append(f"{name} {settings['seed']}")
         torch.save(torch.full((3, 1, 8, 8), 90 if name == "azula" else 20, dtype=torch.uint8), out.with_name("x.pt"))
@@ -93,8 +124,6 @@ def test_rows_run_once_and_the_page_has_the_table(here: Path, tmp_path: Path, mo
 
 
 def test_ceilings_are_rates_of_this_machine() -> None:
-    import torch
-
     found = peers.ceilings(1, torch.device("cpu"), size=8, turns=1)
     assert set(found) == {"matrix", "convolution", "copy", "share"}
     assert all(value > 0 for value in found.values())

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import speed_gpu, speed_tables
+from benchmarks import peers, speed_gpu, speed_tables
+from benchmarks.image_sets import IMAGE_SETS
 from benchmarks.peer_models import PEERS
+from dpm_scales.training.module import DiffusionModule
+from support.few_images import Few
 
 TOY = ("--toy", "--device", "cpu")
 
@@ -38,9 +43,47 @@ def test_parts_at_toy_size(tmp_path: Path) -> None:
     assert text.count("| vp | 2 |") == 1 and "| (1, 1, 16, 8) |" in text and "of 1 images" in text
 
 
-def test_our_rate_is_that_of_the_last_steps_of_a_run(tmp_path: Path) -> None:
-    (row,) = measured(tmp_path, "rate dpm_scales float32").values()
+@pytest.mark.parametrize("way", ["float32", "bf16+compile+muon"])
+def test_our_rate_is_that_of_the_last_steps_of_a_run(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With AdamW, as the peers have Adam, or in one row with Muon."""
+    if "compile" in way:  # which takes minutes on a CPU
+        options = [option for option in speed_gpu.WAYS[way] if option != "compile=true"]
+        monkeypatch.setitem(speed_gpu.WAYS, way, options)
+    used: list[str] = []
+    monkeypatch.setattr(
+        DiffusionModule, "on_fit_end", lambda module: used.append(type(module.optimizers().optimizer).__name__)
+    )
+    (row,) = measured(tmp_path, f"rate dpm_scales {way}").values()
     assert row["images_per_second"] > 0 and row["batch"] == speed_gpu.TOY.batch and row["parameters"] > 1000
+    assert row["way"] == way and used == ["Muon" if "muon" in way else "AdamW"]
+
+
+@pytest.mark.slow
+def test_quality_is_a_part_for_each_library_and_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fits into one call; which the fastest peer is follows from the rates."""
+
+    def start(command: list[str], environment: dict[str, str]) -> int:
+        peers.main(command[3:])
+        return 0
+
+    monkeypatch.setattr(peers, "_start", start)
+    monkeypatch.setitem(IMAGE_SETS, "digits", Few)
+    monkeypatch.setattr(Few, "report", lambda _, images: {"fd": float(len(images))})
+    monkeypatch.setattr(peers, "ceilings", lambda *_: {"matrix": 1.0, "convolution": 1.0, "copy": 1.0, "share": 0.5})
+    (row,) = measured(tmp_path, "quality dpm_scales 180").values()
+    assert (row["peer"], row["set"], row["number"]) == ("dpm_scales", "few", 8)
+    assert {drawn["fd"] for drawn in row["samples"]} == {8}
+    text = speed_tables.page({"quality dpm_scales 180": row}, {}, [])
+    assert "few, 8 samples:" in text and "| dpm_scales | 0.001 |" in text and "| auto |" in text
+
+    known, ours = speed_gpu.parts(), [f"quality dpm_scales {budget}" for budget in (60, 180, 480)]
+    found = {name: part for name, part in known.items() if name.startswith("quality ")}
+    assert set(ours) <= set(found) and all(part.least < part.limit <= 720 for part in found.values())
+    assert speed_gpu.chosen_parts(["share", "quality"], tmp_path) == ["share", *ours]
+    for peer, rate in {"azula": 5.0, "diffusers": 9.0, "dpm_scales": 11.0}.items():
+        (tmp_path / f"rate {peer} bf16.json").write_text(json.dumps({"peer": peer, "images_per_second": rate}))
+    both = [f"quality {peer} {budget}" for budget in (60, 180, 480) for peer in ("dpm_scales", "diffusers")]
+    assert speed_gpu.chosen_parts(["quality"], tmp_path) == both
 
 
 def test_the_rate_of_a_peer(tmp_path: Path) -> None:
@@ -81,6 +124,26 @@ def test_a_part_that_fails_says_why(tmp_path: Path) -> None:
         measured(tmp_path, "blur")
     assert end.value.code == 2
     assert speed_gpu.start_part("ceilings", ["--out", str(tmp_path), *TOY], 0.001) == "not finished in 0 s"
+
+
+def test_a_part_ends_at_its_limit_with_what_it_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = tmp_path / "alive"
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\n(while true; do echo x >> '{alive}'; sleep 0.05; done) &\nwait\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert speed_gpu.start_part("ceilings", ["--out", str(tmp_path)], 2) == "not finished in 2 s"
+    size = alive.stat().st_size
+    time.sleep(0.5)
+    assert alive.stat().st_size == size > 0
+
+
+def test_a_part_is_not_started_without_the_time_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(speed_gpu, "start_part", lambda name, given, seconds: started.append(name))
+    names = ["quality dpm_scales 480", "quality dpm_scales 60"]
+    speed_gpu.main(["--out", str(tmp_path), "--device", "cpu", "--minutes", "8", "--parts", *names])
+    assert started == names[1:] and "- quality dpm_scales 480: no time was left" in (tmp_path / "speed.md").read_text()
 
 
 def test_rates_are_compared_with_the_best_peer() -> None:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from dpm_scales.progress import LineProgress
-from support.shell import attempt
+from support.shell import attempt, column
 
 FIGURES = ["train/loss 0.8108", "val/loss 0.9044"]
 
@@ -67,3 +67,19 @@ def test_training_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert outcome.status == 0, outcome.err
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "2/2" in shown and "step " in shown and "…" not in shown
+
+
+def test_the_losses_are_those_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a log file, a line for each validation; on a terminal, the bar's last reading."""
+    outcome = attempt(tmp_path / "run", "samples.num_images=0")
+    assert outcome.status == 0, outcome.err
+    losses, validated = column(tmp_path / "run", "train/loss"), column(tmp_path / "run", "val/loss")
+    told = [line.partition("left, ")[2] for line in outcome.out.splitlines() if line.startswith("step ")]
+    assert told == [f"train/loss {losses[n]:.4f}  val/loss {v:.4f}" for n, v in zip((2, 5), validated, strict=True)]
+
+    console = Console(width=120, file=io.StringIO(), force_terminal=True, color_system=None)
+    monkeypatch.setattr("dpm_scales.training.reporting.get_console", lambda: console)
+    monkeypatch.setattr("dpm_scales.training.reporting.LOSS_EVERY", 3)
+    assert attempt(tmp_path / "other", "samples.num_images=0").status == 0
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"train/loss {losses[5]:.4f}" in shown and f"val/loss {validated[0]:.4f}" in shown

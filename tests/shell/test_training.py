@@ -61,7 +61,7 @@ def test_average_warms_up() -> None:
     average = EMA(0.999)
     for n in (1, 5, 90, 10000):
         values = [torch.ones(1), torch.full((2,), 2.0)]
-        average._average(values, [torch.zeros(1), torch.zeros(2)], torch.tensor(n))
+        average._average(values, [torch.zeros(1), torch.zeros(2)], n, n)
         expected = min(0.999, (1 + n) / (10 + n))
         assert torch.cat(values).tolist() == pytest.approx([expected, 2 * expected, 2 * expected], rel=1e-6)
 

@@ -1,0 +1,136 @@
+"""Train and draw with this package, as one of `benchmarks.peer_models`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.peer_base import Budget, Peer
+
+SAVING = 3.0
+"""Seconds of a budget on a GPU that a run of ours leaves for its checkpoint and its export."""
+
+
+class Ours(Peer):
+    """This package: one run of `train.py`; on a CPU its steps follow from the measured seconds of a step."""
+
+    package = "dpm_scales"
+    recipe = "fast"
+
+    @property
+    def version(self) -> str:
+        """The version of this package."""
+        return importlib.metadata.version("dpm-scales")
+
+    def build(self) -> None:
+        import numpy as np
+        from hydra import compose, initialize_config_dir
+
+        from dpm_scales.training.run import train
+
+        path = self.folder / "images.npz"
+        np.savez(path, images=self.images.permute(0, 2, 3, 1).cpu().numpy())
+        accelerator = "gpu" if self.images.is_cuda else "cpu"
+        self.options = [
+            *("data=array", f"data.path={path}", "data.val_fraction=0", f"data.batch_size={self.batch_size}"),
+            *(f"experiment={self.recipe}", f"network={self._of('tiny', 'small', 'ddpm')}", f"seed={self.seed}"),
+            *(["network.embedding_dim=256"] if self.large else []),
+            *(f"trainer.accelerator={accelerator}", "trainer.enable_progress_bar=false"),
+        ]
+        self._compose, self._at, self._train = compose, initialize_config_dir, train
+
+    def loss(self, x: Tensor) -> Tensor:
+        raise NotImplementedError("train.py computes it")
+
+    def train(self, left: Budget) -> None:
+        """Train for the time left: by the clock on a GPU; on a CPU after three short runs that time a step.
+
+        On a GPU each run compiles anew; on a CPU the clock would count other work there.
+        """
+        if self.images.is_cuda:
+            self.train_by_the_clock(left)
+            return
+        spent = []
+        for name, steps in (("imports", 1), ("one", 1), ("nine", 9)):
+            before = left()
+            self.run(name, steps)
+            spent.append(before - left())
+        step = max(1e-6, (spent[2] - spent[1]) / 8)
+        self.steps = max(1, int((left() - spent[1]) / step) + 1)
+        self.run("run", self.steps)
+
+    def train_by_the_clock(self, left: Budget) -> None:
+        """Train one run that ends `SAVING` seconds before no seconds are left, after one step or more."""
+        from lightning.pytorch.callbacks import Timer
+
+        from dpm_scales.training.module import DiffusionModule
+
+        whole = max(1, math.ceil(left()))
+        start = DiffusionModule.on_train_start
+
+        def on_train_start(module: Any) -> None:
+            start(module)
+            timer = next(callback for callback in module.trainer.callbacks if isinstance(callback, Timer))
+            # the time is given in whole seconds, and counted from here on
+            timer.load_state_dict({"time_elapsed": {"train": whole - left() + SAVING}})
+
+        minutes, seconds = divmod(whole, 60)
+        hours, minutes = divmod(minutes, 60)
+        days, hours = divmod(hours, 24)
+        ends = ("trainer.max_steps=-1", f"trainer.max_time={days:02}:{hours:02}:{minutes:02}:{seconds:02}")
+        with mock.patch.object(DiffusionModule, "on_train_start", on_train_start):
+            self.steps = self._run("run", ends)["steps"]
+
+    def run(self, name: str, steps: int) -> None:
+        """Train for some steps in a folder of this name."""
+        self._run(name, (f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}"))
+
+    def _run(self, name: str, ends: Sequence[str]) -> dict[str, Any]:
+        configs = Path(__file__).resolve().parents[1] / "configs"
+        with self._at(str(configs), version_base="1.3"):
+            cfg = self._compose("train", overrides=[*self.options, *ends])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self._train(cfg, self.folder / name, [])
+
+    def inputs(self) -> tuple[Any, ...]:
+        channels = self.network.in_channels
+        device = self.images.device
+        return torch.zeros(1, channels, *self.shape[1:], device=device), torch.ones(1, device=device)
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The trained network."""
+        return self._model().denoiser.network
+
+    def _model(self) -> Any:
+        from dpm_scales.models.io import load_model
+
+        return load_model(self.folder / "run").to(self.images.device)
+
+    def generate(self, number: int) -> Tensor:
+        raise NotImplementedError("samplers() draws bytes")
+
+    def samplers(self) -> dict[str, Callable[[int], Tensor]]:
+        from dpm_scales.models.generate import draw
+        from dpm_scales.samplers import DPMSolver
+
+        model = self._model()
+
+        def of(sampler: Any) -> Callable[[int], Tensor]:
+            chosen = model.replaced(sampler=sampler)
+
+            def images(number: int) -> Tensor:
+                return torch.cat(list(draw(chosen, number, self.seed, batch_size=100, device=self.images.device)))
+
+            return images
+
+        return {"DPM-Solver++(2M), 10": of(DPMSolver(0.0, 10, "logsnr")), "auto": of(model.sampler)}
