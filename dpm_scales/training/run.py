@@ -65,7 +65,7 @@ from dpm_scales.training.settings import (
     check_same_model,
 )
 from dpm_scales.training.time_budget import TimeBudget, by_time, share_passed
-from dpm_scales.training.trainer import convolutions_timed, make_trainer, ranks_to_start, silence_lightning
+from dpm_scales.training.trainer import make_trainer, ranks_to_start, silence_lightning
 from dpm_scales.weights import LossWeight
 
 REPORT_DELAY = 3
@@ -294,7 +294,6 @@ def _resume_and_fit(
                 told_if_one_is_lost(run_dir, main),
                 told_in_one_line(*shape),
                 compiled(cfg, model.denoiser.network, main),
-                convolutions_timed(cfg),
             ):
                 trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         except SystemExit:

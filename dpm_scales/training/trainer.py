@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -22,7 +19,7 @@ from dpm_scales.errors import require
 from dpm_scales.models.instantiate import build
 from dpm_scales.training.checkpoints import AtomicCheckpointIO
 from dpm_scales.training.run_folder import Rescue
-from dpm_scales.training.settings import precision_of, uses_cuda
+from dpm_scales.training.settings import precision_of
 
 
 def follow_environment(cfg: DictConfig) -> ClusterEnvironment:
@@ -90,21 +87,6 @@ def make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[Callback], resc
             "enable_checkpointing": False,  # `Checkpoints` does it
         },
     )
-
-
-@contextmanager
-def convolutions_timed(cfg: DictConfig) -> Iterator[None]:
-    """Let cuDNN choose algorithms by timing them while the body runs, on CUDA, unless the options say otherwise.
-
-    Lightning applies `trainer.benchmark` where it is set, and turns it off for `trainer.deterministic`.
-    """
-    before = torch.backends.cudnn.benchmark
-    if cfg.trainer.get("benchmark") is None and not cfg.trainer.deterministic and uses_cuda(cfg):
-        torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def silence_lightning() -> None:
