@@ -33,6 +33,7 @@ SECONDS = {
     "test_wheel.py": 30,
     "test_cli_errors.py": 30,
     "test_entry_points.py": 30,
+    "test_step_device.py": 30,
     "test_training_options.py": 28,
     "test_local_ranks.py": 27,
     "test_faults_kill.py": 27,

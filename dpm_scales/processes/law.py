@@ -257,7 +257,7 @@ class Process(Describable, nn.Module):
         return 2 * (self.signal(as_scale(t, mu)).log(mu) - self.log_noise_scale(t, mu))
 
     def noise_level(self, t: Tensor) -> Tensor:
-        """Return gamma_t / lambda_t at mu = 0, by which grids choose scales, float64, in the shape of t, () or (B,).
+        """Return gamma_t / lambda_t at mu = 0, by which grids choose scales: float64 ``()`` or ``(B,)``, like t.
 
         With a colour or a clock it is that of the noise schedule, since frequencies then differ.
         """
