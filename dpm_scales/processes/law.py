@@ -257,10 +257,8 @@ class Process(Describable, nn.Module):
         return 2 * (self.signal(as_scale(t, mu)).log(mu) - self.log_noise_scale(t, mu))
 
     def noise_level(self, t: Tensor) -> Tensor:
-        """Return gamma_t / lambda_t at mu = 0, by which grids choose scales: float64 ``()`` or ``(B,)``, like t.
-
-        With a colour or a clock it is that of the noise schedule, since frequencies then differ.
-        """
+        """Return gamma_t / lambda_t at mu = 0, by which grids choose scales: float64 ``()`` or ``(B,)``, like t; with a
+        colour or a clock, under which frequencies differ, that of the noise schedule."""
         if self.color is None and self.clock is None:
             mu = torch.zeros((), dtype=torch.float64, device=t.device)
             return torch.exp(-0.5 * self.log_snr(t, mu)).reshape(t.shape)
