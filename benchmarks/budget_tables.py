@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.rows import Row, finished_rows, merged, publish, read_csv
+from benchmarks.rows import Row, finished_rows, grouped, merged, publish, read_csv
 from benchmarks.spectral_tables import spread
 from dpm_scales.errors import require
 from dpm_scales.storage import write_text
@@ -22,10 +22,7 @@ NAMES = {0: "last weights", 5: "EMA over a fifth", 20: "EMA over a twentieth"}
 
 def table(lines: Sequence[Row]) -> str:
     """Return a Markdown table for each set and machine: a row for each trick, a column for each budget."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for line in lines:
-        groups.setdefault(tuple(str(line[key]) for key in ("set", "machine", "number")), []).append(line)
-    return "\n".join(_group(own) for own in groups.values())
+    return "\n".join(_group(own) for own in grouped(lines, ("set", "machine", "number")))
 
 
 def _group(lines: Sequence[Row]) -> str:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
-from benchmarks.rows import Row, claimed, finished_rows, merged, publish, read_csv
+from benchmarks.rows import Row, claimed, finished_rows, grouped, merged, publish, read_csv
 from benchmarks.spectral import provenance
 from benchmarks.spectral_tables import spread
 from dpm_scales.covariance import ErrorVariance
@@ -127,10 +127,7 @@ def run(options: argparse.Namespace) -> None:
 
 def table(lines: Sequence[Row]) -> str:
     """Return a Markdown table for each set and machine: without, with the covariance, with its mean, by steps."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for line in lines:
-        groups.setdefault(tuple(str(line[key]) for key in ("set", "machine", "number")), []).append(line)
-    return "\n".join(_group(own) for own in groups.values())
+    return "\n".join(_group(own) for own in grouped(lines, ("set", "machine", "number")))
 
 
 def _group(lines: Sequence[Row]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.rows import Row, finished_rows, merged, publish, read_csv
+from benchmarks.rows import Row, finished_rows, grouped, merged, publish, read_csv
 from benchmarks.spectral_tables import spread
 from dpm_scales.errors import require
 from dpm_scales.storage import write_text
@@ -29,10 +29,7 @@ def read_rows(out: Path) -> list[Row]:
 
 def table(lines: Sequence[Row]) -> str:
     """Return a Markdown table for each set, machine, batch and number of samples, the best row of a budget first."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for line in lines:
-        groups.setdefault(tuple(str(line[key]) for key in ("set", "machine", "batch", "number")), []).append(line)
-    return "\n".join(_group(own) for own in groups.values())
+    return "\n".join(_group(own) for own in grouped(lines, ("set", "machine", "batch", "number")))
 
 
 def _group(lines: Sequence[Row]) -> str:

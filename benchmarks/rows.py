@@ -65,6 +65,14 @@ def merged(old: Sequence[Row], new: Sequence[Row], key: Sequence[str]) -> list[R
     return list(found.values())
 
 
+def grouped(lines: Sequence[Row], key: Sequence[str]) -> list[list[Row]]:
+    """Return the lines that agree in `key`, one list for each value, in the order of their first lines."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for line in lines:
+        groups.setdefault(tuple(str(line[name]) for name in key), []).append(line)
+    return list(groups.values())
+
+
 def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).removesuffix(".0")
 
