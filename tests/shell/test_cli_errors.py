@@ -129,7 +129,7 @@ TRAIN = {
     "process=vp process/noise=listed_beta process.num_scales=3 process.noise.betas=[0.1,0.2]": "betas",
     "process=vp process/noise=geometric": r"VP: signal\^2 \+ noise\^2 is",
     "process=blurring process/noise=constant": r"Blurring: signal\^2 \+ noise\^2 is",
-    "process=osmosis_diffusion process/noise=edm": r"OsmosisDiffusion: signal\^2 \+ noise\^2 is",
+    "process=blurring process/noise=edm": r"Blurring: signal\^2 \+ noise\^2 is",
     "process=vp process/noise=listed_beta": "process.noise.betas has no value yet; give it on the command line",
     "process=heat process/blur=listed_sigmas process.num_scales=3 process.blur.blur_sigmas=[3,2,1]": "sharpen at scale",
     "process=homogeneous target=noise": "needs noise, and Homogeneous has none",
