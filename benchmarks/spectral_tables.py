@@ -178,6 +178,8 @@ def _plain(name: str) -> bool:
 
 def _finish(axes: Any, figure: str, lines: Sequence[Row]) -> None:
     """Label the axis of the distances; real images are a line where they are near, else in the label."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
     real = next((float(line["fd"]) for line in lines if line["row"] == REAL), None)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -190,15 +192,12 @@ def _finish(axes: Any, figure: str, lines: Sequence[Row]) -> None:
         figure = f"{figure} (real images: {_three(real)})"
     axes.set_ylabel(figure)
     marks = [m * 10.0**e for e in range(-3, 5) for m in (1, 1.5, 2, 3, 5, 7)]
-    axes.set_yticks([m for m in marks if low / (2 if near else 1) <= m <= high], minor=False)
+    shown = [m for m in marks if low / (2 if near else 1) <= m <= high]
+    if len(shown) < 3:  # a narrow range
+        shown = [m for m in MaxNLocator(5).tick_values(low, high) if low <= m <= high]
+    axes.set_yticks(shown, minor=False)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(_no_marks())
-
-
-def _no_marks() -> Any:
-    from matplotlib.ticker import NullLocator
-
-    return NullLocator()
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def contests(lines: Sequence[Row]) -> dict[str, list[Row]]:

@@ -202,6 +202,17 @@ def test_groups_are_plotted_by_their_number(group: str, tmp_path: Path) -> None:
     assert not (tmp_path / "one.png").exists()
 
 
+@pytest.mark.parametrize(("values", "at_least"), [((212.0, 271.0), 3), ((1.4, 52.0), 6), ((9.1, 9.3), 3)])
+def test_axes_have_marks_in_any_range(values: tuple[float, float], at_least: int) -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.plot([5, 50], values)
+    spectral_tables._finish(axes, "FD", [])
+    low, high = axes.get_ylim()
+    assert len([mark for mark in axes.get_yticks() if low <= mark <= high]) >= at_least
+
+
 def test_rows_are_configs() -> None:
     assert set(spectral.MEMBERS) <= {path.stem for path in (CONFIGS / "process").glob("*.yaml")}
     assert composed(*spectral.GROUPS["blur"]["warm b=0.5"]).process.blur_ratio == 0.5
