@@ -88,7 +88,8 @@ def _without_group(config_name: str, argv: Sequence[str], group: str) -> str | N
     for choice in typed[-1].split(",") if typed else [str(own)]:
         path = configs.config_file(outer, choice, places)
         taken = [] if path is None else configs.groups_in(outer, path)
-        if path is None or group in taken:
+        # a config of the user's own may inherit groups from the one it extends
+        if path is None or group in taken or not path.is_relative_to(CONFIGS):
             continue
         files = {name: configs.config_file(outer, name) for name in configs.choices(outer)}
         with_it = [name for name, file in files.items() if file and group in configs.groups_in(outer, file)]

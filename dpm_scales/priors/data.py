@@ -44,7 +44,7 @@ class DataPrior(FittedPrior):
     def check_kind(self, process: Process) -> None:
         require_no_context(self, process)
         require(
-            process.clock is None,
+            process.clock is None or process.blur is None,
             f"DataPrior starts from images blurred by one time for all frequencies, and {type(process).__name__} has a "
             "clock; leave process/clock out, or take a process that ends in noise, such as blurring",
         )

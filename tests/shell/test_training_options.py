@@ -183,7 +183,7 @@ def test_cudnn_times_its_algorithms_if_told_to(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(DiffusionModule, "on_train_start", lambda module: seen.append(torch.backends.cudnn.benchmark))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     short = ("trainer.max_steps=1", "samples.num_images=0")
-    for name, options in {"plain": (), "told": ("trainer.benchmark=true",)}.items():
+    for name, options in {"plain": (), "told": ("+trainer.benchmark=true",)}.items():
         train(tmp_path / name, *short, *options)
     assert seen == [False, True]
 
