@@ -13,9 +13,9 @@ and its inverse, and than an FFT up to several hundred pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache, wraps
-from typing import ClassVar, ParamSpec
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from dpm_scales.errors import UserError, require, require_choice
 from dpm_scales.operators.base import Decay, Operator, PixelOperator, SpectralFunction, Term, images_of, values_of
 
 SPECTRA = ("continuous", "discrete")
-P = ParamSpec("P")
 
 
 def dct_matrix(n: int, device: torch.device | str | None = None) -> Tensor:
@@ -46,7 +45,7 @@ def _eigenvalues(height: int, width: int, spectrum: str, device: torch.device | 
     return rows[:, None] + columns[None, :]
 
 
-def _kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a function that keeps the constants that it makes, each a dozen kernels; callers must not change them.
 
     While torch compiles or a dispatch mode is active, such as that of fake tensors, constants are made anew.
@@ -54,11 +53,11 @@ def _kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
     kept = lru_cache(maxsize=32)(make)
 
     @wraps(make)
-    def get(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def get(*args: Hashable) -> Tensor:
         if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-            return make(*args, **kwargs)
+            return make(*args)
         with torch.inference_mode(False), torch.no_grad():
-            return kept(*args, **kwargs)
+            return kept(*args)
 
     return get
 

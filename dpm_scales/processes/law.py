@@ -394,6 +394,7 @@ class Process(Describable, nn.Module):
         chain.check_image()
         chain.check_transitions()
         if self.variance_preserving:
-            chain.check_variance_preserving(*self.noise(ts), type(self.noise).__name__)
+            log_signal, log_noise = self.noise(ts)
+            chain.check_variance_preserving(log_signal, log_noise, type(self.noise).__name__)
         if self.lyapunov:
             chain.check_lyapunov()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -108,15 +108,15 @@ class EMA(WeightAveraging):
         _copy(_locals(self.module.buffers()), _locals(source.buffers()))
         self._updates += 1
 
-    def _average(self, averages: Sequence[Tensor], currents: Sequence[Tensor], updates: int, step: int) -> None:
+    def _average(self, averages: list[Tensor], currents: list[Tensor], updates: int, step: int) -> None:
         """Update averages in place after `updates` earlier ones, at an optimiser step."""
         if self.exponent is not None:
             torch._foreach_lerp_(averages, currents, newest_weight(step, self.exponent))
             return
         # in float32 and in this order of operands, in which averages have always been computed
-        n, one, ten = np.float32([updates, 1, 10])
+        n, one, ten = (np.float32(number) for number in (updates, 1, 10))
         decay = min((one + n) / (ten + n), np.float32(self.decay))
-        _copy(averages, torch._foreach_lerp(currents, averages, float(decay)))
+        _copy(averages, list(torch._foreach_lerp(currents, averages, float(decay))))
 
     @torch.no_grad()
     def _swap_models(self, pl_module: pl.LightningModule) -> None:
@@ -128,12 +128,12 @@ def _locals(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [local(tensor.detach()) for tensor in tensors]
 
 
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:  # torch refuses empty lists
         torch._foreach_copy_(targets, sources)
 
 
-def _swap(ones: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+def _swap(ones: list[Tensor], others: list[Tensor]) -> None:
     kept = [one.clone() for one in ones]
     _copy(ones, others)
     _copy(others, kept)
