@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.rows import Row, finished_rows, grouped, merged, publish, read_csv
+from benchmarks.rows import Row, commits_of, finished_rows, grouped, merged, publish, read_csv, real_distance
 from benchmarks.spectral_tables import spread
 from dpm_scales.errors import require
 from dpm_scales.storage import write_text
@@ -39,10 +39,10 @@ def _group(lines: Sequence[Row]) -> str:
         return tuple(float(np.mean([float(r["fd"]) for r in own[b]])) if b in own else np.inf for b in budgets)
 
     seeds = sorted({int(line["seed"]) for line in lines})
-    commits = ", ".join(sorted({f"{line['commit']}, {line['date']}" for line in lines}))
     text = [
         f"{first['set']}, {first['figure']}, {first['number']} samples, lower is better; {first['machine']}; seeds "
-        f"{', '.join(map(str, seeds))}: the mean ± half of the range. In brackets the steps. Commits {commits}.",
+        f"{', '.join(map(str, seeds))}: the mean ± half of the range. In brackets the steps. Commits "
+        f"{commits_of(lines)}.",
         "",
         f"| | {' | '.join(f'{budget:g} s' for budget in budgets)} |",
         "|---" * (len(budgets) + 1) + "|",
@@ -50,9 +50,9 @@ def _group(lines: Sequence[Row]) -> str:
     for name in sorted(rows, key=order):
         cells = [_cell(rows[name].get(budget, [])) for budget in budgets]
         text.append(f"| {name} | {' | '.join(cells)} |")
-    real = sorted({str(line["real_fd"]) for line in lines} - {""})
+    real = real_distance(lines)
     if real:
-        text.append(f"| real images | {' | '.join([f'{float(real[0]):.3g}'] * len(budgets))} |")
+        text.append(f"| real images | {' | '.join([real] * len(budgets))} |")
     return "\n".join(text) + "\n"
 
 

@@ -23,12 +23,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
-from benchmarks.rows import Row, claimed, finished_rows, grouped, merged, publish, read_csv
+from benchmarks.rows import Row, claimed, commits_of, finished_rows, grouped, merged, publish, read_csv, real_distance
 from benchmarks.spectral import provenance
 from benchmarks.spectral_tables import spread
 from dpm_scales.covariance import ErrorVariance
@@ -77,7 +76,9 @@ def measure(model: Model, images: ImageSet, device: torch.device) -> Model:
     return model
 
 
-def run_row(model: Model, sampler: str, steps: int, seed: int, options: argparse.Namespace, images: ImageSet) -> Row:
+def run_row(
+    model: Model, sampler: str, steps: int, seed: int, options: argparse.Namespace, images: ImageSet
+) -> list[Row]:
     """Return the distances of the samples of each kind of covariance."""
     process = model.denoiser.process
     grid = "logsnr" if process.blur is None else "uniform"
@@ -92,7 +93,7 @@ def run_row(model: Model, sampler: str, steps: int, seed: int, options: argparse
         figures = {key: round(value, 4) for key, value in images.report(drawn.cpu().numpy()).items()}
         found.append({"covariance": kind, **figures})
     model.denoiser.error_variance = measured
-    return {"samples": found}
+    return found
 
 
 def run(options: argparse.Namespace) -> None:
@@ -115,9 +116,9 @@ def run(options: argparse.Namespace) -> None:
                     continue
                 head: Row = {"set": images.name, "figure": images.quality, "model": name, "sampler": sampler}
                 head |= {"steps": steps, "seed": seed, "number": options.number, **provenance(device)}
-                found = head | run_row(model, sampler, steps, seed, options, images)
-                write_text(file, json.dumps(found, indent=2) + "\n")
-                print(f"{name}, {sampler}, {steps} steps, seed {seed}: {found['samples']}", flush=True)
+                samples = run_row(model, sampler, steps, seed, options, images)
+                write_text(file, json.dumps(head | {"samples": samples}, indent=2) + "\n")
+                print(f"{name}, {sampler}, {steps} steps, seed {seed}: {samples}", flush=True)
     real = {"set": images.name, "number": options.number} | images.real(options.number)
     write_text(options.out / "real.json", json.dumps(real) + "\n")
 
@@ -134,10 +135,9 @@ def _group(lines: Sequence[Row]) -> str:
     first = lines[-1]
     numbers = sorted({int(line["steps"]) for line in lines})
     seeds = len({str(line["seed"]) for line in lines})
-    commits = ", ".join(sorted({f"{line['commit']}, {line['date']}" for line in lines}))
     text = [
         f"{first['set']}, {first['figure']}, {first['number']} samples, {seeds} draws of each, lower is better; "
-        f"{first['machine']}; {commits}.",
+        f"{first['machine']}; {commits_of(lines)}.",
         "",
         f"| model | sampler | covariance | {' | '.join(f'{number} steps' for number in numbers)} |",
         "|---" * (len(numbers) + 3) + "|",
@@ -149,14 +149,14 @@ def _group(lines: Sequence[Row]) -> str:
             own = [line for line in lines if (line["model"], line["sampler"], line["covariance"]) == key]
             cells = [_cell([line for line in own if int(line["steps"]) == number]) for number in numbers]
             text.append(f"| {model} | {sampler} | {names[kind]} | {' | '.join(cells)} |")
-    real = sorted({str(line["real_fd"]) for line in lines} - {""})
+    real = real_distance(lines)
     if real:
-        text.append(f"\nAs many real images that no model has seen: {float(real[0]):.3g}.")
+        text.append(f"\nAs many real images that no model has seen: {real}.")
     return "\n".join(text) + "\n"
 
 
 def _cell(own: Sequence[Row]) -> str:
-    return spread([float(np.round(float(line["fd"]), 4)) for line in own]) if own else ""
+    return spread([float(line["fd"]) for line in own]) if own else ""
 
 
 def write_page(out: Path, path: Path, page: Path | None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.rows import Row, finished_rows, grouped, merged, publish, read_csv
+from benchmarks.rows import Row, finished_rows, grouped, merged, publish, read_csv, real_distance
 from benchmarks.spectral_tables import spread
 from dpm_scales.errors import require
 from dpm_scales.storage import write_text
@@ -68,9 +68,9 @@ def _group(lines: Sequence[Row]) -> str:
             f"{last['commit']}, {last['date']}",
         ]
         text.append(f"| {' | '.join(cells)} |")
-    real = sorted({str(line["real_fd"]) for line in lines} - {""})
+    real = real_distance(lines)
     if real:
-        text.append(f"| | real images | | | | | | | | {float(real[0]):.3g} | |")
+        text.append(f"| | real images | | | | | | | | {real} | |")
     if str(first.get("ceiling_matrix", "")):
         text += ["", _ceilings(first)]
     return "\n".join(text) + "\n"

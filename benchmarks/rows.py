@@ -73,6 +73,17 @@ def grouped(lines: Sequence[Row], key: Sequence[str]) -> list[list[Row]]:
     return list(groups.values())
 
 
+def commits_of(lines: Sequence[Row]) -> str:
+    """Return commits and dates of the lines, sorted."""
+    return ", ".join(sorted({f"{line['commit']}, {line['date']}" for line in lines}))
+
+
+def real_distance(lines: Sequence[Row]) -> str:
+    """Return the distance of real images in three digits, or "" if it was not measured."""
+    found = sorted({str(line["real_fd"]) for line in lines} - {""})
+    return f"{float(found[0]):.3g}" if found else ""
+
+
 def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).removesuffix(".0")
 

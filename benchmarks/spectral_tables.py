@@ -80,9 +80,8 @@ def table(lines: Sequence[Row], figure: str) -> str:
     numbers = sorted({int(line["asked"]) for line in lines} - {0})
     names = list(dict.fromkeys(line["row"] for line in lines if line["row"] != REAL))
     names.sort(key=lambda name: float(np.mean(quality(lines, name, 0)[1] or [np.inf])))
-    kernel = [line for line in lines if line.get("kd")]
-    kernel_heads = ["KD of `auto`"] if kernel else []
-    heads = ["process", "seeds", "input", *map(str, numbers), "`auto`", *kernel_heads]
+    has_kernel = any(line.get("kd") for line in lines)
+    heads = ["process", "seeds", "input", *map(str, numbers), "`auto`", *["KD of `auto`"] * has_kernel]
     heads += ["training s", "ms / image", "commit, date, machine"]
     text = [
         f"{figure}, lower is better; ˢ: by the SDE solver.\n",
@@ -96,7 +95,7 @@ def table(lines: Sequence[Row], figure: str) -> str:
         for number in (*numbers, 0):
             solver, values = quality(lines, name, number)
             cells.append(f"{spread(values)}{LETTERS.get(solver, '')}" if values else "")
-        if kernel:
+        if has_kernel:
             values = [float(line["kd"]) for line in auto if line.get("kd")]
             cells.append(spread(values) if values else "")
         seeds = {line["seed"] for line in own}
@@ -108,10 +107,9 @@ def table(lines: Sequence[Row], figure: str) -> str:
     for line in lines:
         if line["row"] == REAL:
             gaps = " |" * len(numbers)
-            cells = [
-                _three(float(line["fd"])),
-                *([_three(float(line["kd"])) if line.get("kd") else ""] if kernel else []),
-            ]
+            cells = [_three(float(line["fd"]))]
+            if has_kernel:
+                cells.append(_three(float(line["kd"])) if line.get("kd") else "")
             text.append(f"| {REAL}, n = {line['number']} | | |{gaps} {' | '.join(cells)} | | | |")
     return "\n".join(text) + "\n"
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpm_scales.operators import Operator, SpectralFunction
 from dpm_scales.processes import Process, Step
+from dpm_scales.processes.checks import spanning
 from dpm_scales.spectrum import DataSpectrum
 
 # Smallest second moment, relative to Var(x_0): a scale can equal the image (the first of a list), which gives 0 / 0.
@@ -152,7 +153,6 @@ def plain_scalings(m: Moments, scale_input: bool = True) -> Scalings:
 def steepest_blur(process: Process, scales: Tensor) -> float:
     """Return the log of the largest factor by which a step between `scales` (descending) damps a frequency, relative to
     the mean intensity."""
-    largest = process.operator().eigenvalues(64, 64, scales.device).max()
-    mu = largest * torch.linspace(0, 1, 24, dtype=torch.float64, device=scales.device) ** 3
+    mu = spanning(process.operator()).to(scales.device)
     log_rho = Step(process, scales[1:], scales[:-1]).log_rho(mu)
     return float((log_rho[..., :1] - log_rho).max())

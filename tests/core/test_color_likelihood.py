@@ -9,14 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.likelihood import FlowLikelihood, Likelihood, VariationalBound, follow_flow, start_law
 from dpm_scales.priors import GaussianPrior
 from dpm_scales.processes import Process
-from dpm_scales.spectrum import DataSpectrum
-from dpm_scales.targets import Clean
 from support.colors import COLORS, LAWS, Pair, pair
-from support.oracles import Hadamard, ScriptedNoise, close, coefficients, float64, images
+from support.oracles import Estimating, Hadamard, ScriptedNoise, close, coefficients, float64, images
 from support.reference import Array
 
 SIZE = (2, 8)
@@ -70,12 +67,12 @@ def test_the_flow_s_likelihood_is_that_of_the_filtered_data(law: str, name: str)
     agree(case, found[0], found[1], x, 1 / 12, draws[0])
 
 
-class Linear(BaseDenoiser):
+class Linear(Estimating):
     """The estimate g_t(mu) u_t of each DCT coefficient, by scipy's DCT."""
 
     def __init__(self, case: Pair, process: Process) -> None:
-        super().__init__()
-        self.process, self.target, self.spectrum, self.case = process, Clean("none", clip=False), DataSpectrum(), case
+        super().__init__(process)
+        self.case = case
 
     def gain(self, t: float) -> Array:
         return np.asarray((1 + 0.3 * t) / (1 + self.case.mu.numpy()))

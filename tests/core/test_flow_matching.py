@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.half_blur import HalfBlurFlowLoss
-from dpm_scales.denoisers import BaseDenoiser, Denoiser
+from dpm_scales.denoisers import Denoiser
 from dpm_scales.operators import HeatOperator, PixelOperator
 from dpm_scales.priors import GaussianPrior
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, InverseHeat, Process, Spectral, Warm
@@ -42,7 +42,17 @@ from dpm_scales.schedules import (
 from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Clean, Flow, Noise, Velocity
 from dpm_scales.weights import FlowLoss
-from support.oracles import TinyNetwork, close, coefficients, float64, gaussian_data, images, pixels, refused
+from support.oracles import (
+    Estimating,
+    TinyNetwork,
+    close,
+    coefficients,
+    float64,
+    gaussian_data,
+    images,
+    pixels,
+    refused,
+)
 from support.reference import eigenvalues
 
 SIZE = (5, 8)
@@ -128,12 +138,11 @@ def test_the_velocity_of_the_straight_path_is_noise_minus_image() -> None:
     close(velocity, noise - x, 1e-11)
 
 
-class GaussianDenoiser(BaseDenoiser):
+class GaussianDenoiser(Estimating):
     """The ideal denoiser of data with independent Gaussian DCT coefficients, mode by mode in numpy."""
 
     def __init__(self, process: Process) -> None:
-        super().__init__()
-        self.process, self.target, self.spectrum = process, Clean("none", clip=False), DataSpectrum()
+        super().__init__(process)
         self.data = gaussian_data(*SIZE)
 
     def predict_mean(

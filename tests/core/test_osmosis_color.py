@@ -23,9 +23,7 @@ from dpm_scales.processes import OsmosisDiffusion, Process
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import Ancestral, DPMSolver, Sampler
 from dpm_scales.schedules import PowerLaw
-from dpm_scales.spectrum import DataSpectrum
-from dpm_scales.targets import Clean
-from support.oracles import Hadamard, ScriptedNoise, close, float64
+from support.oracles import Estimating, Hadamard, ScriptedNoise, close, float64
 from support.osmosis_colors import BATCH, CHANNELS, KINDS, SIZE, TONES, K, S, T, at_zero, case
 from support.osmosis_twins import guidance_images, images, means, white_function, white_matrix
 from support.reference import (
@@ -107,12 +105,11 @@ def test_large_images_have_nearly_the_entropy_of_their_matrix(monkeypatch: pytes
 # --- a step of the samplers -------------------------------------------------------------------------------------------
 
 
-class Estimate(BaseDenoiser):
+class Estimate(Estimating):
     """m_s of an estimate that is neither linear nor symmetric, by `apply`, which multiplies by lambda_s(L)."""
 
     def __init__(self, process: Process, apply: Callable[[float, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.process, self.target, self.spectrum = process, Clean("none", clip=False), DataSpectrum()
+        super().__init__(process)
         self.apply_signal = apply
 
     @staticmethod
@@ -278,11 +275,7 @@ def test_the_flow_and_its_trace_are_those_of_the_dense_matrix(kind: str, tone: s
     def factor(t: float, mu: Array) -> Array:
         return (1 + 0.3 * t) / (1 + mu)
 
-    class Linear(BaseDenoiser):
-        def __init__(self) -> None:
-            super().__init__()
-            self.process, self.target, self.spectrum = c.process, Clean("none", clip=False), DataSpectrum()
-
+    class Linear(Estimating):
         def predict_mean(
             self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None
         ) -> Tensor:
@@ -291,7 +284,7 @@ def test_the_flow_and_its_trace_are_those_of_the_dense_matrix(kind: str, tone: s
 
     scales = [1.0, 0.7, 0.4]
     number = SIZE[0] * SIZE[1]
-    last, traces = follow_flow(Linear(), start, y, float64(scales), Hadamard(BATCH, number), v, probes=number)
+    last, traces = follow_flow(Linear(c.process), start, y, float64(scales), Hadamard(BATCH, number), v, probes=number)
     z = (basis.mT @ y.flatten(1)[..., None])[..., 0].numpy() / c.noise(scales[-1], at)
     exact = 1e-8 if c.tone.smooth else ROUGH * number
     for i in (1, 0):

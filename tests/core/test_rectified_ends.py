@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import BaseDenoiser, Denoiser
+from dpm_scales.denoisers import Denoiser
 from dpm_scales.likelihood import FlowLikelihood, VariationalBound
 from dpm_scales.operators import HeatOperator
 from dpm_scales.priors import GaussianPrior
@@ -18,9 +18,8 @@ from dpm_scales.processes import Process, Spectral
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, DPMSolver, Heun, Sampler, UniPC
 from dpm_scales.schedules import PowerLaw
-from dpm_scales.spectrum import DataSpectrum
-from dpm_scales.targets import Clean, Flow
-from support.oracles import ScriptedNoise, TinyNetwork, close, float64, images
+from dpm_scales.targets import Flow
+from support.oracles import Estimating, ScriptedNoise, TinyNetwork, close, float64, images
 from support.reference import eigenvalues
 
 SIZE, K = (3, 4), 10
@@ -49,12 +48,8 @@ def tinted(name: str, x: Tensor) -> Tensor:
     return HeatOperator().synthesis(weight(name) * HeatOperator().analysis(x))
 
 
-class Estimate(BaseDenoiser):
+class Estimate(Estimating):
     """An estimate of the image that depends on y_t and t, in pixels."""
-
-    def __init__(self, process: Process) -> None:
-        super().__init__()
-        self.process, self.target, self.spectrum = process, Clean("none", clip=False), DataSpectrum()
 
     @staticmethod
     def image(y: Tensor, t: float) -> Tensor:

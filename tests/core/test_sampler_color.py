@@ -42,9 +42,8 @@ from dpm_scales.schedules import (
     SinSquaredBlur,
     WhiteColor,
 )
-from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Clean
-from support.oracles import ScriptedNoise, TinyNetwork, close, float64, images, refused
+from support.oracles import Estimating, ScriptedNoise, TinyNetwork, close, float64, images, refused
 from support.reference import Array, dct_basis, eigenvalues
 
 H, W = 3, 5
@@ -72,12 +71,8 @@ SAMPLERS: dict[str, Callable[[Color | None], Sampler]] = {
 }
 
 
-class Nothing(BaseDenoiser):
+class Nothing(Estimating):
     """Every estimate is 0: what remains of a step is y and the noise."""
-
-    def __init__(self, process: Process) -> None:
-        super().__init__()
-        self.process, self.target, self.spectrum = process, Clean("none", clip=False), DataSpectrum()
 
     def predict_mean(
         self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.processes import VP, Process, Spectral
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import (
@@ -26,9 +25,7 @@ from dpm_scales.samplers import (
     UniPC,
 )
 from dpm_scales.schedules import SpectralClock
-from dpm_scales.spectrum import DataSpectrum
-from dpm_scales.targets import Clean
-from support.oracles import ScriptedNoise, close, coefficients, float64, images
+from support.oracles import Estimating, ScriptedNoise, close, coefficients, float64, images
 
 SIZE = (5, 8)
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
@@ -46,12 +43,8 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
 Y, M, LATER, WHITE = (images(2, 1, *SIZE, seed=seed) for seed in range(4))
 
 
-class Scripted(BaseDenoiser):
+class Scripted(Estimating):
     """Returns the same m_s always: the estimate at the end of Heun's step."""
-
-    def __init__(self, process: Process) -> None:
-        super().__init__()
-        self.process, self.target, self.spectrum = process, Clean("none", clip=False), DataSpectrum()
 
     def predict_mean(
         self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.operators import HeatOperator
 from dpm_scales.processes import Blurring, InverseHeat, Process, Spectral, Warm
 from dpm_scales.schedules import (
@@ -25,8 +24,7 @@ from dpm_scales.schedules import (
     Rectified,
     SinSquaredBlur,
 )
-from dpm_scales.spectrum import DataSpectrum
-from dpm_scales.targets import Clean
+from support.oracles import Estimating
 from support.reference import Array, Twin, dct_basis, eigenvalues
 
 SIZE = (6, 10)
@@ -103,12 +101,11 @@ class ColoredTwin(Twin):
         raise NotImplementedError
 
 
-class Estimate(BaseDenoiser):
+class Estimate(Estimating):
     """An estimate of y_0 that is neither linear nor symmetric, between coordinates given by `there` and `back`."""
 
     def __init__(self, process: Process, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.process, self.target, self.spectrum = process, Clean("none", clip=False), DataSpectrum()
+        super().__init__(process)
         self.there, self.back = there, back
 
     def predict_mean(

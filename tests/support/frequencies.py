@@ -9,12 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import BaseDenoiser
 from dpm_scales.processes import Process
 from dpm_scales.samplers import DDIM, Ancestral, Cold, Dissipation, DPMSolver, Heun, Sampler, UniPC
-from dpm_scales.spectrum import DataSpectrum
-from dpm_scales.targets import Clean
-from support.oracles import ScriptedNoise, coefficients, float64, pixels
+from support.oracles import Estimating, ScriptedNoise, coefficients, float64, pixels
 from support.reference import Array
 
 #: one of each kind, without a choice that depends on the process
@@ -39,12 +36,8 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
 LADDER = [0.8, 0.6, 0.45, 0.3, 0.2, 0.0]
 
 
-class PerFrequency(BaseDenoiser):
+class PerFrequency(Estimating):
     """An estimate that is a nonlinear function of each coefficient alone."""
-
-    def __init__(self, process: Process) -> None:
-        super().__init__()
-        self.process, self.target, self.spectrum = process, Clean("none", clip=False), DataSpectrum()
 
     def predict_mean(
         self, y_t: Tensor, t: Tensor, s: Tensor, context: Tensor | None = None, labels: Tensor | None = None

@@ -27,10 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dpm_scales.denoisers import Denoiser
+from dpm_scales.denoisers import BaseDenoiser, Denoiser
 from dpm_scales.errors import UserError
 from dpm_scales.operators import chebyshev
+from dpm_scales.processes import Process
 from dpm_scales.rng import CounterRNG
+from dpm_scales.spectrum import DataSpectrum
 from dpm_scales.targets import Clean, Target
 from support.reference import TWINS, Array, Twin, dct_basis
 
@@ -212,6 +214,14 @@ class OracleDenoiser(Denoiser):
         size = y_t.shape[-2:]
         estimate = self.data.estimate(coefficients(y_t.numpy()), *curves(self.twin, float(t), *size))
         return torch.from_numpy(pixels(curves(self.twin, float(s), *size)[0] * estimate))
+
+
+class Estimating(BaseDenoiser):
+    """A denoiser without a network: subclasses give m_s by `predict_mean`, of an estimate that is not clipped."""
+
+    def __init__(self, process: Process) -> None:
+        super().__init__()
+        self.process, self.target, self.spectrum = process, Clean("none", clip=False), DataSpectrum()
 
 
 class Answer(nn.Module):
