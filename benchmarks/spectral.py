@@ -323,6 +323,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare processes at one budget.")
     parser.add_argument("--set", choices=sorted(IMAGE_SETS), default="mnist")
     parser.add_argument("--source", type=Path, metavar="DIR", help="images of cifar10, in train/CLASS and test/CLASS")
+    parser.add_argument(
+        "--inception", type=Path, metavar="FILE", help="Inception's weights: measures FID of cifar10 too"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="prepared images and features; OUT unless given")
     parser.add_argument(
@@ -357,7 +360,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"optimizer.learning_rate={options.learning_rate:g}",
                 *options.override,
             )
-            images = kind((options.cache or out).resolve(), options.source and options.source.resolve())
+            images = kind(
+                (options.cache or out).resolve(), options.source and options.source.resolve(), options.inception
+            )
             amounts = ("images" if options.seconds is None else "seconds", amount)
             device, evaluations = torch.device(options.device), tuple(options.evaluations)
             contest = Contest(out, images, amounts, batch_size, options.number, evaluations, shared, device)

@@ -36,6 +36,8 @@ REAL = "real images"
 START, END = "<!-- tables -->", "<!-- end of tables -->"
 KEY = ("set", "budget", "row", "options", "shared", "seed", "sampler", "asked", "number")
 """Columns that identify a line of rows.csv."""
+EXTRAS = {"kd": "KD of `auto`", "fid": "FID of `auto`"}
+"""Further measures of the samples, each a column of tables that have it."""
 LETTERS = {"2m": "", "sde": " ˢ"}
 GROUPS = {"blur": (r"warm b=(\S+)", "blur σ in px per unit of noise, b"), "color": (r"power_law a=(\S+)", "exponent α")}
 
@@ -80,8 +82,8 @@ def table(lines: Sequence[Row], figure: str) -> str:
     numbers = sorted({int(line["asked"]) for line in lines} - {0})
     names = list(dict.fromkeys(line["row"] for line in lines if line["row"] != REAL))
     names.sort(key=lambda name: float(np.mean(quality(lines, name, 0)[1] or [np.inf])))
-    has_kernel = any(line.get("kd") for line in lines)
-    heads = ["process", "seeds", "input", *map(str, numbers), "`auto`", *["KD of `auto`"] * has_kernel]
+    extras = [key for key in EXTRAS if any(line.get(key) for line in lines)]
+    heads = ["process", "seeds", "input", *map(str, numbers), "`auto`", *(EXTRAS[key] for key in extras)]
     heads += ["training s", "ms / image", "commit, date, machine"]
     text = [
         f"{figure}, lower is better; ˢ: by the SDE solver.\n",
@@ -95,8 +97,8 @@ def table(lines: Sequence[Row], figure: str) -> str:
         for number in (*numbers, 0):
             solver, values = quality(lines, name, number)
             cells.append(f"{spread(values)}{LETTERS.get(solver, '')}" if values else "")
-        if has_kernel:
-            values = [float(line["kd"]) for line in auto if line.get("kd")]
+        for key in extras:
+            values = [float(line[key]) for line in auto if line.get(key)]
             cells.append(spread(values) if values else "")
         seeds = {line["seed"] for line in own}
         here = [line for line in own if line["machine"] == own[0]["machine"]]  # only its times are comparable
@@ -108,8 +110,7 @@ def table(lines: Sequence[Row], figure: str) -> str:
         if line["row"] == REAL:
             gaps = " |" * len(numbers)
             cells = [_three(float(line["fd"]))]
-            if has_kernel:
-                cells.append(_three(float(line["kd"])) if line.get("kd") else "")
+            cells += [_three(float(line[key])) if line.get(key) else "" for key in extras]
             text.append(f"| {REAL}, n = {line['number']} | | |{gaps} {' | '.join(cells)} | | | |")
     return "\n".join(text) + "\n"
 

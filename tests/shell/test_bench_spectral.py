@@ -11,12 +11,14 @@ import hydra
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
-from benchmarks import spectral, spectral_tables
+from benchmarks import image_sets, spectral, spectral_tables
 from benchmarks.half_blur import HalfBlurFlowLoss
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
 from dpm_scales.errors import UserError
 from dpm_scales.locks import lock
+from dpm_scales.metrics import FeatureNetwork
 from support.shell import CONFIGS, call, composed
 
 
@@ -118,12 +120,66 @@ def test_a_row_that_fails_leaves_the_others(
         (["--images", "8", "--row", "vp"], 'expected "NAME=OPTION=VALUE OPTION=VALUE ..."'),
         (["--images", "8", "--seconds", "1"], "not allowed with"),
         ([], "one of the arguments"),
+        (["--images", "8", "--inception", "x.pt"], "--inception is for --set cifar10; leave it out with mnist"),
     ],
 )
 def test_bad_arguments(arguments: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         spectral.main([*arguments, "--out", str(tmp_path / "out")])
     assert line in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+class Corners(FeatureNetwork):
+    """Colours of the first pixel."""
+
+    name, dim, input_side, factor = "corners", 3, 32, 1.0
+
+    def __init__(self, path: Path | None = None) -> None:
+        super().__init__("0" * 64 if path is None else "1" * 64)
+        if path is not None:
+            self.name, self.factor = "other", 2.0
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        return self.factor * pixels[:, :, 0, 0]
+
+
+def test_cifar_is_read_from_a_folder_and_measured_by_each_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_sets, "EffLite0Features", Corners)
+    monkeypatch.setattr(image_sets, "InceptionFeatures", Corners)
+    monkeypatch.setattr(image_sets, "CIFAR_REFERENCE", 8)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        folder = tmp_path / "source" / ("train" if i < 10 else "test") / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    plain = image_sets.CifarSet(tmp_path / "cache", tmp_path / "source")
+    both = image_sets.CifarSet(tmp_path / "cache", tmp_path / "source", tmp_path / "inception.pt")
+    assert "data.random_flip=true" in both.overrides()
+    with np.load(tmp_path / "cache/cifar10_train.npz") as file:
+        np.testing.assert_array_equal(file["labels"], [0] * 5 + [1] * 5)
+        np.testing.assert_array_equal(file["images"], pixels[[0, 2, 4, 6, 8, 1, 3, 5, 7, 9]])
+    train = both.training_images()
+    found, without = both.report(train[:4]), plain.report(train[:4])
+    # against the 8 training images spread over all, by the formula of Gaussians
+    means, covariances = [], []
+    for chosen in (train[:4], train[np.linspace(0, 9, 8).astype(int)]):
+        corners = chosen[:, :, 0, 0].astype(float)
+        means.append(corners.mean(0))
+        covariances.append(np.cov(corners, rowvar=False))
+    roots = np.linalg.eigvals(covariances[0] @ covariances[1])
+    trace = np.trace(sum(covariances)) - 2 * np.sqrt(roots.astype(complex)).real.sum()
+    expected = np.square(means[0] - means[1]).sum() + trace
+    np.testing.assert_allclose(found["fd"], expected, rtol=1e-6)
+    np.testing.assert_allclose(found["fid"], 4 * expected, rtol=1e-6)
+    assert without == {key: found[key] for key in ("fd", "kd")}
+    assert set(both.real(3)) == {"fd", "kd", "fid"}
+    # features of the training images are read again
+    for path in (tmp_path / "cache").glob("cifar10_train_8_*.npz"):
+        np.savez(path, features=np.load(path)["features"] + 1)
+    again = image_sets.CifarSet(tmp_path / "cache", tmp_path / "source", tmp_path / "inception.pt")
+    assert again.report(train[:4])["fd"] != found["fd"]
 
 
 def test_seconds_become_steps(trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,11 +209,11 @@ def test_tables() -> None:
     assert rows[0].startswith("| heat | 1 | wiener | 20 ˢ | 50 | 9 | 100 | abc, 2026-01-01, M |")
     assert rows[1].startswith("| vp | 2 | wiener | 105 ± 5 | 105 ± 5 |")
     # a seed of another machine counts for quality, not for times; a second distance has its column
-    other = {"commit": "def", "machine": "N", "seconds": 7.0, "training_cpu_seconds": 70.0, "kd": 0.5}
+    other = {"commit": "def", "machine": "N", "seconds": 7.0, "training_cpu_seconds": 70.0, "kd": 0.5, "fid": 7.25}
     more = spectral_tables.table([*lines, _line("heat", 1, "auto", 0, 54.0, **other)], "FD").splitlines()[2:]
-    assert "| `auto` | KD of `auto` | training s |" in more[0]
+    assert "| `auto` | KD of `auto` | FID of `auto` | training s |" in more[0]
     assert more[2] == (
-        "| heat | 2 | wiener | 20 ˢ | 52.0 ± 2.0 | 0.5 | 9 | 100 | abc, 2026-01-01, M; def, 2026-01-01, N |"
+        "| heat | 2 | wiener | 20 ˢ | 52.0 ± 2.0 | 0.5 | 7.25 | 9 | 100 | abc, 2026-01-01, M; def, 2026-01-01, N |"
     )
     # one table for each set and budget, with the pictures that were drawn
     page = "Intro\n<!-- tables -->\nformer\n<!-- end of tables -->\nOutro\n"
