@@ -42,6 +42,8 @@ from torch.utils.data import DataLoader
 from dpm_scales import data
 from dpm_scales.commands import sample_shards
 from dpm_scales.data import ImageDataModule
+from dpm_scales.data.decoded import DeviceImages, Drawn, Draws, as_it_is
+from dpm_scales.data.sampler import ShuffledBatches
 from dpm_scales.images import png_bytes
 from dpm_scales.shards import ShardSource
 from dpm_scales.shards.pack import Packing, pack
@@ -104,6 +106,22 @@ def batches_of(source: data.ImageSource, workers: int, count: int, decoded: bool
             done += 1
 
 
+def gathered(source: data.ImageSource, device: torch.device, workers: int, count: int) -> Iterator[Any]:
+    """Return endless batches of images that are kept on a device, as by data.on_device=true."""
+    part, done = source.train(), 0
+    held = DeviceImages(part, (source.channels, *source.image_size), device, 0, False)
+    batches = ShuffledBatches(len(part), BATCH, 0, lambda: done)
+    loader = DataLoader(
+        Draws(part, 0), BATCH, sampler=batches, num_workers=workers, collate_fn=as_it_is, persistent_workers=workers > 0
+    )
+    while True:
+        for drawn in loader:
+            yield held.gather(Drawn(*(values.to(device) for values in drawn)))
+            done += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
 def as_tensor(image: Any) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
@@ -143,7 +161,7 @@ def write_parquet(place: Path) -> None:
     rows.to_parquet(str(place / "images.parquet"))
 
 
-def loaders(place: Path) -> dict[str, Loader]:
+def loaders(place: Path, device: torch.device) -> dict[str, Loader]:
     """Return all loaders of the sets in a folder, by name."""
     shards = partial(ShardSource, split="images", val_fraction=0, window=4)
     write_parquet(place)
@@ -159,6 +177,7 @@ def loaders(place: Path) -> dict[str, Loader]:
     }
     found: dict[str, Loader] = {name: partial(batches_of, make()) for name, make in sources.items()}
     found[DECODED] = partial(batches_of, shards(place / "shards-png"), decoded=True)
+    found["shards, png, on the device"] = partial(gathered, shards(place / "shards-png"), device)
     number = len(list((place / "shards-png").glob("*.tar"))) - 1
     for kind in ("png", "jpg"):
         pattern = f"{place}/shards-{kind}/shard-{{000000..{number:06d}}}.tar"
@@ -229,7 +248,7 @@ def table(rows: dict[str, dict[str, float]], sizes: Sequence[int], workers: Sequ
 
 
 def throughput(
-    sizes: Sequence[int], workers: Sequence[int], seconds: float, rounds: int, only: str
+    sizes: Sequence[int], workers: Sequence[int], seconds: float, rounds: int, only: str, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """Return the figures of all loaders whose names contain `only`, measured in turn, medians of some rounds."""
     rows: dict[str, dict[str, float]] = {}
@@ -238,7 +257,7 @@ def throughput(
             place = Path(folder)
             os.environ["DPM_SCALES_CACHE"] = str(place / "cache")
             write_sets(place, size, SETS[size])
-            chosen = {name: loader for name, loader in loaders(place).items() if only in name}
+            chosen = {name: loader for name, loader in loaders(place, device).items() if only in name}
             for name in set(chosen).intersection([DECODED]):
                 spent(chosen[name], 0, SETS[size] // BATCH)  # fills the file
             each = {name: seconds_of(loader) for name, loader in chosen.items()}
@@ -347,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.7, help="CPU seconds of each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="turns of all loaders, of which the median counts")
     parser.add_argument("--only", default="", help="loaders whose names contain this")
+    parser.add_argument("--device", default="cpu", help="of the images that are kept on one")
     parser.add_argument("--out", type=Path, help="file for the figures, JSON")
     parser.add_argument("--memory", action="store_true", help="measure memory in place of speed")
     parser.add_argument("--decoders", action="store_true", help="compare decoders in place of loaders")
@@ -364,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.writing:
         found = writing(args.images)
     else:
-        found = throughput(args.sizes, args.workers, args.seconds, args.rounds, args.only)
+        found = throughput(args.sizes, args.workers, args.seconds, args.rounds, args.only, torch.device(args.device))
         for figure, about in (("cpu", "images per second of CPU time"), ("wall", "images per second")):
             print(f"\n{about}, by pixels and workers\n\n{table(found, args.sizes, args.workers, figure)}")
     if args.out:

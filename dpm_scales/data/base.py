@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -62,6 +63,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
         """Return plain values that change whenever an image or label does; None if no such values are known."""
         return None
 
+    def file_bytes(self) -> float:
+        """Return the bytes of the files on this machine that all items are decoded from; infinity if unknown."""
+        return math.inf
+
 
 class ImageSource(Describable, ABC):
     """A data set, split into training and validation images of one size.
@@ -102,6 +107,9 @@ class TensorImages(ImageDataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def file_bytes(self) -> float:
+        return 0.0
 
     def get(self, index: int, rng: np.random.Generator | None) -> tuple[Tensor, int]:
         image = self.images[index]

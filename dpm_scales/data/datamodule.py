@@ -51,8 +51,9 @@ class ImageDataModule(Describable, pl.LightningDataModule):
         pin_memory: whether batches are page-locked; None locks them if CUDA is available.
         drop_last: whether to drop an incomplete last batch; otherwise the first images of the order fill it up.
         decoded: keep decoded images in a file that all processes map into memory, see `decoded`.
-        on_device: keep the training images on the device, where batches are gathered and mirrored; None does so for
-            images that are already in memory and fit in a quarter of the device's free memory.
+        on_device: keep the training images on the device, where batches are gathered and mirrored; None does so if
+            they fit in a quarter of the device's free memory and are in memory already or, on a GPU, in files of at
+            most 1 GiB.
 
     Raises:
         UserError: a value out of range, or images that can't be kept.
@@ -163,7 +164,9 @@ class ImageDataModule(Describable, pl.LightningDataModule):
         """Return whether training images are kept on the trainer's device, where hooks gather the batches."""
         if self.trainer is None or self.on_device is False:
             return False
-        return self.on_device is True or fits(train, self.trainer.strategy.root_device)
+        return self.on_device is True or fits(
+            train, (self.channels, *self.image_size), self.trainer.strategy.root_device
+        )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Return a batch of images and labels, gathered on the device if they are kept there."""

@@ -49,6 +49,9 @@ _RECORD = struct.Struct("<Ii")
 FREE_SHARE = 0.25
 """Largest share of a device's free memory for images kept there by default."""
 
+QUICK_BYTES = 2**30
+"""Largest size of the files of images that are decoded at the start by default: some 20 seconds of one process."""
+
 _LOADED = 256  # images brought to the device at a time
 
 
@@ -57,10 +60,15 @@ def ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _is_keepable(images: ImageDataset) -> bool:
+    """Return whether `get(index, rng)` does no more than mirror `get(index, None)`."""
+    return images.mirrored or not images.augmented
+
+
 def require_keepable(images: ImageDataset, option: str) -> None:
     """Raise UserError if `get(index, rng)` does more than mirror `get(index, None)`."""
     other = "and these are cropped, or changed otherwise, at random; set data.random_crop=false"
-    require(images.mirrored or not images.augmented, f"{option} keeps one view of each image, {other}")
+    require(_is_keepable(images), f"{option} keeps one view of each image, {other}")
 
 
 class DecodedImages(ImageDataset):
@@ -97,6 +105,9 @@ class DecodedImages(ImageDataset):
 
     def pool(self, count: int) -> Sequence[int]:
         return self.images.pool(count)
+
+    def file_bytes(self) -> float:
+        return self.images.file_bytes()
 
     def expect(self, indices: Sequence[int]) -> None:
         self.images.expect([index for index in indices if self._kept(index) is None])
@@ -186,11 +197,16 @@ def as_it_is(batch: Drawn) -> Drawn:
     return batch
 
 
-def fits(images: ImageDataset, device: torch.device) -> bool:
-    """Return whether images are in memory, and fit on the device along with training."""
-    if not isinstance(images, TensorImages):
+def fits(images: ImageDataset, shape: tuple[int, int, int], device: torch.device) -> bool:
+    """Return whether images of a shape (C, H, W) are kept on the device by default.
+
+    These are images in memory and, on a GPU, those of files that are quickly decoded, if they fit along with training.
+    """
+    if device.type == "cpu":
+        return isinstance(images, TensorImages)
+    if not _is_keepable(images) or len(images) * math.prod(shape) > FREE_SHARE * available_memory(device):
         return False
-    return device.type == "cpu" or images.images.nbytes <= FREE_SHARE * available_memory(device)
+    return images.file_bytes() <= QUICK_BYTES
 
 
 class DeviceImages:

@@ -72,6 +72,10 @@ class ImageStore(ABC):
         """Return plain values that change whenever the content of one of these files does."""
         return [file_state(self.root), list(names)]
 
+    def file_bytes(self, names: Sequence[str]) -> float:
+        """Return the bytes of the files that these are read from."""
+        return file_size(self.root)
+
 
 class FolderStore(ImageStore):
     """All images in a folder tree, except hidden files and those in hidden folders."""
@@ -92,6 +96,9 @@ class FolderStore(ImageStore):
 
     def state(self, names: Sequence[str]) -> list[Any]:
         return [[name, *file_state(self.root / name)] for name in names]
+
+    def file_bytes(self, names: Sequence[str]) -> float:
+        return sum(file_size(self.root / name) for name in names)
 
     def open(self, name: str) -> BinaryIO:
         path = self.root / name
@@ -247,6 +254,14 @@ def file_state(path: Path) -> list[Any]:
     except OSError:
         return [str(path.absolute())]
     return [str(path.absolute()), status.st_size, status.st_mtime_ns]
+
+
+def file_size(path: Path) -> float:
+    """Return the bytes of a file, 0 if it does not exist."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def listed(names: Collection[str]) -> str:

@@ -108,6 +108,9 @@ class FileImages(ReplacedImages):
         labels = None if self.labels is None else self.labels.tolist()
         return [type(self.store).__name__, self.store.state(self.names), labels, self.view.identity()]
 
+    def file_bytes(self) -> float:
+        return self.store.file_bytes(self.names)
+
     def name(self, index: int) -> str:
         return self.names[index]
 

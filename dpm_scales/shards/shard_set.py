@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import threading
 import warnings
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dpm_scales.data.files import ImageStore, file_state
+from dpm_scales.data.files import ImageStore, file_size, file_state
 from dpm_scales.data.replaced import LoadingError
 from dpm_scales.errors import UserError, require
 from dpm_scales.shards.cache import DEFAULT_GIGABYTES, ShardCache
@@ -118,6 +119,11 @@ class ShardSet:
         """Return plain values that change whenever a shard's content does: its checksum, and a local file's state."""
         place, entry = self.places[number], self.entries[number]
         return [entry.sha256, entry.images, *([] if is_url(place) else file_state(Path(place)))]
+
+    def file_bytes(self, number: int) -> float:
+        """Return the bytes of a shard; infinity for one that has to be fetched."""
+        place = self.places[number]
+        return math.inf if is_url(place) else file_size(Path(place))
 
     def expect(self, numbers: Sequence[int]) -> None:
         """Prefetch the remote ones of these shards."""

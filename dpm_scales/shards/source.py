@@ -114,6 +114,9 @@ class ShardImages(ReplacedImages):
         labels = [keys.label, self.classes]
         return ["shards", shards, self.counts.tolist(), held, keys.image, labels, self.view.identity()]
 
+    def file_bytes(self) -> float:
+        return sum(self.shards.file_bytes(number) for number in self.numbers)
+
     def name(self, index: int) -> str:
         shard, member = self._place(index)
         return f"{self.shards.name(shard)}, image {member}"  # its name is not known before its shard is opened

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +16,14 @@ import torch
 from torch import Tensor
 
 from dpm_scales import data
-from dpm_scales.data import datamodule
+from dpm_scales.data import datamodule, decoded
 from dpm_scales.data.base import TensorImages
-from dpm_scales.data.decoded import DeviceImages, fits
+from dpm_scales.data.decoded import DecodedImages, DeviceImages, fits
 from dpm_scales.data.draws import first_draws
 from dpm_scales.errors import UserError
+from dpm_scales.shards import ShardSource
+from dpm_scales.shards.source import ShardImages
+from support.shards import encoded, numbered, packed
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -114,16 +121,67 @@ def test_without_a_trainer_loaders_give_images() -> None:
         assert images.shape == (8, 1, 8, 8)
 
 
-def test_images_stay_on_the_host_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = TensorImages(torch.zeros(1000, 3, 32, 32, dtype=torch.uint8))
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function that sets the free bytes of a pretended GPU."""
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-    for free, left in ((100 * 2**20, True), (8 * 2**20, False)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**40))
-        assert fits(images, CUDA) == left
-        assert fits(images, CPU)
+    return lambda count: monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (count, 2**40))
+
+
+def test_images_stay_on_the_host_where_they_do_not_fit(free: Callable[[int], None]) -> None:
+    images = TensorImages(torch.zeros(1000, 3, 32, 32, dtype=torch.uint8))
+    for count, left in ((100 * 2**20, True), (8 * 2**20, False)):
+        free(count)
+        assert fits(images, (3, 32, 32), CUDA) == left
+        assert fits(images, (3, 32, 32), CPU)
     rows = [(torch.zeros(1, 4, 4, dtype=torch.uint8), 0)] * 8
-    assert not fits(data.GivenImages(rows).train(), CPU)  # these are read one by one
+    given = data.GivenImages(rows).train()  # these are read one by one, and may take any time
+    assert not fits(given, (1, 4, 4), CPU) and not fits(given, (1, 4, 4), CUDA)
+
+
+def test_small_sets_of_files_are_kept_on_a_gpu(
+    tmp_path: Path, free: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder, a zip archive and shards, by the bytes of their files; not what is cropped, fetched or large."""
+    packed(tmp_path / "shards", 12, 5)
+    (tmp_path / "folder").mkdir()
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for number in range(10):
+            content = encoded(numbered(number))
+            (tmp_path / "folder" / f"{number}.png").write_bytes(content)
+            archive.writestr(f"{number}.png", content)
+    sizes = {path: path.stat().st_size for path in tmp_path.rglob("*.*")}
+    free(2**30)
+    shape, options = (1, 2, 3), {"channels": 1, "val_fraction": 0}
+    folder = data.ImageFolder(tmp_path / "folder", random_flip=True, **options).train()
+    shards = ShardSource(tmp_path / "shards", **options).train()
+    parts: dict[str, data.ImageDataset] = {
+        "folder": folder,
+        "zip": data.ImageFolder(tmp_path / "images.zip", **options).train(),
+        "shards": shards,
+        "decoded": DecodedImages(folder, shape, tmp_path / "cache"),
+    }
+    bytes_of = {
+        "folder": sum(size for path, size in sizes.items() if path.suffix == ".png"),
+        "zip": sizes[tmp_path / "images.zip"],
+        "shards": sum(size for path, size in sizes.items() if path.suffix == ".tar"),
+    }
+    bytes_of["decoded"] = bytes_of["folder"]
+    for name, part in parts.items():
+        assert part.file_bytes() == bytes_of[name] > 0
+        assert fits(part, shape, CUDA) and not fits(part, shape, CPU)
+        with monkeypatch.context() as patched:
+            patched.setattr(decoded, "QUICK_BYTES", bytes_of[name] - 1)
+            assert not fits(part, shape, CUDA)
+    free(4 * len(folder) * 6 - 1)
+    assert not fits(folder, shape, CUDA)
+    free(2**30)
+    cropped = data.ImageFolder(tmp_path / "folder", image_size=2, random_crop=True, **options).train()
+    assert not fits(cropped, shape, CUDA)
+    assert isinstance(shards, ShardImages)
+    shards.shards.places = ["https://example.org/a.tar", *shards.shards.places[1:]]
+    assert shards.file_bytes() == math.inf and not fits(shards, shape, CUDA)
 
 
 def test_images_that_are_there_already_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
