@@ -23,6 +23,8 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from dpm_scales.operators.constants import kept
+
 SpectralFunction = Callable[[Tensor], Tensor]
 
 Weights = Callable[[Tensor], Sequence[Tensor]]
@@ -143,13 +145,20 @@ class Operator(ABC):
         return 0.0
 
 
+@kept
+def _kept_zero(device: torch.device) -> Tensor:
+    return torch.zeros(1, 1, dtype=torch.float64, device=device)
+
+
 class PixelOperator(Operator):
     """L = 0: no diffusion, all pixels independent (Eq. (3), Peter 2024)."""
 
     is_diagonal: ClassVar[bool] = True
 
     def eigenvalues(self, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-        return torch.zeros(1, 1, dtype=torch.float64, device=device)
+        if device is None:  # the default device may change
+            return torch.zeros(1, 1, dtype=torch.float64)
+        return _kept_zero(torch.device(device))
 
     def apply(self, f: SpectralFunction, y: Tensor) -> Tensor:
         return f(self.eigenvalues(1, 1, y.device)).to(y.dtype) * y

@@ -13,16 +13,14 @@ and its inverse, and than an FFT up to several hundred pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
-from functools import lru_cache, wraps
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dpm_scales.errors import UserError, require, require_choice
 from dpm_scales.operators.base import Decay, Operator, PixelOperator, SpectralFunction, Term, images_of, values_of
+from dpm_scales.operators.constants import kept
 
 SPECTRA = ("continuous", "discrete")
 
@@ -45,30 +43,13 @@ def _eigenvalues(height: int, width: int, spectrum: str, device: torch.device | 
     return rows[:, None] + columns[None, :]
 
 
-def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function that keeps the constants that it makes, each a dozen kernels; callers must not change them.
-
-    While torch compiles or a dispatch mode is active, such as that of fake tensors, constants are made anew.
-    """
-    kept = lru_cache(maxsize=32)(make)
-
-    @wraps(make)
-    def get(*args: Hashable) -> Tensor:
-        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-            return make(*args)
-        with torch.inference_mode(False), torch.no_grad():
-            return kept(*args)
-
-    return get
-
-
-@_kept
+@kept
 def _basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return dct_matrix(n, device).to(dtype)
 
 
-_kept_axis_eigenvalues = _kept(_axis_eigenvalues)
-_kept_eigenvalues = _kept(_eigenvalues)
+_kept_axis_eigenvalues = kept(_axis_eigenvalues)
+_kept_eigenvalues = kept(_eigenvalues)
 
 
 def _blur_matrix(n: int, time: Tensor, spectrum: str, dtype: torch.dtype) -> Tensor:

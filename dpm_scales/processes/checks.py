@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from dpm_scales.errors import UserError, is_whole, require
 from dpm_scales.operators import Operator
+from dpm_scales.processes.steps import Curves
 from dpm_scales.schedules import BlurSchedule, Clock, Color, NoiseSchedule, is_number
 
 TOLERANCE = 1e-9
@@ -100,6 +102,30 @@ class Chain:
             raise UserError(
                 f"{self.name}: at scale k={k + 1} of {len(bad)}, eigenvalue mu={self.mu[j]:.4g}: {describe(k, j)}"
             )
+
+
+class Promises(Curves, Protocol):
+    """The parts of a process that a chain is checked for, see `Process`."""
+
+    num_scales: int
+    noise: NoiseSchedule
+    lyapunov: ClassVar[bool]
+    variance_preserving: ClassVar[bool]
+
+
+def require_chain(process: Promises, operator: Operator, device: torch.device) -> None:
+    """Raise UserError unless every step of a process's chain exists and the class's promises hold."""
+    ts = torch.arange(process.num_scales + 1, dtype=torch.float64, device=device) / process.num_scales
+    mu = spanning(operator).to(device)
+    log_signal, deviation = process.log_signal_scale(ts, mu), process.noise_scale(ts, mu)
+    chain = Chain.of(type(process).__name__, mu, log_signal, deviation)
+    chain.check_image()
+    chain.check_transitions()
+    if process.variance_preserving:
+        log_a, log_noise = process.noise(ts)
+        chain.check_variance_preserving(log_a, log_noise, type(process.noise).__name__)
+    if process.lyapunov:
+        chain.check_lyapunov()
 
 
 def spanning(operator: Operator) -> Tensor:

@@ -31,7 +31,8 @@ from dpm_scales.describe import Describable
 from dpm_scales.errors import UserError
 from dpm_scales.memory import require_memory
 from dpm_scales.operators import Decay, LogCurve, Operator, SpectralFunction, batch_view
-from dpm_scales.processes.checks import Chain, require_law, spanning
+from dpm_scales.processes.checks import require_chain, require_law, spanning
+from dpm_scales.processes.kept import KeptValues
 from dpm_scales.processes.steps import Gaussian, Scale, Step, as_scale
 from dpm_scales.rng import CounterRNG, Randomness, white_noise
 from dpm_scales.schedules import BlurSchedule, Clock, Color, NoiseSchedule
@@ -92,6 +93,7 @@ class Process(Describable, nn.Module):
         num_bytes = num_scales * (80 + 40 * len(spanning(operator)))
         require_memory(num_bytes, f"{type(self).__name__}: num_scales={num_scales}", "lower num_scales")
         self.num_scales = num_scales
+        self._kept = KeptValues()
         self.min_decay = float(min_decay)
         self.noise, self.blur, self.color, self.clock = noise, blur, color, clock
         noise.bind(num_scales)
@@ -114,7 +116,7 @@ class Process(Describable, nn.Module):
     def _check_curves(self) -> None:
         """Record the properties of the curves at the first and the last scale, and check the curves."""
         self._look_at_ends()
-        self._check_consistency()
+        require_chain(self, self._operator, self._scale(0.0).device)
 
     def fit_color(self, power: SpectralFunction) -> None:
         """Fit the colour of the noise, if any, to the power P(mu) of the training images; see `Color.fit`."""
@@ -189,6 +191,10 @@ class Process(Describable, nn.Module):
         """
         return nullcontext(False)
 
+    def kept_curves(self) -> AbstractContextManager[None]:
+        """Return a context manager in whose body the curves are computed once for the same tensors t and mu."""
+        return self._kept.keeping()
+
     # --- curves -------------------------------------------------------------------------------------------------------
 
     def signal(self, t: Scale) -> Decay | LogCurve:
@@ -221,9 +227,17 @@ class Process(Describable, nn.Module):
         time = batch_view(t, mu)
         return time if self.clock is None else self.clock(time, mu, self._largest)
 
+    def log_signal_scale(self, t: Scale, mu: Tensor) -> Tensor:
+        """Return log lambda_t(mu); trailing dimensions have size one if it does not depend on mu."""
+        t = as_scale(t, mu)
+        return self._kept.of("signal", t, mu, lambda: self.signal(t).log(mu))
+
     def log_noise_scale(self, t: Scale, mu: Tensor) -> Tensor:
         """Return log gamma_t(mu), -inf without noise; trailing dimensions have size one if it does not depend on mu."""
         t = as_scale(t, mu)
+        return self._kept.of("noise", t, mu, lambda: self._log_noise(t, mu))
+
+    def _log_noise(self, t: Tensor, mu: Tensor) -> Tensor:
         _, log_noise = self.noise(self._time(t, mu))
         return log_noise if self.color is None else log_noise + self.color.log(batch_view(t, mu), mu)
 
@@ -246,7 +260,7 @@ class Process(Describable, nn.Module):
 
     def signal_scale(self, t: Scale, mu: Tensor) -> Tensor:
         """Return lambda_t(mu), float64 (VDM: alpha_t, DDPM: sqrt of alpha-bar)."""
-        return self.signal(as_scale(t, mu))(mu)
+        return torch.exp(self.log_signal_scale(t, mu))
 
     def noise_scale(self, t: Scale, mu: Tensor) -> Tensor:
         """Return gamma_t(mu), float64, a standard deviation."""
@@ -254,7 +268,7 @@ class Process(Describable, nn.Module):
 
     def log_snr(self, t: Scale, mu: Tensor) -> Tensor:
         """Return l_t(mu) = log(lambda_t^2 / gamma_t^2), +inf where there is no noise."""
-        return 2 * (self.signal(as_scale(t, mu)).log(mu) - self.log_noise_scale(t, mu))
+        return 2 * (self.log_signal_scale(t, mu) - self.log_noise_scale(t, mu))
 
     def noise_level(self, t: Tensor) -> Tensor:
         """Return gamma_t / lambda_t at mu = 0, by which grids choose scales: float64 ``()`` or ``(B,)``, like t; with a
@@ -383,18 +397,3 @@ class Process(Describable, nn.Module):
     def _scale(self, t: Scale) -> Tensor:
         """Return t as a tensor; a Python number is placed on the device of the curves' tables."""
         return as_scale(t, next(self.buffers(), None))
-
-    # --- construction -------------------------------------------------------------------------------------------------
-
-    def _check_consistency(self) -> None:
-        """Raise UserError unless every step of the chain exists and the class's promises hold."""
-        ts = torch.arange(self.num_scales + 1).to(self._scale(0.0)) / self.num_scales
-        mu = spanning(self._operator).to(ts.device)
-        chain = Chain.of(type(self).__name__, mu, self.signal(ts).log(mu), self.noise_scale(ts, mu))
-        chain.check_image()
-        chain.check_transitions()
-        if self.variance_preserving:
-            log_signal, log_noise = self.noise(ts)
-            chain.check_variance_preserving(log_signal, log_noise, type(self.noise).__name__)
-        if self.lyapunov:
-            chain.check_lyapunov()

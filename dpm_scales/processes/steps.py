@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.errors import require
-from dpm_scales.operators import Decay, LogCurve, Operator, SpectralFunction
+from dpm_scales.operators import Operator, SpectralFunction
 from dpm_scales.schedules import Clock
 
 Scale = Tensor | float
@@ -49,8 +49,8 @@ class Curves(Protocol):
     def clock(self) -> Clock | None:
         """Return the time of each eigenvalue, or None if all have the same."""
 
-    def signal(self, t: Tensor) -> Decay | LogCurve:
-        """Return lambda_t as a spectral function."""
+    def log_signal_scale(self, t: Tensor, mu: Tensor) -> Tensor:
+        """Return log lambda_t(mu)."""
 
     def noise_scale(self, t: Tensor, mu: Tensor) -> Tensor:
         """Return gamma_t(mu)."""
@@ -69,11 +69,11 @@ class Step:
 
     def signal_s(self, mu: Tensor) -> Tensor:
         """Return lambda_s."""
-        return torch.exp(self.process.signal(self.s).log(mu))
+        return torch.exp(self.process.log_signal_scale(self.s, mu))
 
     def signal_t(self, mu: Tensor) -> Tensor:
         """Return lambda_t."""
-        return torch.exp(self.process.signal(self.t).log(mu))
+        return torch.exp(self.process.log_signal_scale(self.t, mu))
 
     def noise_s(self, mu: Tensor) -> Tensor:
         """Return gamma_s."""
@@ -85,7 +85,7 @@ class Step:
 
     def log_rho(self, mu: Tensor) -> Tensor:
         """Return log(lambda_t / lambda_s)."""
-        return self.process.signal(self.t).log(mu) - self.process.signal(self.s).log(mu)
+        return self.process.log_signal_scale(self.t, mu) - self.process.log_signal_scale(self.s, mu)
 
     def rho(self, mu: Tensor) -> Tensor:
         """Return lambda_t / lambda_s, in (0, 1]."""

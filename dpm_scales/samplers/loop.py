@@ -258,16 +258,17 @@ class Sampler(Describable, ABC):
         if self.noise_color is not None:
             color = StepColor(self.noise_color, denoiser, (y.shape[-2], y.shape[-1]), y.device)
         past: deque[PastStep] = deque(maxlen=self.memory)
-        last = len(scales) - 2
-        for i in range(last + 1):
-            t = scales[i] if churned is None else churned[i]
-            move = StepContext(denoiser, t, scales[i + 1], noise, context, labels, past, last - i, color)
-            if self.churn is not None:
-                y = self.churn.add(process, y, scales[i], t, move.added(y), context)
-            m = move.predict_mean(y)
-            y = self.step(move, y, m) if i < last else move.image(y, m)
-            if on_step is not None:
-                on_step(i, operator.to_pixels(y))
+        steps, last = scales.unbind(), len(scales) - 2  # tensors of their own, by which curves are kept
+        with process.kept_curves():
+            for i in range(last + 1):
+                t = steps[i] if churned is None else churned[i]
+                move = StepContext(denoiser, t, steps[i + 1], noise, context, labels, past, last - i, color)
+                if self.churn is not None:
+                    y = self.churn.add(process, y, steps[i], t, move.added(y), context)
+                m = move.predict_mean(y)
+                y = self.step(move, y, m) if i < last else move.image(y, m)
+                if on_step is not None:
+                    on_step(i, operator.to_pixels(y))
         return operator.to_pixels(y)
 
     @abstractmethod

@@ -301,8 +301,8 @@ class Unchecked(Process):
 
     lyapunov = False
 
-    def _check_consistency(self, tolerance: float = 1e-9) -> None:
-        pass
+    def _check_curves(self) -> None:
+        self._look_at_ends()
 
 
 class Sharpening(LinearTimeBlur):

@@ -1,0 +1,138 @@
+"""Curves of a process that samplers ask for again and again are computed once, with the same bits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpm_scales.denoisers import Denoiser
+from dpm_scales.operators import HeatOperator
+from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Process, Spectral, Warm
+from dpm_scales.processes.kept import KeptValues
+from dpm_scales.rng import CounterRNG
+from dpm_scales.samplers import DDIM, Ancestral, DPMSolver, Heun, Sampler, UniPC
+from dpm_scales.schedules import PowerLaw, Rectified, SpectralClock
+from dpm_scales.targets import Clean
+
+SHAPE = (2, 1, 6, 5)
+PROCESSES: dict[str, Callable[[], Process]] = {
+    "vp": VP,
+    "ve": VE,
+    "coloured": lambda: VP(color=PowerLaw(0.5)),
+    "clocked": lambda: Spectral(noise=Rectified(), clock=SpectralClock()),
+    "blurring": Blurring,
+    "warm": Warm,
+    "chain": BlurringChain,
+}
+SAMPLERS: dict[str, Callable[[], Sampler]] = {
+    "2m": lambda: DPMSolver(0.0, 7, "uniform"),
+    "sde": lambda: DPMSolver(1.0, 7, "uniform"),
+    "unipc": lambda: UniPC(steps=7, grid="uniform"),
+    "ddim": lambda: DDIM(0.5, 7),
+    "ancestral": lambda: Ancestral(7),
+    "heun": lambda: Heun(7, "uniform", s_churn=3.0),
+}
+
+
+class Network(torch.nn.Module):
+    """A smooth function of image and scale."""
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        return torch.tanh(x[:, :1] * (0.4 + t[:, None, None, None]))
+
+
+def drawn(process: Process, sampler: Sampler) -> Tensor:
+    denoiser = Denoiser(Network(), process, Clean("scalar"))
+    y = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return sampler.reverse(denoiser, y, CounterRNG(1, SHAPE[0]))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_samples_are_the_same_to_the_bit(name: str, sampler: str) -> None:
+    process = PROCESSES[name]()
+    process.bind_size((6, 5))
+    found = drawn(process, SAMPLERS[sampler]())
+    with mock.patch.object(Process, "kept_curves", nullcontext):
+        expected = drawn(process, SAMPLERS[sampler]())
+    assert torch.isfinite(found).all() and torch.equal(found, expected)
+    assert process._kept._found is None
+
+
+class Count(TorchDispatchMode):
+    """Counts calls that compute, in place of views."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "share"), [("vp", 0.55), ("coloured", 0.6), ("blurring", 0.5)])
+def test_steps_launch_about_half_as_many_kernels(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # constants are kept, as without the mode that counts
+    monkeypatch.setattr("dpm_scales.operators.constants._get_current_dispatch_mode", lambda: None)
+    process = PROCESSES[name]()
+    process.bind_size((6, 5))
+
+    def kernels() -> int:
+        found = []
+        for steps in (4, 9):
+            sampler = DPMSolver(0.0, steps, "uniform")
+            drawn(process, sampler)
+            with Count() as count:
+                drawn(process, sampler)
+            found.append(count.number)
+        return found[1] - found[0]
+
+    with mock.patch.object(Process, "kept_curves", nullcontext):
+        before = kernels()
+    assert 0 < kernels() < share * before
+
+
+def test_values_are_kept_for_the_same_tensors_while_the_body_runs() -> None:
+    kept, calls = KeptValues(), []
+    t, mu = torch.tensor(0.5), torch.ones(2, 2)
+
+    def value() -> Tensor:
+        calls.append(None)
+        return torch.full((), float(len(calls)))
+
+    assert [float(kept.of("a", t, mu, value)) for _ in range(2)] == [1, 2]
+    with kept.keeping():
+        assert [float(kept.of("a", t, mu, value)) for _ in range(2)] == [3, 3]
+        assert float(kept.of("b", t, mu, value)) == 4 and float(kept.of("a", t.clone(), mu, value)) == 5
+        with kept.keeping():
+            assert float(kept.of("a", t, mu, value)) == 3
+        assert float(kept.of("a", t, mu, value)) == 3  # the outer body goes on
+        each = torch.tensor([0.5, 0.5])
+        assert float(kept.of("a", each, mu, value)) == 6 and float(kept.of("a", each, mu, value)) == 7
+        other = copy.deepcopy(kept)
+        assert float(other.of("a", t, mu, value)) == 8
+        for _ in range(100):
+            kept.of("a", torch.rand(()), mu, value)
+        assert kept._found is not None and len(kept._found) <= 32
+        assert float(kept.of("a", t, mu, value)) > 100  # no longer kept
+    assert kept._found is None
+    with pytest.raises(ZeroDivisionError), kept.keeping():
+        raise ZeroDivisionError
+    assert kept._found is None
+
+
+def test_derivatives_are_those_of_the_curves() -> None:
+    process, mu = Blurring(), HeatOperator().eigenvalues(6, 5, "cpu")
+    t = torch.tensor(0.4, dtype=torch.float64)
+    expected = process.rates(t, mu)
+    with process.kept_curves():
+        process.signal_scale(t, mu), process.noise_scale(t, mu)
+        found = process.rates(t, mu)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
