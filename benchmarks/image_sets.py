@@ -14,6 +14,8 @@ is a published FID, which takes 50 000 samples and all training images.
 
 from __future__ import annotations
 
+import tarfile
+import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -211,6 +213,21 @@ def _save(path: Path, **arrays: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         np.savez(file, **arrays)
+
+
+def unpacked(path: Path, out: Path) -> Path:
+    """Return the folder that holds train/ and test/: the one given, or the one in an archive."""
+    if path.is_dir():
+        return path
+    folder = out / "cifar10"
+    if not folder.is_dir():
+        with tarfile.open(path) as archive, tempfile.TemporaryDirectory(dir=out) as place:
+            archive.extractall(place, filter="data")
+            Path(place).rename(folder)
+            Path(place).mkdir()
+    found = sorted(folder.rglob("train"))
+    require(bool(found), f"{path}: has no folder train/")
+    return found[0].parent
 
 
 IMAGE_SETS: dict[str, type[ImageSet]] = {kind.name: kind for kind in (DigitsSet, MnistSet, CifarSet)}

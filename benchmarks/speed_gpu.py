@@ -9,6 +9,7 @@
 | `ceilings` | rates of the card itself: products, convolutions of a training step, copies, in float32 and bfloat16 |
 | `rate PEER WAY` | images/s of training a network of about 35 M parameters on 32 px, in batches of 512 |
 | `share` | the forward process in a training step |
+| `sampling` | steps of samplers, with and without the network |
 | `blur` | `heat_blur`, beside other libraries, as a share of the card's copies and products |
 | `osmosis` | the osmosis filter on all images of BSDS500 |
 | `quality PEER SECONDS` | CIFAR-10 after 60, 180 and 480 s from a cold start; only on request |
@@ -26,7 +27,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -42,6 +42,8 @@ import torch
 from PIL import Image
 
 from benchmarks import blur, osmosis, peers, step
+from benchmarks import sampling as steps
+from benchmarks.image_sets import unpacked
 from benchmarks.peer_base import Peer
 from benchmarks.peer_models import PEERS
 from benchmarks.peer_ours import Ours
@@ -192,6 +194,20 @@ def share(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> Ro
     }
 
 
+def sampling(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> Row:
+    """Return times of the steps of samplers, with the `small` network and that of the rates."""
+    names = ("tiny",) if options.toy else ("small", "ddpm")
+    ways = ("float32",) if options.toy else tuple(steps.WAYS)
+    shape = (3, sizes.size, sizes.batch // 2, min(5, sizes.turns))
+    rows = [
+        {"network": network} | row
+        for network in names
+        for name in steps.PROCESSES
+        for row in steps.measure(name, network, *shape, ways, device)
+    ]
+    return {"rows": rows}
+
+
 def blurs(options: argparse.Namespace, sizes: Sizes, device: torch.device) -> Row:
     """Return times of `heat_blur`, and its rates as shares of the card's copies and products in float32.
 
@@ -236,7 +252,7 @@ def quality(name: str, seconds: float) -> Callable[[argparse.Namespace, Sizes, t
             require(
                 options.cifar is not None, "quality needs CIFAR-10: --cifar DIR, or the .tar.xz file of such a folder"
             )
-            given += ["--set", "cifar10", "--source", str(_unpacked(options.cifar, options.out)), "--large"]
+            given += ["--set", "cifar10", "--source", str(unpacked(options.cifar, options.out)), "--large"]
             given += ["--number", "2000", "--batch-size", str(sizes.batch)]
         peers.main(given)
         row = _read(out / name / f"{budget:g}" / "seed0.json")
@@ -245,21 +261,6 @@ def quality(name: str, seconds: float) -> Callable[[argparse.Namespace, Sizes, t
         return row
 
     return run
-
-
-def _unpacked(path: Path, out: Path) -> Path:
-    """Return the folder that holds train/ and test/: the one given, or the one in an archive."""
-    if path.is_dir():
-        return path
-    folder = out / "cifar10"
-    if not folder.is_dir():
-        with tarfile.open(path) as archive, tempfile.TemporaryDirectory(dir=out) as place:
-            archive.extractall(place, filter="data")
-            Path(place).rename(folder)
-            Path(place).mkdir()
-    found = sorted(folder.rglob("train"))
-    require(bool(found), f"{path}: has no folder train/")
-    return found[0].parent
 
 
 def fastest_peer(rows: Sequence[Row]) -> str | None:
@@ -278,14 +279,19 @@ def parts() -> dict[str, Part]:
     ways = [("dpm_scales", way) for way in WAYS] + [(name, way) for way in ("bf16", "float32") for name in PEERS]
     chosen = [(name, way) for name, way in dict.fromkeys(ways) if installed(name)]
     rates = {f"rate {name} {way}": Part(150 if "compile" in way else 60, rate(name, way)) for name, way in chosen}
-    others = {"share": Part(60, share), "blur": Part(60, blurs), "osmosis": Part(90, filters)}
+    others = {
+        "share": Part(60, share),
+        "sampling": Part(150, sampling),
+        "blur": Part(60, blurs),
+        "osmosis": Part(90, filters),
+    }
     rows = {
         f"quality {name} {seconds}": Part(min(LONGEST, seconds + 240), quality(name, seconds), seconds + 60)
         for seconds in BUDGETS
         for name in PEERS
         if installed(name)
     }
-    return {"ceilings": Part(60, card), **others, **rates, **rows}
+    return {"ceilings": Part(60, card), **others, **rates, "sampling": Part(150, sampling), **rows}
 
 
 def chosen_parts(names: Sequence[str], out: Path) -> list[str]:

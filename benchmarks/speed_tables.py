@@ -25,6 +25,7 @@ def page(results: Mapping[str, Row], missing: Mapping[str, str], absent: Sequenc
         _ceilings(results.get("ceilings")),
         _rates([row for name, row in results.items() if name.startswith("rate ")]),
         _shares(results.get("share")),
+        _samplers(results.get("sampling")),
         _blurs(results.get("blur")),
         _osmosis(results.get("osmosis")),
         _quality([row for name, row in results.items() if name.startswith("quality ")]),
@@ -81,6 +82,17 @@ def _shares(part: Row | None) -> str:
         rows.append([row["process"], str(row["batch"]), *times, f"{aim:.0%}, {_met(row['share'] <= aim)}"])
     head = ["process", "batch", "step ms", "forward ms", "share", "aim"]
     return "The forward process in a training step of `network=small`:\n\n" + _table(head, rows)
+
+
+def _samplers(part: Row | None) -> str:
+    if part is None:
+        return ""
+    rows = []
+    for row in part["rows"]:
+        times = [f"{row['step_ms']:.2f}", f"{row['beside_ms']:.2f}", f"{row['share']:.1%}", f"{row['kernels']:.0f}"]
+        rows.append([row["network"], row["process"], row["sampler"], row["way"], str(row["batch"]), *times])
+    head = ["network", "process", "sampler", "", "batch", "step ms", "without the network ms", "share", "kernels"]
+    return "A step of a sampler:\n\n" + _table(head, rows)
 
 
 def _blurs(part: Row | None) -> str:

@@ -126,7 +126,9 @@ class Denoiser(TargetDenoiser):
         """Return prediction and loss weight; t is ``(B,)``."""
         size, dtype = (y_t.shape[-2], y_t.shape[-1]), y_t.dtype
         basis = self.target.basis(operator)
-        c = self.target.scalings(Moments(self.process, basis, t, self.spectrum, size))
+        # a sampler's t is one scale for all images: its moments, each of the size of an image, are computed once
+        scales = t[:1] if t.stride() == (0,) else t
+        c = self.target.scalings(Moments(self.process, basis, scales, self.spectrum, size))
         z = operator.to_pixels(y_t if c.filter is None else basis.at_degree(self._degree).apply(c.filter, y_t))
         seen = c.inner.to(dtype) * z
         features = self.process.context_features(context)

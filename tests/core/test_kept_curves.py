@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpm_scales.denoisers import Denoiser
-from dpm_scales.operators import HeatOperator
+from dpm_scales.moments import Moments
+from dpm_scales.operators import HeatOperator, Operator
 from dpm_scales.processes import VE, VP, Blurring, BlurringChain, Process, Spectral, Warm
 from dpm_scales.processes.kept import KeptValues
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, DPMSolver, Heun, Sampler, UniPC
 from dpm_scales.schedules import PowerLaw, Rectified, SpectralClock
-from dpm_scales.targets import Clean
+from dpm_scales.targets import Clean, Flow, Target
 
 SHAPE = (2, 1, 6, 5)
 PROCESSES: dict[str, Callable[[], Process]] = {
@@ -65,6 +66,35 @@ def test_samples_are_the_same_to_the_bit(name: str, sampler: str) -> None:
         expected = drawn(process, SAMPLERS[sampler]())
     assert torch.isfinite(found).all() and torch.equal(found, expected)
     assert process._kept._found is None
+
+
+TARGETS: dict[str, Callable[[], Target]] = {
+    "clean": lambda: Clean("scalar"),
+    "wiener": lambda: Clean("wiener"),
+    "spectral": lambda: Clean("spectral"),
+    "flow": Flow,
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["vp", "coloured", "blurring"])
+def test_one_scale_for_all_images_has_its_moments_computed_once(name: str, target: str) -> None:
+    """In place of once for each image, with the same bits."""
+    process = PROCESSES[name]()
+    process.bind_size((6, 5))
+    denoiser = Denoiser(Network(), process, TARGETS[target]())
+    y = torch.randn(3, 1, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t, s = (torch.tensor(value, dtype=torch.float64) for value in (0.6, 0.4))
+    shapes = []
+
+    def moments(process: Process, operator: Operator, t: Tensor, *rest: Any) -> Moments:
+        shapes.append(tuple(t.shape))
+        return Moments(process, operator, t, *rest)
+
+    with mock.patch("dpm_scales.denoisers.Moments", moments):
+        found = denoiser.predict_mean(y, t, s)
+        expected = denoiser.predict_mean(y, t.repeat(3), s)
+    assert shapes == [(1,), (3,)] and torch.equal(found, expected)
 
 
 class Count(TorchDispatchMode):

@@ -28,10 +28,13 @@ def measured(out: Path, *names: str) -> dict[str, Any]:
 
 def test_parts_at_toy_size(tmp_path: Path) -> None:
     """All but the rates, which train networks."""
-    found = measured(tmp_path, "ceilings", "share", "blur", "osmosis")
+    found = measured(tmp_path, "ceilings", "share", "sampling", "blur", "osmosis")
     assert found["ceilings"].keys() >= {"float32", "bf16", "machine", "commit", "date"}
     assert all(value > 0 for way in ("float32", "bf16") for value in found["ceilings"][way].values())
     assert [row["process"] for row in found["share"]["rows"]] == list(speed_gpu.PROCESSES)
+    assert len(found["sampling"]["rows"]) == 6
+    for row in found["sampling"]["rows"]:
+        assert 0 < row["beside_ms"] and 0 < row["step_ms"] and 50 < row["kernels"] < 500
     for row in found["blur"]["rows"]:
         seconds, (count, channels, height, width) = row["milliseconds"]["heat_blur"] / 1e3, row["shape"]
         pixels, ceilings = count * channels * height * width, found["ceilings"]["float32"]
@@ -40,6 +43,7 @@ def test_parts_at_toy_size(tmp_path: Path) -> None:
         assert row["of_matrix"] == pytest.approx(products / seconds / 1e9 / ceilings["matrix"])
     assert found["osmosis"]["images"] == 1
     text = speed_tables.page(found, {}, [])
+    assert "| tiny | vp | DPM-Solver++(2M) | float32 | 1 |" in text
     assert text.count("| vp | 2 |") == 1 and "| (1, 1, 16, 8) |" in text and "of 1 images" in text
 
 
