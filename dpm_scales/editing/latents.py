@@ -90,21 +90,23 @@ def encode(
     )
     operator = process.operator(context)
     y_0 = y = operator.to_white(x)
-    for i in range(len(scales) - 1, 0, -1):
-        s, t = scales[i], scales[i - 1]
-        step = Step(process, s, t)
-        if i == len(scales) - 1:
-            y = operator.apply(process.signal(t), y_0)
-            for _ in range(refine):
-                y = y + operator.apply(process.signal(t), y_0 - denoiser.predict_mean(y, t, s, context, labels))
-        else:
-            below, m = y, denoiser.predict_mean(y, s, s, context, labels)
-            for again in range(refine + 1):
-                if again > 0:
-                    m = denoiser.predict_mean(y, t, s, context, labels)
-                y = operator.combine((_inverse_coef_xs(step), below), (_inverse_coef_m(step), m))
-        if on_step is not None:
-            on_step(i - 1, operator.to_pixels(y))
+    steps = scales.unbind()
+    with process.kept_curves():
+        for i in range(len(scales) - 1, 0, -1):
+            s, t = steps[i], steps[i - 1]
+            step = Step(process, s, t)
+            if i == len(scales) - 1:
+                y = operator.apply(process.signal(t), y_0)
+                for _ in range(refine):
+                    y = y + operator.apply(process.signal(t), y_0 - denoiser.predict_mean(y, t, s, context, labels))
+            else:
+                below, m = y, denoiser.predict_mean(y, s, s, context, labels)
+                for again in range(refine + 1):
+                    if again > 0:
+                        m = denoiser.predict_mean(y, t, s, context, labels)
+                    y = operator.combine((_inverse_coef_xs(step), below), (_inverse_coef_m(step), m))
+            if on_step is not None:
+                on_step(i - 1, operator.to_pixels(y))
     return y
 
 

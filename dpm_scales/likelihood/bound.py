@@ -174,9 +174,11 @@ class VariationalBound:
         width = 1 if bands is None else self.num_bands
         terms = torch.zeros(len(x_0), count, width, dtype=torch.float64, device=x_0.device)
         if self.draws is None or self.draws >= count:
-            for i in range(count):
-                terms[:, i] = term(scales[i], scales[i + 1])
-                on_step(i)
+            steps = scales.unbind()
+            with process.kept_curves():
+                for i in range(count):
+                    terms[:, i] = term(steps[i], steps[i + 1])
+                    on_step(i)
         else:
             shares = _shares(denoiser, weight, scales, x_0)
             for i in range(self.draws):
