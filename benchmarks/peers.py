@@ -40,7 +40,7 @@ from benchmarks.image_sets import IMAGE_SETS, ImageSet
 from benchmarks.peer_base import Peer
 from benchmarks.peer_models import PEERS
 from benchmarks.peer_tables import write_page
-from benchmarks.rows import claimed
+from benchmarks.rows import claimed, end_with_children
 from benchmarks.spectral import measured, provenance
 from dpm_scales.errors import UserError, require
 from dpm_scales.storage import atomic_write, write_text
@@ -318,4 +318,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    end_with_children()
     main()

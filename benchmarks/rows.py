@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,6 +32,11 @@ def claimed(path: Path) -> Iterator[bool]:
             print(other, flush=True)
             is_held = False
         yield is_held
+
+
+def end_with_children() -> None:
+    """Let SIGTERM raise SystemExit, at which `subprocess.run` ends the process that it waits for."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def finished_rows(out: Path) -> list[Row]:

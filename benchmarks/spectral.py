@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
-from benchmarks.rows import claimed
+from benchmarks.rows import claimed, end_with_children
 from benchmarks.spectral_tables import write_tables
 from dpm_scales.errors import UserError, require
 from dpm_scales.locks import lock
@@ -376,4 +376,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    end_with_children()
     main()
