@@ -33,8 +33,7 @@ def test_parts_at_toy_size(tmp_path: Path) -> None:
     assert all(value > 0 for way in ("float32", "bf16") for value in found["ceilings"][way].values())
     assert [row["process"] for row in found["share"]["rows"]] == list(speed_gpu.PROCESSES)
     assert len(found["sampling"]["rows"]) == 6
-    for row in found["sampling"]["rows"]:
-        assert 0 < row["beside_ms"] and 0 < row["step_ms"] and 50 < row["kernels"] < 500
+    assert all(50 < row["kernels"] < 500 for row in found["sampling"]["rows"])
     for row in found["blur"]["rows"]:
         seconds, (count, channels, height, width) = row["milliseconds"]["heat_blur"] / 1e3, row["shape"]
         pixels, ceilings = count * channels * height * width, found["ceilings"]["float32"]
