@@ -116,10 +116,11 @@ def gathered(source: data.ImageSource, device: torch.device, workers: int, count
     )
     while True:
         for drawn in loader:
-            yield held.gather(Drawn(*(values.to(device) for values in drawn)))
+            batch = held.gather(Drawn(*(values.to(device) for values in drawn)))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            yield batch
             done += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
 
 def as_tensor(image: Any) -> Tensor:

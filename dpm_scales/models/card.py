@@ -147,8 +147,7 @@ def _loading(model: Parts, repo: str) -> str:
 
 def _process(process: Process) -> str:
     """Return the process's law as formulas, with the description of its schedules."""
-    curves = ("log_noise_scale", "_log_noise")
-    own_noise = any(getattr(type(process), name) is not getattr(Process, name) for name in curves)
+    own_noise = type(process).log_noise_scale is not Process.log_noise_scale
     noise = r"\gamma_t(L)" if own_noise else r"\gamma_t"
     law = rf"y_t = \lambda_t(L)\, y_0 + {noise}\, \varepsilon, \qquad \varepsilon \sim \mathcal{{N}}(0, I)"
     log_signal, log_noise = process.noise(torch.linspace(0, 1, 9, device=tables_of(process)).double())

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Protocol, TypeVar
 
 from torch import Tensor
+
+from dpm_scales.processes.steps import Scale, as_scale
 
 _NUMBER = 32
 """Number of values kept: a step of a multistep sampler needs two curves at up to six scales."""
@@ -48,3 +52,23 @@ class KeptValues:
             if len(found) > _NUMBER:
                 found.popitem(last=False)
         return entry[2]
+
+
+class Keeps(Protocol):
+    """An object with kept values."""
+
+    kept: KeptValues
+
+
+Curved = TypeVar("Curved", bound=Keeps)
+
+
+def kept_curve(curve: Callable[[Curved, Tensor, Tensor], Tensor]) -> Callable[[Curved, Scale, Tensor], Tensor]:
+    """Return a method that takes t as a number too, and keeps the values of `curve` while `keeping` runs."""
+
+    @wraps(curve)
+    def kept(self: Curved, t: Scale, mu: Tensor) -> Tensor:
+        scale = as_scale(t, mu)
+        return self.kept.of(curve.__qualname__, scale, mu, lambda: curve(self, scale, mu))
+
+    return kept

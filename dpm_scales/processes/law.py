@@ -32,7 +32,7 @@ from dpm_scales.errors import UserError
 from dpm_scales.memory import require_memory
 from dpm_scales.operators import Decay, LogCurve, Operator, SpectralFunction, batch_view
 from dpm_scales.processes.checks import require_chain, require_law, spanning
-from dpm_scales.processes.kept import KeptValues
+from dpm_scales.processes.kept import KeptValues, kept_curve
 from dpm_scales.processes.steps import Gaussian, Scale, Step, as_scale
 from dpm_scales.rng import CounterRNG, Randomness, white_noise
 from dpm_scales.schedules import BlurSchedule, Clock, Color, NoiseSchedule
@@ -93,7 +93,7 @@ class Process(Describable, nn.Module):
         num_bytes = num_scales * (80 + 40 * len(spanning(operator)))
         require_memory(num_bytes, f"{type(self).__name__}: num_scales={num_scales}", "lower num_scales")
         self.num_scales = num_scales
-        self._kept = KeptValues()
+        self.kept = KeptValues()
         self.min_decay = float(min_decay)
         self.noise, self.blur, self.color, self.clock = noise, blur, color, clock
         noise.bind(num_scales)
@@ -193,7 +193,7 @@ class Process(Describable, nn.Module):
 
     def kept_curves(self) -> AbstractContextManager[None]:
         """Return a context manager in whose body the curves are computed once for the same tensors t and mu."""
-        return self._kept.keeping()
+        return self.kept.keeping()
 
     # --- curves -------------------------------------------------------------------------------------------------------
 
@@ -227,17 +227,14 @@ class Process(Describable, nn.Module):
         time = batch_view(t, mu)
         return time if self.clock is None else self.clock(time, mu, self._largest)
 
-    def log_signal_scale(self, t: Scale, mu: Tensor) -> Tensor:
+    @kept_curve
+    def log_signal_scale(self, t: Tensor, mu: Tensor) -> Tensor:
         """Return log lambda_t(mu); trailing dimensions have size one if it does not depend on mu."""
-        t = as_scale(t, mu)
-        return self._kept.of("signal", t, mu, lambda: self.signal(t).log(mu))
+        return self.signal(t).log(mu)
 
-    def log_noise_scale(self, t: Scale, mu: Tensor) -> Tensor:
+    @kept_curve
+    def log_noise_scale(self, t: Tensor, mu: Tensor) -> Tensor:
         """Return log gamma_t(mu), -inf without noise; trailing dimensions have size one if it does not depend on mu."""
-        t = as_scale(t, mu)
-        return self._kept.of("noise", t, mu, lambda: self._log_noise(t, mu))
-
-    def _log_noise(self, t: Tensor, mu: Tensor) -> Tensor:
         _, log_noise = self.noise(self._time(t, mu))
         return log_noise if self.color is None else log_noise + self.color.log(batch_view(t, mu), mu)
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.operators import HeatOperator, LogCurve, Operator, PixelOperator, SpectralFunction
+from dpm_scales.processes.kept import kept_curve
 from dpm_scales.processes.law import Process
 from dpm_scales.processes.steps import Scale
 from dpm_scales.schedules import (
@@ -236,7 +237,8 @@ class BlurringChain(Process):
         t, signal = self._scale(t), self.signal(t)
         return LogCurve(lambda mu: signal.log(mu) - self.log_noise_scale(t, mu) + self.log_noise_scale(t, 0 * mu))
 
-    def _log_noise(self, t: Tensor, mu: Tensor) -> Tensor:
+    @kept_curve
+    def log_noise_scale(self, t: Tensor, mu: Tensor) -> Tensor:
         assert self.blur is not None
         # with s_i^2 = sum_{j <= i} beta^2 exp(2 mu T_j), gamma_i^2 = exp(-2 mu T_i) s_i^2; in logs, since s overflows
         knots = torch.arange(1, self.num_scales + 1, dtype=torch.float64, device=t.device) / self.num_scales

@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.sampling import Kernels
 from dpm_scales.denoisers import Denoiser
 from dpm_scales.moments import Moments
 from dpm_scales.operators import HeatOperator, Operator
@@ -22,6 +22,7 @@ from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import DDIM, Ancestral, DPMSolver, Heun, Sampler, UniPC
 from dpm_scales.schedules import PowerLaw, Rectified, SpectralClock
 from dpm_scales.targets import Clean, Flow, Target
+from support.oracles import TinyNetwork
 
 SHAPE = (2, 1, 6, 5)
 PROCESSES: dict[str, Callable[[], Process]] = {
@@ -43,15 +44,8 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
 }
 
 
-class Network(torch.nn.Module):
-    """A smooth function of image and scale."""
-
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        return torch.tanh(x[:, :1] * (0.4 + t[:, None, None, None]))
-
-
 def drawn(process: Process, sampler: Sampler) -> Tensor:
-    denoiser = Denoiser(Network(), process, Clean("scalar"))
+    denoiser = Denoiser(TinyNetwork(), process, Clean("scalar"))
     y = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return sampler.reverse(denoiser, y, CounterRNG(1, SHAPE[0]))
 
@@ -65,7 +59,7 @@ def test_samples_are_the_same_to_the_bit(name: str, sampler: str) -> None:
     with mock.patch.object(Process, "kept_curves", nullcontext):
         expected = drawn(process, SAMPLERS[sampler]())
     assert torch.isfinite(found).all() and torch.equal(found, expected)
-    assert process._kept._found is None
+    assert process.kept._found is None
 
 
 TARGETS: dict[str, Callable[[], Target]] = {
@@ -82,7 +76,7 @@ def test_one_scale_for_all_images_has_its_moments_computed_once(name: str, targe
     """In place of once for each image, with the same bits."""
     process = PROCESSES[name]()
     process.bind_size((6, 5))
-    denoiser = Denoiser(Network(), process, TARGETS[target]())
+    denoiser = Denoiser(TinyNetwork(), process, TARGETS[target]())
     y = torch.randn(3, 1, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t, s = (torch.tensor(value, dtype=torch.float64) for value in (0.6, 0.4))
     shapes = []
@@ -97,16 +91,6 @@ def test_one_scale_for_all_images_has_its_moments_computed_once(name: str, targe
     assert shapes == [(1,), (3,)] and torch.equal(found, expected)
 
 
-class Count(TorchDispatchMode):
-    """Counts calls that compute, in place of views."""
-
-    number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("name", "share"), [("vp", 0.55), ("coloured", 0.6), ("blurring", 0.5)])
 def test_steps_launch_about_half_as_many_kernels(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # constants are kept, as without the mode that counts
@@ -119,7 +103,7 @@ def test_steps_launch_about_half_as_many_kernels(name: str, share: float, monkey
         for steps in (4, 9):
             sampler = DPMSolver(0.0, steps, "uniform")
             drawn(process, sampler)
-            with Count() as count:
+            with Kernels() as count:
                 drawn(process, sampler)
             found.append(count.number)
         return found[1] - found[0]
