@@ -324,7 +324,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", choices=sorted(IMAGE_SETS), default="mnist")
     parser.add_argument("--source", type=Path, metavar="DIR", help="images of cifar10, in train/CLASS and test/CLASS")
     parser.add_argument(
-        "--inception", type=Path, metavar="FILE", help="Inception's weights: measures FID of cifar10 too"
+        "--inception",
+        type=Path,
+        metavar="FILE",
+        help="Inception's weights: adds FID to the samples of cifar10 drawn from now on",
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, help="prepared images and features; OUT unless given")

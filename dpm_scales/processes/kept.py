@@ -19,8 +19,8 @@ _NUMBER = 32
 class KeptValues:
     """Values of functions of tensors, kept while the body of `keeping` runs, for the same tensor objects.
 
-    A step of a sampler asks a dozen times for the curves at its two scales, each time some fifteen kernels. Values are
-    those of the first call, to the bit; the tensors must not be changed meanwhile.
+    A step of a sampler reads the curves at its two scales a dozen times, and each evaluation launches some fifteen
+    kernels. Values are those of the first call, to the bit; the tensors must not be changed meanwhile.
     """
 
     def __init__(self) -> None:
