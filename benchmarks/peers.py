@@ -23,7 +23,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,7 +39,7 @@ from benchmarks.image_sets import IMAGE_SETS, ImageSet
 from benchmarks.peer_base import Peer
 from benchmarks.peer_models import PEERS
 from benchmarks.peer_tables import write_page
-from benchmarks.rows import claimed, end_with_children
+from benchmarks.rows import claimed, run_process
 from benchmarks.spectral import measured, provenance
 from dpm_scales.errors import UserError, require
 from dpm_scales.storage import atomic_write, write_text
@@ -153,7 +152,7 @@ def run_row(
 def _start(command: Sequence[str], environment: dict[str, str]) -> int:
     """Run a row's process; return its exit status."""
     root = Path(__file__).resolve().parents[1]
-    return subprocess.run(command, cwd=root, env=environment, check=False).returncode
+    return run_process(command, cwd=root, env=environment)
 
 
 def training_images(images: ImageSet, out: Path) -> Path:
@@ -318,5 +317,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    end_with_children()
     main()

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,9 +35,35 @@ def claimed(path: Path) -> Iterator[bool]:
         yield is_held
 
 
-def end_with_children() -> None:
-    """Let SIGTERM raise SystemExit, at which `subprocess.run` ends the process that it waits for."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+def run_process(command: Sequence[str], **options: Any) -> int:
+    """Run a command, which ends with this process at SIGTERM; return its exit status.
+
+    Args:
+        command: the program and its arguments.
+        options: of `subprocess.Popen`.
+
+    Raises: SystemExit at SIGTERM, also at one that arrives while the command starts.
+    """
+    received: list[int] = []
+    process: subprocess.Popen[Any] | None = None
+
+    def end(number: int, _: Any) -> None:
+        received.append(number)
+        if process is not None:
+            process.kill()
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        process = subprocess.Popen(command, **options)
+        if received:
+            process.kill()
+        with process:
+            status = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if received:
+        sys.exit(128 + received[0])
+    return status
 
 
 def finished_rows(out: Path) -> list[Row]:

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
-from benchmarks.rows import claimed, end_with_children
+from benchmarks.rows import claimed, run_process
 from benchmarks.spectral_tables import write_tables
 from dpm_scales.errors import UserError, require
 from dpm_scales.locks import lock
@@ -213,9 +213,9 @@ def steps_of(contest: Contest, rows: dict[str, tuple[str, ...]]) -> dict[str, in
 def _train(overrides: Sequence[str]) -> tuple[float, float]:
     """Run train.py; return its wall-clock and CPU seconds."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *overrides], cwd=ROOT, check=False)
-    if done.returncode:
-        raise UserError(f"train.py {' '.join(overrides)} ended with status {done.returncode}")
+    status = run_process([sys.executable, str(ROOT / "train.py"), *overrides], cwd=ROOT)
+    if status:
+        raise UserError(f"train.py {' '.join(overrides)} ended with status {status}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return time.perf_counter() - start, used
@@ -379,5 +379,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    end_with_children()
     main()
