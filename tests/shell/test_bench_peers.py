@@ -18,7 +18,11 @@ from benchmarks.image_sets import IMAGE_SETS
 from benchmarks.peer_models import PEERS
 from benchmarks.peer_ours import Ours
 from dpm_scales.errors import UserError
+from dpm_scales.models.io import load_model
+from dpm_scales.networks import UNet
+from dpm_scales.schedules import Rectified
 from dpm_scales.tables import csv_text
+from dpm_scales.targets import Flow
 from dpm_scales.training.module import DiffusionModule
 from support.few_images import Few
 
@@ -56,6 +60,16 @@ def test_each_library_trains_and_draws(peer: str, here: Path) -> None:
     assert row["samples"][-1]["sampler"] == ("auto" if peer == "dpm_scales" else PEERS[peer].sampler)
     assert row["commit"] and row["date"] and row["machine"] and row["version"][0].isdigit()
     assert {path.suffix for path in (here / peer / "0.001").iterdir()} == {".json", ".lock"}
+
+
+def test_ours_trains_colour_images_by_the_recipe_for_photos(tmp_path: Path) -> None:
+    ours = Ours(torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8), 4, 0, tmp_path)
+    ours.run("run", 1)
+    model = load_model(tmp_path / "run")
+    assert isinstance(model.denoiser.target, Flow) and isinstance(model.denoiser.process.noise, Rectified)
+    network = ours.network
+    assert isinstance(network, UNet) and network.patch_size == 1 and network.conv_in.out_channels == 16
+    assert all(draw(2).shape == (2, 3, 8, 8) for draw in ours.samplers().values())
 
 
 @pytest.mark.parametrize(("budget", "steps"), [(12.25, 7), (3.0, 1), (-2.0, 1)])
