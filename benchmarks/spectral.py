@@ -5,11 +5,11 @@
     python -m benchmarks.spectral --set mnist --seconds 600 --out runs/spectral --row "mine=process=mine allow=[mine]"
     python -m benchmarks.spectral --set mnist --seconds 600 --out runs/spectral --tables       # redraw, run nothing
 
-A row is a list of options of `train.py` beside those that all rows share; `--rows` takes names of processes and of
-groups: `members`, all processes; `blur`, Warm Diffusion by its ratio b of blur to noise; `color`, variance-preserving
-diffusion by the exponent of its noise's spectrum; `blend`, HDFM by the loss of its exact velocity and by the released
-one; `pairing`, white and coloured noise paired with near images. Each row is trained for each seed, then sampled with
-every number of evaluations and by the model's own sampler, and compared with real images.
+A row is a list of options of `train.py`, which win over those that all rows share. `--rows` takes names of processes
+and of groups: `members`, all processes; `blur`, Warm Diffusion by its ratio b of blur to noise; `color`,
+variance-preserving diffusion by the exponent of its noise's spectrum; `blend`, HDFM by the loss of its exact velocity
+and by the released one; `pairing`, white and coloured noise paired with near images. Each row is trained for each seed,
+then sampled with every number of evaluations and by the model's own sampler, and compared with real images.
 
 The budget is the same for all rows: `--images`, seen in training, or `--seconds` of optimisation. The seconds of a step
 of each process are measured beforehand, all processes in turn, and give its number of steps, at which the learning-rate
@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
 from benchmarks.rows import claimed, run_process
@@ -49,6 +50,7 @@ from dpm_scales.models.io import load_model
 from dpm_scales.models.model import Model
 from dpm_scales.samplers import DPMSolver, Sampler
 from dpm_scales.storage import write_text
+from dpm_scales.training.module import DiffusionModule
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATIONS = (5, 10, 20, 50)
@@ -59,6 +61,9 @@ MEMBERS = (
     *("equal_snr", "power_law", "flicker", "low_pass_flow", "clocked", "cut_off"),
 )
 HALF_BLUR = "weight._target_=benchmarks.half_blur.HalfBlurFlowLoss"
+LENGTH = dict.fromkeys(("trainer.max_steps", "trainer.max_time", "trainer.val_check_interval"), "--seconds or --images")
+SHARED = {"data.batch_size": "--batch-size", "seed": "--seeds", "run_dir": "--out", **LENGTH}
+"""Options that a row cannot have, with what sets them for all rows."""
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "members": {name: (f"process={name}",) for name in MEMBERS},
     "blur": {f"warm b={b:g}": ("process=warm", f"process.blur_ratio={b:g}") for b in BLUR_RATIOS},
@@ -102,10 +107,10 @@ class Contest:
         """Return the folder of one row and seed."""
         return self.out / row.replace(" ", "_").replace("=", "") / f"seed{seed}"
 
-    def training(self, seed: int, steps: int, run_dir: Path) -> list[str]:
-        """Return the options of train.py that all rows share."""
+    def training(self, options: Sequence[str], seed: int, steps: int, run_dir: Path) -> list[str]:
+        """Return the options of train.py for a row: those that all rows share, its own, and the budget's."""
         ends = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}", "samples.num_images=16"]
-        return [*self.images.overrides(), *self.overrides, *ends, f"seed={seed}", f"run_dir={run_dir}"]
+        return [*self.images.overrides(), *self.overrides, *options, *ends, f"seed={seed}", f"run_dir={run_dir}"]
 
 
 def samplers(model: Model, evaluations: Sequence[int]) -> Iterator[tuple[str, int, Sampler]]:
@@ -158,9 +163,11 @@ def measured(device: torch.device) -> Iterator[Callable[[], float]]:
     yield lambda: now() - start
 
 
-def step_seconds(models: dict[str, Model], batch_size: int, device: torch.device, turns: int = 9) -> dict[str, float]:
+def step_seconds(
+    models: dict[str, DiffusionModule], batch_size: int, device: torch.device, turns: int = 9
+) -> dict[str, float]:
     """Return the median seconds of one optimisation step of each model; all models take turns."""
-    steps = {name: _step(model.to(device).train(), batch_size, device) for name, model in models.items()}
+    steps = {name: _step(module.to(device).train(), batch_size, device) for name, module in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(turns + 1):
         for name, step in steps.items():
@@ -171,12 +178,12 @@ def step_seconds(models: dict[str, Model], batch_size: int, device: torch.device
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _step(model: Model, batch_size: int, device: torch.device) -> Callable[[], None]:
-    network = model.denoiser.network.to(memory_format=torch.channels_last)
-    parameters = list(network.parameters())
+def _step(module: DiffusionModule, batch_size: int, device: torch.device) -> Callable[[], None]:
+    model = module.model
+    parameters = list(model.denoiser.network.to(memory_format=torch.channels_last).parameters())
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    optimizer = module.make_optimizer()
     shape = (batch_size, model.recipe.channels, *model.recipe.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
 
@@ -203,8 +210,9 @@ def steps_of(contest: Contest, rows: dict[str, tuple[str, ...]]) -> dict[str, in
             for row, options in rows.items():
                 run = contest.folder(row, 0).parent / "cost"
                 if not (run / "model/model.safetensors").is_file():
-                    _train([*options, *contest.training(0, 1, run), "samples.num_images=1"])
-                models[row] = load_model(run)
+                    _train([*contest.training(options, 0, 1, run), "samples.num_images=1"])
+                method = yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["method"]
+                models[row] = DiffusionModule(load_model(run), learning_rate=1e-5, method=method)
             costs |= {row: round(seconds, 5) for row, seconds in step_seconds(models, batch, contest.device).items()}
             write_text(path, json.dumps(costs, indent=2) + "\n")
     return {row: max(1, round(amount / costs[row])) for row in rows}
@@ -228,7 +236,7 @@ def run_row(contest: Contest, row: str, options: Sequence[str], seed: int, steps
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if not found:
         resumed = run.exists()
-        _, cpu = _train([*options, *contest.training(seed, steps, run)])
+        _, cpu = _train(contest.training(options, seed, steps, run))
         result = json.loads((run / "result.json").read_text())
         found = {
             "row": row,
@@ -286,7 +294,7 @@ def chosen_rows(names: Sequence[str], own: Sequence[str]) -> dict[str, tuple[str
         names: groups, their rows and processes.
         own: further rows, "NAME=OPTION OPTION ...".
 
-    Raises: UserError for a row without a name or options.
+    Raises: UserError for a row without a name or options, or with options of the budget.
     """
     known = {name: {name: options} for group in GROUPS.values() for name, options in group.items()} | GROUPS
     rows: dict[str, tuple[str, ...]] = {}
@@ -295,6 +303,9 @@ def chosen_rows(names: Sequence[str], own: Sequence[str]) -> dict[str, tuple[str
     for text in own:
         name, _, options = text.partition("=")
         require(bool(name.strip() and "=" in options), f'--row {text}: expected "NAME=OPTION=VALUE OPTION=VALUE ..."')
+        for option in options.split():
+            key = option.partition("=")[0].lstrip("+")
+            require(key not in SHARED, f"--row {name}: {key} is the same for all rows; set it by {SHARED.get(key)}")
         rows[name.strip()] = tuple(options.split())
     return rows
 

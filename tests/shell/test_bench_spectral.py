@@ -10,6 +10,7 @@ from typing import Any
 import hydra
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from benchmarks.image_sets import IMAGE_SETS, ImageSet
 from dpm_scales.errors import UserError
 from dpm_scales.locks import lock
 from dpm_scales.metrics import FeatureNetwork
+from dpm_scales.models.io import load_model
+from dpm_scales.training.module import DiffusionModule
 from support.shell import CONFIGS, call, composed
 
 
@@ -118,6 +121,14 @@ def test_a_row_that_fails_leaves_the_others(
     [
         (["--images", "0"], "a budget of 0 trains nothing"),
         (["--images", "8", "--row", "vp"], 'expected "NAME=OPTION=VALUE OPTION=VALUE ..."'),
+        (
+            ["--images", "8", "--row", "own=process=vp +data.batch_size=9"],
+            "--row own: data.batch_size is the same for all rows; set it by --batch-size",
+        ),
+        (
+            ["--images", "8", "--row", "own=trainer.max_steps=9"],
+            "--row own: trainer.max_steps is the same for all rows; set it by --seconds or --images",
+        ),
         (["--images", "8", "--seconds", "1"], "not allowed with"),
         ([], "one of the arguments"),
         (["--images", "8", "--inception", "x.pt"], "--inception is for --set cifar10; leave it out with mnist"),
@@ -193,6 +204,29 @@ def test_seconds_become_steps(trained: list[str], tmp_path: Path, monkeypatch: p
     assert found == {"vp": 40, "heat": 20} and len(trained) == 2
     spectral.main(arguments)
     assert len(trained) == 2
+
+
+def test_a_row_has_its_own_options_and_its_steps_are_timed_with_its_optimiser(
+    trained: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    make = DiffusionModule.make_optimizer
+
+    def noted(module: DiffusionModule) -> torch.optim.AdamW:
+        made.append(type(make(module)).__name__)
+        return make(module)
+
+    monkeypatch.setattr(DiffusionModule, "make_optimizer", noted)
+    arguments = ["--set", "means", "--seconds", "1e-9", "--number", "2", "--evaluations", "--out", str(tmp_path)]
+    shared = ["--override", "optimizer.method=muon", "--override", "target=velocity"]
+    own = ["--row", "own=network.widths=[8] optimizer.method=adamw target=noise"]
+    spectral.main([*arguments, *shared, "--rows", "vp", *own])
+    # both are trained a step before they are timed
+    assert made == ["Muon", "AdamW", "Muon", "AdamW", "Muon", "AdamW"]
+    models = [load_model(tmp_path / row / "seed0/run") for row in ("vp", "own")]
+    assert [type(model.denoiser.target).__name__ for model in models] == ["Velocity", "Noise"]
+    assert [model.denoiser.network.conv_in.out_channels for model in models] == [4, 8]
+    assert set(json.loads((tmp_path / "costs.json").read_text())) == {"vp", "own"}
 
 
 def _line(row: str, seed: int, sampler: str, asked: int, fd: float, **more: Any) -> dict[str, Any]:
