@@ -3,7 +3,7 @@
 | peer | network | optimiser | samples |
 |---|---|---|---|
 | `dpm_scales`, grey | `network=small` | `experiment=fast` | `sampler=auto` and 10 evaluations of DPM-Solver++(2M) |
-| `dpm_scales`, colour | `network=fine` | `experiment=fast_photos` | the same |
+| `dpm_scales`, colour | `network=fine` | `experiment=fast_photos` | 10 and 20 evaluations of DPM-Solver++(2M) |
 | `lucidrains` | `Unet(12, dim_mults=(1, 2, 4, 8))` | Adam at 8e-5, EMA 0.995 every 10 steps | 250 steps of DDIM |
 | `diffusers` | `UNet2DModel`, three levels of 32, 64, 64 | AdamW at 1e-4, cosine, warm-up, EMA | 50 steps of DDIM |
 | `torchcfm` | `UNetModel(num_channels=32, num_res_blocks=1)` | Adam at 1e-3 | `dopri5`, tolerances 1e-4 |

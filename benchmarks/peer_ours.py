@@ -123,4 +123,6 @@ class Ours(Peer):
 
             return images
 
-        return {"DPM-Solver++(2M), 10": of(DPMSolver(0.0, 10, "logsnr")), "auto": of(model.sampler)}
+        own = model.sampler
+        name = f"DPM-Solver++(2M), {own.steps}" if isinstance(own, DPMSolver) and own.eta == 0 else "auto"
+        return {"DPM-Solver++(2M), 10": of(DPMSolver(0.0, 10, "logsnr")), name: of(own)}

@@ -68,7 +68,9 @@ def test_ours_trains_colour_images_by_the_recipe_for_photos(tmp_path: Path) -> N
     assert isinstance(model.denoiser.target, Flow) and isinstance(model.denoiser.process.noise, Rectified)
     network = ours.network
     assert isinstance(network, UNet) and network.patch_size == 1 and network.conv_in.out_channels == 16
-    assert all(draw(2).shape == (2, 3, 8, 8) for draw in ours.samplers().values())
+    samplers = ours.samplers()
+    assert list(samplers) == ["DPM-Solver++(2M), 10", "DPM-Solver++(2M), 20"]
+    assert all(draw(2).shape == (2, 3, 8, 8) for draw in samplers.values())
 
 
 @pytest.mark.parametrize(("budget", "steps"), [(12.25, 10), (3.0, 1), (-2.0, 1)])
