@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.peer_base import Budget, Peer
 
 SAVING = {"cuda": 3.0, "cpu": 0.5}
-"""Seconds of a budget that a run of ours leaves for its checkpoint and its export, on a kind of device."""
+"""Seconds of a budget that a run of ours leaves for its checkpoint and its export, by the kind of device."""
 
 
 class Ours(Peer):
@@ -53,7 +53,7 @@ class Ours(Peer):
         raise NotImplementedError("train.py computes it")
 
     def train(self, left: Budget) -> None:
-        """Train one run that ends, saved, when no seconds are left, after one step or more."""
+        """Train one run of at least one step, and save it before the time is over."""
         from lightning.pytorch.callbacks import Timer
 
         from dpm_scales.training.module import DiffusionModule

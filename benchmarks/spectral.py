@@ -62,8 +62,8 @@ MEMBERS = (
 )
 HALF_BLUR = "weight._target_=benchmarks.half_blur.HalfBlurFlowLoss"
 LENGTH = dict.fromkeys(("trainer.max_steps", "trainer.max_time", "trainer.val_check_interval"), "--seconds or --images")
-SHARED = {"data.batch_size": "--batch-size", "seed": "--seeds", "run_dir": "--out", **LENGTH}
-"""Options that a row cannot have, with what sets them for all rows."""
+BUDGET = {"data.batch_size": "--batch-size", "seed": "--seeds", "run_dir": "--out", **LENGTH}
+"""Options of train.py that neither a row nor --override can have, with what sets them for all rows."""
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "members": {name: (f"process={name}",) for name in MEMBERS},
     "blur": {f"warm b={b:g}": ("process=warm", f"process.blur_ratio={b:g}") for b in BLUR_RATIOS},
@@ -109,8 +109,9 @@ class Contest:
 
     def training(self, options: Sequence[str], seed: int, steps: int, run_dir: Path) -> list[str]:
         """Return the options of train.py for a row: those that all rows share, its own, and the budget's."""
-        ends = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}", "samples.num_images=16"]
-        return [*self.images.overrides(), *self.overrides, *options, *ends, f"seed={seed}", f"run_dir={run_dir}"]
+        shared = ["samples.num_images=16", *self.images.overrides(), *self.overrides]
+        ends = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}", f"seed={seed}"]
+        return [*shared, *options, *ends, f"run_dir={run_dir}"]
 
 
 def samplers(model: Model, evaluations: Sequence[int]) -> Iterator[tuple[str, int, Sampler]]:
@@ -303,11 +304,15 @@ def chosen_rows(names: Sequence[str], own: Sequence[str]) -> dict[str, tuple[str
     for text in own:
         name, _, options = text.partition("=")
         require(bool(name.strip() and "=" in options), f'--row {text}: expected "NAME=OPTION=VALUE OPTION=VALUE ..."')
-        for option in options.split():
-            key = option.partition("=")[0].lstrip("+")
-            require(key not in SHARED, f"--row {name}: {key} is the same for all rows; set it by {SHARED.get(key)}")
         rows[name.strip()] = tuple(options.split())
+        _leave_the_budget(f"--row {name}", rows[name.strip()])
     return rows
+
+
+def _leave_the_budget(where: str, options: Sequence[str]) -> None:
+    """Raise UserError if an option is one of `BUDGET`."""
+    for key in (option.partition("=")[0].lstrip("+~") for option in options):
+        require(key not in BUDGET, f"{where}: {key} is the same for all rows; set it by {BUDGET.get(key)}")
 
 
 def run(contest: Contest, rows: dict[str, tuple[str, ...]], seeds: Sequence[int]) -> list[str]:
@@ -362,6 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         failures: list[str] = []
         rows = chosen_rows(options.rows, options.row)
+        _leave_the_budget("--override", options.override)
         kind = IMAGE_SETS[options.set]
         amount = options.images if options.seconds is None else options.seconds
         require(amount > 0, f"a budget of {amount:g} trains nothing; give --images or --seconds above 0")

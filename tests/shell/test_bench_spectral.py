@@ -129,6 +129,10 @@ def test_a_row_that_fails_leaves_the_others(
             ["--images", "8", "--row", "own=trainer.max_steps=9"],
             "--row own: trainer.max_steps is the same for all rows; set it by --seconds or --images",
         ),
+        (
+            ["--images", "8", "--override", "seed=3"],
+            "--override: seed is the same for all rows; set it by --seeds",
+        ),
         (["--images", "8", "--seconds", "1"], "not allowed with"),
         ([], "one of the arguments"),
         (["--images", "8", "--inception", "x.pt"], "--inception is for --set cifar10; leave it out with mnist"),
@@ -219,13 +223,14 @@ def test_a_row_has_its_own_options_and_its_steps_are_timed_with_its_optimiser(
     monkeypatch.setattr(DiffusionModule, "make_optimizer", noted)
     arguments = ["--set", "means", "--seconds", "1e-9", "--number", "2", "--evaluations", "--out", str(tmp_path)]
     shared = ["--override", "optimizer.method=muon", "--override", "target=velocity"]
-    own = ["--row", "own=network.widths=[8] optimizer.method=adamw target=noise"]
+    own = ["--row", "own=network.widths=[8] optimizer.method=adamw target=noise samples.num_images=0"]
     spectral.main([*arguments, *shared, "--rows", "vp", *own])
     # both are trained a step before they are timed
     assert made == ["Muon", "AdamW", "Muon", "AdamW", "Muon", "AdamW"]
     models = [load_model(tmp_path / row / "seed0/run") for row in ("vp", "own")]
     assert [type(model.denoiser.target).__name__ for model in models] == ["Velocity", "Noise"]
     assert [model.denoiser.network.conv_in.out_channels for model in models] == [4, 8]
+    assert [len(list((tmp_path / row / "seed0/run").glob("samples/step*.png"))) for row in ("vp", "own")] == [1, 0]
     assert set(json.loads((tmp_path / "costs.json").read_text())) == {"vp", "own"}
 
 
