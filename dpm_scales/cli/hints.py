@@ -37,6 +37,11 @@ def unknown_option(config_name: str, full: str, argv: Sequence[str]) -> str:
     """
     if not config_name:
         return f"the option {full!r} was removed, and is needed; leave it as it is"
+    group = full.replace(".", "/")
+    if "/" in group and group in configs.all_groups(config_name):  # by +process/clock=, which Hydra lets pass at first
+        line = _without_group(config_name, argv, group)
+        if line is not None:
+            return line
     owners = _owners(config_name, full)
     if owners:
         more = [f"{len(owners) - MOST_NAMED} more"] if len(owners) > MOST_NAMED else []
@@ -71,6 +76,9 @@ def mistaken_option(config_name: str, argv: Sequence[str]) -> str | None:
             line = _without_group(config_name, argv, group)
             if line is not None:
                 return line
+        if override.is_add() and group in groups:
+            option = str(override.input_line).removeprefix("+")
+            return f"{group} is in the config already; write {option} without the +"
         ours = not (key.startswith("hydra.") or key.rpartition(".")[2].startswith("_") or key[-1].isdigit())
         if ours and key not in present and not (override.is_add() or override.is_force_add()):
             return unknown_option(config_name, key, argv)

@@ -15,7 +15,7 @@ from dpm_scales.errors import UserError, printable, require
 from dpm_scales.models.base import Parts
 from dpm_scales.models.trust import foreign_packages
 from dpm_scales.plots import figure, graded, legend, logarithmic
-from dpm_scales.processes import Process
+from dpm_scales.processes import Process, title_of
 from dpm_scales.samplers.grids import tables_of
 from dpm_scales.storage import open_regular, write_bytes, write_text
 
@@ -119,7 +119,7 @@ def _summary(model: Parts, size: int | None) -> str:
     weight = "" if size is None else f", {size / 2**20:.1f} MiB"
     return (
         f"A generative model of {colour} images of {height}x{width} pixels (height x width), with the process "
-        f"`{type(model.denoiser.process).__name__}` and the network `{type(network).__name__}` of {number:,} "
+        f"`{title_of(model.denoiser.process)}` and the network `{type(network).__name__}` of {number:,} "
         f"parameters{weight}.{classes}"
     )
 

@@ -2,7 +2,17 @@
 
 from dpm_scales.processes.expanded import ExpandedProcess, StencilProcess
 from dpm_scales.processes.law import MAX_MEAN_LEFT, Context, Process
-from dpm_scales.processes.members import VE, VP, Blurring, BlurringChain, Homogeneous, InverseHeat, Spectral, Warm
+from dpm_scales.processes.members import (
+    VE,
+    VP,
+    Blurring,
+    BlurringChain,
+    Homogeneous,
+    InverseHeat,
+    Spectral,
+    Warm,
+    title_of,
+)
 from dpm_scales.processes.osmosis import InverseOsmosis, Osmosis, OsmosisDiffusion, OsmosisFilter
 from dpm_scales.processes.steps import Gaussian, Scale, Step, as_scale, few_scales
 
@@ -29,4 +39,5 @@ __all__ = [
     "Warm",
     "as_scale",
     "few_scales",
+    "title_of",
 ]

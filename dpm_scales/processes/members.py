@@ -255,3 +255,12 @@ class BlurringChain(Process):
         log_variance = torch.logaddexp(carried, fresh.expand_as(carried)) + 2 * math.log(self.step_noise)
         log_noise = 0.5 * log_variance
         return log_noise.unsqueeze(1) if t.ndim else log_noise
+
+
+def title_of(process: Process) -> str:
+    """Return the class of a process with the curves that it does not tell, for people: ``Spectral (Rectified)``."""
+    curves = [process.color, process.clock]
+    if type(process) is Spectral:
+        curves = [process.noise, process.blur, *curves]
+    names = ", ".join(type(curve).__name__ for curve in curves if curve is not None)
+    return f"{type(process).__name__} ({names})" if names else type(process).__name__

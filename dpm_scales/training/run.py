@@ -33,6 +33,7 @@ from dpm_scales.models.model import PARTS, Model, Recipe, build_model
 from dpm_scales.models.seals import checkpoint_step
 from dpm_scales.models.trust import current_names, foreign_packages, trusted_names
 from dpm_scales.plots import curves
+from dpm_scales.processes import title_of
 from dpm_scales.run_folders.files import finished_result
 from dpm_scales.storage import FolderGoneError, write_text
 from dpm_scales.training.callbacks import check_order
@@ -354,7 +355,7 @@ def _first_line(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, model: Mode
     height, width = model.recipe.image_size
     parts = [data.batch_size, trainer.world_size, *([n] if (n := trainer.accumulate_grad_batches) > 1 else [])]
     return (
-        f"{run_dir}: {type(model.denoiser.process).__name__}, "
+        f"{run_dir}: {title_of(model.denoiser.process)}, "
         f"{sum(p.numel() for p in model.denoiser.network.parameters()) / 1e6:.2f} M parameters, "
         f"{_images(data)} of {height}x{width}x{model.recipe.channels}, {_classes(cfg, data)}"
         f"batch {' x '.join(map(str, parts))} = {math.prod(parts)}, learning rate {cfg.optimizer.learning_rate:g}, "

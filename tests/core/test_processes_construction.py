@@ -25,16 +25,20 @@ from dpm_scales.processes import (
     Process,
     Spectral,
     as_scale,
+    title_of,
 )
 from dpm_scales.schedules import (
     ConstantNoise,
+    FlowBlur,
     GeometricNoise,
     ListedBlurSigmas,
     ListedDissipationTimes,
     ListedNoise,
     LogBlur,
     NoiseSchedule,
+    PowerLaw,
     Rectified,
+    SpectralClock,
 )
 from support.laws import dense, lyapunov_twins, twins
 from support.oracles import H, W, float64, generator, images, refused
@@ -260,3 +264,14 @@ def test_numbers_outside_the_unit_interval_are_no_scales(t: float) -> None:
         as_scale(t)
     with refused("scale t", "[0, 1]"):
         VP(4).sample(images(1, 1, 2, 2), t)
+
+
+def test_title_names_the_curves_that_the_class_leaves_open() -> None:
+    titles = {
+        "VP": VP(4),
+        "VP (PowerLaw, SpectralClock)": VP(4, color=PowerLaw(0.5), clock=SpectralClock(1.0)),
+        "Spectral (Rectified)": Spectral(4),
+        "Spectral (Rectified, FlowBlur)": Spectral(4, blur=FlowBlur()),
+        "OsmosisDiffusion": OsmosisDiffusion(4),
+    }
+    assert {title: title_of(process) for title, process in titles.items()} == {title: title for title in titles}

@@ -190,6 +190,14 @@ HINTS = {
     "train.py -m process=vp,osmosis_diffusion process/clock=spectral": (
         "process=osmosis_diffusion takes no process/clock, only "
     ),
+    "train.py process=osmosis_diffusion +process/clock=spectral": (
+        "unknown option 'process.clock': allowed: process.blur"
+    ),
+    "train.py process=osmosis_diffusion process.clock=3": "process=osmosis_diffusion takes no process/clock, only ",
+    "train.py process=vp +process/color=power_law": (
+        "process/color is in the config already; write process/color=power_law without the +"
+    ),
+    "sample.py +sampler=ddim": "sampler is in the config already; write sampler=ddim without the +",
     "evolve.py process=osmosis process/color=white": "process=osmosis takes no process/color, only process/blur; leave",
     "train.py process=osmosis_diffusion process/clock=spectrl": "process=osmosis_diffusion takes no process/clock, ",
     "train.py process=vp process/clock=spectrl": "unknown process/clock 'spectrl': did you mean 'spectral'? ",
