@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 
 from dpm_scales.cli.completion import candidates
-from dpm_scales.entry.commands import COMMANDS
+from dpm_scales.commands.ema_words import APART
+from dpm_scales.entry.commands import COMMANDS, Command
 from dpm_scales.errors import UserError, suggest
 from dpm_scales.models.instantiate import CONFIGS
 
@@ -91,5 +92,22 @@ def query(line: str) -> list[str]:
     name, *words = words
     if (CONFIGS / f"{name}.yaml").is_file():
         return candidates(name, words, word)
-    actions = COMMANDS[name].actions if name in COMMANDS and not words else ()
-    return [f"{action} " for action in actions if action.startswith(word)]
+    found = _words(COMMANDS[name], words, word) if name in COMMANDS else []
+    if name == "ema" and word:  # it passes these on
+        passed = candidates("evaluate", [one for one in words if "=" in one], word)
+        found += [one for one in passed if one not in found and one.partition("=")[0] not in APART]
+    return found
+
+
+def _words(command: Command, typed: list[str], word: str) -> list[str]:
+    """Return the candidates for `word`, typed after the words `typed` of a command without a config of its own."""
+    action = typed[0] if typed and typed[0] in command.words else ""
+    rest = typed[1:] if action else typed
+    actions = [f"{name} " for name in command.words if name and not typed]
+    free = any("=" not in one and not one.startswith("-") for one in rest)
+    # a folder comes first, and its name is the shell's to offer
+    own = command.words.get(action, ()) if word or free else ()
+    given = {one.partition("=")[0] for one in rest}
+    options = [name if name.startswith("-") else f"{name}=" for name in own if name not in given]
+    found = [*actions, *(f"{name} " if name.startswith("-") else name for name in options)]
+    return [one for one in found if one.startswith(word)]

@@ -21,7 +21,7 @@ from dpm_scales.cli.help import help_text
 from dpm_scales.entry.commands import COMMANDS
 from dpm_scales.entry.completion import INSTALL, UNINSTALL, complete, query
 from dpm_scales.errors import UserError
-from support.shell import CONFIGS, ROOT, call, composed
+from support.shell import CONFIGS, ROOT, call, command, composed
 
 HYDRA_COMMANDS = ("train", "sample", "evaluate", "evolve")
 
@@ -96,7 +96,20 @@ CASES = {
     "nonsense ": [],
     "runs ": ["best ", "export "],
     "runs best ": [],
+    "runs best m": ["metric="],
+    "runs best --": ["--path "],
+    "runs --": ["--json ", "--csv "],
+    "runs export runs/a ": ["out=", "weights=", "ema=", "ema_step=", "format="],
+    "runs export runs/a out=x e": ["ema=", "ema_step="],
+    "studio po": ["port="],
+    "studio runs port=80 ": ["host=", "configs=", "allow=", "device="],
+    "data ": ["pack ", "check ", "index "],
+    "data pack photos o": ["out=", "on_error="],
+    "ema runs/a le": ["lengths="],
+    "ema runs/a num_sam": ["num_samples="],
+    "ema runs/a mod": [],
     "init ": [],
+    "init n": ["name="],
 }
 
 
@@ -111,6 +124,21 @@ def test_lines(line: str) -> None:
 
 def test_every_command_is_offered() -> None:
     assert query("dpm-scales ")[: len(COMMANDS)] == [f"{name} " for name in COMMANDS]
+
+
+WORDS = [(name, action) for name, found in COMMANDS.items() for action in found.words]
+
+
+# `ema` passes other options on to evaluate, and `data` takes none without an action
+@pytest.mark.parametrize(("name", "action"), [one for one in WORDS if one not in (("ema", ""), ("data", ""))])
+def test_words_are_those_that_the_command_takes(name: str, action: str, tmp_path: Path) -> None:
+    """It names them when it refuses another."""
+    kinds: dict[bool, list[str]] = {True: [], False: []}
+    for word in COMMANDS[name].words[action]:
+        kinds[word.startswith("-")].append(word)
+    for word, own in (("zzz=1", kinds[False]), ("--zzz", kinds[True])):
+        told = command(name, *([action] if action else []), tmp_path, word).err
+        assert sorted(own) == re.findall(r"[\w-]+", told.partition("allowed: ")[2].replace("none", ""))
 
 
 def test_configs_of_the_users_own_are_offered(tmp_path: Path) -> None:
