@@ -142,7 +142,7 @@ def _group(lines: Sequence[Row]) -> str:
         f"| model | sampler | covariance | {' | '.join(f'{number} steps' for number in numbers)} |",
         "|---" * (len(numbers) + 3) + "|",
     ]
-    names = {"none": "", "optimal": "by frequency", "mean": "one value"}
+    names = {"none": "without", "optimal": "by frequency", "mean": "one value"}
     for model, sampler in dict.fromkeys((line["model"], line["sampler"]) for line in lines):
         for kind in KINDS:
             key = (model, sampler, kind)
