@@ -259,8 +259,7 @@ class BlurringChain(Process):
 
 def title_of(process: Process) -> str:
     """Return the class of a process with the curves that it does not tell, for people: ``Spectral (Rectified)``."""
-    curves = [process.color, process.clock]
-    if type(process) is Spectral:
-        curves = [process.noise, process.blur, *curves]
+    own = (process.noise, process.blur) if type(process) is Spectral else ()
+    curves = (*own, process.color, process.clock)
     names = ", ".join(type(curve).__name__ for curve in curves if curve is not None)
     return f"{type(process).__name__} ({names})" if names else type(process).__name__
