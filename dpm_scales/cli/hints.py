@@ -37,11 +37,6 @@ def unknown_option(config_name: str, full: str, argv: Sequence[str]) -> str:
     """
     if not config_name:
         return f"the option {full!r} was removed, and is needed; leave it as it is"
-    group = full.replace(".", "/")
-    if "/" in group and group in configs.all_groups(config_name):  # by +process/clock=, which Hydra lets pass at first
-        line = _without_group(config_name, argv, group)
-        if line is not None:
-            return line
     owners = _owners(config_name, full)
     if owners:
         more = [f"{len(owners) - MOST_NAMED} more"] if len(owners) > MOST_NAMED else []

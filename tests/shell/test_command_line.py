@@ -193,7 +193,6 @@ HINTS = {
     "train.py process=osmosis_diffusion +process/clock=spectral": (
         "unknown option 'process.clock': allowed: process.blur"
     ),
-    "train.py process=osmosis_diffusion process.clock=3": "process=osmosis_diffusion takes no process/clock, only ",
     "train.py process=vp +process/color=power_law": (
         "process/color is in the config already; write process/color=power_law without the +"
     ),
