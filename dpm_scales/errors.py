@@ -78,10 +78,10 @@ def _shortens(words: list[str], others: list[str]) -> bool:
     return all(len(word) > 2 and any(other.startswith(word) for other in rest) for word in words)
 
 
-def suggest(name: str, allowed: Iterable[str]) -> str:
-    """Return ``"did you mean 'x'? allowed: a, b, x"`` for an unknown `name`."""
+def suggest(name: str, allowed: Iterable[str], misspelt: bool = True) -> str:
+    """Return ``"did you mean 'x'? allowed: a, b, x"`` for an unknown `name`; no guess if it can't be `misspelt`."""
     names = sorted(allowed)
-    close = nearest(name, names)
+    close = nearest(name, names) if misspelt else None
     hint = f"did you mean {close!r}? " if close is not None else ""
     return f"{hint}allowed: {', '.join(names) or 'none'}"
 

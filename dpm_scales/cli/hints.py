@@ -71,7 +71,7 @@ def mistaken_option(config_name: str, argv: Sequence[str]) -> str | None:
             line = _without_group(config_name, argv, group)
             if line is not None:
                 return line
-        if override.is_add() and group in groups:
+        if override.is_add() and group in groups and group in _choices(config_name, argv):
             option = str(override.input_line).removeprefix("+")
             return f"{group} is in the config already; write {option} without the +"
         ours = not (key.startswith("hydra.") or key.rpartition(".")[2].startswith("_") or key[-1].isdigit())
@@ -87,7 +87,7 @@ def _without_group(config_name: str, argv: Sequence[str], group: str) -> str | N
     """Return the error message for a nested group, process/clock say, that the chosen config of its group lacks."""
     outer, places = group.partition("/")[0], config_dirs(argv)
     typed = [a.partition("=")[2] for a in argv if re.fullmatch(rf"{outer}=[\w,]+", a)]
-    own = OmegaConf.select(_composed(config_name, argv, with_hydra=True), f"hydra.runtime.choices.{outer}")
+    own = _choices(config_name, argv).get(outer)
     for choice in typed[-1].split(",") if typed else [str(own)]:
         path = configs.config_file(outer, choice, places)
         taken = [] if path is None else configs.groups_in(outer, path)
@@ -145,6 +145,11 @@ def _composed(config_name: str, argv: Sequence[str], with_hydra: bool = False) -
         except (HydraException, OmegaConfBaseException, ValueError):  # ValueError: a choice that is no name
             continue
     return OmegaConf.create()
+
+
+def _choices(config_name: str, argv: Sequence[str]) -> Any:
+    """Return the choice of each group in the config, nested groups included, without those that a + adds."""
+    return OmegaConf.select(_composed(config_name, argv, with_hydra=True), "hydra.runtime.choices") or {}
 
 
 def _level(config_name: str, config: Any, full: str) -> list[str]:

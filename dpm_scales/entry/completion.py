@@ -108,6 +108,5 @@ def _words(command: Command, typed: list[str], word: str) -> list[str]:
     # a folder comes first, and its name is the shell's to offer
     own = command.words.get(action, ()) if word or free else ()
     given = {one.partition("=")[0] for one in rest}
-    options = [name if name.startswith("-") else f"{name}=" for name in own if name not in given]
-    found = [*actions, *(f"{name} " if name.startswith("-") else name for name in options)]
-    return [one for one in found if one.startswith(word)]
+    options = [f"{name} " if name.startswith("-") else f"{name}=" for name in own if name not in given]
+    return [one for one in (*actions, *options) if one.startswith(word)]

@@ -167,10 +167,9 @@ def check_kind(config: Any, kind: type, where: str, partial_kwargs: Iterable[str
     taken = arguments_of(found)
     for key, value in settings.items():
         if taken is not None and key not in ("_target_", "_partial_", *taken):
-            allowed = sorted(f"{where}.{name}" for name in taken)
             # a part, unlike a value, is chosen by its group's name, which is no misspelling of another
             part = isinstance(value, dict) and "_target_" in value
-            known = f"allowed: {', '.join(allowed)}" if part else suggest(f"{where}.{key}", allowed)
+            known = suggest(f"{where}.{key}", [f"{where}.{name}" for name in taken], misspelt=not part)
             raise UserError(f"unknown option '{where}.{key}': {known}")
         require_switch(f"{where}.{key}", value, alternatives(hints.get(key)))
         kinds = [k for k in get_args(hints.get(key)) or [hints.get(key)] if inspect.isclass(k) and k is not type(None)]

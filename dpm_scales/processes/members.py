@@ -258,7 +258,7 @@ class BlurringChain(Process):
 
 
 def title_of(process: Process) -> str:
-    """Return the class of a process with the curves that it does not tell, for people: ``Spectral (Rectified)``."""
+    """Return the name to show for a process: its class and the curves that it leaves open, ``Spectral (Rectified)``."""
     own = (process.noise, process.blur) if type(process) is Spectral else ()
     curves = (*own, process.color, process.clock)
     names = ", ".join(type(curve).__name__ for curve in curves if curve is not None)

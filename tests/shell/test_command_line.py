@@ -230,6 +230,14 @@ def test_hints_know_the_users_own_configs(tmp_path: Path) -> None:
     assert line.startswith("unknown option 'process.num_scale': did you mean 'process.num_scales'? allowed: ")
 
 
+def test_a_plus_is_blamed_only_where_the_group_has_a_choice(tmp_path: Path) -> None:
+    """A config of the user's own may lack a nested group, which a + then adds; the mistake is another."""
+    (tmp_path / "own" / "process").mkdir(parents=True)
+    (tmp_path / "own" / "process" / "mine.yaml").write_text("_target_: dpm_scales.processes.VP\n")
+    given = ["--config-dir", "own", "process=mine", "+process/clock=spectral"]
+    assert error("train.py", *given, "seed=1,2", cwd=tmp_path).startswith("seed=1,2 gives several values: ")
+
+
 def test_nearest_names() -> None:
     options = ["optimizer.learning_rate", "optimizer.decay", "optimizer.warmup_steps"]
     assert nearest("optimizer.lr", options) == "optimizer.learning_rate"
