@@ -8,6 +8,7 @@ loss(x_0, t)              training loss, one value per image
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,17 @@ class BaseDenoiser(nn.Module, ABC):
             t, s: float64, ``()`` or ``(B,)``, s <= t.
             labels: ``(B,)`` int64 or None.
         """
+
+    def for_steps(self, starts: Tensor, ends: Tensor, labels: Tensor | None = None) -> Sequence[BaseDenoiser]:
+        """Return the denoiser that each step of a loop evaluates: this one, or a cheaper one with the same answers.
+
+        Samplers ask once, before the first step, so this may wait for the device.
+
+        Args:
+            starts, ends: scales between which the steps evaluate it, ``(steps,)``, starts >= ends.
+            labels: those of the evaluations, or None.
+        """
+        return [self] * len(starts)
 
 
 class TargetDenoiser(BaseDenoiser):

@@ -19,6 +19,8 @@ Every sampler accepts it, since it is a denoiser. `Resampling` adds RePaint's st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -78,6 +80,14 @@ class Consistent(BaseDenoiser):
         m_0 = self.inner.predict_mean(y_t, t, torch.zeros_like(t), context, labels)
         estimate = self.conditioned(operator.to_pixels(m_0), t)
         return operator.apply(self.process.signal(s), operator.to_white(estimate))
+
+    def for_steps(self, starts: Tensor, ends: Tensor, labels: Tensor | None = None) -> Sequence[BaseDenoiser]:
+        """Return this denoiser, or one like it where `inner` names another one for a step."""
+        inner = self.inner.for_steps(starts, ends, labels)
+        others = {one for one in inner if one is not self.inner}
+        settings = (self.degradation, self.observed, self.noise_std, self.power)
+        made: dict[BaseDenoiser, BaseDenoiser] = {one: Consistent(one, *settings) for one in others}
+        return [made.get(one, self) for one in inner]
 
     def conditioned(self, x: Tensor, t: Tensor) -> Tensor:
         """Return E[x_0 | x_t, y] from x = E[x_0 | x_t], ``(B, C, H, W)`` in pixels."""

@@ -16,7 +16,8 @@ With an operator that is diagonal in the DCT that is the DCT of the estimates' d
 osmosis it is so for predictions of the image, while predictions of noise are filtered in whitened coordinates.
 
 An interval keeps guidance to the scales where it helps (Kynkäänniemi et al. 2024); outside it the answer is the
-model's. Each evaluation is one call of each network: the label's answer and the one without it share a batch.
+model's, and samplers evaluate nothing else in steps that lie outside. Each evaluation is one call of each network: the
+label's answer and the one without it share a batch.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpm_scales.denoisers import Denoiser, TargetDenoiser
+from dpm_scales.denoisers import BaseDenoiser, Denoiser, TargetDenoiser
 from dpm_scales.errors import require, require_choice
 from dpm_scales.guidance.curves import GuidanceCurve
 from dpm_scales.operators import HeatOperator, Operator
@@ -72,6 +73,7 @@ class Guided(TargetDenoiser):
         )
         self.network, self.process, self.target = denoiser.network, denoiser.process, denoiser.target
         self.spectrum, self._answer = denoiser.spectrum, denoiser.predict
+        self._alone = (denoiser,)  # in a tuple, since its weights are this module's already
         self.error_variance = denoiser.error_variance
         self.scale = scale if isinstance(scale, GuidanceCurve) else float(scale)
         self.low, self.high, self.variable = low, high, variable
@@ -80,6 +82,14 @@ class Guided(TargetDenoiser):
     def everywhere(self) -> bool:
         """Whether all scales are guided."""
         return self.low == -math.inf and self.high == math.inf
+
+    def for_steps(self, starts: Tensor, ends: Tensor, labels: Tensor | None = None) -> Sequence[BaseDenoiser]:
+        """Return the model's own denoiser for steps whose scales are all on one side of the interval, else this one."""
+        if self.everywhere:
+            return super().for_steps(starts, ends, labels)
+        start, end = self._place(starts), self._place(ends)
+        outside = (torch.maximum(start, end) < self.low) | (torch.minimum(start, end) > self.high)
+        return [self._alone[0] if alone else self for alone in outside.tolist()]
 
     def _guided(self, t: Tensor, answer: Tensor, other: Tensor) -> Tensor:
         """Return the prediction led away from `other`, all ``(B, C, H, W)``, for scales t ``(B,)``."""
@@ -92,10 +102,15 @@ class Guided(TargetDenoiser):
 
     def _inside(self, t: Tensor) -> Tensor:
         """Return which of the scales ``(B,)`` are guided, as a mask."""
-        place = t
-        if self.variable == "logsnr":
-            place = self.process.log_snr(t, torch.zeros(1, dtype=torch.float64, device=t.device)).reshape(t.shape)
+        place = self._place(t)
         return (place >= self.low) & (place <= self.high)
+
+    def _place(self, t: Tensor) -> Tensor:
+        """Return the interval's variable at scales ``(B,)``."""
+        if self.variable == "t":
+            return t
+        zero = torch.zeros(1, dtype=torch.float64, device=t.device)
+        return self.process.log_snr(t, zero).reshape(t.shape)
 
 
 class ClassifierFreeGuidance(Guided):
@@ -119,6 +134,10 @@ class ClassifierFreeGuidance(Guided):
     ) -> None:
         super().__init__(denoiser, scale, interval, variable)
         self.null_label = null_label
+
+    def for_steps(self, starts: Tensor, ends: Tensor, labels: Tensor | None = None) -> Sequence[BaseDenoiser]:
+        """Return the denoisers as `Guided` does; without labels always this one, since it answers for no label."""
+        return [self] * len(starts) if labels is None else super().for_steps(starts, ends, labels)
 
     def predict(
         self, operator: Operator, y_t: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None

@@ -257,12 +257,14 @@ class Sampler(Describable, ABC):
         color = None
         if self.noise_color is not None:
             color = StepColor(self.noise_color, denoiser, (y.shape[-2], y.shape[-1]), y.device)
+        starts = scales[:-1] if churned is None else churned
+        denoisers = denoiser.for_steps(starts, scales[1:], labels)
         past: deque[PastStep] = deque(maxlen=self.memory)
         steps, last = scales.unbind(), len(scales) - 2  # tensors of their own, by which curves are kept
         with process.kept_curves():
             for i in range(last + 1):
                 t = steps[i] if churned is None else churned[i]
-                move = StepContext(denoiser, t, steps[i + 1], noise, context, labels, past, last - i, color)
+                move = StepContext(denoisers[i], t, steps[i + 1], noise, context, labels, past, last - i, color)
                 if self.churn is not None:
                     y = self.churn.add(process, y, steps[i], t, move.added(y), context)
                 m = move.predict_mean(y)

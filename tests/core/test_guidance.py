@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.denoisers import BaseDenoiser, Denoiser
+from dpm_scales.editing import Consistent, Mask
 from dpm_scales.guidance import ClassifierFreeGuidance
 from dpm_scales.priors import GaussianPrior
 from dpm_scales.processes import VE, VP, Blurring, InverseHeat, OsmosisDiffusion
@@ -60,7 +62,7 @@ def test_guided_estimate_is_the_formula(twin: Twin, scale: float) -> None:
 
 
 SAMPLERS: list[Sampler] = [
-    *(Ancestral(), DDIM(0.0, None), Heun(None, "uniform"), Heun(None, "uniform", s_churn=2.0)),
+    *(Ancestral(), DDIM(0.0, None), Heun(None, "uniform"), Heun(None, "uniform", s_churn=8.0)),
     *(DPMSolver(0.0, None, "uniform"), UniPC(2, None, "uniform"), Dissipation()),
 ]
 
@@ -188,8 +190,64 @@ def test_guidance_shares_the_denoisers_parts_and_moves_with_them() -> None:
     assert float(guided.spectrum.std) == pytest.approx(0.1)
 
 
+class Everywhere(ClassifierFreeGuidance):
+    """Evaluates both answers in every step, and chooses scale by scale."""
+
+    def for_steps(self, starts: Tensor, ends: Tensor, labels: Tensor | None = None) -> Sequence[BaseDenoiser]:
+        return [self] * len(starts)
+
+
+@pytest.mark.parametrize("variable", ["t", "logsnr"])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: type(sampler).__name__)
+def test_steps_outside_the_interval_evaluate_the_label_alone(sampler: Sampler, variable: str) -> None:
+    """The same images as with both answers in each step, but few evaluations without the label."""
+    network = TinyNetwork()
+    evaluated: list[int] = []
+    network.register_forward_pre_hook(lambda module, given: evaluated.append(len(given[0])))
+    denoiser, labels = Denoiser(network, VP(8), Clean()).double(), torch.tensor([0, 1, 0])
+    interval = [0.4, 0.63]
+    if variable == "logsnr":
+        zero = torch.zeros(1).double()
+        interval = [float(denoiser.process.log_snr(float64([t]), zero)) for t in reversed(interval)]
+
+    def drawn(kind: type[ClassifierFreeGuidance], labels: Tensor | None) -> tuple[Tensor, int]:
+        evaluated.clear()
+        guided = kind(denoiser, NULL, 4.0, interval, variable)
+        found = sampler.sample(guided, GaussianPrior(), CounterRNG(1, 3), (1, H, W), labels, dtype=torch.float64)
+        return found, sum(evaluated) // 3
+
+    (found, number), (expected, most) = drawn(ClassifierFreeGuidance, labels), drawn(Everywhere, labels)
+    close(found.numpy(), expected.numpy(), 1e-12)
+    assert not torch.equal(found, drawn(ClassifierFreeGuidance, None)[0])
+    # the steps from 6/8, 5/8 and 4/8 touch the interval, and churn lifts the one from 3/8; Heun evaluates at both ends
+    guided = 3 if sampler.churn is None else 4
+    assert number == most // 2 + guided * (2 if isinstance(sampler, Heun) else 1)
+
+
+def test_estimates_that_agree_with_a_measurement_leave_out_the_same_evaluations() -> None:
+    evaluated: list[int] = []
+    network = TinyNetwork()
+    network.register_forward_pre_hook(lambda module, given: evaluated.append(len(given[0])))
+    denoiser, labels, known = Denoiser(network, VP(8), Clean()).double(), torch.tensor([0, 1]), torch.ones(H, W) > 0
+    known[1:3] = False
+    drawn = []
+    for kind in (ClassifierFreeGuidance, Everywhere):
+        evaluated.clear()
+        guided = kind(denoiser, NULL, 4.0, [0.5, 0.63])
+        restored = Consistent(guided, Mask(known), Mask(known).forward(images(2, 1, H, W)), 0.1)
+        drawn.append(
+            DDIM(0.0, 8).sample(restored, GaussianPrior(), CounterRNG(1, 2), (1, H, W), labels, dtype=torch.float64)
+        )
+        assert sum(evaluated) == 2 * (11 if kind is ClassifierFreeGuidance else 16)
+    close(drawn[0].numpy(), drawn[1].numpy(), 1e-12)
+
+
 @pytest.mark.parametrize(("interval", "variable"), [(None, "t"), ([-3.0, 4.0], "logsnr")])
-def test_guidance_stays_on_the_device_and_never_waits_for_it(interval: Any, variable: str) -> None:
+def test_guidance_stays_on_the_device_and_never_waits_for_it(
+    interval: Any, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But once before the first step, if there is an interval."""
+    monkeypatch.setattr(ClassifierFreeGuidance, "for_steps", Everywhere.for_steps)
     guided = ClassifierFreeGuidance(Denoiser(TinyNetwork(2), Blurring(8), Clean()), NULL, 2.0, interval, variable)
     sampler = Ancestral()
     scales = sampler.scales(guided.process)[-3:]
