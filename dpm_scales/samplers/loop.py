@@ -48,6 +48,7 @@ class PastStep:
 class StepContext:
     """One step of a sampler, from scale t down to s."""
 
+    #: for evaluations from t down to s, see `BaseDenoiser.for_steps`
     denoiser: BaseDenoiser
     t: Tensor
     s: Tensor
