@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dpm_scales.errors import UserError
 from dpm_scales.networks import UNet
 from dpm_scales.networks.blocks import ResidualBlock, ScaleEmbedding, SelfAttention, group_norm
-from support.networks import check_inductor
+from support.networks import check_compiled_gradients, check_inductor
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "network"
 CLASSES = 3
@@ -188,6 +188,10 @@ def test_dynamo_shares_one_graph_between_batch_sizes() -> None:
     for batch in (5, 6, 7):  # equal sizes would be taken for one symbol, and 2 is the number of channels
         torch.testing.assert_close(compiled(*inputs(batch)), network(*inputs(batch)))
     assert counter.frame_count == 1
+
+
+def test_compiled_gradients_are_the_same() -> None:
+    check_compiled_gradients(perturbed(build(**LITTLE)).double(), inputs(dtype=torch.float64))
 
 
 @pytest.mark.slow

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from dpm_scales.errors import UserError
 from dpm_scales.networks import JiT
 from dpm_scales.networks.jit import JiTBlock, RotaryAttention, SwiGLU, rope_angles, rotate
-from support.networks import CLASSES, check_inductor, check_network_contract, inputs, perturbed
+from support.networks import (
+    CLASSES,
+    check_compiled_gradients,
+    check_inductor,
+    check_network_contract,
+    inputs,
+    perturbed,
+)
 
 
 def build(**changes: Any) -> JiT:
@@ -158,6 +165,10 @@ def test_the_papers_networks_have_the_papers_size(settings: dict[str, Any], mill
     with torch.device("meta"):
         network = JiT(3, 3, class_tokens=32, num_classes=1000, **settings)
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, abs=1)
+
+
+def test_compiled_gradients_are_the_same() -> None:
+    check_compiled_gradients(perturbed(build(depth=1, class_tokens=3)).double(), inputs(2, 8, 12, dtype=torch.float64))
 
 
 @pytest.mark.slow

@@ -122,13 +122,25 @@ def _check_devices(make: Callable[..., nn.Module], size: tuple[int, int]) -> Non
 def check_inductor(network: nn.Module, arguments: tuple[Tensor, ...]) -> None:
     """Assert that dynamo captures the network in one graph, and that inductor's code gives the network's results.
 
-    The backward pass is not compiled. Scalar code, compiled in this process, takes a third of the time: vector
+    The backward pass is not compiled, see `check_compiled_gradients`. Scalar code, compiled in this process, takes a third of the time: vector
     instructions are inductor's responsibility, and each of its workers would import torch.
     """
     torch._dynamo.reset()
     with torch.no_grad(), inductor.patch({"compile_threads": 1, "cpp.vec_isa_ok": False}):
         compiled = torch.compile(network, fullgraph=True)
         torch.testing.assert_close(compiled(*arguments), network(*arguments), rtol=1e-4, atol=1e-4)
+
+
+def check_compiled_gradients(network: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    """Assert that forward and backward passes are captured in one graph each, with the network's own gradients."""
+    torch._dynamo.reset()
+    found = []
+    for one in (torch.compile(network, fullgraph=True, dynamic=False, backend="aot_eager"), network):
+        network.zero_grad()
+        one(*arguments).square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
+    assert len(found[1]) == len(list(network.parameters()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
 
 
 def _check_messages(make: Callable[..., nn.Module], size: tuple[int, int]) -> None:
