@@ -122,8 +122,8 @@ def _check_devices(make: Callable[..., nn.Module], size: tuple[int, int]) -> Non
 def check_inductor(network: nn.Module, arguments: tuple[Tensor, ...]) -> None:
     """Assert that dynamo captures the network in one graph, and that inductor's code gives the network's results.
 
-    The backward pass is not compiled, see `check_compiled_gradients`. Scalar code, compiled in this process, takes a third of the time: vector
-    instructions are inductor's responsibility, and each of its workers would import torch.
+    The backward pass is not compiled, see `check_compiled_gradients`. Scalar code, compiled in this process, takes a
+    third of the time: vector instructions are inductor's responsibility, and each of its workers would import torch.
     """
     torch._dynamo.reset()
     with torch.no_grad(), inductor.patch({"compile_threads": 1, "cpp.vec_isa_ok": False}):
