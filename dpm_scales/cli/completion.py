@@ -79,9 +79,9 @@ def _defaults(config_name: str, argv: Sequence[str]) -> dict[str, str]:
         path = configs.config_file(group, choice, config_dirs(argv))
         found += typed_options(config_name, group, path) if path else []
     left_out = {*configs.GIVEN, *configs.groups(config_name)}
-    hidden = ("_target_", "_partial_")
     curves = {f"{key}.{name}": text for key, own in CURVES.get(config_name, {}).items() for name, text in own.items()}
-    return curves | {o.key: o.text for o in found if o.text and o.key not in left_out and not o.key.endswith(hidden)}
+    typed = [o for o in found if o.text and o.key not in left_out and not o.key.endswith(configs.CLASS_KEYS)]
+    return curves | {o.key: o.text for o in typed}
 
 
 def _values(config_name: str, key: str, argv: Sequence[str]) -> list[str]:

@@ -20,6 +20,9 @@ GLOBAL = "# @package _global_"
 #: options set from the training data, not by the user
 GIVEN = ("network.in_channels", "network.out_channels", "network.num_classes")
 
+#: keys by which a config names its class; no options of a command line
+CLASS_KEYS = ("_target_", "_partial_")
+
 #: switches by entry point that are null unless given, and that no class annotates
 LEFT_TO_THE_MACHINE = {"train": ("compile",)}
 

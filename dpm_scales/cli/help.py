@@ -112,7 +112,7 @@ def chosen(config_name: str, argv: Sequence[str]) -> dict[str, str]:
 def _lines(options: Iterable[Option], width: int) -> Iterator[str]:
     for option in options:
         yield from (f"  # {line}" for line in option.above)
-        if option.key.endswith(("_target_", "_partial_")) or option.key in configs.GIVEN:
+        if option.key.endswith(configs.CLASS_KEYS) or option.key in configs.GIVEN:
             continue
         if option.text or option.comment:
             given = f"{option.key}={option.text}" if option.text else f"{option.key}:"

@@ -52,23 +52,19 @@ def unknown_option(config_name: str, full: str, argv: Sequence[str]) -> str:
 
 
 def _without_level(config_name: str, config: Any, full: str) -> str:
-    """Return the hint for an option below a key without any: those of the group's other choices, or of a like name."""
+    """Return the hint for an option below a key that has none: those of the group, in other choices, or a similar name."""
     parent, _, last = full.rpartition(".")
     group = parent.replace(".", "/")
     if group in configs.all_groups(config_name):
         others = {key for choice in configs.choices(group) for key in configs.keys(group, choice)}
-        return f"{suggest(full, {key for key in others if _is_typed(key)})}, each with its choice of {group}"
+        typed = [key for key in others if not key.endswith(configs.CLASS_KEYS)]
+        return f"{suggest(full, typed)}, each with its choice of {group}"
     beside = _level(config_name, config, parent)
     if parent not in beside:
         return suggest(full, ())
     meant = [key for key in beside if key.endswith(f"_{last}")]
     guess = f"did you mean {' or '.join(map(repr, meant))}?" if meant else f"give {parent}=VALUE alone"
     return f"{parent} has no options of its own; {guess}"
-
-
-def _is_typed(key: str) -> bool:
-    """Return whether a key is an option, not one of those by which a config names its class."""
-    return key.rpartition(".")[2] not in ("_target_", "_partial_")
 
 
 def mistaken_option(config_name: str, argv: Sequence[str]) -> str | None:
@@ -180,7 +176,7 @@ def _level(config_name: str, config: Any, full: str) -> list[str]:
     if not OmegaConf.is_dict(node):
         return []
     chosen = ["experiment"] if config_name == "train" and not parent else []  # has no key in the config
-    return chosen + [f"{parent}.{key!s}".lstrip(".") for key in node if _is_typed(str(key))]
+    return chosen + [f"{parent}.{key!s}".lstrip(".") for key in node if key not in configs.CLASS_KEYS]
 
 
 def _elsewhere(config: Any, full: str) -> list[str]:

@@ -84,9 +84,8 @@ class Consistent(BaseDenoiser):
     def for_steps(self, starts: Tensor, ends: Tensor, labels: Tensor | None = None) -> Sequence[BaseDenoiser]:
         """Return this denoiser, or one like it where `inner` names another one for a step."""
         inner = self.inner.for_steps(starts, ends, labels)
-        others = {one for one in inner if one is not self.inner}
         settings = (self.degradation, self.observed, self.noise_std, self.power)
-        made: dict[BaseDenoiser, BaseDenoiser] = {one: Consistent(one, *settings) for one in others}
+        made: dict[BaseDenoiser, BaseDenoiser] = {one: Consistent(one, *settings) for one in {*inner} - {self.inner}}
         return [made.get(one, self) for one in inner]
 
     def conditioned(self, x: Tensor, t: Tensor) -> Tensor:

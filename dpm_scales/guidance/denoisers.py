@@ -72,11 +72,16 @@ class Guided(TargetDenoiser):
             f"the logSNR of {type(denoiser.process).__name__} is the same at all scales; set guidance_variable=t",
         )
         self.network, self.process, self.target = denoiser.network, denoiser.process, denoiser.target
-        self.spectrum, self._answer = denoiser.spectrum, denoiser.predict
-        self._alone = (denoiser,)  # in a tuple, since its weights are this module's already
+        self.spectrum = denoiser.spectrum
+        self._own = (denoiser,)  # in a tuple, since its weights are this module's already
         self.error_variance = denoiser.error_variance
         self.scale = scale if isinstance(scale, GuidanceCurve) else float(scale)
         self.low, self.high, self.variable = low, high, variable
+
+    @property
+    def own(self) -> Denoiser:
+        """The denoiser whose answer is exaggerated."""
+        return self._own[0]
 
     @property
     def everywhere(self) -> bool:
@@ -89,7 +94,7 @@ class Guided(TargetDenoiser):
             return super().for_steps(starts, ends, labels)
         start, end = self._place(starts), self._place(ends)
         outside = (torch.maximum(start, end) < self.low) | (torch.minimum(start, end) > self.high)
-        return [self._alone[0] if alone else self for alone in outside.tolist()]
+        return [self.own if alone else self for alone in outside.tolist()]
 
     def _guided(self, t: Tensor, answer: Tensor, other: Tensor) -> Tensor:
         """Return the prediction led away from `other`, all ``(B, C, H, W)``, for scales t ``(B,)``."""
@@ -145,11 +150,11 @@ class ClassifierFreeGuidance(Guided):
         """Return the guided prediction in the target's terms."""
         null = torch.full((y_t.shape[0],), self.null_label, dtype=torch.int64, device=y_t.device)
         if labels is None or (self.scale == 0 and self.everywhere):
-            return self._answer(operator, y_t, t, context, null)
+            return self.own.predict(operator, y_t, t, context, null)
         if self.scale == 1:
-            return self._answer(operator, y_t, t, context, labels)
+            return self.own.predict(operator, y_t, t, context, labels)
         both = None if context is None else torch.cat([context, context])
-        twice = self._answer(
+        twice = self.own.predict(
             self.process.operator(both), torch.cat([y_t, y_t]), torch.cat([t, t]), both, torch.cat([labels, null])
         )
         labelled, plain = twice.chunk(2)
@@ -184,7 +189,7 @@ class Autoguidance(Guided):
         self, operator: Operator, y_t: Tensor, t: Tensor, context: Context = None, labels: Tensor | None = None
     ) -> Tensor:
         """Return the guided prediction in the target's terms."""
-        answer = self._answer(operator, y_t, t, context, labels)
+        answer = self.own.predict(operator, y_t, t, context, labels)
         other = self.guide.predict(operator, y_t, t, context, labels if self.guide_labels else None)
         return self._guided(t, answer, other)
 

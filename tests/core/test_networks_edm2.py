@@ -232,7 +232,7 @@ def test_compiled_gradients_are_the_same() -> None:
 
 @pytest.mark.slow
 def test_inductor_gives_the_same() -> None:
-    """One level has every layer but resampling, and a third of the kernels of two."""
+    """One level has every layer but resampling, and takes a third of the time of two."""
     check_inductor(perturbed(build(widths=[8], attention_levels=[0], head_dim=8, patch_size=2)), inputs(2, 8, 16))
 
 
