@@ -52,7 +52,7 @@ def unknown_option(config_name: str, full: str, argv: Sequence[str]) -> str:
 
 
 def _without_level(config_name: str, config: Any, full: str) -> str:
-    """Return the hint for an option below a key that has none: those of the group, in other choices, or a similar name."""
+    """Return the hint for an option below a key that has none: its group's options in other choices, or a like name."""
     parent, _, last = full.rpartition(".")
     group = parent.replace(".", "/")
     if group in configs.all_groups(config_name):
