@@ -55,7 +55,7 @@ class BaseDenoiser(nn.Module, ABC):
     def for_steps(self, starts: Tensor, ends: Tensor, labels: Tensor | None = None) -> Sequence[BaseDenoiser]:
         """Return the denoiser that each step of a loop evaluates: this one, or a cheaper one with the same answers.
 
-        Samplers ask once, before the first step, so this may wait for the device.
+        Samplers, encodings and flows ask once, before the first step, so this may wait for the device.
 
         Args:
             starts, ends: scales between which the steps evaluate it, ``(steps,)``, starts >= ends.

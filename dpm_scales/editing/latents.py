@@ -90,20 +90,20 @@ def encode(
     )
     operator = process.operator(context)
     y_0 = y = operator.to_white(x)
-    steps = scales.unbind()
+    steps, denoisers = scales.unbind(), denoiser.for_steps(scales[:-1], scales[1:], labels)
     with process.kept_curves():
         for i in range(len(scales) - 1, 0, -1):
-            s, t = steps[i], steps[i - 1]
+            s, t, predict_mean = steps[i], steps[i - 1], denoisers[i - 1].predict_mean
             step = Step(process, s, t)
             if i == len(scales) - 1:
                 y = operator.apply(process.signal(t), y_0)
                 for _ in range(refine):
-                    y = y + operator.apply(process.signal(t), y_0 - denoiser.predict_mean(y, t, s, context, labels))
+                    y = y + operator.apply(process.signal(t), y_0 - predict_mean(y, t, s, context, labels))
             else:
-                below, m = y, denoiser.predict_mean(y, s, s, context, labels)
+                below, m = y, predict_mean(y, s, s, context, labels)
                 for again in range(refine + 1):
                     if again > 0:
-                        m = denoiser.predict_mean(y, t, s, context, labels)
+                        m = predict_mean(y, t, s, context, labels)
                     y = operator.combine((_inverse_coef_xs(step), below), (_inverse_coef_m(step), m))
             if on_step is not None:
                 on_step(i - 1, operator.to_pixels(y))

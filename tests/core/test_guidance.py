@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dpm_scales.denoisers import BaseDenoiser, Denoiser
-from dpm_scales.editing import Consistent, Mask
+from dpm_scales.editing import Consistent, Mask, encode
 from dpm_scales.guidance import ClassifierFreeGuidance
+from dpm_scales.likelihood import FlowLikelihood
 from dpm_scales.priors import GaussianPrior
 from dpm_scales.processes import VE, VP, Blurring, InverseHeat, OsmosisDiffusion
 from dpm_scales.rng import CounterRNG
@@ -238,6 +239,31 @@ def test_estimates_that_agree_with_a_measurement_leave_out_the_same_evaluations(
         )
         assert sum(evaluated) == 2 * (11 if kind is ClassifierFreeGuidance else 16)
     close(drawn[0].numpy(), drawn[1].numpy(), 1e-12)
+
+
+def test_encodings_and_flows_leave_out_the_same_evaluations() -> None:
+    evaluated: list[int] = []
+    network = TinyNetwork()
+    network.register_forward_pre_hook(lambda module, given: evaluated.append(len(given[0])))
+    denoiser, labels, x = Denoiser(network, VP(8), Clean()).double(), torch.tensor([0, 1]), images(2, 1, H, W)
+    scales = torch.arange(8, -1, -1, dtype=torch.float64) / 8
+
+    def found(kind: type[ClassifierFreeGuidance]) -> tuple[Tensor, int, Tensor, int]:
+        guided = kind(denoiser, NULL, 4.0, [0.3, 0.45])
+        evaluated.clear()
+        y, encoding = encode(guided, x, scales, None, labels), sum(evaluated) // 2
+        evaluated.clear()
+        flow = FlowLikelihood(guided, GaussianPrior(), 7)
+        return y, encoding, flow(x, CounterRNG(3, 2), labels).steps, sum(evaluated) // 2
+
+    y, encoding, traces, evaluations = found(ClassifierFreeGuidance)
+    expected, every_encoding, expected_traces, most = found(Everywhere)
+    close(y.numpy(), expected.numpy(), 1e-12)
+    close(traces.numpy(), expected_traces.numpy(), 1e-12)
+    # two steps of either touch the interval, from 2/8 to 3/8 to 4/8 and from 0.13 to 0.31 to 0.59; a step has 4
+    # evaluations in an encoding and 2 in a flow, whose decoder has one more
+    assert encoding == every_encoding // 2 + 2 * 4
+    assert evaluations == most // 2 + 2 * 2 + 1
 
 
 @pytest.mark.parametrize(("interval", "variable"), [(None, "t"), ([-3.0, 4.0], "logsnr")])
