@@ -2,8 +2,8 @@
 
     python -m benchmarks.front_page --table mnist_13440_images --rows 6
 
-The rows are those of docs/leaderboard/NAME.md, best first, and only the best of each process; machine and date come
-from rows.csv beside it.
+The rows are those of docs/leaderboard/NAME.md, best first, and only the best of each process; their machines and dates
+come from rows.csv beside it.
 """
 
 from __future__ import annotations
@@ -57,15 +57,19 @@ def section(folder: Path, name: str, number: int) -> str:
     with (folder / "rows.csv").open(newline="") as file:
         lines = [line for line in csv.DictReader(file) if (line["set"], line["budget"]) == (image_set, budget)]
     require(bool(lines), f"{folder / 'rows.csv'} has no rows of {image_set} and {budget}; draw its tables anew")
-    machines = " and ".join(sorted({line["machine"] for line in lines if line["machine"]}))
-    latest = max(line["date"] for line in lines)
+    rows = first_rows(table, number)
+    names = {cells(row)[0] for row in rows}
+    shown = [line for line in lines if line["row"] in names]
+    machines = " and ".join(sorted({line["machine"] for line in shown if line["machine"]}))
+    dates = sorted({line["date"] for line in shown})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     what = table.splitlines()[0].rstrip(".")
-    about = f"{image_set.upper()}, {budget} for each row ({machines}; {latest}). {what}; columns are evaluations."
+    about = f"{image_set.upper()}, {budget} for each row ({machines}; {when}). {what}; columns are evaluations."
     return "\n".join(
         [
             textwrap.fill(about, 120),
             "",
-            *first_rows(table, number),
+            *rows,
             "",
             "[All rows, and what they say](docs/leaderboard.md).",
         ]

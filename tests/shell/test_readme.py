@@ -172,4 +172,17 @@ def test_first_rows_of_the_leaderboard(tmp_path: Path) -> None:
 
 def test_the_readme_has_rows_with_machine_and_date() -> None:
     shown = README.partition("<!-- leaderboard -->")[2].partition("<!-- end of leaderboard -->")[0]
-    assert re.search(r"\(.+; 20\d\d-\d\d-\d\d\)", shown) and shown.count("\n| ") >= 6
+    day = r"20\d\d-\d\d-\d\d"
+    assert re.search(rf"\(.+; {day}( to {day})?\)", shown) and shown.count("\n| ") >= 6
+
+
+def test_machines_and_dates_are_those_of_the_rows_shown(tmp_path: Path) -> None:
+    (tmp_path / "toy_60_seconds.md").write_text(
+        "FD.\n\n| process | seeds | 5 |\n|---|---|---|\n"
+        "| ve | 2 | 1.0 |\n| vp | 1 | 2.0 |\n| real images, n = 9 | | 0.5 |\n"
+    )
+    lines = ("ve,A,2026-01-03", "ve,B,2026-01-02", "vp,C,2026-02-01")
+    text = "row,machine,date,set,budget\n" + "".join(f"{line},toy,60 seconds\n" for line in lines)
+    (tmp_path / "rows.csv").write_text(text)
+    assert "(A and B; 2026-01-02 to 2026-01-03)" in front_page.section(tmp_path, "toy_60_seconds", 1)
+    assert "(A and B and C; 2026-01-02 to 2026-02-01)" in front_page.section(tmp_path, "toy_60_seconds", 2)
