@@ -54,14 +54,14 @@ def section(folder: Path, name: str, number: int) -> str:
     table = (folder / f"{name}.md").read_text()
     image_set, _, budget = name.partition("_")
     budget = budget.replace("_", " ")
-    with (folder / "rows.csv").open(newline="") as file:
-        lines = [line for line in csv.DictReader(file) if (line["set"], line["budget"]) == (image_set, budget)]
-    require(bool(lines), f"{folder / 'rows.csv'} has no rows of {image_set} and {budget}; draw its tables anew")
     rows = first_rows(table, number)
     names = {cells(row)[0] for row in rows}
-    shown = [line for line in lines if line["row"] in names]
-    machines = " and ".join(sorted({line["machine"] for line in shown if line["machine"]}))
-    dates = sorted({line["date"] for line in shown})
+    with (folder / "rows.csv").open(newline="") as file:
+        known_lines = [line for line in csv.DictReader(file) if (line["set"], line["budget"]) == (image_set, budget)]
+    lines = [line for line in known_lines if line["row"] in names]
+    require(bool(lines), f"{folder / 'rows.csv'} has no rows of {image_set} and {budget}; draw its tables anew")
+    machines = " and ".join(sorted({line["machine"] for line in lines if line["machine"]}))
+    dates = sorted({line["date"] for line in lines})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     what = table.splitlines()[0].rstrip(".")
     about = f"{image_set.upper()}, {budget} for each row ({machines}; {when}). {what}; columns are evaluations."

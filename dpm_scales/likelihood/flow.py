@@ -147,14 +147,14 @@ def follow_flow(
     traces = torch.zeros(len(y), steps, dtype=torch.float64, device=y.device)
     denoisers = denoiser.for_steps(scales[:-1], scales[1:], labels)
     for i in range(steps):
-        step_denoiser = denoisers[steps - 1 - i]
-        b, a = scales[steps - 1 - i], scales[steps - i]
+        k = steps - 1 - i
+        b, a, step_denoiser = scales[k], scales[k + 1], denoisers[k]
         growth, own, ahead = _factors(Step(process, a, b))
         m_a, first = _with_trace(step_denoiser, operator, own, y, a, a, noise, context, labels, probes)
         euler = operator.combine((growth, y), (ahead, m_a))
         m_b, second = _with_trace(step_denoiser, operator, ahead, euler, b, a, noise, context, labels, probes)
         y = euler + operator.apply(ahead, (m_b - m_a) / 2)
-        traces[:, steps - 1 - i] = (first + second) / 2
+        traces[:, k] = (first + second) / 2
         on_step(i)
     return start.negative_log_density(y), traces
 
