@@ -25,7 +25,8 @@ class TaskLine:
     shown; a description is shortened before it is omitted.
 
     Args:
-        task: the task, optionally with the fields `unit`, the unit of the rate, and `figures`, a list of short texts.
+        task: the task, optionally with the fields `unit`, the unit of the rate; `figures`, a list of short texts; and
+            `clock`, the seconds passed and left of a task that ends by time.
         pad: minimum width of the description, in cells.
     """
 
@@ -34,9 +35,11 @@ class TaskLine:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         task, width = self.task, options.max_width
-        total = "?" if task.total is None else f"{task.total:.0f}"
-        count = f"{task.completed:.0f}".rjust(len(total)) + f"/{total}"
-        left, passed = _time(task.time_remaining), _time(task.finished_time if task.finished else task.elapsed)
+        clock: tuple[float, float] | None = task.fields.get("clock")
+        total = f"{task.total:.0f}" if task.total is not None else "" if clock else "?"
+        count = f"{task.completed:.0f}".rjust(len(total)) + (f"/{total}" if total else "")
+        left = _time(task.time_remaining if clock is None else max(clock[1], 0.0))
+        passed = _time(task.finished_time if task.finished else task.elapsed)
         speed = task.finished_speed or task.speed
         needed = [count] if task.finished else [count, f"{left} left"]
         free = width - sum(map(len, needed)) - GAP * (len(needed) - 1)
@@ -65,7 +68,8 @@ class TaskLine:
         bars: list[RenderableType] = []
         if bar >= MIN_BAR:
             free -= bar + GAP
-            bars = [ProgressBar(task.total, task.completed, bar, pulse=not task.started)]
+            whole, done = (task.total, task.completed) if clock is None else (sum(clock), clock[0])
+            bars = [ProgressBar(whole, done, bar, pulse=not task.started)]
         times = [passed] if fits(passed) else []
 
         def styled(texts: Iterable[str], style: str) -> list[RenderableType]:

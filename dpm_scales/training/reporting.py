@@ -21,6 +21,7 @@ from dpm_scales.progress import LineProgress
 from dpm_scales.run_folders.files import read_metrics
 from dpm_scales.storage import FolderGoneError, write_text
 from dpm_scales.tables import csv_text
+from dpm_scales.training.time_budget import seconds_passed_and_left
 
 LOSS_EVERY = 50
 """Steps between two readings of the loss by the progress bar: each waits for the device."""
@@ -77,17 +78,16 @@ class StepBar(ProgressBar):
     ) -> None:
         if self._bar is None:
             return
-        self._bar.update(TaskID(0), completed=trainer.global_step)
+        self._bar.update(TaskID(0), completed=trainer.global_step, clock=self._end_by_time(trainer))
         if trainer.global_step % LOSS_EVERY == 0:
             self._bar.update(TaskID(0), figures=self._losses(trainer))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._enabled and self._bar is None and not trainer.sanity_checking:
-            rate = self._rate(trainer)
-            total, left = "", ""
-            if trainer.max_steps > 0:
-                seconds = (trainer.max_steps - trainer.global_step) / max(rate, 1e-9)
-                total, left = f"/{trainer.max_steps}", f", {timedelta(seconds=round(seconds))} left"
+            rate, clock = self._rate(trainer), self._end_by_time(trainer)
+            total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+            seconds = max(clock[1], 0.0) if clock else (trainer.max_steps - trainer.global_step) / max(rate, 1e-9)
+            left = f", {timedelta(seconds=round(seconds))} left" if clock or total else ""
             line = f"step {trainer.global_step}{total}, {rate:.1f} steps/s{left}, {'  '.join(self._losses(trainer))}"
             print(line, flush=True)
 
@@ -101,6 +101,14 @@ class StepBar(ProgressBar):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def _end_by_time(self, trainer: pl.Trainer) -> tuple[float, float] | None:
+        """Return the seconds passed and left of `trainer.max_time`, or None if the run's steps end it sooner."""
+        clock = seconds_passed_and_left(trainer)
+        if clock is None or trainer.max_steps <= 0:
+            return clock
+        by_steps = (trainer.max_steps - trainer.global_step) / max(self._rate(trainer), 1e-9)
+        return None if by_steps <= clock[1] else clock
 
     def _rate(self, trainer: pl.Trainer) -> float:
         start, first = self._started

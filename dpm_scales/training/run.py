@@ -9,6 +9,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ from dpm_scales.training.settings import (
     check_objective,
     check_same_model,
 )
-from dpm_scales.training.time_budget import TimeBudget, by_time, share_passed
+from dpm_scales.training.time_budget import TimeBudget, by_time, seconds_passed_and_left, share_passed
 from dpm_scales.training.trainer import make_trainer, ranks_to_start, silence_lightning
 from dpm_scales.weights import LossWeight
 
@@ -354,11 +355,14 @@ def _first_line(cfg: DictConfig, run_dir: Path, trainer: pl.Trainer, model: Mode
     """Return a line on model, data and options; batch = images per rank x ranks x accumulated batches."""
     height, width = model.recipe.image_size
     parts = [data.batch_size, trainer.world_size, *([n] if (n := trainer.accumulate_grad_batches) > 1 else [])]
+    clock = seconds_passed_and_left(trainer)
+    ends = [] if trainer.max_steps == -1 else [f"steps {trainer.max_steps}"]
+    ends += [] if clock is None else [f"time {timedelta(seconds=round(sum(clock)))}"]
     return (
         f"{run_dir}: {title_of(model.denoiser.process)}, "
         f"{sum(p.numel() for p in model.denoiser.network.parameters()) / 1e6:.2f} M parameters, "
         f"{_images(data)} of {height}x{width}x{model.recipe.channels}, {_classes(cfg, data)}"
         f"batch {' x '.join(map(str, parts))} = {math.prod(parts)}, learning rate {cfg.optimizer.learning_rate:g}, "
-        f"steps {cfg.trainer.max_steps}, {trainer.strategy.root_device}, {trainer.precision}"
+        f"{', '.join(ends)}, {trainer.strategy.root_device}, {trainer.precision}"
         f"{', compiled' if compiles(cfg) else ''}"
     )

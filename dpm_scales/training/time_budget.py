@@ -25,15 +25,20 @@ def share_passed(trainer: pl.Trainer, checkpoint: dict[str, Any] | None = None) 
     Args:
         checkpoint: if given, the share is that which had passed when it was written.
     """
-    timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)  # type: ignore[attr-defined]
-    left = None if timer is None else timer.time_remaining()
-    if timer is None or left is None:
+    clock = seconds_passed_and_left(trainer)
+    if clock is None:
         return 0.0
-    elapsed = timer.time_elapsed()
-    seconds = elapsed + left
+    elapsed, seconds = clock[0], sum(clock)
     if checkpoint is not None:
         elapsed = float(checkpoint.get("callbacks", {}).get("Timer", {}).get("time_elapsed", {}).get("train", 0.0))
     return 1.0 if elapsed >= seconds else max(0.0, elapsed) / seconds
+
+
+def seconds_passed_and_left(trainer: pl.Trainer) -> tuple[float, float] | None:
+    """Return the seconds that have passed and are left of `trainer.max_time`, or None without a limit."""
+    timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)  # type: ignore[attr-defined]
+    left = None if timer is None else timer.time_remaining()
+    return None if timer is None or left is None else (timer.time_elapsed(), left)
 
 
 class TimeBudget(Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,23 @@ def test_without_a_known_end() -> None:
     assert "0/?" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("width", [120, 40])
+def test_time_left_of_a_task_that_ends_by_time(width: int) -> None:
+    """Two thirds of the bar after two thirds of the time; no total, as the number of steps is not known."""
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    progress = LineProgress(console=console)
+    for steps, clock in ((None, (120.0, 60.0)), (2200, (120.0, 60.0)), (None, (181.0, -1.0))):
+        progress.add_task("step", total=steps, completed=83, clock=clock)  # type: ignore[arg-type]
+    console.print(progress.get_renderable())
+    by_time, both, over = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert "0:01:00 left" in by_time and " 83 " in by_time and "/" not in by_time
+    assert "0:01:00 left" in both and "83/2200" in both
+    assert "0:00:00 left" in over
+    if width == 120:  # 40 cells; without colours the part that is left is blank
+        assert 25 <= sum(by_time.count(cell) for cell in "━╸") <= 28
+        assert over.count("━") == 40
+
+
 def test_training_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
     monkeypatch.setattr("dpm_scales.training.reporting.get_console", lambda: console)
@@ -67,6 +85,29 @@ def test_training_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert outcome.status == 0, outcome.err
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "2/2" in shown and "step " in shown and "…" not in shown
+
+
+def test_a_run_that_ends_by_time_shows_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first line, in a log file and on a terminal; steps that end sooner count instead."""
+    by_time = ("trainer.max_time=00:01:00:00", "samples.num_images=0")
+    outcome = attempt(tmp_path / "run", *by_time, "trainer.max_steps=2")
+    assert outcome.status == 0, outcome.err
+    assert ", steps 2, time 1:00:00, cpu" in outcome.out
+    assert "step 2/2, " in outcome.out and ", 0:00:00 left, " in outcome.out
+
+    outcome = attempt(
+        tmp_path / "timed", "trainer.max_time=00:00:00:03", "samples.num_images=0", "trainer.max_steps=-1"
+    )
+    assert outcome.status == 0, outcome.err
+    assert ", time 0:00:03, cpu" in outcome.out and "steps -1" not in outcome.out
+    told = [line for line in outcome.out.splitlines() if line.startswith("step ")]
+    assert told and all(re.match(r"step \d+, [\d.]+ steps/s, 0:00:0[0-3] left, ", line) for line in told)
+
+    console = Console(width=120, file=io.StringIO(), force_terminal=True, color_system=None)
+    monkeypatch.setattr("dpm_scales.training.reporting.get_console", lambda: console)
+    monkeypatch.setattr("dpm_scales.training.reporting.StepBar._rate", lambda *args: 1e-6)  # by steps, weeks
+    assert attempt(tmp_path / "bar", *by_time, "trainer.max_steps=3").status == 0
+    assert "0:59:5" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_losses_are_those_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
