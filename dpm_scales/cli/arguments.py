@@ -49,6 +49,7 @@ SHORT_MODES = {"-m": "--multirun", "-r": "--run", "-i": "--info", "-sc": "--shel
 #: options whose values are paths, which may need quotes in Hydra's grammar (names of run folders contain = and ,)
 PATHS = (
     *("run_dir", "resume", "model", "guide", "out", "reference", "inception", "folder", "data.root", "data.path"),
+    *("data.val_root", "data.index"),
     *("image", "mask", "background", "foreground", "start", "end", "samples", "yardstick", "prior_images"),
     "evaluation.inception",
 )
@@ -66,8 +67,11 @@ _CURVE = {"low": "1.0", "high": "1.0", "cutoff": "0.1", "sharpness": "4.0", "wei
 CURVES = {"sample": {"guidance": _CURVE}, "evaluate": {"guidance": _CURVE}}
 #: former choices of options, with their present names
 CHOICE_ALIASES = {"edit=generate": "edit=draw"}
-#: files and folders that Hydra, Optuna and submitit write into a sweep's folder
-SWEEP_FILES = ("multirun.yaml", "study.db", "study.db-journal", "study.db-wal", "study.db-shm", ".submitit")
+#: files and folders that Hydra, Optuna, submitit and a search write into a sweep's folder
+SWEEP_FILES = (
+    *("multirun.yaml", "study.db", "study.db-journal", "study.db-wal", "study.db-shm", ".submitit"),
+    "experiment",
+)
 PLAIN_VALUE = re.compile(r"""null|\$\{.*|".*"|'.*'|[A-Za-z_./][A-Za-z0-9_./+-]*""", re.DOTALL)
 #: an item of a list without brackets, quoted or not; below, an item that Hydra's grammar accepts without quotes
 LIST_ITEM = re.compile(r"""'[^']*'|"[^"]*"|[^,]+""")

@@ -21,7 +21,7 @@ from dpm_scales.images import to_range
 from dpm_scales.models.instantiate import plain
 from dpm_scales.operators import HeatOperator
 from dpm_scales.progress import progress_bar
-from dpm_scales.storage import check_writable, write_text
+from dpm_scales.storage import check_names, check_writable, guarded, write_text
 from dpm_scales.study.comparison import Entry, noise_seed
 from dpm_scales.study.matching import (
     CRITERIA,
@@ -47,6 +47,7 @@ def match(cfg: DictConfig) -> None:
         raise UserError(f"unknown process to match, like={cfg.like!r}: {suggest(like, entries)}")
     entry, times = entries[like], [float(t) for t in plain(cfg.times)]
     check_writable(out)
+    check_names(out, [_file(out).parent.name])
     if criterion == "snr":
         zero = torch.zeros((), dtype=torch.float64)
         scales = torch.tensor(entry.scales, dtype=torch.float64)
@@ -132,7 +133,8 @@ def _file(out: Path) -> Path:
 def _save_process(out: Path, fitted_to: str, process: dict[str, Any]) -> None:
     command = command_line("train", "--config-dir", "THIS_FOLDER/..", "process=matched")
     made = f"# fitted to {fitted_to}; {command}\n"
-    write_text(_file(out), made + yaml.safe_dump(process, sort_keys=False))
+    with guarded(out):
+        write_text(_file(out), made + yaml.safe_dump(process, sort_keys=False))
 
 
 def _plot(out: Path, result: Match, times: list[float], name: str) -> None:

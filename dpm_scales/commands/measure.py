@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dpm_scales.cli.program import program
 from dpm_scales.cli.words import split_words
 from dpm_scales.errors import printable, require
+from dpm_scales.storage import check_names, guarded
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,9 @@ def run(argv: Sequence[str]) -> None:
     device = pick_device(asked.options.get("device", "auto"))
     place = Path(asked.words[0]) if "://" not in asked.words[0] else asked.words[0]
     folder = export_folder(place)
+    named = Path(place)  # typed, and may be a link; the export below a run may not
+    if folder != named:
+        check_names(named, [folder.name])
     model = load_to_measure(folder, allow)
     require_measurable(model.denoiser)
     images = open_images(asked.options.get("images", "data"), "images", "train", number, folder, allow)
@@ -77,7 +81,8 @@ def run(argv: Sequence[str]) -> None:
         table = measure_error_variance(
             model.denoiser, _batches(model, images, batch_size, device), seed, lambda count: bar.advance(task, count)
         )
-    path = save_covariance(folder, table)
+    with guarded(named):
+        path = save_covariance(folder, table)
     what = f"{table.num_images} images of {images.source}, {scales} scales, seed {seed}, EMA weights"
     print(printable(f"{path}: {what}; sample with sampler.covariance=optimal"))
 

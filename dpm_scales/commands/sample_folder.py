@@ -26,7 +26,8 @@ FORMAT = "dpm_scales samples"
 VERSION = 1
 PRIOR_RECORD = "prior_images.json"
 """File that names the image each sample started from."""
-
+SMALLEST_MEMBER = 1024
+"""Bytes of the smallest file in a tar file, with its header."""
 
 MAX_RECORD_BYTES = 2**20
 NAMED = 3  # largest number of differences in a message
@@ -97,7 +98,7 @@ def claimed(folder: Path, record: Mapping[str, Any], overwrite: bool) -> Iterato
     """
     require_free(folder, record, overwrite)
     count = int(record["number"])
-    require_room(folder, -(-count // PER_SHARD) if "shards" in record else count)
+    require_room(folder, count, "shards" in record)
     check_writable(folder)
     advice = "wait for it, or choose another out"
     with guarded(folder), lock(folder / ".lock", "is being written to by", advice):
@@ -111,12 +112,21 @@ def claimed(folder: Path, record: Mapping[str, Any], overwrite: bool) -> Iterato
         yield
 
 
-def require_room(folder: Path, count: int) -> None:
-    """Raise UserError if the disk of `folder` has no room for `count` images in all, even of minimum size."""
+def require_room(folder: Path, count: int, in_shards: bool = False) -> None:
+    """Raise UserError if the disk of `folder` has no room for `count` images in all, even of minimum size.
+
+    Args:
+        in_shards: images lie in tar files, where each takes at least a header and a block of content.
+    """
     place = next((parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir()), None)
     if place is None or not hasattr(os, "statvfs"):
         return
     disk = os.statvfs(place)
+    if in_shards:
+        most = disk.f_bavail * disk.f_frsize // SMALLEST_MEMBER + PER_SHARD * len(numbered_shards(folder))
+        if disk.f_blocks and count > most:
+            raise UserError(f"the disk of {folder} has room for at most {most} of {count} images; draw fewer")
+        return
     room = min(
         disk.f_bavail if disk.f_blocks else math.inf,  # a file takes at least one block
         disk.f_favail if disk.f_files else math.inf,

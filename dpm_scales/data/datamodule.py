@@ -28,13 +28,16 @@ from dpm_scales.data.decoded import (
 from dpm_scales.data.sampler import EpochImages, ShuffledBatches, collate
 from dpm_scales.describe import Describable
 from dpm_scales.distributed.lightning_private import batches_processed
-from dpm_scales.errors import is_whole, require
+from dpm_scales.errors import is_whole, require, require_number
 from dpm_scales.memory import require_memory
 from dpm_scales.storage import data_cache
 
 BYTES_PER_IMAGE, BYTES_PER_PIXEL = 400, 14
 """Minimum memory of a batch in bytes: per image, its Python objects; per pixel and channel, two copies of the loaded
 image during collation, then the float image, its noise and a result."""
+
+MOST_WORKERS, MOST_SEED = 1024, 2**53 - 1
+"""Largest number of loader processes, and largest seed that checkpoints keep."""
 
 
 class ImageDataModule(Describable, pl.LightningDataModule):
@@ -47,7 +50,7 @@ class ImageDataModule(Describable, pl.LightningDataModule):
         source: the images.
         batch_size: images per batch on one device.
         num_workers: loader processes per rank; 0 loads in the training process.
-        seed: seed of the order and the augmentation, >= 0.
+        seed: seed of the order and the augmentation, from 0 to `MOST_SEED`.
         pin_memory: whether batches are page-locked; None locks them if CUDA is available.
         drop_last: whether to drop an incomplete last batch; otherwise the first images of the order fill it up.
         decoded: keep decoded images in a file that all processes map into memory, see `decoded`.
@@ -73,8 +76,8 @@ class ImageDataModule(Describable, pl.LightningDataModule):
     ) -> None:
         super().__init__()
         require(is_whole(batch_size, 1), f"batch_size={batch_size}: allowed is a whole number >= 1")
-        require(is_whole(num_workers, 0), f"num_workers={num_workers}: allowed is a whole number >= 0")
-        require(is_whole(seed, 0), f"seed={seed}: allowed is a whole number >= 0")
+        require_number("num_workers", num_workers, 0, MOST_WORKERS, whole=True)
+        require_number("seed", seed, 0, MOST_SEED, whole=True)
         size = (source.channels, *source.image_size)
         require_memory(
             batch_size * (BYTES_PER_IMAGE + BYTES_PER_PIXEL * math.prod(size)),

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from dpm_scales.denoisers import BaseDenoiser, WithoutNetwork
-from dpm_scales.errors import UserError, is_whole, require
+from dpm_scales.errors import UserError, is_whole, require, require_number
 from dpm_scales.likelihood.bound import Likelihood, OnStep, check_noise
 from dpm_scales.likelihood.decoder import check_decoder, decode
 from dpm_scales.likelihood.start import Start, start_law
@@ -42,6 +42,9 @@ from dpm_scales.processes import Context, Process, Step
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers.grids import logsnr_grid, tables_of
 from dpm_scales.targets import NextScale
+
+MOST_STEPS = 10**6
+"""Largest number of steps, as far as memory for the tables of all scales is concerned."""
 
 
 def flow_scales(process: Process, steps: int, device: torch.device | str | None = None) -> Tensor:
@@ -73,7 +76,7 @@ class FlowLikelihood:
         levels: int | None = 256,
     ) -> None:
         process = denoiser.process
-        require(is_whole(steps, 1), f"likelihood: steps must be a whole number >= 1, got {steps!r}")
+        require_number("likelihood: steps", steps, 1, MOST_STEPS, whole=True)
         require(is_whole(probes, 1), f"likelihood: probes must be a whole number >= 1, got {probes!r}")
         check_decoder(decoder_std, levels)
         require(

@@ -82,10 +82,12 @@ def build(
         place = lacks_memory(root)
         if place is not None:
             raise OutOfMemoryError(f"{what} needs more memory than {place} has left; choose smaller values") from error
-        usual = isinstance(root, (TypeError, ValueError, ImportError, AttributeError))
+        usual = isinstance(root, (TypeError, ValueError, ImportError, AttributeError, ArithmeticError))
         if isinstance(root, UserError) or not (usual or type(root).__name__ == "MisconfigurationException"):
             raise
         text = " ".join(str(root).split()) or type(root).__name__
+        if isinstance(root, ArithmeticError):  # "math range error", and not of which argument
+            text = f"{text}; one of its numbers is too large or too small"
         raise UserError(f"{where}: {text} (HYDRA_FULL_ERROR=1 shows where)") from error
     if partial_kwargs is not None and settings.get("_partial_"):
         _require_arguments(found, partial_kwargs, what)

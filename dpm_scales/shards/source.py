@@ -246,7 +246,13 @@ class ShardSource(ImageSource):
         if labels != "none":
             none = f"{shards.source}: the index lists no labels; pack them with labels=folder, or set labels=none"
             require(found.num_classes is not None, none)
-            self.num_classes, self.class_names = found.num_classes, found.class_names
+            classes = int(found.num_classes or 0)
+            self.num_classes, self.class_names = classes, found.class_names
+            require(
+                self.class_names is not None or classes <= len(found),
+                f"{shards.source}: labels go up to {classes - 1}, which makes {classes} classes of "
+                f"{len(found)} images; number the classes from 0 without gaps",
+            )
         train = View(channels, size, mode, random_crop, random_flip, rotate_portrait)
         val = View(channels, size, mode, rotate_portrait=rotate_portrait)
         rest = (self.num_classes, on_error, window, decoder)

@@ -25,7 +25,7 @@ from dpm_scales.cli.program import command_line
 from dpm_scales.cli.stored import key_of
 from dpm_scales.distributed.ranks import current_world
 from dpm_scales.errors import UserError, require, require_number, suggest
-from dpm_scales.storage import write_text
+from dpm_scales.storage import guarded, write_text
 from dpm_scales.sweeps.naming import plain_name, run_folder
 
 DIRECTIONS = ("minimize", "maximize")
@@ -127,9 +127,12 @@ def search(
     command = ["--config-dir", str(root), *path, "experiment=best", *rest, f"run_dir=runs/{root.name}-best"]
     line = command_line("train", *command)
     what = f"best of {len(complete)} trials: {objective} {best.value:.5g}"
-    write_text(root / "best.yaml", yaml.safe_dump({objective: best.value, "overrides": options, "run": str(folder)}))
     comment = f"# @package _global_\n# {what}\n# {line}\n"
-    write_text(root / "experiment" / "best.yaml", comment + yaml.safe_dump(config, sort_keys=False))
+    with guarded(root):
+        write_text(
+            root / "best.yaml", yaml.safe_dump({objective: best.value, "overrides": options, "run": str(folder)})
+        )
+        write_text(root / "experiment" / "best.yaml", comment + yaml.safe_dump(config, sort_keys=False))
     print(f"{what} with {' '.join(found)} ({folder}); train with it: {line}", flush=True)
 
 

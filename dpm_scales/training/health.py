@@ -6,6 +6,8 @@ the count where it waits for the device anyway: whenever a checkpoint is due, an
 
 from __future__ import annotations
 
+import math
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,8 +58,12 @@ class Health:
         return row == 0
 
     def check_end(self, trainer: pl.Trainer) -> None:
-        """Raise UserError unless the run ends with a finite step."""
+        """Raise UserError unless the run ends with a finite step; warn if the last validation was not finite."""
         if self.good(trainer):
+            loss = trainer.callback_metrics.get("val/loss")
+            if loss is not None and trainer.is_global_zero and not math.isfinite(float(loss)):
+                rate = f"with a lower rate, such as {self._slower(trainer)}"
+                warnings.warn(f"val/loss is {float(loss):g} at the end; train again {rate}", stacklevel=2)
             return
         row, step = int(_module(trainer).bad_steps[1]), trainer.global_step
         which = f"the last {row} steps" if row > 1 else "the last step"
@@ -73,15 +79,14 @@ class Health:
         """
         if not trainer.is_global_zero:
             raise SystemExit(0)  # the first rank reports
-        module, run_dir = _module(trainer), self.folder.parent
-        if options is None:
-            options = [f"optimizer.learning_rate={min(module.learning_rate / 10, SAFE_RATE):g}"]
+        run_dir = self.folder.parent
         more = "" if str(trainer.precision).startswith("32") else ", or with trainer.precision=32-true"
         start = f"{what}; none of it is saved"
-        command = resume_command(run_dir, *options)
         # several batches have failed with these weights
         failed = trainer.global_step - row if row > 1 else -1
         found = [(path, checkpoint_step(path)) for path in checkpoints(self.folder)]
+        # without a checkpoint, the same steps would fail again
+        command = resume_command(run_dir, *(options if options and found else [self._slower(trainer)]))
         good = [path for path, step in found if step != failed]
         if not found:
             raise UserError(f"{start}. There is no checkpoint yet: start again with {command}{more}")
@@ -93,6 +98,9 @@ class Health:
         set_aside([path for path, step in found if step == failed], good[0])
         step = checkpoint_step(self.folder / "last.ckpt")
         raise UserError(f"{start}. The last good checkpoint is of step {step}: resume with {command}{more}")
+
+    def _slower(self, trainer: pl.Trainer) -> str:
+        return f"optimizer.learning_rate={min(_module(trainer).learning_rate / 10, SAFE_RATE):g}"
 
 
 class StopDiverged(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,8 +19,9 @@ from dpm_scales.evaluation.choices import choose_features, choose_metrics, rehea
 from dpm_scales.evaluation.reference_cache import REFERENCES, reference_features
 from dpm_scales.evaluation.references import data_images
 from dpm_scales.images import to_uint8
+from dpm_scales.memory import require_memory
 from dpm_scales.metrics import FeatureSet, FeatureStatistics, compare
-from dpm_scales.metrics.figures import check_names, check_numbers, extractors, needs_network, needs_rows
+from dpm_scales.metrics.figures import check_names, check_numbers, extractors, memory_needed, needs_network, needs_rows
 from dpm_scales.models.model import Model
 from dpm_scales.rng import CounterRNG
 from dpm_scales.storage import user_cache
@@ -63,6 +65,12 @@ class PeriodicEvaluation(Callback):
                 self.network = choose_features(settings.features, settings.inception, key="evaluation.features")
             rehearse(self.metrics, self.network, self.reference, "evaluation.measures")
         self.sources = extractors(self.metrics, self.network)
+        require_memory(  # features of all ranks together
+            4.0 * self.num_samples * sum(source.dim for source in self.sources)
+            + memory_needed(self.metrics, (len(self.reference), self.num_samples), self.network),
+            f"features of evaluation.num_samples={self.num_samples} samples",
+            "lower evaluation.num_samples",
+        )
         check_names(self.metrics, self.network)
         self._known: list[FeatureSet] | None = None
         self._step = 0
@@ -117,6 +125,8 @@ class PeriodicEvaluation(Callback):
             labels = None if recipe.num_classes is None else numbers % recipe.num_classes
             size = (recipe.channels, *recipe.image_size)
             x = model.sampler.sample(model.denoiser, model.prior, noise, size, labels, scales)
+            if not x.isfinite().all():
+                warnings.warn(f"samples at step {trainer.global_step} are not finite: black for eval/", stacklevel=2)
             place = first - start
             images = to_uint8(x, model.denoiser.process.value_range)
             own[place : place + noise.count] = torch.cat([source(images).to(own) for source in self.sources], 1)

@@ -6,6 +6,7 @@ random streams of training.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -92,6 +93,8 @@ class SampleGrid(Callback):
             raise OutOfMemoryError(f"{place} has no memory to draw {what}; lower samples.num_images") from error
         if not trainer.is_global_zero:
             return
+        if not x.isfinite().all():
+            warnings.warn(f"samples at step {trainer.global_step} are not finite: black in the grid", stacklevel=2)
         images = to_uint8(x, process.value_range).cpu()
         grid = make_grid(images) if labels is None else make_class_grid(images, labels.tolist(), recipe.class_names)
         pictures = {"samples": (f"step-{trainer.global_step:06d}.png", grid)}

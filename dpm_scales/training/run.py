@@ -263,6 +263,11 @@ def _resume_and_fit(
             print(f"{run_dir} is finished ({finished['steps']} steps); {more}")
         return Trained(finished, model, None)
 
+    limit = cfg.trainer.max_steps
+    require(
+        limit == -1 or steps <= limit,
+        f"{run_dir} has taken {steps} steps, more than trainer.max_steps={limit}; max_steps={steps} ends it there",
+    )
     metrics = MetricsFile(run_dir / "metrics.csv")
     if main:
         rescue.texts, rescue.metrics = prepare(cfg, run_dir, overrides), metrics.text

@@ -39,6 +39,8 @@ FILES = (
     "ema/step-*.safetensors",
 )
 FOLDERS = ("checkpoints", "samples", "model", "ema")
+#: data that are fetched, or read from a folder with all its images
+HUGGING_FACE = "dpm_scales.data.hf_data"
 
 
 @contextmanager
@@ -97,17 +99,16 @@ def trusted_data(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     Raises: UserError if the run would write its images among those that it is trained on.
     """
     settings: dict[str, Any] = plain(cfg.data)
-    if "download" in settings:  # reads its own files, whatever lies beside them
-        return settings if may_download(run_dir) else {**settings, "download": False}
-    root = settings.get("root")
-    if isinstance(root, str):
+    root, fetches = settings.get("root"), "download" in settings
+    # sets of torchvision and shards read their own files, whatever lies beside them
+    if isinstance(root, str) and (not fetches or settings.get("_target_") == HUGGING_FACE):
         inside = run_dir.resolve().is_relative_to(Path(root).expanduser().resolve())
         require(
             not inside,
             f"run_dir={run_dir} lies in data.root={root}: the run's sample grids would become training images; "
             "choose another run_dir",
         )
-    return settings
+    return {**settings, "download": False} if fetches and not may_download(run_dir) else settings
 
 
 class Rescue:

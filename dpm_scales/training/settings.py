@@ -11,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from dpm_scales.distributed.fsdp import FSDP
-from dpm_scales.errors import UserError, require, require_number, suggest
+from dpm_scales.errors import UserError, is_whole, require, require_number, suggest
 from dpm_scales.memory import require_memory
 from dpm_scales.models.instantiate import CONFIGS, defaults_of, locate
 from dpm_scales.models.model import PARTS, Recipe
@@ -20,6 +20,9 @@ from dpm_scales.training.module import BANDS, MOST_STEPS
 
 SECTIONS = ("optimizer", "training", "ema", "checkpoint", "samples", "evaluation")
 """Sections of configs/train.yaml that are not config groups."""
+
+MOST_DEVICES = 4096
+"""Largest number of devices on a machine, and of machines."""
 
 
 def check_keys(cfg: DictConfig) -> None:
@@ -52,6 +55,9 @@ def check_numbers(cfg: DictConfig) -> None:
     )
     for name in ("val_check_interval", "log_every_n_steps", "accumulate_grad_batches"):
         require_number(f"trainer.{name}", trainer[name], 1, MOST_STEPS, whole=True)
+    for name in ("devices", "num_nodes"):
+        if is_whole(trainer[name]) and trainer[name] > MOST_DEVICES:
+            raise UserError(f"trainer.{name}={trainer[name]}: allowed are at most {MOST_DEVICES}")
     strategy = str(trainer.strategy)
     require(
         strategy in ("auto", FSDP) or strategy.startswith("ddp"),

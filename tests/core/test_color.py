@@ -27,6 +27,7 @@ from dpm_scales.schedules import (
     PowerLaw,
     WhiteColor,
 )
+from dpm_scales.schedules.color import dct_products
 from dpm_scales.targets import Clean
 from support.colors import COLORS, LAWS, SIZE, K, pair
 from support.oracles import TinyNetwork, close, float64, images, pretended_gpu, refused
@@ -64,6 +65,23 @@ def listed(values: Array, knots: Array, x: Array) -> Array:
     return np.asarray(np.exp(np.interp(x, knots, np.log(values))))
 
 
+def kernel_matrix(size: tuple[int, int], decay: float) -> np.ndarray:
+    """The covariance of all pixels of an image."""
+    y, x = np.divmod(np.arange(size[0] * size[1]), size[1])
+    return np.asarray((np.hypot(y[:, None] - y, x[:, None] - x) + 1) ** -decay)
+
+
+def covariance_weight(mu: Array) -> Array:
+    """From variances under the dense covariance: means near multiples of the lowest frequency, linear between."""
+    basis = np.kron(dct_basis(SIZE[0]), dct_basis(SIZE[1]))
+    variances = np.diag(basis @ kernel_matrix(SIZE, 0.4) @ basis.T)
+    place = np.sqrt(mu.ravel()) * max(SIZE) / np.pi
+    knots = np.arange(int(place.max()) + 2)
+    hats = np.clip(1 - np.abs(place - knots[:, None]), 0, None)
+    series = (hats @ variances) / hats.sum(1)
+    return np.sqrt(np.interp(place, knots, series)).reshape(mu.shape)
+
+
 def kernel_weight(mu: Array) -> Array:
     d = np.arange(9)
     kernel = (np.hypot(d[:, None], d[None, :]) + 1) ** -0.4
@@ -82,7 +100,8 @@ FORMULAS: dict[str, Callable[[Array], Array]] = {
     "power-law": lambda mu: (np.sqrt(mu) / (2 * np.pi) + 0.05) ** 0.5,
     "power-law-published": lambda mu: (np.sqrt(mu) / (2 * np.pi) + 0.02) ** -0.3,
     "data": data_weight,
-    "kernel": kernel_weight,
+    "kernel": covariance_weight,
+    "kernel-periodic": kernel_weight,
     "listed": lambda mu: listed(np.array([1.0, 0.2, 3.0]), np.array([0.0, 0.2, 0.6]), np.sqrt(mu) / (2 * np.pi)),
 }
 
@@ -125,7 +144,41 @@ def test_a_pixel_has_the_energy_of_white_noise(name: str) -> None:
         )
 
 
-def test_the_kernels_spectrum_is_that_of_an_explicit_covariance_matrix() -> None:
+@pytest.mark.parametrize("size", [(7, 12), (16, 5), (9, 9), (1, 13), (2, 2)])
+@pytest.mark.parametrize("decay", [0.2, 0.7])
+def test_the_kernels_spectrum_is_that_of_an_explicit_covariance_matrix(size: tuple[int, int], decay: float) -> None:
+    """The variances of the DCT's coefficients; those of one radial frequency alone are kept apart to 1e-10."""
+    basis = np.kron(dct_basis(size[0]), dct_basis(size[1]))
+    variances = np.diag(basis @ kernel_matrix(size, decay) @ basis.T).reshape(size)
+    kernel = torch.from_numpy((np.hypot(np.arange(size[0])[:, None], np.arange(size[1])) + 1) ** -decay)
+    close(dct_products(size[0]) @ kernel @ dct_products(size[1]).mT, variances, 1e-10)
+    color = KernelColor(decay, energy="published")
+    mu = HeatOperator().eigenvalues(*size)
+    color.bind_spectrum(mu)
+    found = torch.exp(2 * color.log_shape(torch.ones(1), mu))
+    assert float(found[0, 0]) == pytest.approx(variances[0, 0], rel=1e-10)
+    assert float((found.log() - np.log(variances)).abs().max()) < 0.6
+    assert float(found.mean()) == pytest.approx(1, abs=0.02)  # C(0)
+
+
+@pytest.mark.parametrize(("decay", "error"), [(0.2, 0.02), (0.5, 0.05), (1.0, 0.06)])
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_noise_of_a_kernel_is_correlated_like_it(decay: float, error: float, size: tuple[int, int]) -> None:
+    """Of all pixels up to a distance of 8 px from one in the middle, in every direction; as shipped, with 0.2."""
+    process = Spectral(4, CosineLogSNR(), color=KernelColor(decay))
+    process.bind_size(size)
+    mu = torch.from_numpy(eigenvalues(*size))
+    basis = np.kron(dct_basis(size[0]), dct_basis(size[1]))
+    covariance = (basis.T * (process.noise_scale(1.0, mu) ** 2).numpy().ravel()) @ basis
+    deviation = np.sqrt(np.diag(covariance))
+    correlation = covariance / deviation[:, None] / deviation
+    here, wanted = (size[0] // 2) * size[1] + size[1] // 2, kernel_matrix(size, decay)
+    near = wanted[here] > 9**-decay - 1e-12
+    assert near.sum() > 180
+    assert np.abs(correlation - wanted)[here][near].max() < error
+
+
+def test_the_former_series_is_that_of_a_periodic_kernel() -> None:
     decay, extent = 0.3, 12
     color = KernelColor(decay, extent, "published")
     # the covariance on the torus to which reflections extend an image, its eigenvalues by a plain FFT
@@ -135,20 +188,6 @@ def test_the_kernels_spectrum_is_that_of_an_explicit_covariance_matrix() -> None
     omega = np.pi * np.arange(extent + 1) / extent
     close(color.log_shape(torch.ones(1), torch.from_numpy(omega**2)), np.log(along_an_axis) / 2, 1e-10)
     assert along_an_axis.min() > 0 and along_an_axis.max() / along_an_axis.min() > 100
-
-
-def test_noise_of_a_kernel_is_correlated_like_it() -> None:
-    side, process = 32, Spectral(4, CosineLogSNR(), color=KernelColor(0.5, 16))
-    process.bind_size((side, side))
-    mu = torch.from_numpy(eigenvalues(side, side))
-    basis = np.kron(dct_basis(side), dct_basis(side))
-    power = (process.noise_scale(1.0, mu) ** 2).numpy().ravel()
-    covariance = (basis.T * power) @ basis
-    here = (side // 2) * side + side // 2
-    for distance in (1, 2, 4, 8):
-        there = here + distance
-        correlation = covariance[here, there] / math.sqrt(covariance[here, here] * covariance[there, there])
-        assert correlation == pytest.approx((distance + 1) ** -0.5, abs=0.03)
 
 
 def test_white_is_no_color() -> None:

@@ -160,6 +160,16 @@ def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
     assert not (tmp_path / "index.json").exists()
 
 
+def test_more_classes_than_images_are_refused(tmp_path: Path) -> None:
+    """One label out of range would make a network of thousands of classes; names say that they are meant."""
+    with webdataset.ShardWriter(f"{tmp_path}/set-%04d.tar", maxcount=7, verbose=0) as writer:
+        for n in range(5):
+            writer.write({"__key__": f"{n}", "png": Image.fromarray(numbered(n)), "cls": 19000 if n == 3 else 0})
+    words = "labels go up to 19000, which makes 19001 classes of 5 images; number the classes from 0 without gaps"
+    with pytest.raises(UserError, match=words):
+        source(tmp_path, val_fraction=0)
+
+
 def test_a_scan_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     tar(tmp_path / "a.tar", samples(range(6)))
     source(tmp_path)

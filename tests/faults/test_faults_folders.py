@@ -122,6 +122,8 @@ def test_runs_among_their_own_images_are_refused(inside: str, tmp_path: Path) ->
     assert f"run_dir={run_dir} lies in data.root={root}: the run's sample grids would become training images" in line
     assert files(root) == before
     assert attempt(tmp_path / "run", *options, "trainer.max_steps=1").status == 0
+    line = error_line(call("train.py", "data=hf", *options[1:], f"run_dir={run_dir}", cwd=tmp_path))
+    assert f"run_dir={run_dir} lies in data.root={root}: " in line and files(root) == before
 
 
 def test_a_run_without_validation_images_says_so(tmp_path: Path) -> None:

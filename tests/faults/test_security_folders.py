@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from dpm_scales import storage
+from dpm_scales.commands.measure import run as measure
 from dpm_scales.errors import UserError
 from support.shell import SMALL, Outcome, call, files, train
 
@@ -121,6 +122,33 @@ def test_the_links_are_dangerous(run: Path, victim: Path, tmp_path: Path, monkey
     with replaced(copied / "model", "link", victim):
         assert resume(copied, "logger=csv").status == 0
     assert (victim / "config.yaml").read_text() != "precious"
+
+
+def test_links_where_results_have_a_folder_of_their_own(run: Path, victim: Path, tmp_path: Path) -> None:
+    """A process fitted to another, the best options of a search, the covariance of a model."""
+    precious = files(victim)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "process").symlink_to(victim)
+    options = ("task=match", "criterion=snr", "like=blurring", "data=photos", "limit=1", "times=[1,5]", f"out={out}")
+    assert_refused(
+        call("evolve.py", *options, cwd=tmp_path), "out/process' is a link, and nothing is written through it"
+    )
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "experiment").symlink_to(victim)
+    search = ("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "seed=range(0,9)", f"run_dir={tmp_path}/root")
+    outcome = call("train.py", *search, *SMALL, "trainer.max_steps=1", cwd=tmp_path)
+    assert_refused(outcome, "root/experiment' is a link, and nothing is written through it")
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    kept = Path(shutil.move(copied / "model", tmp_path / "kept"))
+    (copied / "model").symlink_to(kept)
+    before = files(kept)
+    with pytest.raises(UserError, match="run/model' is a link, and nothing is written through it"):
+        measure([str(copied), "num_images=4"])
+    assert files(kept) == before and files(victim) == precious
+    (tmp_path / "link").symlink_to(kept)  # what was typed may be one
+    measure([str(tmp_path / "link"), "images=digits", "num_images=4"])
+    assert set(files(kept)) - set(before) == {"covariance.safetensors"}
 
 
 def test_links_in_the_folder_of_a_sweep(victim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,16 @@ TRAIN = {
     "trainer.gradient_clip_val=0": "trainer.gradient_clip_val=0 stops all learning; null clips nothing",
     "trainer.accelerator=gpu2": "trainer: .*invalid accelerator name",
     "trainer.devices=zero": "devices",
+    "trainer.devices=1000000000": "trainer.devices=1000000000: allowed are at most 4096",
+    f"data.seed={10**30}": r"seed must be a whole number >= 0 and <= 9.0072e\+15, got 1000",
+    "data.num_workers=100000": "num_workers must be a whole number >= 0 and <= 1024, got 100000",
+    "data=webdataset data.root=good data.val_root=": "data.val_root is empty",
+    "data=webdataset data.root=good data.index=": "data.index is empty",
+    "process.noise.logsnr_min=-2000": "process: math range error; one of its numbers is too large or too small",
+    "process=heat process.noise.noise_std=1e200": "process: .*; one of its numbers is too large or too small",
+    f"evaluation.every_n_steps=2 evaluation.features=efflite0 evaluation.num_samples={10**13}": (
+        "evaluation.num_samples=10000000000000 samples would take .* lower evaluation.num_samples"
+    ),
     "data.batch_size=0": "batch_size=0: allowed is a whole number >= 1",
     "data.batch_size=5000": "data.batch_size=5000 exceeds the 1438 training images; set data.batch_size <= 1438",
     # places
@@ -269,6 +279,7 @@ SAMPLE = {
     "model=labels out=out labels=1.5": "unknown label 1.5; allowed: 0..9",
     "model=labels out=out labels=true": "unknown label True; allowed: 0..9",
     "model=labels out=out num_samples=1000000000000": "1000000000000 images need as many files, and the disk of out",
+    "model=labels out=out num_samples=1000000000000 shards=true": "the disk of out has room for at most",
     "model=digits out=out steps=1000000000000000000000": "exceeds the process's num_scales=1000; lower steps",
     "model=digits out=out seed=9223372036854775808": "seed must be a whole number >= 0 and <= 9.22337e.18, got 922",
     "model=labels out=out guidance=1e300": "guidance must be a number >= 0 and <= 1e.30, got 1e.300",

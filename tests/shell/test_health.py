@@ -16,10 +16,11 @@ from dpm_scales.denoisers import Denoiser
 from dpm_scales.errors import UserError
 from dpm_scales.models.checksums import read_checkpoint, write_checkpoint
 from dpm_scales.models.seals import checkpoint_step
+from dpm_scales.samplers import Sampler
 from dpm_scales.training import load_model
 from dpm_scales.training.health import Health, set_aside
 from dpm_scales.training.module import DiffusionModule
-from support.shell import attempt, call, checkpoint, column, files
+from support.shell import attempt, call, checkpoint, column, files, train
 
 #: diverges: the first two steps are finite, and leave weights of 1e8
 RUN = (
@@ -151,6 +152,32 @@ def test_a_run_that_ends_without_a_finite_loss_exports_nothing(
     outcome = call("train.py", *arguments, cwd=tmp_path)
     assert outcome.status == 0, outcome.err
     assert checkpoint(run_dir)["bad_steps"][0] == (1 if bad == 1 else 0)
+    assert_finite(run_dir)
+
+
+def test_a_bad_last_step_without_a_checkpoint_asks_for_a_lower_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same steps would fail again."""
+    poison(monkeypatch, lambda step: step == 2)
+    outcome = attempt(tmp_path / "run", "trainer.max_steps=2", "samples.num_images=0")
+    assert outcome.status == 2 and "There is no checkpoint yet: start again with" in outcome.err, outcome.err
+    assert advised(outcome.err)[-1] == "optimizer.learning_rate=0.0001"
+
+
+def test_a_model_whose_samples_and_validation_are_not_finite_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are finite, so that it is kept."""
+    loss, sample = Denoiser.loss, Sampler.sample
+    monkeypatch.setattr(Denoiser, "loss", lambda *args: loss(*args) * (1 if torch.is_grad_enabled() else math.inf))
+    monkeypatch.setattr(Sampler, "sample", lambda *args, **kwargs: sample(*args, **kwargs) * math.nan)
+    with pytest.warns(UserWarning) as found:
+        run_dir = train(tmp_path / "run", "trainer.max_steps=1", "samples.num_images=2")
+    told = [str(one.message) for one in found]
+    assert any(line.startswith("samples at step 1 are not finite: black in the grid") for line in told), told
+    advice = "at the end; train again with a lower rate, such as optimizer.learning_rate=0.0001"
+    assert any(line.startswith("val/loss is ") and line.endswith(advice) for line in told), told
     assert_finite(run_dir)
 
 

@@ -219,6 +219,11 @@ def test_command_prints_and_saves_what_a_trained_model_makes_of_images_held_out(
         ("samples=run/samples", "likelihood=vlb"): "likelihood=vlb",
         ("model=run", "likelihood=vlb", "likelihood_scales=21"): "20",
         ("model=run", "likelihood=flow", "likelihood_scales=0"): "steps",
+        (
+            "model=run",
+            "likelihood=flow",
+            f"likelihood_scales={10**30}",
+        ): "steps must be a whole number >= 1 and <= 1e+06",
     }.items():
         failed = evaluate(tmp_path, *options)
         assert failed.status == 2 and words in failed.err and "Traceback" not in failed.err

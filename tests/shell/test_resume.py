@@ -214,6 +214,18 @@ def test_finished_runs_are_not_repeated(finished: Path, tmp_path: Path) -> None:
     assert files(finished) == before
 
 
+def test_fewer_steps_than_were_taken_are_refused(finished: Path, tmp_path: Path) -> None:
+    """Before anything is written; the number that the line names exports the run as it is."""
+    (finished / "result.json").unlink()
+    before = files(finished)
+    outcome = call("train.py", f"run_dir={finished}", "trainer.max_steps=4", cwd=tmp_path)
+    words = "has taken 9 steps, more than trainer.max_steps=4; max_steps=9 ends it there"
+    assert outcome.status == 2 and words in outcome.err and outcome.err.count("\n") == 1, outcome.err
+    assert files(finished) == before
+    assert call("train.py", f"run_dir={finished}", "trainer.max_steps=9", cwd=tmp_path).status == 0
+    assert json.loads((finished / "result.json").read_text())["steps"] == 9
+
+
 def test_finished_run_goes_on_with_more_steps(tmp_path: Path) -> None:
     """Where the learning rate does not depend on their number, as if it had been asked for them at once."""
     options = (*RUN, "optimizer.decay=constant")

@@ -304,6 +304,7 @@ MISTAKES = {
     # numbers
     INPAINT + "resample=-1": "resample must be a whole number >= 0 and <= 1000, got -1",
     DEBLUR + "blur_sigma=0": "blur_sigma must be > 0 px, got 0",
+    DEBLUR + "blur_sigma=1e200": r"blur_sigma must be a number <= 1e\+06, got 1e\+200",
     DEBLUR + "noise_std=2": "noise_std must be a number >= 0 and <= 1, got 2",
     DEBLUR + "degrade=maybe": "degrade must be true or false, got 'maybe'",
     SUPERRES + "factor=1": "factor must be a whole number >= 2, got 1",

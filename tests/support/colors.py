@@ -42,7 +42,8 @@ COLORS: dict[str, Callable[[], Color]] = {
     "power-law": lambda: PowerLaw(0.5),
     "power-law-published": lambda: PowerLaw(-0.3, 0.02, "published"),
     "data": data_power,
-    "kernel": lambda: KernelColor(0.4, 8),
+    "kernel": lambda: KernelColor(0.4),
+    "kernel-periodic": lambda: KernelColor(0.4, 8),
     "listed": lambda: ListedColor([1.0, 0.2, 3.0], [0.0, 0.2, 0.6]),
 }
 LAWS: dict[str, Callable[[Color | None], Process]] = {
