@@ -307,7 +307,7 @@ class Flow(_Mixed):
         require(
             not bool(still.any()),
             f"the flow target divides by the speed at which signal turns into noise, and {type(process).__name__} has "
-            "frequencies that do not change at some scale; use target=clean",
+            "frequencies that do not change at some scale, or have no signal left there; use target=clean",
         )
         with process.rehearsal(type(self), 1) as new:
             if new:

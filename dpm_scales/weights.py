@@ -33,7 +33,7 @@ from dpm_scales.operators import Operator
 from dpm_scales.processes import Process
 from dpm_scales.schedules import require_finite, require_positive
 from dpm_scales.spectrum import DataSpectrum
-from dpm_scales.targets import Target
+from dpm_scales.targets import Clean, Target
 
 _FAINT = 1e-100  # smallest signal scale to divide by
 _LARGEST = 1e12  # beyond it float32 gradients overflow in the optimiser
@@ -54,10 +54,14 @@ class LossWeight(Describable, ABC):
         )
         t = torch.arange(1, process.num_scales + 1, dtype=torch.float64) / process.num_scales
         largest = float(self(process, process.operator(), target, t, DataSpectrum(), (64, 64)).max())
+        parts = {"clock": process.clock, "blur": process.blur, "noise levels": process.noise}
+        reason = next(part for part, curve in parts.items() if curve is not None)
+        remedy = "weight=target" if isinstance(target, Clean) else "target=clean or weight=target"
         require(
             largest < _LARGEST,
-            f"{type(self).__name__} weights errors of the {type(target).__name__} target by up to {largest:.0e} under "
-            f"the blur of {type(process).__name__}; use target=clean or another weight",
+            f"{type(self).__name__} weights errors of the {type(target).__name__} target by up to "
+            f"{largest if math.isfinite(largest) else math.inf:.0e} under the {reason} of {type(process).__name__}; "
+            f"use {remedy}",
         )
 
     def of_curves(self, process: Process, t: Tensor, mu: Tensor, variance: Tensor) -> Tensor:

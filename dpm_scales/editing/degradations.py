@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from dpm_scales.errors import UserError, require, require_number
+from dpm_scales.errors import UserError, is_number, require, require_number
 from dpm_scales.operators import HeatOperator
 from dpm_scales.operators.heat import dct_matrix
 
@@ -148,8 +148,8 @@ class Blur(Degradation):
     """
 
     def __init__(self, blur_sigma: float) -> None:
+        require(is_number(blur_sigma) and blur_sigma > 0, f"blur_sigma must be > 0 px, got {blur_sigma!r}")
         require_number("blur_sigma", blur_sigma, high=MOST_BLUR)
-        require(blur_sigma > 0, f"blur_sigma must be > 0 px, got {blur_sigma!r}")
         self.blur_sigma = float(blur_sigma)
 
     def forward(self, x: Tensor) -> Tensor:

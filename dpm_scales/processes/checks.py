@@ -87,13 +87,18 @@ class Chain:
     def check_lyapunov(self) -> None:
         """Raise UserError if gamma falls between two successive scales."""
         fall = self.variance[1:] - self.variance[:-1]
-        self._refuse(
-            fall < -TOLERANCE * self.variance[:-1],
-            lambda k, j: (
-                f"the noise falls from {self.variance[k, j].sqrt():.4g} to {self.variance[k + 1, j].sqrt():.4g}, so "
-                "entropy would fall (Lyapunov property); use a non-decreasing schedule"
-            ),
-        )
+
+        def describe(k: int, j: int) -> str:
+            levels = self.variance[k : k + 2, j].sqrt().tolist()
+            before, after = (f"{level:.4g}" for level in levels)
+            if before == after:
+                before, after = (f"{level:.9g}" for level in levels)
+            return (
+                f"the noise falls from {before} to {after}, so entropy would fall (Lyapunov property); use a "
+                "non-decreasing schedule"
+            )
+
+        self._refuse(fall < -TOLERANCE * self.variance[:-1], describe)
 
     def _refuse(self, bad: Tensor, describe: Callable[[int, int], str]) -> None:
         """Raise UserError at the first step k and eigenvalue j where `bad` ``(K, M)`` holds."""

@@ -70,7 +70,7 @@ class DensityScales:
         """Return scales ``(B,)`` float64 from uniform numbers in [0, 1)."""
         edges = self.edges
         if self.kind == "logsnr":
-            wanted = torch.lerp(edges[0], edges[-1], even)
+            wanted, edges = torch.lerp(edges[0], edges[-1], even), (edges[:-1] + edges[1:]) / 2  # the nearest scale
         else:
             wanted = self.mean + self.std * torch.special.ndtri(even.clamp(1e-12, 1 - 1e-12))
         k = torch.searchsorted(edges, wanted).clamp(max=self.num_scales - 1) + 1

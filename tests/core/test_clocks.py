@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from dpm_scales.denoisers import Denoiser
+from dpm_scales.editing import Average, Consistent, Mask, restore
 from dpm_scales.likelihood import FlowLikelihood, VariationalBound
 from dpm_scales.operators import PixelOperator
 from dpm_scales.priors import DataPrior, GaussianPrior
 from dpm_scales.processes import VE, VP, Blurring, InverseHeat, Process, Spectral
 from dpm_scales.rng import CounterRNG
-from dpm_scales.samplers import Churn
+from dpm_scales.samplers import DDIM, Churn
 from dpm_scales.schedules import (
     Clock,
     ConstantNoise,
@@ -29,6 +30,7 @@ from dpm_scales.schedules import (
     SpectralClock,
 )
 from dpm_scales.targets import Clean, Flow, Noise, Target, Velocity
+from dpm_scales.weights import EDM, MinSNR
 from support.frequencies import LADDER, SAMPLERS, at_scales, path, visited
 from support.oracles import TinyNetwork, close, coefficients, float64, images, pixels, refused
 from support.reference import Array, cosine_log_snr, edm_knot, eigenvalues
@@ -262,3 +264,24 @@ def test_likelihoods_refuse_clocks_and_take_one_of_no_spread() -> None:
 def test_a_start_from_blurred_images_refuses_clocks() -> None:
     with refused("DataPrior", "InverseHeat has a clock", "leave process/clock out"):
         DataPrior().check(clocked("heat", 1.0))
+
+
+def test_edits_without_noise_agree_with_the_given_image_under_a_clock() -> None:
+    """Frequencies that are the image already miss what the last steps change at others."""
+    denoiser = Denoiser(TinyNetwork().double(), Spectral(20, CosineLogSNR(), clock=SpectralClock(1.0)), Clean())
+    denoiser.process.bind_size((6, 10))
+    given = images(2, 1, 6, 10)
+    for degradation in (Mask(torch.arange(60).reshape(6, 10) % 3 > 0), Average(2)):
+        y = degradation.forward(given)
+        consistent, scales = Consistent(denoiser, degradation, y), torch.linspace(1, 0, 5, dtype=torch.float64)
+        x = restore(consistent, DDIM(0.5), scales, CounterRNG(0, 2), (1, 6, 10), dtype=torch.float64)
+        close(degradation.forward(x), y, 1e-11, 0)
+        assert float((x - given).abs().mean()) > 0.05
+
+
+def test_weights_that_a_clock_makes_infinite_name_it() -> None:
+    clocked = VP(20, clock=SpectralClock(1.0))
+    with refused("MinSNR", "up to inf under the clock of VP; use weight=target"):
+        MinSNR().check(clocked, Clean())
+    with refused("under the noise levels of Spectral; use target=clean or weight=target"):
+        EDM().check(Spectral(1000, Rectified()), Noise())

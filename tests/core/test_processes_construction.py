@@ -228,6 +228,8 @@ def test_noise_that_falls_with_the_signal_breaks_the_lyapunov_property() -> None
     curves = Curves([1.0, 0.5, 0.1], [0.0, 0.5, 0.3])
     with refused("VE", "k=2 of 2", "mu=0", "falls from 0.5 to 0.3", "Lyapunov", "non-decreasing"):
         VE(2, curves)
+    with refused("falls from 0.5 to 0.49999999,"):  # by less than four digits show
+        VE(2, Curves([1.0, 0.5, 0.1], [0.0, 0.5, 0.49999999]))
 
     class Free(VE):
         lyapunov = False

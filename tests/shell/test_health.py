@@ -170,7 +170,11 @@ def test_a_model_whose_samples_and_validation_are_not_finite_is_told(
 ) -> None:
     """Its weights are finite, so that it is kept."""
     loss, sample = Denoiser.loss, Sampler.sample
-    monkeypatch.setattr(Denoiser, "loss", lambda *args: loss(*args) * (1 if torch.is_grad_enabled() else math.inf))
+
+    def lost(self: Denoiser, *args: Any, **kwargs: Any) -> Tensor:
+        return loss(self, *args, **kwargs) * (1 if torch.is_grad_enabled() else math.inf)
+
+    monkeypatch.setattr(Denoiser, "loss", lost)
     monkeypatch.setattr(Sampler, "sample", lambda *args, **kwargs: sample(*args, **kwargs) * math.nan)
     with pytest.warns(UserWarning) as found:
         run_dir = train(tmp_path / "run", "trainer.max_steps=1", "samples.num_images=2")
