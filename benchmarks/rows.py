@@ -93,6 +93,16 @@ def write_csv(path: Path, lines: Sequence[Row]) -> None:
     write_text(path, csv_text(list(dict.fromkeys(key for line in lines for key in line)), lines))
 
 
+def require_same(path: Path, found: Row, settings: dict[str, str], number: int) -> None:
+    """Raise UserError if a row that is finished in part was made with other settings or numbers of samples."""
+    for key, value in settings.items() if found else ():
+        require(
+            found[key] == value, f"{path} has {key}={found[key]!r}, and this command {value!r}; choose another --out"
+        )
+    numbers = {entry["number"] for entry in found.get("samples", ())} - {number}
+    require(not numbers, f"{path} has {sorted(numbers)} samples, and this command draws {number}; choose another --out")
+
+
 def merged(old: Sequence[Row], new: Sequence[Row], key: Sequence[str]) -> list[Row]:
     """Return the lines of both; a new line replaces an old one that agrees in `key`, where 60.0 and "60" agree."""
     found = {tuple(_plain(line.get(name, "")) for name in key): line for line in [*old, *new]}

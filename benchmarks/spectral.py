@@ -41,7 +41,7 @@ import torch
 import yaml
 
 from benchmarks.image_sets import IMAGE_SETS, ImageSet
-from benchmarks.rows import claimed, run_process
+from benchmarks.rows import claimed, require_same, run_process
 from benchmarks.spectral_tables import write_tables
 from dpm_scales.errors import UserError, require
 from dpm_scales.locks import lock
@@ -235,6 +235,9 @@ def run_row(contest: Contest, row: str, options: Sequence[str], seed: int, steps
     folder = contest.folder(row, seed)
     run, path = folder / "run", folder / "row.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    settings = {"set": contest.images.name, "budget": f"{contest.budget[1]:g} {contest.budget[0]}"}
+    settings |= {"options": " ".join(options), "shared": " ".join(contest.overrides)}
+    require_same(path, found, settings, contest.number)
     if not found:
         resumed = run.exists()
         _, cpu = _train(contest.training(options, seed, steps, run))
@@ -242,16 +245,12 @@ def run_row(contest: Contest, row: str, options: Sequence[str], seed: int, steps
         found = {
             "row": row,
             "seed": seed,
-            "set": contest.images.name,
+            **settings,
             "figure": contest.images.quality,
-            "budget": f"{contest.budget[1]:g} {contest.budget[0]}",
-            "options": " ".join(options),
-            "shared": " ".join(contest.overrides),
             "steps": steps,
             "images": steps * contest.batch_size,
             "training_seconds": result["seconds"],
-            # unknown if it is the second part of a run
-            "training_cpu_seconds": None if resumed else round(cpu, 1),
+            "training_cpu_seconds": None if resumed else round(cpu, 1),  # unknown for a second part of a run
             "preconditioning": load_model(run).recipe.parts["target"].get("preconditioning", "none"),
             **provenance(contest.device),
             "samples": [],

@@ -92,6 +92,8 @@ def table(lines: Sequence[Row], figure: str) -> str:
     ]
     for name in names:
         own = [line for line in lines if line["row"] == name]
+        kinds = {tuple(str(line[key]) for key in ("options", "shared", "number")) for line in own}
+        require(len(kinds) == 1, f"rows of {name} differ in more than the seed: {sorted(kinds)}; name them apart")
         auto = [line for line in own if line["sampler"] == "auto"]
         cells = []
         for number in (*numbers, 0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,34 @@ def test_a_row_has_its_own_options_and_its_steps_are_timed_with_its_optimiser(
     assert [model.denoiser.network.conv_in.out_channels for model in models] == [4, 8]
     assert [len(list((tmp_path / row / "seed0/run").glob("samples/step*.png"))) for row in ("vp", "own")] == [1, 0]
     assert set(json.loads((tmp_path / "costs.json").read_text())) == {"vp", "own"}
+
+
+def test_rows_of_other_settings_are_not_taken_for_finished_ones(
+    trained: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--set", "means", "--images", "8", "--evaluations", "--out", str(tmp_path), "--rows", "vp"]
+    spectral.main([*arguments, "--number", "4"])
+    before, number = (tmp_path / "vp/seed0/row.json").read_text(), len(trained)
+    for more, words in {
+        ("--number", "6"): r"vp/seed0/row.json has \[4\] samples, and this command draws 6; choose another --out",
+        ("--number", "4", "--learning-rate", "0.5"): "vp/seed0/row.json has shared='.*', and this command '.*0.5.*'",
+        (
+            "--number",
+            "4",
+            "--images",
+            "16",
+        ): "has budget='8 images', and this command '16 images'; choose another --out",
+    }.items():
+        with pytest.raises(SystemExit):
+            spectral.main([*arguments, *more])
+        assert re.search(words, capsys.readouterr().err)
+    assert (tmp_path / "vp/seed0/row.json").read_text() == before and len(trained) == number
+
+
+def test_a_table_has_rows_of_one_kind() -> None:
+    lines = [_line("vp", 0, "2m", 5, 9.0), _line("vp", 1, "2m", 5, 8.0, shared="network=wide")]
+    with pytest.raises(UserError, match="rows of vp differ in more than the seed: .*network=wide.*; name them apart"):
+        spectral_tables.table(lines, "FD")
 
 
 def _line(row: str, seed: int, sampler: str, asked: int, fd: float, **more: Any) -> dict[str, Any]:
