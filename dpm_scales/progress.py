@@ -118,11 +118,12 @@ class Report:
 
     Args:
         clock: a clock in seconds; tests pass their own.
+        shown: False to display nothing.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
-        self.bars = progress_bar()
+    def __init__(self, clock: Callable[[], float] = time.monotonic, shown: bool = True) -> None:
+        self.clock, self.shown = clock, shown
+        self.bars = progress_bar(shown)
         self.in_terminal = self.bars.console.is_terminal
         if not self.in_terminal:
             self.bars.disable = True
@@ -138,6 +139,8 @@ class Report:
 
     def part(self, name: str, total: int) -> Callable[[float], None]:
         """Begin a part of `total` steps; return a callback that takes the number of steps done, possibly a fraction."""
+        if not self.shown:
+            return lambda count: None
         if self.in_terminal:
             bar = self.bars.add_task(name, total=total)
             return lambda count: self.bars.advance(bar, count)

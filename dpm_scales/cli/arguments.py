@@ -119,6 +119,8 @@ def split_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
             require(not EMPTY.fullmatch(value), f"{name} is empty; give it a value or leave it out")
             if name == "--config-path" and "://" not in value:  # Hydra would look for it beside dpm_scales/entry
                 value = str(Path(value).absolute())
+            if name == "--config-dir" and "://" not in value:
+                require(Path(value).is_dir(), f"--config-dir {value}: no such folder")
             known = FLAG_CHOICES.get(name, (value,))
             require(value in known, f"unknown {name} {value!r}: {suggest(value, known)}")
             flags.append(f"{name}={value}")
@@ -294,7 +296,7 @@ def _require_configs(stored: list[str], run_dir: Path, flags: list[str]) -> None
                 continue
             plugins = announcing(group, choice)
             if plugins and stored_config_dir(run_dir) is None:
-                raise UserError(f"{run_dir} was trained with {option}, of a plugin; give plugins=[{plugins[0]}]")
+                raise UserError(f"{run_dir} was trained with {option}, of a plugin; give plugins={plugins[0]}")
             first = stored_config_dir(run_dir)
             if given:
                 seen = f", and --config-dir {shlex.quote(given[0])} holds no {group}/{choice}.yaml"
@@ -332,10 +334,13 @@ def trust_options() -> list[str]:
 
 
 def trust_words(packages: Iterable[str]) -> list[str]:
-    """Return ``plugins=[…]`` for the active plugins and ``allow=[…]`` for packages that do not belong to them."""
+    """Return ``plugins=…`` for the active plugins and ``allow=…`` for packages that do not belong to them."""
     names = [plugin.name for plugin in active_plugins()]
     others = sorted(set(packages) - set(trusted_packages()))
-    return [f"{key}=[{','.join(values)}]" for key, values in {"plugins": names, "allow": others}.items() if values]
+    given = {key: values for key, values in {"plugins": names, "allow": others}.items() if values}
+    return [
+        f"{key}={values[0]}" if len(values) == 1 else f"{key}=[{','.join(values)}]" for key, values in given.items()
+    ]
 
 
 def typed_packages(overrides: Iterable[str]) -> list[str]:

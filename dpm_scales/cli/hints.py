@@ -26,6 +26,8 @@ from dpm_scales.models.instantiate import CONFIGS
 #: config groups whose choices are tasks
 TASK_GROUPS = ("task", "edit")
 MOST_NAMED = 4
+#: options by the names that other libraries or our other commands have for them, by entry point
+SYNONYMS = {"train": {"out": ["run_dir"], "steps": ["trainer.max_steps"], "epochs": ["trainer.max_steps"]}}
 
 
 def unknown_option(config_name: str, full: str, argv: Sequence[str]) -> str:
@@ -44,8 +46,9 @@ def unknown_option(config_name: str, full: str, argv: Sequence[str]) -> str:
     config = _composed(config_name, argv)
     level = _level(config_name, config, full)
     elsewhere = _elsewhere(config, full) if nearest(full, level, sure=True) is None else []
+    elsewhere = SYNONYMS.get(config_name, {}).get(full, []) + elsewhere
     if elsewhere:
-        level_too = f"; allowed: {', '.join(sorted(level))}" if level else ""
+        level_too = f" allowed: {', '.join(sorted(level))}" if level else ""
         return f"unknown option {full!r}: did you mean {' or '.join(map(repr, elsewhere[:MOST_NAMED]))}?{level_too}"
     hint = suggest(full, level) if level else _without_level(config_name, config, full)
     return f"unknown option {full!r}: {hint}"
@@ -126,6 +129,8 @@ def option_of_flag(config_name: str, key: str) -> str:
     level = _level(config_name, config, key)
     if key in level:
         return key
+    if key in SYNONYMS.get(config_name, {}):
+        return SYNONYMS[config_name][key][0]
     return next(iter(_elsewhere(config, key)), nearest(key, level) or key)
 
 

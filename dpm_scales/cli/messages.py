@@ -11,10 +11,10 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from dpm_scales.cli.arguments import UnknownFlagError
+from dpm_scales.cli.arguments import UnknownFlagError, config_dirs
 from dpm_scales.cli.hints import TASK_GROUPS, mistaken_option, option_of_flag, unknown_option
 from dpm_scales.cli.plugins import announcing
-from dpm_scales.errors import UserError, suggest
+from dpm_scales.errors import UserError, nearest, suggest
 
 TRACEBACK = "HYDRA_FULL_ERROR"
 #: configs of the launchers of Hydra's submitit plugin
@@ -51,7 +51,10 @@ def one_line(error: BaseException, config_name: str = "") -> str | None:
             name = str(link.missing_cfg_file or "").removesuffix(".yaml")
             group, _, choice = name.rpartition("/")
             group = "task" if group in TASK_GROUPS else group
-            return f"unknown {group or 'config'} {choice!r}: {suggest(choice, link.options)}{_of_plugins(name)}"
+            hint = suggest(choice, link.options)
+            if nearest(choice, link.options, sure=True) is None and not config_dirs(sys.argv[1:]):
+                hint += "; a config of your own needs --config-dir DIR"
+            return f"unknown {group or 'config'} {choice!r}: {hint}{_of_plugins(name)}"
         if isinstance(link, OverrideParseException):
             return f"{link.override!r} is not an option: write KEY=VALUE, and quote values with spaces or brackets"
         if isinstance(link, MissingMandatoryValue):
@@ -87,7 +90,7 @@ def _of_plugins(name: str) -> str:
     """Return the end of a line on an unknown config, GROUP/NAME: which installed packages announce it."""
     group, _, choice = name.rpartition("/")
     found = announcing(group, choice)
-    return f"; an installed package announces it: plugins=[{found[0]}]" if found else ""
+    return f"; an installed package announces it: plugins={found[0]}" if found else ""
 
 
 def _config_path(error: BaseException) -> str | None:

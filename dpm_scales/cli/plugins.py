@@ -89,7 +89,7 @@ def plugin_names(value: Any) -> tuple[str, ...]:
     """Return the value of the option `plugins`, a name or a list of names, as a tuple. Raises UserError otherwise."""
     names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else None
     if names is None or not all(isinstance(name, str) and _PACKAGE.fullmatch(name) for name in names):
-        raise UserError(f"plugins must name installed packages, plugins=[mynet], got {value!r}")
+        raise UserError(f"plugins must name installed packages, such as plugins=mynet, got {value!r}")
     return tuple(dict.fromkeys(names))
 
 
@@ -251,7 +251,7 @@ def _class_of(option: str, name: Any, named: Mapping[tuple[str, str], dict[str, 
         return name
     if (option, name) not in named:
         found = announcing(option, name)
-        require(not found, f"{option}: an installed package announces {name}: plugins=[{''.join(found[:1])}]")
+        require(not found, f"{option}: an installed package announces {name}: plugins={''.join(found[:1])}")
     return named.get((option, name), name)
 
 

@@ -122,7 +122,7 @@ def _check(text: str, file: Path, paths: Collection[str], allow: Collection[str]
     hidden = any(part.startswith("_") for part in (parts[:-1] if names_class else parts))
     require(not hidden, f"{refused}, which a stored run may not; {ADVICE}")
     if names_class:
-        check_target(value, refused, OPTION_ROOMS, allow, ADVICE)
+        check_target(value, f"the option {text[:200]!r} in {file}", OPTION_ROOMS, allow, ADVICE)
     _check_value(value, key, refused, paths, allow)
     leaves = list(_leaves(value, key))
     for name, entry in leaves:

@@ -115,7 +115,7 @@ def _check(cfg: DictConfig) -> tuple[Metric, ...]:
     """Return the metrics to compute. Raises UserError for invalid options."""
     require(
         (cfg.model is None) != (cfg.samples is None),
-        "give one of model=RUN_OR_EXPORT_OR_CKPT, which is sampled, and samples=DIR",
+        "give model=RUN, an export or a checkpoint, to sample from it, or samples=DIR, and not both",
     )
     check_counts(cfg, [key for key in ("num_samples", "num_reference") if cfg[key] is not None], 2)
     if cfg.manifold_images is not None:

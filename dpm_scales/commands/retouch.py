@@ -166,8 +166,9 @@ def _shown(mask: Tensor, like: Tensor) -> Tensor:
 def _save(out: Path, inputs: dict[str, Tensor], result: Tensor) -> None:
     """Write `result.png`, and `comparison.png` with the titled inputs and the result."""
     image = to_uint8(result, RANGE)
+    former = ", in place of the former ones" if (out / RESULT).exists() else ""
     save_png(out / RESULT, image)
     save_png(out / COMPARISON, titled_row({**inputs, "result": image}))
     beyond = float(((result < -0.5 / LEVELS) | (result > 1 + 0.5 / LEVELS)).double().mean())
     note = f"; {beyond:.2%} of its values lay beyond black or white and are clipped" if beyond > 0 else ""
-    print(f"{out / RESULT}, and {COMPARISON} beside it{note}")
+    print(f"{out / RESULT}, and {COMPARISON} beside it{former}{note}")

@@ -33,6 +33,7 @@ MAX_RECORD_BYTES = 2**20
 NAMED = 3  # largest number of differences in a message
 PATHS = ("model", "path")
 """Keys of the record that hold a location rather than content."""
+NOT_COMPARED = (*PATHS, "class_names")
 
 
 def image_name(number: int) -> str:
@@ -174,7 +175,7 @@ def _leaves(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in record.items():
         if isinstance(value, Mapping) and value:
             leaves |= _leaves(value, f"{prefix}{key}.")
-        elif key not in PATHS:
+        elif key not in NOT_COMPARED:
             leaves[f"{prefix}{key}"] = value
     return leaves
 

@@ -35,7 +35,7 @@ from dpm_scales.models.parts import described
 from dpm_scales.models.post_hoc import Reconstruction
 from dpm_scales.networks.precision import FULL, precision_name
 from dpm_scales.processes import Process
-from dpm_scales.progress import progress_bar
+from dpm_scales.progress import Report
 from dpm_scales.rng import CounterRNG
 from dpm_scales.samplers import OnStep, Sampler
 
@@ -160,6 +160,7 @@ class Setup:
             "guide": self.guide,
             "seed": cfg.seed,
             "labels": None if self.labels is None else self.labels.tolist(),
+            **({} if self.labels is None else {"class_names": self.model.recipe.class_names}),
             "size": list(size),
             "number": number,
             "options": options,
@@ -328,10 +329,10 @@ def produce(
         jobs = sample_shards.unfinished(out, total, setup.world) if setup.in_shards else [own]
         batches = sum(-(-len(job) // batch_size) for job in jobs)
         how = computed(setup.model, cfg.precision, cfg.compile)
-        with progress_bar(setup.world.is_main) as progress, evaluations(setup.model) as counts, how:
-            bar = progress.add_task(str(cfg.task), total=steps * batches)
+        with Report(shown=setup.world.is_main) as report, evaluations(setup.model) as counts, how:
+            advance = report.part(str(cfg.task), steps * batches)
             for job in jobs:
-                made = files(job, lambda *_: progress.advance(bar))
+                made = files(job, lambda *_: advance(1))
                 if setup.in_shards:
                     sample_shards.write(out, job, made)
                     continue

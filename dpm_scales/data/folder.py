@@ -195,7 +195,7 @@ class ImageFolder(ImageSource):
         if classes is not None:
             self.class_names = tuple(sorted(set(classes.values())))
             self.num_classes = len(self.class_names)
-            empty = sorted(_class_folders(self.store) - set(self.class_names))
+            empty = sorted(_class_folders(self.store, [*parts[0], *parts[1]]) - set(self.class_names))
             message = f"{root}: {len(empty)} class folders hold no readable image: {listed(empty)}"
             require(not empty or on_error == "skip", f"{message}; fill or remove them, or set on_error=skip")
             if empty:
@@ -339,12 +339,16 @@ def class_of_names(names: Sequence[str], store: ImageStore) -> dict[str, str]:
     return classes
 
 
-def _class_folders(store: ImageStore) -> set[str]:
-    """Return the names of all folders at the level of the classes, with or without images."""
+def _class_folders(store: ImageStore, names: Sequence[str]) -> set[str]:
+    """Return the names of all folders at the level of the classes, with or without images.
+
+    Args:
+        names: the images in use; folders at the top without any of them are no classes, if these lie in train/, val/ …
+    """
     inner = _inner_parts(store.names)
     shell = len(PurePosixPath(store.names[0]).parts) - len(inner[store.names[0]])
     prefix = PurePosixPath(store.names[0]).parts[:shell]
-    tops = {parts[0] for parts in inner.values()}
+    tops = {inner[name][0] for name in names}
     divided = tops <= {"train", *VAL_FOLDERS}
     classes = set()
     for folder in store.folders:

@@ -130,7 +130,7 @@ def few_images(number: int, what: str, network: FeatureNetwork) -> str | None:
         return None
     return (
         f"{number} {what} for {network.dim} features: their covariance is singular and {network.distance_name} too "
-        f"high; compare it with that of as many images alone, or take {network.kernel_name}"
+        f"high; compare it only with those of as many images, or take {network.kernel_name}"
     )
 
 

@@ -73,7 +73,7 @@ def trusted_names(allow: Any) -> tuple[str, ...]:
     """
     names = (allow,) if isinstance(allow, str) else tuple(allow) if isinstance(allow, list | tuple | set) else None
     if names is None or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
-        raise UserError(f"allow must name packages whose classes files may use, allow=[mynet], got {allow!r}")
+        raise UserError(f"allow must name packages whose classes files may use, such as allow=mynet, got {allow!r}")
     return names
 
 
@@ -134,7 +134,7 @@ def check_target(
     if trusted is None:
         # never advise the user to trust os.system
         no_package = parts[0] in ("", "dpm_scales") or parts[0] in sys.stdlib_module_names
-        end = advice if no_package else f"; if you trust it: allow=[{parts[0]}]"
+        end = advice if no_package else f"; if you trust it: allow={parts[0]}"
         if MODEL_ROOMS[0] in rooms:
             raise UserError(f"{asked}; a model may only use the classes of dpm_scales{end}")
         end = "" if no_package else end  # the message already gives the advice

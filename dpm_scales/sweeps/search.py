@@ -27,6 +27,7 @@ from dpm_scales.distributed.ranks import current_world
 from dpm_scales.errors import UserError, require, require_number, suggest
 from dpm_scales.storage import guarded, write_text
 from dpm_scales.sweeps.naming import plain_name, run_folder
+from dpm_scales.tables import short_numbers
 
 DIRECTIONS = ("minimize", "maximize")
 SPACE, FIXED = "search space", "options"  # names of the study's attributes
@@ -133,7 +134,7 @@ def search(
             root / "best.yaml", yaml.safe_dump({objective: best.value, "overrides": options, "run": str(folder)})
         )
         write_text(root / "experiment" / "best.yaml", comment + yaml.safe_dump(config, sort_keys=False))
-    print(f"{what} with {' '.join(found)} ({folder}); train with it: {line}", flush=True)
+    print(f"{what} with {short_numbers(' '.join(found))} ({folder}); train with it: {line}", flush=True)
 
 
 def as_experiment(options: Sequence[str], is_group: Callable[[str], bool]) -> tuple[dict[str, Any], list[str]]:

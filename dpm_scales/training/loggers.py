@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ def further_loggers(cfg: DictConfig, run_dir: Path, main: bool) -> list[Logger]:
         if not kept.is_file():
             write_text(kept, secrets.token_hex(4))
         settings |= {"id": read_text(kept), "resume": "allow"}
+        if settings.get("offline"):  # some thirty lines, none of which is of use before `wandb sync`
+            os.environ.setdefault("WANDB_SILENT", "true")
     logger: Logger = build(settings, Logger, "logger")
     if main:
         logger.log_hyperparams(plain(cfg))

@@ -17,7 +17,7 @@ from rich.progress import Progress, TaskID
 
 from dpm_scales.distributed.lightning_private import number_logs_by_step
 from dpm_scales.plots.curves import Curve, read_curves
-from dpm_scales.progress import LineProgress
+from dpm_scales.progress import NEXT_LINES, LineProgress
 from dpm_scales.run_folders.files import read_metrics
 from dpm_scales.storage import FolderGoneError, write_text
 from dpm_scales.tables import csv_text
@@ -49,13 +49,14 @@ class LastValidation(Callback):
 
 
 class StepBar(ProgressBar):
-    """Shows one bar over all steps, with rate, time left and loss; in a log file, one line at each validation."""
+    """Shows one bar over all steps, with rate, time left and loss; in a log file, one line at each validation and every
+    `NEXT_LINES` seconds."""
 
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
         self._bar: Progress | None = None
-        self._started = (0.0, 0)
+        self._started, self._told = (0.0, 0), 0.0
 
     def disable(self) -> None:
         """Disable the bar; Lightning does so on all ranks but the first."""
@@ -65,7 +66,7 @@ class StepBar(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._started = (time.perf_counter(), trainer.global_step)
+        self._started, self._told = (time.perf_counter(), trainer.global_step), time.perf_counter()
         if not self._enabled or not get_console().is_terminal:
             return
         total = trainer.max_steps if trainer.max_steps > 0 else None
@@ -77,6 +78,8 @@ class StepBar(ProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._bar is None:
+            if self._enabled and time.perf_counter() - self._told >= NEXT_LINES:
+                self._tell(trainer)
             return
         self._bar.update(TaskID(0), completed=trainer.global_step, clock=self._end_by_time(trainer))
         if trainer.global_step % LOSS_EVERY == 0:
@@ -84,12 +87,17 @@ class StepBar(ProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._enabled and self._bar is None and not trainer.sanity_checking:
-            rate, clock = self._rate(trainer), self._end_by_time(trainer)
-            total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-            seconds = max(clock[1], 0.0) if clock else (trainer.max_steps - trainer.global_step) / max(rate, 1e-9)
-            left = f", {timedelta(seconds=round(seconds))} left" if clock or total else ""
-            line = f"step {trainer.global_step}{total}, {rate:.1f} steps/s{left}, {'  '.join(self._losses(trainer))}"
-            print(line, flush=True)
+            self._tell(trainer)
+
+    def _tell(self, trainer: pl.Trainer) -> None:
+        """Print a line on the steps, their rate, the time left and the losses."""
+        self._told = time.perf_counter()
+        rate, clock = self._rate(trainer), self._end_by_time(trainer)
+        total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+        seconds = max(clock[1], 0.0) if clock else (trainer.max_steps - trainer.global_step) / max(rate, 1e-9)
+        left = f", {timedelta(seconds=round(seconds))} left" if clock or total else ""
+        losses = "".join(f", {'  '.join(known)}" for known in [self._losses(trainer)] if known)
+        print(f"step {trainer.global_step}{total}, {rate:.1f} steps/s{left}{losses}", flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()

@@ -7,6 +7,7 @@ model are refused (by the checkpoint's recipe); the others take effect from the 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,9 +146,12 @@ def trust_needed(loading: Sequence[str], resuming: Sequence[str]) -> str:
     packages = sorted({*loading, *resuming})
     if not packages:
         return ""
-    everything, model = (" ".join(trust_words(names)) for names in (packages, loading))
+    everything, model = (shlex.join(trust_words(names)) for names in (packages, loading))
+    of_plugins = everything.startswith("plugins=")  # which resuming needs for the choices that they announce
     if not loading:
         who = f"whoever resumes it gives {everything}"
+    elif not resuming and not of_plugins:
+        who = f"whoever loads it gives {model}"
     elif len(packages) == len(loading):
         who = f"whoever loads or resumes it gives {everything}"
     else:

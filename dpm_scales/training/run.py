@@ -80,7 +80,8 @@ def _recipe(cfg: DictConfig, data: ImageDataModule) -> Recipe:
         parts["network"].pop(key, None)
     classes = data.num_classes if cfg.conditional else None
     if cfg.conditional and classes is None:
-        raise UserError("conditional=true needs labels, and this data set has none; choose another or set data.labels")
+        more = " or set data.labels" if "labels" in cfg.data else ""
+        raise UserError(f"conditional=true needs labels, and this data set has none; choose another{more}")
     names = tuple(getattr(data.source, "class_names", None) or ()) if classes else ()
     require_number("label_dropout", cfg.label_dropout, 0, 1)
     require(cfg.label_dropout < 1, "label_dropout=1 leaves no label to learn from; choose less")

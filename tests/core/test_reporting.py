@@ -70,7 +70,7 @@ def test_a_terminal_has_bars(capsys: pytest.CaptureFixture[str]) -> None:
     bars = progress_bar()
     console = Console(force_terminal=True, width=100)
     with (
-        mock.patch.object(reporting, "progress_bar", lambda: bars),
+        mock.patch.object(reporting, "progress_bar", lambda shown: bars),
         mock.patch.object(bars.live, "console", console),
         Report() as report,
     ):
@@ -79,3 +79,12 @@ def test_a_terminal_has_bars(capsys: pytest.CaptureFixture[str]) -> None:
         advance(0.5)
         assert [(task.description, task.completed, task.total) for task in bars.tasks] == [("sampling", 2, 4)]
     assert "sampling" in capsys.readouterr().out
+
+
+def test_what_is_not_shown_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with Report(clock, shown=False) as report:
+        advance = report.part("sampling", 2)
+        clock.now += 100
+        advance(2)
+    assert capsys.readouterr().out == ""

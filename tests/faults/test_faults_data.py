@@ -186,6 +186,13 @@ def test_class_folders_without_images(parts: str, packed: bool, tmp_path: Path) 
             data.ImageFolder(root, labels="folder", on_error="raise")
 
 
+def test_folders_that_the_split_does_not_use_are_no_empty_classes(tmp_path: Path) -> None:
+    for folder in ("train/cat", "train/dog", "val/cat", "extra/cat"):
+        make(tmp_path / folder, 2)
+    source = data.ImageFolder(tmp_path, labels="folder", on_error="raise")
+    assert source.class_names == ("cat", "dog") and source.split_note == "train/ + val/; not used: extra/"
+
+
 # --- archives ---------------------------------------------------------------------------------------------------------
 
 

@@ -213,7 +213,7 @@ OVERRIDES = {
     "+data.x={a:{b:[{_target_:os.mkdir,path:boom}]}}": "asks for 'os.mkdir'",
     "process._target_=dpm_scales.training.load_model": "asks for 'dpm_scales.training.load_model'",
     "trainer._target_=subprocess.Popen": "asks for 'subprocess.Popen'",
-    "logger._target_=lightning.pytorch.loggers.CSVLogger": "if you trust it: allow=[lightning]",
+    "logger._target_=lightning.pytorch.loggers.CSVLogger": "if you trust it: allow=lightning",
     "+hydra.callbacks.x._target_=os.mkdir": "settings of Hydra are not a run's",
     "hydra.searchpath=[file://{place}]": "settings of Hydra are not a run's",
     "hydra/launcher=evil": "settings of Hydra are not a run's",

@@ -93,6 +93,12 @@ TRAIN = {
     "procss=vp": "unknown option 'procss': did you mean 'process'",
     "experimnt=digits_vp": "unknown option 'experimnt': did you mean 'experiment'",
     "sede=1": "unknown option 'sede': did you mean 'seed'",
+    "steps=10": "unknown option 'steps': did you mean 'trainer.max_steps' or 'sampler.steps'. allowed: ",
+    "out=x": "unknown option 'out': did you mean 'run_dir'. allowed: ",
+    "--out x": "--out x: options are KEY=VALUE: run_dir=x",
+    "--config-dir nowhere": "--config-dir nowhere: no such folder",
+    "network=nope": "unknown network 'nope': .*; a config of your own needs --config-dir DIR$",
+    "experiment=mine": "unknown experiment 'mine': .*; a config of your own needs --config-dir DIR$",
     "process.num_scale=3": "unknown option 'process.num_scale': did you mean 'process.num_scales'",
     "process=heat process.blur.sigma_max=3": "unknown option 'process.blur.sigma_max': .*process.blur.blur_sigma_max",
     "process.blur.blur_sigma_max=3": "unknown option 'process.blur': it belongs to process=blurring and ",
@@ -184,9 +190,6 @@ TRAIN = {
     "data=webdataset data.root=good data.index=": "data.index is empty",
     "process.noise.logsnr_min=-2000": "process: math range error; one of its numbers is too large or too small",
     "process=heat process.noise.noise_std=1e200": "process: .*; one of its numbers is too large or too small",
-    f"evaluation.every_n_steps=2 evaluation.features=efflite0 evaluation.num_samples={10**13}": (
-        "evaluation.num_samples=10000000000000 samples would take .* lower evaluation.num_samples"
-    ),
     "data.batch_size=0": "batch_size=0: allowed is a whole number >= 1",
     "data.batch_size=5000": "data.batch_size=5000 exceeds the 1438 training images; set data.batch_size <= 1438",
     # places
@@ -203,6 +206,7 @@ TRAIN = {
     FOLDER + "data.root=outside.zip": "outside.zip: unsafe member path '../a.png'",
     FOLDER + "data.root=classes data.labels=folder data.on_error=raise": "1 class folders hold no readable image: eel",
     FOLDER + "data.root=good data.resize_mode=croop": "unknown resize_mode='croop': did you mean 'crop'",
+    "data=photos conditional=true": "conditional=true needs labels, and this data set has none; choose another$",
     FOLDER + "data.root=good conditional=true": "conditional=true needs labels, and this data set has none",
     FOLDER + "data.root=good data.labels=folder": "lies in no class folder",
     "data=array data.path=floats.npy": "floats.npy: images are float64; save them as uint8",
@@ -212,7 +216,7 @@ TRAIN = {
     "run_dir=digits process=heat": "digits was trained with process=VP, and now process is InverseHeat",
     "run_dir=rotten": "rotten/checkpoints/last.ckpt is damaged: .* the SHA-256 .*; remove .* to start",
     "run_dir=older": "older/checkpoints/last.ckpt has model format 2; this version reads 3",
-    "run_dir=strange": "strange/overrides.yaml holds the option 'data._target_=os.system' asks for 'os.system'",
+    "run_dir=strange": "the option 'data._target_=os.system' in strange/overrides.yaml asks for 'os.system'",
     "resume=nowhere": "resume=nowhere: no run there",
     "-m resume=digits process=vp,ve": "resume=DIR resumes one run at a time; repeat the command of the sweep",
     "-m check_resume=true seed=1,2": "check_resume=true checks one run; leave -m out",
@@ -230,6 +234,14 @@ def test_train(command: str, place: Path) -> None:
     run_dir = [] if keys & {"run_dir", "resume"} else ["run_dir=run"]
     assert_one_line(call("train.py", *small, *run_dir, *given, cwd=place), TRAIN[command])
     assert listing(place) == before and not (place / "run").exists() and not (place / "runs").exists()
+
+
+def test_evaluation_needs_memory_for_its_samples(place: Path) -> None:
+    options = ("evaluation.every_n_steps=2", "evaluation.features=efflite0", f"evaluation.num_samples={10**13}")
+    outcome = call("train.py", *SMALL, *options, "run_dir=run", cwd=place)
+    words = "features of evaluation.num_samples=10000000000000 samples would take .*; lower evaluation.num_samples"
+    assert_one_line(outcome, words, status=1)
+    assert not (place / "run").exists()
 
 
 # --- sample.py --------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_the_commands_of_its_page_are_its_targets(project: Path) -> None:
 @pytest.mark.slow
 def test_the_project_trains_resumes_samples_and_is_judged(project: Path) -> None:
     out = make(project, "train", *TINY)
-    assert "runs/mine: SlightBlur" in out and "allow=[my_net_1]" in out
+    assert "runs/mine: SlightBlur" in out and "allow=my_net_1" in out
     config = yaml.safe_load((project / "runs/mine/config.yaml").read_text())
     assert config["network"]["_target_"] == "my_net_1.networks.ResidualNet" and "allow" not in config["process"]
     assert "is finished (2 steps)" in make(project, "train", *TINY)

@@ -81,7 +81,7 @@ def test_each_kind_with_trust_and_without(kind: str, package: Path, tmp_path: Pa
     assert outcome.status == 0, outcome.err
     who = "loads or resumes" if own.part is not None or kind == "data" else "resumes"
     assert (
-        f"this run uses classes of mynet: files are not trusted, so whoever {who} it gives allow=[mynet]" in outcome.out
+        f"this run uses classes of mynet: files are not trusted, so whoever {who} it gives allow=mynet" in outcome.out
     )
 
     commands = {
@@ -100,7 +100,7 @@ def test_each_kind_with_trust_and_without(kind: str, package: Path, tmp_path: Pa
             outcome = call(name, *commands[name], cwd=tmp_path)
             assert outcome.status == 2
             line = outcome.err.strip()
-        assert line.endswith("; if you trust it: allow=[mynet]") and "\n" not in line, line
+        assert line.endswith("; if you trust it: allow=mynet") and "\n" not in line, line
         assert not imported(package) and files(run) == before and not (tmp_path / "refused").exists()
 
     forget(package)
@@ -252,10 +252,10 @@ def test_shipped_loss_weights_need_no_trust(tmp_path: Path) -> None:
     ("loading", "resuming", "end"),
     [
         ([], [], ""),
-        (["a"], ["a"], "classes of a: files are not trusted, so whoever loads or resumes it gives allow=[a]"),
-        (["a"], [], "classes of a: files are not trusted, so whoever loads or resumes it gives allow=[a]"),
-        ([], ["b"], "classes of b: files are not trusted, so whoever resumes it gives allow=[b]"),
-        (["a"], ["b"], "so whoever loads it gives allow=[a], and whoever resumes it allow=[a,b]"),
+        (["a"], ["a"], "classes of a: files are not trusted, so whoever loads or resumes it gives allow=a"),
+        (["a"], [], "classes of a: files are not trusted, so whoever loads it gives allow=a"),
+        ([], ["b"], "classes of b: files are not trusted, so whoever resumes it gives allow=b"),
+        (["a"], ["b"], "so whoever loads it gives allow=a, and whoever resumes it 'allow=[a,b]'"),
     ],
 )
 def test_the_line_on_what_is_needed(loading: list[str], resuming: list[str], end: str) -> None:

@@ -84,7 +84,7 @@ def run(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     others = ("prior=wide", "sampler=straight", "sampler.steps=3", "weight=flat", "data=stripes", "data.batch_size=16")
     outcome = train(folder, PLUGINS, *DIT, *chosen, *others, "run_dir=run")
     assert outcome.status == 0, outcome.err
-    assert "whoever loads or resumes it gives plugins=[my-net]" in outcome.out
+    assert "whoever loads or resumes it gives plugins=my-net" in outcome.out
     return folder / "run"
 
 
@@ -102,16 +102,16 @@ def test_without_them_nothing_is_imported(run: Path, package: Path, tmp_path: Pa
     """Neither by the metadata's being there, nor by a run that was trained with them, nor by switching them on."""
     before = files(run)
     for name, arguments, end in (
-        ("train.py", [f"run_dir={run}", "trainer.max_steps=3"], "of a plugin; give plugins=[my-net]"),
-        ("train.py", [*DIT[:1], "run_dir=other"], "; an installed package announces it: plugins=[my-net]"),
+        ("train.py", [f"run_dir={run}", "trainer.max_steps=3"], "of a plugin; give plugins=my-net"),
+        ("train.py", [*DIT[:1], "run_dir=other"], "; an installed package announces it: plugins=my-net"),
         (
             "evaluate.py",
             [f"model={run}", "reference=digits", "features=colours"],
-            "announces colours: plugins=[my-net]",
+            "announces colours: plugins=my-net",
         ),
-        ("evaluate.py", [f"model={run}", "reference=digits", "measures=[sharpness]"], "sharpness: plugins=[my-net]"),
-        ("sample.py", [f"model={run}", "out=out"], "; if you trust it: allow=[mynet]"),
-        ("evaluate.py", [f"model={run}", "reference=data"], "; if you trust it: allow=[mynet]"),
+        ("evaluate.py", [f"model={run}", "reference=digits", "measures=[sharpness]"], "sharpness: plugins=my-net"),
+        ("sample.py", [f"model={run}", "out=out"], "; if you trust it: allow=mynet"),
+        ("evaluate.py", [f"model={run}", "reference=data"], "; if you trust it: allow=mynet"),
     ):
         forget(package)
         outcome = call(name, *arguments, cwd=tmp_path)
@@ -145,7 +145,7 @@ def test_configs_of_the_package(package: Path, tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "b" / "sweep.csv").open()))
     assert {row["network"] for row in rows} == {"dit", "plain"}
     outcome = call("train.py", "run_dir=a", "trainer.max_steps=3", cwd=tmp_path)
-    assert outcome.status == 2 and "experiment=mine, of a plugin; give plugins=[my-net]" in outcome.err
+    assert outcome.status == 2 and "experiment=mine, of a plugin; give plugins=my-net" in outcome.err
     outcome = call("train.py", "--help", "network=dit", PLUGINS, cwd=tmp_path)
     assert "network=dit: mynet.networks.DiT of a plugin; its options are the constructor's arguments" in outcome.out
 
@@ -208,7 +208,7 @@ def test_an_entry_point_that_is_none(name: str, package: Path, tmp_path: Path, m
 LINES = {
     "plugins=[nope]": "plugins=nope: no package of this name is installed; installed plugins: broken, my-net",
     "plugins=[silent]": "plugins=silent: this package announces nothing for dpm_scales; name its classes by _target_",
-    "plugins=3": "plugins must name installed packages, plugins=[mynet], got 3",
+    "plugins=3": "plugins must name installed packages, such as plugins=mynet, got 3",
     "plugins=[[a]]": "plugins must name installed packages",
     "plugins=../a": "plugins must name installed packages",
     "-m plugins=my-net,silent": "plugins=my-net,silent: plugins are those of all runs, plugins=[my-net,silent]",

@@ -110,6 +110,15 @@ def test_a_run_that_ends_by_time_shows_what_is_left(tmp_path: Path, monkeypatch:
     assert "0:59:5" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_log_file_has_a_line_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every half minute, without waiting for a validation."""
+    monkeypatch.setattr("dpm_scales.training.reporting.NEXT_LINES", 0.0)
+    outcome = attempt(tmp_path / "run", "trainer.max_steps=3", "samples.num_images=0")
+    assert outcome.status == 0, outcome.err
+    told = [line.partition(",")[0] for line in outcome.out.splitlines() if line.startswith("step ")]
+    assert list(dict.fromkeys(told)) == ["step 1/3", "step 2/3", "step 3/3"]
+
+
 def test_the_losses_are_those_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a log file, a line for each validation; on a terminal, the bar's last reading."""
     outcome = attempt(tmp_path / "run", "samples.num_images=0")

@@ -55,6 +55,17 @@ def record(out: Path) -> dict[str, Any]:
     return values
 
 
+def test_the_record_names_the_classes_of_its_labels(desk: Path, tmp_path: Path) -> None:
+    """A record without them, of an earlier version, is of the same command."""
+    command = ("sample.py", "model=classes", f"out={tmp_path / 'out'}", *FEW)
+    assert call(*command, "labels=Kuh,cat", cwd=desk).status == 0
+    values = record(tmp_path / "out")
+    assert values["labels"] == [2, 0] and values["class_names"] == ["cat", "dog", "Kuh"]
+    del values["class_names"]
+    (tmp_path / "out" / "sample.json").write_text(json.dumps(values))
+    assert call(*command, "labels=Kuh,cat", cwd=desk).status == 0
+
+
 def refusal(desk: Path, out: Path, *options: str) -> str:
     """The one line of a command that must leave `out` as it is."""
     before = {path: (path.stat().st_mtime_ns, data) for path in out.iterdir() for data in [path.read_bytes()]}
