@@ -119,8 +119,8 @@ RULES = {
     "channels_last": Rule(TAKES),
     "trainer.max_steps": Rule(
         TAKES,
-        "cosine decay is stretched to it, so the learning rate jumps; the run prints both values. Fewer than the run has "
-        "taken are refused",
+        "cosine decay is stretched to it, so the learning rate jumps; the run prints both values. Fewer than the run "
+        "has taken are refused",
     ),
     "trainer.max_time": Rule(TAKES, "includes the time before; cosine decay ends with it if `trainer.max_steps=-1`"),
     "trainer.gradient_clip_val": Rule(TAKES),

@@ -221,8 +221,8 @@ def test_no_doubts_where_there_are_none(place: Path, tmp_path: Path) -> None:
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 MISTAKES = {
-    "reference=real": "give one of model=RUN_OR_EXPORT_OR_CKPT, which is sampled, and samples=DIR",
-    "samples=fake model=run reference=real": "give one of model=.* and samples=DIR",
+    "reference=real": "give model=RUN, an export or a checkpoint, to sample from it, or samples=DIR, and not both",
+    "samples=fake model=run reference=real": "give model=RUN, .*, and not both",
     "samples=fake": "reference has no value yet; give it on the command line",
     "samples=fake reference=nowhere": "reference=nowhere: no such folder or file; allowed are .*digits",
     "samples=nowhere reference=real": "samples=nowhere: no such folder",
