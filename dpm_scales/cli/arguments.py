@@ -119,8 +119,6 @@ def split_flags(argv: Iterable[str]) -> tuple[list[str], list[str]]:
             require(not EMPTY.fullmatch(value), f"{name} is empty; give it a value or leave it out")
             if name == "--config-path" and "://" not in value:  # Hydra would look for it beside dpm_scales/entry
                 value = str(Path(value).absolute())
-            if name == "--config-dir" and "://" not in value:
-                require(Path(value).is_dir(), f"--config-dir {value}: no such folder")
             known = FLAG_CHOICES.get(name, (value,))
             require(value in known, f"unknown {name} {value!r}: {suggest(value, known)}")
             flags.append(f"{name}={value}")
@@ -241,6 +239,8 @@ def with_stored_overrides(argv: Iterable[str]) -> list[str]:
     user's config folder, and if a sweep is requested of one run.
     """
     flags, options = split_flags(argv)
+    for place in (flag.removeprefix(CONFIG_DIR) for flag in flags if flag.startswith(CONFIG_DIR)):
+        require("://" in place or Path(place).is_dir(), f"--config-dir {place}: no such folder")
     sweep = is_multirun(flags)
     checks = [a for a in options if key_of(a) == "check_resume" and not a.lower().endswith("=false")]
     require(not (sweep and checks), "check_resume=true checks one run; leave -m out")  # before Hydra makes a folder

@@ -205,7 +205,7 @@ HINTS = {
         "unknown option 'process.blur.blur_sigma_mx': "
     ),
     "train.py process=haet --help": "unknown process 'haet': did you mean 'heat'? allowed: ",
-    "train.py --config-dir nowhere": "Additional config directory '",
+    "train.py --config-dir nowhere": "--config-dir nowhere: no such folder",
 }
 
 
