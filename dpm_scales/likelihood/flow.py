@@ -44,7 +44,7 @@ from dpm_scales.samplers.grids import logsnr_grid, tables_of
 from dpm_scales.targets import NextScale
 
 MOST_STEPS = 10**6
-"""Largest number of steps, as far as memory for the tables of all scales is concerned."""
+"""Largest number of steps, whose tables have to fit into memory."""
 
 
 def flow_scales(process: Process, steps: int, device: torch.device | str | None = None) -> Tensor:

@@ -214,8 +214,7 @@ class KernelColor(Color):
         decay: eta > 0; published as 0.20.
         extent: None, or N >= 2 for the cosine series of the kernel along an axis, repeated with a period of 2 N px,
             S_k = sum over dx, dy of C(d) cos(pi k dx / N) with |dx|, |dy| <= N, the ends counted half. Its noise is
-            correlated more than the kernel's, by 0.2 for N = 32 and images of that size; models trained before
-            2026-12 have it.
+            correlated more than the kernel's, by up to 0.2 for N = 32 and images of that size; it was the default.
     """
 
     FLOOR = 1e-6
