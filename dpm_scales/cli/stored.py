@@ -103,7 +103,7 @@ def _check(text: str, file: Path, paths: Collection[str], allow: Collection[str]
     from hydra.core.override_parser.overrides_parser import OverridesParser  # slow to import, and `key_of` is quick
     from hydra.errors import HydraException
 
-    refused = f"{file} holds the option {text[:200]!r}"
+    refused, option = f"{file} holds the option {text[:200]!r}", f"the option {text[:200]!r} in {file}"
     try:
         override = OverridesParser.create().parse_override(text)
         value = None if override.is_sweep_override() else override.value()
@@ -122,8 +122,8 @@ def _check(text: str, file: Path, paths: Collection[str], allow: Collection[str]
     hidden = any(part.startswith("_") for part in (parts[:-1] if names_class else parts))
     require(not hidden, f"{refused}, which a stored run may not; {ADVICE}")
     if names_class:
-        check_target(value, f"the option {text[:200]!r} in {file}", OPTION_ROOMS, allow, ADVICE)
-    _check_value(value, key, refused, paths, allow)
+        check_target(value, option, OPTION_ROOMS, allow, ADVICE)
+    _check_value(value, key, refused, option, paths, allow)
     leaves = list(_leaves(value, key))
     for name, entry in leaves:
         section, *names = name.split(".")
@@ -157,12 +157,14 @@ def _is_below(base: Path, name: str, folder: Path) -> bool:
         return False
 
 
-def _check_value(value: Any, key: str, refused: str, paths: Collection[str], allow: Collection[str]) -> None:
+def _check_value(
+    value: Any, key: str, refused: str, option: str, paths: Collection[str], allow: Collection[str]
+) -> None:
     for node in walk_config(value, refused):
         if isinstance(node, dict):
             for name, entry in node.items():
                 if name == "_target_":
-                    check_target(entry, refused, OPTION_ROOMS, allow, ADVICE)
+                    check_target(entry, option, OPTION_ROOMS, allow, ADVICE)
                 else:
                     plain = not str(name).startswith("_") or name == "_partial_"
                     require(plain, f"{refused}, with a key that a stored run may not have; {ADVICE}")

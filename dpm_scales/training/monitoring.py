@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -125,8 +124,6 @@ class PeriodicEvaluation(Callback):
             labels = None if recipe.num_classes is None else numbers % recipe.num_classes
             size = (recipe.channels, *recipe.image_size)
             x = model.sampler.sample(model.denoiser, model.prior, noise, size, labels, scales)
-            if not x.isfinite().all():
-                warnings.warn(f"samples at step {trainer.global_step} are not finite: black for eval/", stacklevel=2)
             place = first - start
             images = to_uint8(x, model.denoiser.process.value_range)
             own[place : place + noise.count] = torch.cat([source(images).to(own) for source in self.sources], 1)

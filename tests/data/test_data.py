@@ -318,7 +318,7 @@ def test_batches_and_statistics() -> None:
         {"batch_size": 1, "seed": -1},
     )
     for options in wrong:
-        with pytest.raises(UserError, match="allowed is"):
+        with pytest.raises(UserError, match="(allowed is|must be) a whole number"):
             data.ImageDataModule(data.Digits(), **options)
 
 

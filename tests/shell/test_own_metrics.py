@@ -169,14 +169,14 @@ def test_a_run_is_monitored_and_resumed(package: Path, tmp_path: Path) -> None:
     options = (*SMALL, *FAST, "checkpoint.every_n_steps=2", *given)
     outcome = call("train.py", *options, "trainer.max_steps=4", "run_dir=whole", cwd=tmp_path)
     assert outcome.status == 0, outcome.err
-    assert "whoever resumes it gives allow=[mynet]" in outcome.out
+    assert "whoever resumes it gives allow=mynet" in outcome.out
     names = ("eval/fd_colours", "eval/mean_shift", "eval/sharpness")
     assert all(len(column(tmp_path / "whole", name)) == 2 for name in names)
     outcome = call("train.py", *options, "trainer.max_steps=2", "run_dir=part", cwd=tmp_path)
     assert outcome.status == 0, outcome.err
     forget(package)
     outcome = call("train.py", "run_dir=part", "trainer.max_steps=4", cwd=tmp_path)
-    assert outcome.status == 2 and outcome.err.strip().endswith("if you trust it: allow=[mynet]"), outcome.err
+    assert outcome.status == 2 and outcome.err.strip().endswith("if you trust it: allow=mynet"), outcome.err
     assert not imported(package)
     outcome = call("train.py", "run_dir=part", "trainer.max_steps=4", "allow=[mynet]", cwd=tmp_path)
     assert outcome.status == 0, outcome.err
