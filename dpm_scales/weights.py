@@ -57,11 +57,11 @@ class LossWeight(Describable, ABC):
         parts = {"clock": process.clock, "blur": process.blur, "noise levels": process.noise}
         reason = next(part for part, curve in parts.items() if curve is not None)
         remedy = "weight=target" if isinstance(target, Clean) else "target=clean or weight=target"
+        most = f"{largest:.0e}" if math.isfinite(largest) else "inf"
         require(
             largest < _LARGEST,
-            f"{type(self).__name__} weights errors of the {type(target).__name__} target by up to "
-            f"{largest if math.isfinite(largest) else math.inf:.0e} under the {reason} of {type(process).__name__}; "
-            f"use {remedy}",
+            f"{type(self).__name__} weights errors of the {type(target).__name__} target by up to {most} under the "
+            f"{reason} of {type(process).__name__}; use {remedy}",
         )
 
     def of_curves(self, process: Process, t: Tensor, mu: Tensor, variance: Tensor) -> Tensor:

@@ -239,8 +239,6 @@ def with_stored_overrides(argv: Iterable[str]) -> list[str]:
     user's config folder, and if a sweep is requested of one run.
     """
     flags, options = split_flags(argv)
-    for place in (flag.removeprefix(CONFIG_DIR) for flag in flags if flag.startswith(CONFIG_DIR)):
-        require("://" in place or Path(place).is_dir(), f"--config-dir {place}: no such folder")
     sweep = is_multirun(flags)
     checks = [a for a in options if key_of(a) == "check_resume" and not a.lower().endswith("=false")]
     require(not (sweep and checks), "check_resume=true checks one run; leave -m out")  # before Hydra makes a folder
@@ -328,7 +326,7 @@ def typed_plugins(options: Iterable[str]) -> tuple[str, ...]:
 
 
 def trust_options() -> list[str]:
-    """Return ``plugins=[…]`` and ``allow=[…]`` as far as resuming the current job will need them, for the command."""
+    """Return ``plugins=…`` and ``allow=…`` as far as resuming the current job will need them, for the command."""
     packages = typed_packages(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     return trust_words(packages)
 

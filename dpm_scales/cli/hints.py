@@ -45,8 +45,7 @@ def unknown_option(config_name: str, full: str, argv: Sequence[str]) -> str:
         return f"unknown option {full!r}: it belongs to {' and '.join([*owners[:MOST_NAMED], *more])}"
     config = _composed(config_name, argv)
     level = _level(config_name, config, full)
-    elsewhere = _elsewhere(config, full) if nearest(full, level, sure=True) is None else []
-    elsewhere = SYNONYMS.get(config_name, {}).get(full, []) + elsewhere
+    elsewhere = _elsewhere(config_name, config, full) if nearest(full, level, sure=True) is None else []
     if elsewhere:
         level_too = f" allowed: {', '.join(sorted(level))}" if level else ""
         return f"unknown option {full!r}: did you mean {' or '.join(map(repr, elsewhere[:MOST_NAMED]))}?{level_too}"
@@ -129,9 +128,7 @@ def option_of_flag(config_name: str, key: str) -> str:
     level = _level(config_name, config, key)
     if key in level:
         return key
-    if key in SYNONYMS.get(config_name, {}):
-        return SYNONYMS[config_name][key][0]
-    return next(iter(_elsewhere(config, key)), nearest(key, level) or key)
+    return next(iter(_elsewhere(config_name, config, key)), nearest(key, level) or key)
 
 
 def _owners(config_name: str, full: str) -> list[str]:
@@ -184,12 +181,16 @@ def _level(config_name: str, config: Any, full: str) -> list[str]:
     return chosen + [f"{parent}.{key!s}".lstrip(".") for key in node if key not in configs.CLASS_KEYS]
 
 
-def _elsewhere(config: Any, full: str) -> list[str]:
-    """Return the options at any level whose last part equals that of `full`, or has it as its initials."""
+def _elsewhere(config_name: str, config: Any, full: str) -> list[str]:
+    """Return the options that `full` is a synonym of, and those at any level whose last part is its own.
+
+    If there are none, return those that have its last part as their initials.
+    """
+    meant = SYNONYMS.get(config_name, {}).get(full, [])
     last = full.rpartition(".")[2]
     every = list(_keys(config, ""))
     same = [key for key in every if key.rpartition(".")[2] == last]
-    return same or [key for key in every if is_initials(last, key.rpartition(".")[2])]
+    return [*meant, *same] or [key for key in every if is_initials(last, key.rpartition(".")[2])]
 
 
 def _keys(node: Any, where: str) -> Iterator[str]:

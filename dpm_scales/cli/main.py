@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
@@ -23,6 +24,7 @@ from dpm_scales.cli.arguments import (
     CURVES,
     HELP_FLAGS,
     NEVER_EMPTY,
+    config_dirs,
     tidy,
     typed_plugins,
     with_stored_overrides,
@@ -84,6 +86,8 @@ def main(entry: Callable[[], None], config_name: str) -> None:
             aliases = ALIASES.get(config_name, {})
             curves = CURVES.get(config_name, {})
             argv = tidy(sys.argv[1:], aliases, curves=curves)
+            for place in config_dirs(argv):
+                require("://" in place or Path(place).is_dir(), f"--config-dir {place}: no such folder")
             activate(typed_plugins(argv))
             sys.argv[1:] = tidy(argv, aliases, class_choices(), curves)
             if not set(HELP_FLAGS).isdisjoint(sys.argv[1:]):

@@ -230,7 +230,7 @@ def save_distances(
     count = int(rows[0]["n"])
     doubt = few_images(count, "images", features)
     if doubt is not None:
-        doubt += f", which is too low by a little, as both sets come from the same {count} photos"
+        doubt += f", which is too low, as both sets come from the same {count} photos"
     curves = {name: [row for row in rows if row["process"] == name] for name in others}
     with plots.figure(out / "distance.png", 9.8, 3.8, ncols=2) as (drawing, (frechet, kernel)):
         plots.lines(frechet, times, {name: [row["frechet"] for row in own] for name, own in curves.items()}, styles)

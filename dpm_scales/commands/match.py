@@ -33,6 +33,8 @@ from dpm_scales.study.matching import (
     octave_sums,
 )
 
+FOLDER = "process"
+"""Folder of the config, a group for `--config-dir`."""
 PAPER_NOISE = 0.1
 """Noise of the blurring diffusion that the paper compares with osmosis, for the error before fitting."""
 
@@ -47,7 +49,7 @@ def match(cfg: DictConfig) -> None:
         raise UserError(f"unknown process to match, like={cfg.like!r}: {suggest(like, entries)}")
     entry, times = entries[like], [float(t) for t in plain(cfg.times)]
     check_writable(out)
-    check_names(out, [_file(out).parent.name])
+    check_names(out, [FOLDER])
     if criterion == "snr":
         zero = torch.zeros((), dtype=torch.float64)
         scales = torch.tensor(entry.scales, dtype=torch.float64)
@@ -127,7 +129,7 @@ def _chain(betas: list[float]) -> dict[str, Any]:
 
 
 def _file(out: Path) -> Path:
-    return out / "process" / "matched.yaml"
+    return out / FOLDER / "matched.yaml"
 
 
 def _save_process(out: Path, fitted_to: str, process: dict[str, Any]) -> None:

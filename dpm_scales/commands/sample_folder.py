@@ -34,6 +34,7 @@ NAMED = 3  # largest number of differences in a message
 PATHS = ("model", "path")
 """Keys of the record that hold a location rather than content."""
 NOT_COMPARED = (*PATHS, "class_names")
+"""Keys of the record in which two commands for the same images may differ."""
 
 
 def image_name(number: int) -> str:
@@ -123,15 +124,13 @@ def require_room(folder: Path, count: int, in_shards: bool = False) -> None:
     if place is None or not hasattr(os, "statvfs"):
         return
     disk = os.statvfs(place)
+    blocks = disk.f_bavail if disk.f_blocks else math.inf
     if in_shards:
-        most = disk.f_bavail * disk.f_frsize // SMALLEST_MEMBER + PER_SHARD * len(numbered_shards(folder))
-        if disk.f_blocks and count > most:
-            raise UserError(f"the disk of {folder} has room for at most {most} of {count} images; draw fewer")
+        kept = sum(path.suffix == ".tar" for path in numbered_shards(folder))
+        most = PER_SHARD * kept + blocks * disk.f_frsize / SMALLEST_MEMBER
+        require(count <= most, f"the disk of {folder} has room for at most {most:.0f} of {count} images; draw fewer")
         return
-    room = min(
-        disk.f_bavail if disk.f_blocks else math.inf,  # a file takes at least one block
-        disk.f_favail if disk.f_files else math.inf,
-    )
+    room = min(blocks, disk.f_favail if disk.f_files else math.inf)  # a file takes at least one block
     if count > room + len(numbered_images(folder)):
         raise UserError(f"{count} images need as many files, and the disk of {folder} has room for {room}; draw fewer")
 

@@ -110,7 +110,7 @@ class Process(Describable, nn.Module):
         Raises: UserError for a colour that vanishes or overflows at some frequency, or for which no chain exists.
         """
         if self.color is not None:
-            self.color.bind_spectrum(self._operator.eigenvalues(*size, self.color.spectrum.device))
+            self.color.bind_spectrum(self._operator.eigenvalues(*size, self.color.spectrum.device).expand(size))
             self._check_curves()
 
     def _check_curves(self) -> None:

@@ -268,7 +268,7 @@ class KernelColor(Color):
         self.log_series = series.clamp(min=self.FLOOR * float(series[0])).log()
 
     def _kernel(self, dy: Tensor, dx: Tensor) -> Tensor:
-        return (torch.hypot(*torch.broadcast_tensors(dy, dx)) + 1) ** -self.decay
+        return (torch.hypot(dy, dx) + 1) ** -self.decay
 
     def _periodic(self, extent: int) -> Tensor:
         d = torch.arange(extent + 1, dtype=torch.float64)

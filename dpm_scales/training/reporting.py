@@ -94,10 +94,12 @@ class StepBar(ProgressBar):
         self._told = time.perf_counter()
         rate, clock = self._rate(trainer), self._end_by_time(trainer)
         total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        seconds = max(clock[1], 0.0) if clock else (trainer.max_steps - trainer.global_step) / max(rate, 1e-9)
-        left = f", {timedelta(seconds=round(seconds))} left" if clock or total else ""
-        losses = "".join(f", {'  '.join(known)}" for known in [self._losses(trainer)] if known)
-        print(f"step {trainer.global_step}{total}, {rate:.1f} steps/s{left}{losses}", flush=True)
+        parts = [f"step {trainer.global_step}{total}", f"{rate:.1f} steps/s"]
+        if clock or total:
+            seconds = max(clock[1], 0.0) if clock else (trainer.max_steps - trainer.global_step) / max(rate, 1e-9)
+            parts.append(f"{timedelta(seconds=round(seconds))} left")
+        losses = "  ".join(self._losses(trainer))
+        print(", ".join([*parts, losses] if losses else parts), flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
 from dpm_scales.cli.arguments import config_flags, trust_options, trust_words
+from dpm_scales.cli.plugins import active_plugins
 from dpm_scales.cli.program import command_line
 from dpm_scales.data import listed
 from dpm_scales.models.instantiate import plain
@@ -149,10 +150,9 @@ def trust_needed(loading: Sequence[str], resuming: Sequence[str]) -> str:
     if not packages:
         return ""
     everything, model = (shlex.join(trust_words(names)) for names in (packages, loading))
-    of_plugins = everything.startswith("plugins=")  # which resuming needs for the choices that they announce
     if not loading:
         who = f"whoever resumes it gives {everything}"
-    elif not resuming and not of_plugins:
+    elif not resuming and not active_plugins():  # resuming needs plugins for the choices that they announce
         who = f"whoever loads it gives {model}"
     elif len(packages) == len(loading):
         who = f"whoever loads or resumes it gives {everything}"

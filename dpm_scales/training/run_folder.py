@@ -39,7 +39,7 @@ FILES = (
     "ema/step-*.safetensors",
 )
 FOLDERS = ("checkpoints", "samples", "model", "ema")
-#: data that are fetched, or read from a folder with all its images
+#: data that read every image of a folder if `root` is one, and are fetched if it is a name on the Hub
 HUGGING_FACE = "dpm_scales.data.hf_data"
 
 

@@ -64,13 +64,14 @@ class DensityScales:
         )
         if float(level[-1]) > math.log(NO_SIGNAL):  # as in grids by noise level
             level[-1] = 2 * level[-2] - level[-3] if self.num_scales > 2 else level[-2] + 1
-        self.edges = level
+        # uniform draws stand for the nearest scale, so that they change half-way between two
+        self.edges = torch.cat([level[:1], (level[:-1] + level[1:]) / 2, level[-1:]]) if kind == "logsnr" else level
 
     def draw(self, even: Tensor) -> Tensor:
         """Return scales ``(B,)`` float64 from uniform numbers in [0, 1)."""
         edges = self.edges
         if self.kind == "logsnr":
-            wanted, edges = torch.lerp(edges[0], edges[-1], even), (edges[:-1] + edges[1:]) / 2  # the nearest scale
+            wanted, edges = torch.lerp(edges[0], edges[-1], even), edges[1:-1]
         else:
             wanted = self.mean + self.std * torch.special.ndtri(even.clamp(1e-12, 1 - 1e-12))
         k = torch.searchsorted(edges, wanted).clamp(max=self.num_scales - 1) + 1

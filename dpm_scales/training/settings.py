@@ -56,8 +56,8 @@ def check_numbers(cfg: DictConfig) -> None:
     for name in ("val_check_interval", "log_every_n_steps", "accumulate_grad_batches"):
         require_number(f"trainer.{name}", trainer[name], 1, MOST_STEPS, whole=True)
     for name in ("devices", "num_nodes"):
-        if is_whole(trainer[name]) and trainer[name] > MOST_DEVICES:
-            raise UserError(f"trainer.{name}={trainer[name]}: allowed are at most {MOST_DEVICES}")
+        many = is_whole(trainer[name], MOST_DEVICES + 1)
+        require(not many, f"trainer.{name}={trainer[name]}: allowed are at most {MOST_DEVICES}")
     strategy = str(trainer.strategy)
     require(
         strategy in ("auto", FSDP) or strategy.startswith("ddp"),

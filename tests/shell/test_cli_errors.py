@@ -249,6 +249,7 @@ def test_evaluation_needs_memory_for_its_samples(place: Path) -> None:
 SAMPLE = {
     "out=out": "model has no value yet; give it on the command line",
     "model=digits": "out has no value yet; give it on the command line",
+    "--config-dir nowhere model=digits out=out": "--config-dir nowhere: no such folder",
     "model=digits out=out num_samples=0": "num_samples must be a whole number >= 1, got 0",
     "model=digits out=out num_samples=-3": "num_samples must be a whole number >= 1, got -3",
     "model=digits out=out num_samples=few": "num_samples must be a whole number >= 1, got 'few'",

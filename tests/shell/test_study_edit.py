@@ -55,8 +55,10 @@ def flat_around(image: Array, mask: Array, value: int, reach: int = 2) -> Array:
 
 def edit(out: Path, *options: str) -> Outcome:
     """A finished edit in the folder above `out`."""
+    again = out.exists()
     outcome = call("evolve.py", *options, f"out={out}", cwd=out.parent)
     assert outcome.status == 0, outcome.err
+    assert ("beside it, in place of the former ones" in outcome.out) == again
     assert sorted(files(out)) == ["comparison.png", "result.png"]
     return outcome
 

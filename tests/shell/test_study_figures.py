@@ -136,6 +136,8 @@ def test_trajectories_begin_with_the_image(tmp_path: Path) -> None:
 def test_fewer_images_than_features_are_told(study: tuple[Path, dict[str, ModelSamples]]) -> None:
     out, figures = study
     assert json.loads((out / "comparison.json").read_text())["warnings"][0].startswith(FEW)
+    told = json.loads((out / "comparison.json").read_text())["warnings"][0]
+    assert told.endswith("which is too low, as both sets come from the same 5 photos")
     assert figures["distance.png"].titles[0] == "too high: fewer images than 6 features"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import os
 import re
 import warnings
 from pathlib import Path
@@ -283,10 +284,12 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a network or an account; a resumed run keeps its id, and the next run gets another."""
     import wandb
 
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_SILENT", "")
+    monkeypatch.delenv("WANDB_SILENT")  # the run sets it, and monkeypatch restores it
     shown, finish = [], wandb.Run.finish
 
     def shows(self: wandb.Run) -> None:
+        assert os.environ["WANDB_SILENT"] == "true"
         shown.append(dict(self.config))
         finish(self)
 
